@@ -1,0 +1,66 @@
+"""SnapGen in JAX: installable package. `make quickstart` and `make test` need nothing but this file and the lock."""
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "jax>=0.10.2",
+    "flax>=0.12.8",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "grain>=0.2.18",
+    "array-record>=0.8",
+    "transformers>=5.0",  # tokenizers and configs only
+    "tokenizers>=0.22",
+    "ml_collections>=1.1",
+    "tensorflow-datasets>=4.9.10",
+    "clu>=0.0.12",
+    "tensorboard>=2.19",  # clu.metric_writers needs it and does not say so
+    "flatbuffers>=25",  # jax.export needs it and does not say so
+    "einops>=0.8",
+    "etils[epath]>=1.13",
+    "absl-py>=2.1",
+    "numpy>=2.0",
+    "scipy>=1.13",
+    "pillow>=11",
+    "scikit-learn>=1.5",  # the digits data set and the sample photographs
+    "rich>=13",
+]
+# The two converters and the quantiser are pinned together: they share one flatbuffer schema.
+EXPORT = [
+    "tensorflow-cpu==2.21.0; sys_platform == 'linux' and platform_machine == 'x86_64'",
+    "tensorflow==2.21.0; sys_platform != 'linux' or platform_machine != 'x86_64'",
+    "ai-edge-litert==2.3.0",
+    "ai-edge-quantizer==0.10.0",
+    "litert-converter==0.5.0; sys_platform == 'linux'",
+]
+DEV = [
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "pytest-timeout>=2.3",
+    "ruff>=0.9",
+    "pyright>=1.1",
+    "nbclient>=0.10",
+    "nbformat>=5.10",
+    "ipykernel>=6.29",
+    "matplotlib>=3.9",
+    "scikit-image>=0.24",
+]
+
+setup(
+    name="snapgen-jax",
+    version="0.1.0",
+    description="SnapGen: mobile text-to-image models in JAX, from TPU pods to TFLite",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["snapgen_jax", "snapgen_jax.*"]),
+    package_data={"snapgen_jax": ["py.typed", "**/*.json", "**/*.txt", "**/*.html"]},
+    install_requires=CORE,
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+        "export": EXPORT,
+        "oracle": ["torch==2.13.0", "diffusers==0.42.1", "transformers==5.23.0", "accelerate"],
+        "dev": DEV + EXPORT,
+    },
+    entry_points={"console_scripts": ["snapgen = snapgen_jax.cli:main"]},
+)

@@ -1,0 +1,1 @@
+"""Evaluators: a generator and a data set in, named numbers and pictures out."""

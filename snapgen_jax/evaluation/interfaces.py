@@ -1,0 +1,68 @@
+"""What recipes and the loop know about evaluation: names, cadence and results. Imports nothing of ours."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """When to evaluate, and what.
+
+    Attributes:
+        every_steps: cadence of `during`; 0 means only at the end.
+        during: evaluators run while training.
+        final: evaluators run once after the last step.
+    """
+
+    every_steps: int = 1000
+    during: tuple[str, ...] = ("validation_loss", "sample_grid")
+    final: tuple[str, ...] = ("validation_loss", "sample_grid")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluatorSpec:
+    """A recipe's request for one evaluator.
+
+    Attributes:
+        name: the evaluator's name in `snapgen_jax.evaluation.registry`.
+        every_steps: cadence in steps; 0 means only at the end.
+        at_end: whether it also runs after the last step.
+        function: a pure function of the recipe that the evaluator calls, where it needs one:
+            `function(params, frozen, batch, key) -> {name: array}`.
+        options: further keyword arguments of the evaluator.
+    """
+
+    name: str
+    every_steps: int = 0
+    at_end: bool = True
+    function: Callable[..., dict[str, Any]] | None = None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationResult:
+    """Named numbers and pictures (`uint8 [H, W, 3]`)."""
+
+    numbers: dict[str, float]
+    pictures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+class Generator(Protocol):
+    """Prompts to images, whatever runs underneath: a JAX run or a TFLite bundle."""
+
+    def generate(self, prompts: list[str], *, seed: int = 0, indices: list[int] | None = None, **options: Any) -> np.ndarray:
+        """`uint8 [N, H, W, 3]`. Image n depends on (seed, indices[n], prompts[n]) alone; indices default to 0..N-1."""
+        ...
+
+
+class Evaluator(Protocol):
+    """Measures a generator."""
+
+    def __call__(self, generator: Any, dataset: Any) -> EvaluationResult:
+        """Runs the measurement; `dataset` is the run's validation source, where the evaluator needs one."""
+        ...

@@ -1,0 +1,93 @@
+"""The contract between a training method and the loop. A paper is one file under `recipes/` that fulfils it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from snapgen_jax.evaluation.interfaces import EvaluatorSpec
+from snapgen_jax.training.state import TrainState
+
+Tree = Any
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportUnit:
+    """One function that becomes one `.tflite` file.
+
+    Attributes:
+        name: file stem and signature name, "unet".
+        function: `function(params, **inputs) -> {name: array}`, pure, static shapes, float32 and int32 only.
+        select: picks the tree that `function` takes out of `{player: params}`.
+        inputs: named input shapes, batch 1.
+    """
+
+    name: str
+    function: Callable[..., dict[str, jax.Array]]
+    select: Callable[[Tree], Tree]
+    inputs: Mapping[str, jax.ShapeDtypeStruct]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportPlan:
+    """All that a client needs to run a recipe's generator away from JAX: the units, and the sampler as plain data.
+
+    Attributes:
+        units: the functions to convert.
+        scheduler: JSON-able description of the sampler loop (times, step rule, guidance, time features, codec, latent
+            shape), which the client replays.
+    """
+
+    units: Sequence[ExportUnit]
+    scheduler: Mapping[str, Any]
+
+
+@runtime_checkable
+class Recipe(Protocol):
+    """One training method. Every function is pure unless it says otherwise."""
+
+    def batch_specs(self) -> dict[str, Tree]:
+        """{bucket name: tree of ShapeDtypeStruct} of a global batch, one entry a static shape."""
+        ...
+
+    def init(self, key: jax.Array) -> TrainState:
+        """The state before the first update. Shape-evaluable; reads no file."""
+        ...
+
+    def warm_start(self, state: TrainState, earlier: Tree) -> TrainState:
+        """Maps an earlier run's state or weights into a fresh state. Called once, never on resume."""
+        ...
+
+    def frozen_spec(self) -> Tree:
+        """Shapes of the networks that are used and not trained. Reads no file."""
+        ...
+
+    def load_frozen(self, mesh: Mesh | None) -> Tree:
+        """The tree of `frozen_spec`, loaded onto the mesh. The one function here that reads files."""
+        ...
+
+    def update(self, state: TrainState, frozen: Tree, batch: Tree, key: jax.Array) -> tuple[TrainState, Metrics]:
+        """One update from one global batch. Jitted by the loop, which also counts the step and discards bad updates."""
+        ...
+
+    def generate(self, params: Tree, frozen: Tree, conditions: Tree, key: jax.Array, **options: Any) -> dict[str, jax.Array]:
+        """Examples from `{player: params}`. `key` is `[B]`, one an example, so that an example depends on its own key
+        alone. `options` are static and default to the recipe's config."""
+        ...
+
+    def exports(self) -> ExportPlan:
+        """What to convert for a phone, and the sampler that the phone runs."""
+        ...
+
+    def evaluators(self) -> Sequence[EvaluatorSpec]:
+        """What to measure, and when."""
+        ...
+
+    def rules(self) -> Sequence[tuple[str, PartitionSpec]]:
+        """(regular expression over parameter paths, PartitionSpec); first match wins, no match is replicated."""
+        ...
