@@ -1,0 +1,1 @@
+"""Losses: (prediction, target) to one float32 number an example. Pure functions only."""
