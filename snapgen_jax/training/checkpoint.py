@@ -1,0 +1,220 @@
+"""Checkpoints: {state, ema, data, meta} in one directory per step, committed atomically by Orbax.
+
+The tree of a state is stored by name, so that a difference can be named before a byte is read, and so that any number of
+devices can read it. The averaged weights are an item of their own: inference needs nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.training.state import Player, TrainState
+
+Tree = Any
+_DEFAULT_MESSAGE = "point --workdir at an empty folder to start a new run, or restore the config of this one"
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, and what to keep.
+
+    Attributes:
+        every_steps: cadence of saves; a save also precedes every evaluation and follows the last step.
+        keep_last: number of newest checkpoints to keep.
+        keep_every_steps: checkpoints at multiples of this are kept for good; 0 keeps none.
+    """
+
+    every_steps: int = 1000
+    keep_last: int = 2
+    keep_every_steps: int = 0
+
+
+class Checkpointer:
+    """Saves and restores the states of one workdir. Saving is asynchronous; `wait` blocks until it is on disk."""
+
+    def __init__(self, workdir: epath.PathLike, config: CheckpointConfig | None = None):
+        self.directory = epath.Path(workdir).absolute() / "checkpoints"
+        config = config or CheckpointConfig()
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=config.keep_last,
+                keep_period=config.keep_every_steps or None,
+                create=False,
+                enable_async_checkpointing=True,
+            ),
+        )
+
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint, or None. A torn one is never offered."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, position: int, meta: Mapping[str, Any]) -> None:
+        """Starts to save a state at its step; does nothing if that step is saved already.
+
+        Args:
+            state: the state; its arrays are copied before this returns, so that they may be donated afterwards.
+            position: number of global batches drawn.
+            meta: JSON-able facts that a resumed run must agree with.
+        """
+        step = int(state.step)
+        if step == self.latest_step():
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        stored = _stored(state)
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(stored["state"]),
+                ema=ocp.args.StandardSave(stored["ema"]),
+                data=ocp.args.JsonSave({"position": position}),
+                meta=ocp.args.JsonSave({**meta, "step": step, "shapes": _shapes(stored)}),
+            ),
+        )
+
+    def wait(self) -> None:
+        """Blocks until the save under way, if any, is committed."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and releases the background threads."""
+        self._manager.close()
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """What `save` was told about the run at that step."""
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+    def restore(self, abstract: TrainState, step: int) -> tuple[TrainState, int]:
+        """Restores a state and the data position.
+
+        Args:
+            abstract: the state's tree of `ShapeDtypeStruct` with shardings: where each array is to go.
+            step: which checkpoint.
+
+        Raises:
+            ConfigError: names every leaf that differs in presence, shape or dtype; nothing has been read then.
+        """
+        stored = _stored(abstract)
+        self._compare(_shapes(stored), self.meta(step)["shapes"], step)
+        loaded = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(stored["state"]),
+                ema=ocp.args.StandardRestore(stored["ema"]),
+                data=ocp.args.JsonRestore(),
+            ),
+        )
+        return _restored(abstract, {"state": loaded["state"], "ema": loaded["ema"]}), loaded["data"]["position"]
+
+    def restore_weights(self, spec: Tree, step: int) -> Tree:
+        """The weights for inference, `{player: tree}`: averages where they are kept, else parameters.
+
+        Reads the `ema` item alone and puts it on the first device, whatever mesh wrote it.
+
+        Args:
+            spec: `{player: tree of ShapeDtypeStruct}`.
+            step: which checkpoint.
+        """
+        saved = {k: v for k, v in self.meta(step)["shapes"].items() if k.startswith("ema/")}
+        self._compare(_shapes({"ema": spec}), saved, step)
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), spec)
+        return self._manager.restore(step, args=ocp.args.Composite(ema=ocp.args.StandardRestore(abstract)))["ema"]
+
+    def _compare(self, expected: Mapping[str, Any], saved: Mapping[str, Any], step: int) -> None:
+        lines = []
+        for name in sorted(expected.keys() | saved.keys()):
+            have, want = saved.get(name), expected.get(name)
+            if have is None:
+                lines.append(f"  {name}: not in the checkpoint, the config asks for {_show(want)}")
+            elif want is None:
+                lines.append(f"  {name}: {_show(have)} in the checkpoint, unknown to the config")
+            elif list(have) != list(want):
+                lines.append(f"  {name}: {_show(have)} in the checkpoint, {_show(want)} in the config")
+        if lines:
+            more = [f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else []
+            raise ConfigError(
+                "\n".join(
+                    [f"checkpoint {self.directory / str(step)} does not fit the config; {_DEFAULT_MESSAGE}:"]
+                    + lines[:20]
+                    + more
+                )
+            )
+
+
+def _show(entry: Any) -> str:
+    shape, dtype = entry
+    return f"{dtype}[{', '.join(map(str, shape))}]"
+
+
+def _part(entry: Any) -> str:
+    """The name of one step of a tree path: dict key, list index or attribute."""
+    for attribute in ("key", "idx", "name"):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    return str(entry)
+
+
+def _named(tree: Tree) -> dict[str, Any]:
+    """Any pytree as a nested dict of named leaves (optimizer states are tuples of named tuples)."""
+    out: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        node = out
+        parts = [_part(entry) for entry in path] or ["value"]
+        for part in parts[:-1]:
+            node = node.setdefault(part, {})
+        node[parts[-1]] = leaf
+    return out
+
+
+def _stored(state: TrainState) -> dict[str, Any]:
+    """The two array items of a checkpoint. The average is kept out of `state`, and stands in for nothing there."""
+    players = {
+        name: _named({"params": player.params, "opt_state": player.opt_state}) for name, player in state.players.items()
+    }
+    return {
+        "state": {"step": state.step, "skipped": state.skipped, "players": players, **_optional("extra", state.extra)},
+        "ema": {name: p.params if p.ema is None else p.ema for name, p in state.players.items()},
+    }
+
+
+def _optional(name: str, tree: Tree) -> dict[str, Any]:
+    return {name: _named(tree)} if jax.tree.leaves(tree) else {}
+
+
+def _restored(abstract: TrainState, stored: Mapping[str, Any]) -> TrainState:
+    state = stored["state"]
+
+    def fill(tree: Tree, named: Mapping[str, Any]) -> Tree:
+        paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
+        return jax.tree.unflatten(treedef, [_lookup(named, path) for path, _ in paths])
+
+    players = {}
+    for name, player in abstract.players.items():
+        whole = fill({"params": player.params, "opt_state": player.opt_state}, state["players"][name])
+        ema = None if player.ema is None else fill(player.ema, stored["ema"][name])
+        players[name] = Player(whole["params"], whole["opt_state"], ema)
+    extra = fill(abstract.extra, state["extra"]) if "extra" in state else abstract.extra
+    return TrainState(state["step"], state["skipped"], players, extra)
+
+
+def _lookup(named: Mapping[str, Any], path: Any) -> Any:
+    node: Any = named
+    for part in [_part(entry) for entry in path] or ["value"]:
+        node = node[part]
+    return node
+
+
+def _shapes(stored: Mapping[str, Any]) -> dict[str, list[Any]]:
+    flat = jax.tree_util.tree_flatten_with_path(stored)[0]
+    return {
+        "/".join(_part(entry) for entry in path): [list(leaf.shape), str(np.dtype(leaf.dtype))] for path, leaf in flat
+    }

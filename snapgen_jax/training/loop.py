@@ -1,0 +1,329 @@
+"""The one training loop. Its order, for every recipe:
+
+    save (the old state, before the iterator moves) -> evaluate -> next batch -> update -> log -> look for preemption
+
+It knows recipes by their contract only, and waits for the device only to log, to save and to evaluate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from snapgen_jax.evaluation.interfaces import EvaluationResult
+from snapgen_jax.parallel.mesh import MeshConfig, batch_sharding, check_batch, make_mesh, put_batch
+from snapgen_jax.parallel.sharding import explain, tree_shardings
+from snapgen_jax.training import progress
+from snapgen_jax.training.checkpoint import Checkpointer, CheckpointConfig
+from snapgen_jax.training.exits import ConfigError, DivergedError, PreemptedError
+from snapgen_jax.training.fingerprint import fingerprint
+from snapgen_jax.training.keys import key
+from snapgen_jax.training.lifetime import Lifetime
+from snapgen_jax.training.metrics import MetricWriter
+from snapgen_jax.training.recipe import Metrics, Recipe
+from snapgen_jax.training.state import TrainState
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """What the loop itself needs to know.
+
+    Attributes:
+        seed: of everything random in the run.
+        train_steps: updates in the whole run.
+        log_every_steps: cadence of the progress line and of writing metrics.
+        max_skipped_steps: this many discarded updates in a row end the run.
+        microbatches: gradient accumulation, for the check that the batch divides.
+        tensorboard: mirror the JSON lines as TensorBoard event files.
+    """
+
+    seed: int = 0
+    train_steps: int = 1000
+    log_every_steps: int = 50
+    max_skipped_steps: int = 20
+    microbatches: int = 1
+    tensorboard: bool = True
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+class DrawnBatch(Protocol):
+    """One global batch, or this host's share of it."""
+
+    bucket: str
+    arrays: dict[str, np.ndarray]
+    source_index: np.ndarray
+
+
+class Batches(Protocol):
+    """A stream of batches whose position is one integer."""
+
+    def batches(self, position: int) -> Iterator[Any]:
+        """The stream from global batch `position` on. Closing the iterator ends its workers."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduledEvaluator:
+    """An evaluator with its cadence; `run(weights, frozen)` gets `{player: averaged or plain parameters}`."""
+
+    name: str
+    every_steps: int
+    at_end: bool
+    run: Callable[[Tree, Tree], EvaluationResult]
+
+    def due(self, step: int, last: bool) -> bool:
+        """Whether to run before the update number `step`."""
+        if last:
+            return self.at_end
+        return self.every_steps > 0 and step > 0 and step % self.every_steps == 0
+
+
+def inference_weights(state: TrainState) -> Tree:
+    """`{player: average, or parameters where no average is kept}`."""
+    return {name: p.params if p.ema is None else p.ema for name, p in state.players.items()}
+
+
+def make_step(recipe: Recipe, seed: int) -> Callable[[TrainState, Tree, Tree], tuple[TrainState, Metrics]]:
+    """The pure function that is jitted: an update, discarded as a whole if any number in it is not finite."""
+
+    def step(state: TrainState, frozen: Tree, batch: Tree) -> tuple[TrainState, Metrics]:
+        new, metrics = recipe.update(state, frozen, batch, key(seed, state.step, "update"))
+        floats = [x for x in jax.tree.leaves((new.players, metrics)) if jnp.issubdtype(x.dtype, jnp.floating)]
+        finite = jnp.all(jnp.stack([jnp.isfinite(x).all() for x in floats]))
+        kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), (new.players, new.extra), (state.players, state.extra))
+        new = TrainState(state.step + 1, state.skipped + jnp.where(finite, 0, 1).astype(jnp.int32), *kept)
+        return new, {**metrics, "finite": finite}
+
+    return step
+
+
+class Run:
+    """A run under way: a recipe, its state on the mesh, and where it writes. Use `train`."""
+
+    def __init__(self, recipe: Recipe, config: LoopConfig, mesh: Mesh, workdir: epath.Path | None):
+        self.recipe, self.config, self.mesh, self.workdir = recipe, config, mesh, workdir
+        self.specs = recipe.batch_specs()
+        for spec in self.specs.values():
+            try:
+                check_batch(jax.tree.leaves(spec)[0].shape[0], config.microbatches, mesh)
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
+        self.checkpointer = None if workdir is None else Checkpointer(workdir, config.checkpoint)
+        goodput = None if workdir is None else workdir / "metrics" / "goodput.json"
+        self.life = Lifetime(goodput, on_idle_exit=self.wait_for_save)
+        self._step = make_step(recipe, config.seed)
+        self._compiled: dict[str, Any] = {}
+        self.writer: MetricWriter | None = None
+        self.frozen_fingerprint = ""
+        self._unlogged: list[tuple[int, np.ndarray, Metrics]] = []
+        self._skipped_in_a_row = 0
+        self.saved_step = -1
+
+    def wait_for_save(self) -> None:
+        if self.checkpointer is not None:
+            self.checkpointer.wait()
+
+    # --- start ---
+
+    def start(self, warm_start: Callable[[TrainState], TrainState]) -> tuple[TrainState, int]:
+        """Restores the newest checkpoint, or draws a first state straight into its sharded layout."""
+        abstract = jax.eval_shape(self.recipe.init, key(self.config.seed, 0, "init"))
+        self.shardings = tree_shardings(abstract, self.recipe.rules(), self.mesh)
+        latest = self.checkpointer.latest_step() if self.checkpointer is not None else None
+        if self.checkpointer is not None and latest is not None:
+            self._check_meta(self.checkpointer.meta(latest), latest)
+            placed = jax.tree.map(
+                lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), abstract, self.shardings
+            )
+            state, position = self.checkpointer.restore(placed, latest)
+            self.saved_step = latest
+            return state, position
+        state = jax.jit(self.recipe.init, out_shardings=self.shardings)(key(self.config.seed, 0, "init"))
+        return jax.device_put(warm_start(state), self.shardings), 0
+
+    def load_frozen(self) -> Tree:
+        """The recipe's frozen networks on the mesh, and their fingerprint for `meta`."""
+        frozen = self.recipe.load_frozen(self.mesh)
+        self.frozen_fingerprint = fingerprint(frozen)
+        return frozen
+
+    def meta(self) -> dict[str, Any]:
+        """Facts that a resumed run must agree with."""
+        return {
+            "seed": self.config.seed,
+            "global_batch": {name: jax.tree.leaves(spec)[0].shape[0] for name, spec in self.specs.items()},
+            "frozen": self.frozen_fingerprint,
+        }
+
+    def _check_meta(self, saved: dict[str, Any], step: int) -> None:
+        for name, now in self.meta().items():
+            if saved[name] != now:
+                raise ConfigError(
+                    f"{name} of this workdir is {saved[name]} (checkpoint {step}), the config asks for {now}; "
+                    "it is fixed within a workdir: restore it, or start in a new workdir"
+                )
+
+    def compile(self, state: TrainState, frozen: Tree) -> None:
+        """Compiles the step for every bucket, before the first batch is drawn."""
+        sharding = batch_sharding(self.mesh)
+        jitted = jax.jit(self._step, donate_argnums=0, out_shardings=(self.shardings, None))
+        for bucket, spec in self.specs.items():
+            placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), spec)
+            with jax.set_mesh(self.mesh):
+                self._compiled[bucket] = jitted.lower(state, frozen, placed).compile()
+
+    # --- the parts of a step ---
+
+    def save(self, state: TrainState, step: int, position: int) -> None:
+        """Saves a state once per step, after everything that led to it is on record."""
+        if self.checkpointer is None or step == self.saved_step:
+            return
+        with self.life.phase("checkpoint"):
+            self.flush_metrics()
+            self.checkpointer.save(state, position, self.meta())
+            self.saved_step = step
+            self.life.store(step)
+
+    def evaluate(self, state: TrainState, frozen: Tree, step: int, evaluators: Sequence[ScheduledEvaluator]) -> None:
+        """Runs the evaluators that are due and not on record."""
+        last = step == self.config.train_steps
+        due = [e for e in evaluators if e.due(step, last)]
+        if self.writer is None:
+            due_now = due
+        else:
+            due_now = [e for e in due if e.name not in self.writer.evaluated(step)]
+        for evaluator in due_now:
+            with self.life.phase("evaluation"):
+                result = evaluator.run(inference_weights(state), frozen)
+            if self.writer is not None:
+                self.writer.evaluation(step, evaluator.name, result.numbers, result.pictures)
+            print(progress.evaluation_line(step, evaluator.name, result.numbers), flush=True)
+
+    def update(self, state: TrainState, frozen: Tree, batch: Any, step: int) -> TrainState:
+        """One update; its metrics stay on the device until they are logged."""
+        compiled = self._compiled.get(batch.bucket)
+        if compiled is None:
+            raise ConfigError(f"the data gave bucket {batch.bucket!r}; the recipe knows {', '.join(self.specs)}")
+        progress.check_batch_arrays(batch.arrays, self.specs[batch.bucket], jax.process_count())
+        state, metrics = compiled(state, frozen, put_batch(batch.arrays, self.mesh))
+        self._unlogged.append((step, batch.source_index, metrics))
+        return state
+
+    def flush_metrics(self, leave: int = 0) -> dict[str, float]:
+        """Fetches and records the metrics of all steps but the newest `leave`. Returns their means.
+
+        Raises:
+            DivergedError: names the step at which updates stopped being finite.
+        """
+        ready = self._unlogged[: len(self._unlogged) - leave]
+        self._unlogged = self._unlogged[len(ready) :]
+        records, means = progress.records(ready)
+        if self.writer is not None and records:
+            self.writer.train(records)
+        for (step, source_index, _), record in zip(ready, records, strict=True):
+            self._skipped_in_a_row = 0 if record["finite"] else self._skipped_in_a_row + 1
+            if self._skipped_in_a_row >= self.config.max_skipped_steps:
+                raise DivergedError(
+                    f"{self._skipped_in_a_row} updates in a row were not finite, up to step {step} "
+                    f"(examples {source_index.tolist()[:8]} ...); the checkpoint of step {self.saved_step} is intact. "
+                    "Lower optimizer.learning_rate, lengthen optimizer.warmup_steps, or look at those examples"
+                )
+        return means
+
+
+def train(
+    recipe: Recipe,
+    data: Batches,
+    config: LoopConfig,
+    *,
+    workdir: epath.PathLike | None = None,
+    evaluators: Sequence[ScheduledEvaluator] = (),
+    warm_start: Callable[[TrainState], TrainState] = lambda state: state,
+    mesh: Mesh | None = None,
+    quiet: bool = False,
+) -> TrainState:
+    """Trains from the newest checkpoint of `workdir`, or from nothing, to `config.train_steps`.
+
+    Args:
+        recipe: the method.
+        data: the batches; its stream is entered at the restored position.
+        workdir: local or object-store folder; None keeps everything in memory.
+        evaluators: what to measure along the way.
+        warm_start: maps the first state, once, never on resume.
+        mesh: overrides the mesh that `config.mesh` describes.
+        quiet: prints nothing but errors.
+
+    Returns:
+        The last state, on the mesh.
+
+    Raises:
+        ConfigError: the batch, the mesh, the checkpoint or the data do not fit.
+        DivergedError: updates stopped being finite.
+        PreemptedError: a signal asked the run to stop; its state is saved.
+    """
+    if mesh is None:
+        try:
+            mesh = make_mesh(config.mesh)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    run = Run(recipe, config, mesh, None if workdir is None else epath.Path(workdir))
+    life = run.life
+    with life.signals():
+        frozen = run.load_frozen()
+        state, position = run.start(warm_start)
+        step = int(state.step)
+        life.charge_lost_work(progress.lost_steps(run.workdir, step))
+        run.writer = None if run.workdir is None else MetricWriter(run.workdir, step, config.tensorboard)
+        say = progress.Reporter(config.train_steps, step, quiet)
+        say.start(explain(state), run.mesh, step)
+        if step < config.train_steps:
+            with life.phase("compile"):
+                run.compile(state, frozen)
+        stream = data.batches(position)
+        try:
+            while True:
+                due = step == config.train_steps or step % config.checkpoint.every_steps == 0
+                evaluation_due = any(e.due(step, step == config.train_steps) for e in evaluators)
+                if step and (due or evaluation_due):
+                    run.save(state, step, position)
+                run.evaluate(state, frozen, step, evaluators)
+                if step == config.train_steps:
+                    break
+                with life.phase("data"):
+                    batch = next(stream)
+                position += 1
+                with life.phase("step"):
+                    state = run.update(state, frozen, batch, step + 1)
+                    step += 1
+                    say.count(len(batch.source_index) * jax.process_count())
+                    if step % config.log_every_steps == 0 or step == config.train_steps:
+                        # One interval behind: the device never waits for the host to fetch and write.
+                        means = run.flush_metrics(leave=0 if step == config.train_steps else config.log_every_steps)
+                        line, perf = say.interval(step, means, life.seconds(), run.saved_step)
+                        if run.writer is not None and perf:
+                            run.writer.perf(perf)
+                        if line and not quiet:
+                            print(line, flush=True)
+                if life.preempted:
+                    run.save(state, step, position)
+                    run.wait_for_save()
+                    raise PreemptedError(f"stopped at step {step} with everything saved; run the same command to go on")
+        finally:
+            progress.close(stream)
+            if run.writer is not None:
+                run.writer.close()
+            if run.checkpointer is not None:
+                run.checkpointer.close()
+            life.store(step)
+    return state
+
