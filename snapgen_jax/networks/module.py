@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import jax
@@ -111,7 +111,9 @@ def _named_leaves(module: nnx.Module) -> tuple[nnx.GraphDef, dict[Path, Any]]:
     flat = {}
     for path, variable in nnx.to_flat_state(state):
         if not isinstance(variable, nnx.Param):
-            raise TypeError(f"{'/'.join(map(_name, path))} is a {type(variable).__name__}; a network may hold nnx.Param only")
+            raise TypeError(
+                f"{'/'.join(map(_name, path))} is a {type(variable).__name__}; a network may hold nnx.Param only"
+            )
         flat[tuple(map(_name, path))] = variable.get_value()
     return graphdef, flat
 
@@ -166,6 +168,15 @@ def _difference(network: Network, given: Mapping[Path, Any]) -> str:
         lines.append(f"  missing: {name}" + (f" (given instead: {close[0]}?)" if close else ""))
     lines += [f"  surplus: {name}" for name in sorted(names - expected)]
     return "\n".join(lines)
+
+
+def take_apart(module: nnx.Module) -> tuple[Callable[[Tree], nnx.Module], Tree]:
+    """Splits a module into its parameters, as a pytree for jax transformations, and the function that joins them again.
+
+    For code inside a network that scans or maps over the parameters of a part of itself (see `networks/depth.py`).
+    """
+    graphdef, state = nnx.split(module)
+    return functools.partial(nnx.merge, graphdef), state
 
 
 def count_parameters(tree: Tree) -> int:
