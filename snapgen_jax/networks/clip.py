@@ -1,0 +1,196 @@
+"""The CLIP text transformer (Radford et al. 2021, section 2.4), tiny or full-size by config."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from snapgen_jax.networks.attention import Attention, causal_bias
+from snapgen_jax.networks.layers import LayerNorm, Linear
+from snapgen_jax.networks.module import Preset, compute_dtype, shard
+from snapgen_jax.networks.text import TextContext
+
+__all__ = ["RULES", "ClipText", "ClipTextConfig", "input_spec", "null_tokens"]
+
+RULES: list[tuple[str, PartitionSpec]] = [
+    (r"token_embedding$", PartitionSpec("fsdp", None)),
+    (r"(query|key|value|inner)/kernel$", PartitionSpec(None, "fsdp")),
+    (r"(out|outer|projection)/kernel$", PartitionSpec("fsdp", None)),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipTextConfig(Preset):
+    """Architecture of a `ClipText`. The defaults are those of the shapes world.
+
+    Attributes:
+        vocab_size, max_tokens: sizes of the token and position tables.
+        width, layers, heads: of the transformer; its feed-forward network is four times as wide.
+        projection: width of the pooled vector; None for the last state itself.
+        activation: `x sigmoid(1.702 x)` or the exact GELU.
+        bos_id, eos_id, pad_id: special tokens.
+        pooling: the pooled state is that of the first `eos_id` ("eos"), or of the largest id ("argmax", as in the first
+            CLIP, whose end token has the largest id).
+        output: the sequence is the input of the last layer without a norm ("penultimate"), or the last layer's output
+            after the final norm ("last").
+        key_bias: whether the key projection has a bias. Softmax removes it exactly, so it can never be trained;
+            published checkpoints hold one.
+        dtype: platform choice, fixed by `module.for_platform`.
+    """
+
+    vocab_size: int = 512
+    width: int = 128
+    layers: int = 2
+    heads: int = 4
+    max_tokens: int = 32
+    projection: int | None = 128
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    bos_id: int = 1
+    eos_id: int = 2
+    pad_id: int = 0
+    pooling: Literal["eos", "argmax"] = "eos"
+    output: Literal["penultimate", "last"] = "last"
+    key_bias: bool = False
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ValueError(f"ClipTextConfig: {self.heads} heads do not divide width={self.width}; change one of them")
+
+    def module(self, rngs: nnx.Rngs) -> nnx.Module:
+        """Creates the text encoder with freshly drawn parameters."""
+        return ClipText(self, rngs)
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "smoke": {"vocab_size": 32, "width": 16, "heads": 2, "max_tokens": 8, "projection": 16},
+        "shapes": {},
+        "clip_l": {
+            "vocab_size": 49408,
+            "width": 768,
+            "layers": 12,
+            "heads": 12,
+            "max_tokens": 77,
+            "projection": 768,
+            "bos_id": 49406,
+            "eos_id": 49407,
+            "pad_id": 49407,
+            "pooling": "argmax",
+            "output": "penultimate",
+            "key_bias": True,
+        },
+        "clip_g": {
+            "vocab_size": 49408,
+            "width": 1280,
+            "layers": 32,
+            "heads": 20,
+            "max_tokens": 77,
+            "projection": 1280,
+            "activation": "gelu",
+            "bos_id": 49406,
+            "eos_id": 49407,
+            "pad_id": 0,
+            "pooling": "argmax",
+            "output": "penultimate",
+            "key_bias": True,
+        },
+    }
+
+
+class ClipLayer(nnx.Module):
+    """Causal self-attention and a feed-forward network, each with a LayerNorm before and a residual."""
+
+    def __init__(self, config: ClipTextConfig, rngs: nnx.Rngs):
+        width, dtype = config.width, compute_dtype(config)
+        self.norm_1 = LayerNorm(width, dtype=dtype)
+        self.attention = Attention(
+            width,
+            config.heads,
+            width // config.heads,
+            qkv_bias=True,
+            key_bias=config.key_bias,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.norm_2 = LayerNorm(width, dtype=dtype)
+        self.inner = Linear(width, 4 * width, dtype=dtype, rngs=rngs)
+        self.outer = Linear(4 * width, width, dtype=dtype, rngs=rngs)
+        self.activation = config.activation
+
+    def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
+        x = x + self.attention(self.norm_1(x), bias=bias)
+        h = self.inner(self.norm_2(x))
+        h = h * jax.nn.sigmoid(1.702 * h) if self.activation == "quick_gelu" else jax.nn.gelu(h, approximate=False)
+        return x + self.outer(h)
+
+
+class ClipText(nnx.Module):
+    """Token ids to a `TextContext`. Build it through `networks.module.build`."""
+
+    def __init__(self, config: ClipTextConfig, rngs: nnx.Rngs):
+        dtype = compute_dtype(config)
+        draw = nnx.initializers.normal
+        self.config = config
+        self.token_embedding = nnx.Param(draw(0.02)(rngs.params(), (config.vocab_size, config.width), jnp.float32))
+        self.position_embedding = nnx.Param(draw(0.01)(rngs.params(), (config.max_tokens, config.width), jnp.float32))
+        self.layers = nnx.List([ClipLayer(config, rngs) for _ in range(config.layers)])
+        self.norm = LayerNorm(config.width, dtype=dtype)
+        self.projection = (
+            Linear(config.width, config.projection, bias=False, dtype=dtype, rngs=rngs) if config.projection else None
+        )
+
+    def __call__(self, tokens: jax.Array, mask: jax.Array) -> TextContext:
+        """Encodes a text.
+
+        Attention is causal, so that padding on the right changes no state before it; `mask` is passed on for the
+        network that attends to the states.
+
+        Args:
+            tokens: `[B, L]` int32, L <= max_tokens.
+            mask: `[B, L]` float32, 1 for tokens and 0 for padding.
+
+        Returns:
+            sequence `[B, L, width]`, mask `[B, L]` and pooled `[B, projection]`, float32.
+
+        Raises:
+            ValueError: the text is longer than `max_tokens`.
+        """
+        config, length = self.config, tokens.shape[1]
+        if length > config.max_tokens:
+            raise ValueError(f"ClipText: {length} tokens given, but max_tokens={config.max_tokens}; truncate the text")
+        # "clip" spares the export nine operators that would only handle ids outside the table.
+        x = self.token_embedding[...].at[tokens].get(mode="clip") + self.position_embedding[:length]
+        x = shard(x.astype(compute_dtype(config)), "tokens")
+        bias, penultimate = causal_bias(length), x
+        for layer in self.layers:
+            penultimate, x = x, layer(x, bias)
+        last = self.norm(x)
+
+        ends = tokens if config.pooling == "argmax" else (tokens == config.eos_id).astype(jnp.float32)
+        # A product with a one-hot row: a gather would not run on mobile GPUs.
+        one_hot = jax.nn.one_hot(jnp.argmax(ends, axis=-1), length, dtype=last.dtype)
+        pooled = jnp.einsum("bl,bld->bd", one_hot, last)
+        if self.projection is not None:
+            pooled = self.projection(pooled)
+        sequence = last if config.output == "last" else penultimate
+        return TextContext(sequence.astype(jnp.float32), mask.astype(jnp.float32), pooled.astype(jnp.float32))
+
+
+def null_tokens(config: ClipTextConfig, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The empty text: tokens `[L]` int32 (BOS, EOS, padding) and mask `[L]` float32."""
+    tokens = np.full(length, config.pad_id, np.int32)
+    tokens[:2] = config.bos_id, config.eos_id
+    mask = np.zeros(length, np.float32)
+    mask[:2] = 1
+    return tokens, mask
+
+
+def input_spec(config: ClipTextConfig, batch: int = 1, tokens: int = 77) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """`ShapeDtypeStruct`s of a `ClipText`'s positional arguments, tokens and mask; no longer than `max_tokens`."""
+    length = min(tokens, config.max_tokens)
+    return jax.ShapeDtypeStruct((batch, length), jnp.int32), jax.ShapeDtypeStruct((batch, length), jnp.float32)

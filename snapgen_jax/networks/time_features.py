@@ -1,0 +1,38 @@
+"""Sinusoidal features of the diffusion time.
+
+They are an input of the networks and no part of them: a phone's GPU computes sine and cosine too coarsely, and a
+float16 copy of the frequency table makes the error grow with the time, so the client computes them in float32.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+TIME_SCALE = 1000.0
+MAX_PERIOD = 10_000.0
+
+
+def time_features(t: jax.Array, dim: int = 256) -> jax.Array:
+    """Cosines, then sines, of `1000 t` at `dim / 2` frequencies that fall geometrically from 1 to 1/10000.
+
+    Args:
+        t: `[B]` diffusion times in [0, 1].
+        dim: even number of features.
+
+    Returns:
+        `[B, dim]` float32.
+
+    Raises:
+        ValueError: `dim` is odd.
+
+    Source: Vaswani et al. 2017, section 3.5, in the order [cos, sin] of Stable Diffusion's networks.
+    """
+    if dim % 2:
+        raise ValueError(f"time_features needs an even number of features, not dim={dim}")
+    half = dim // 2
+    frequencies = jnp.exp(-math.log(MAX_PERIOD) / half * jnp.arange(half, dtype=jnp.float32))
+    angles = (TIME_SCALE * t.astype(jnp.float32))[:, None] * frequencies  # [B, dim/2]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)

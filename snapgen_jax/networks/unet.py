@@ -1,0 +1,216 @@
+"""The SnapGen UNet (arXiv 2412.09619, section 3.1): a thin latent-diffusion UNet for phones.
+
+Stages go down in resolution and up again; each holds units of a residual block (separable convolutions) and a
+transformer (multi-query attention, cross-attention to the text). Every output on the way down is concatenated to an
+input on the way up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from snapgen_jax.networks.attention import mask_bias, rope_table
+from snapgen_jax.networks.layers import Conv, GroupNorm
+from snapgen_jax.networks.module import compute_dtype, shard
+from snapgen_jax.networks.taps import Taps
+from snapgen_jax.networks.text import TextContext
+from snapgen_jax.networks.unet_blocks import Downsample, EmbeddingMLP, ResidualBlock, Rope, Transformer, Unit, Upsample
+from snapgen_jax.networks.unet_config import UNetConfig
+
+__all__ = ["RULES", "UNet", "UNetConfig", "input_spec", "tap_names"]
+
+# First match wins. Kernels are split over their outputs, or over their inputs where the outputs are the residual
+# stream; vectors are small and stay whole.
+RULES: list[tuple[str, PartitionSpec]] = [
+    (r"depthwise/kernel$", PartitionSpec(None, None, None, "fsdp")),
+    (r"conv_out/kernel$", PartitionSpec(None, None, "fsdp", None)),
+    (r"(conv|conv_in|conv_1|conv_2|skip|pointwise)/kernel$", PartitionSpec(None, None, None, "fsdp")),
+    (r"(key|value)/kernel$", PartitionSpec("fsdp", None)),
+    (r"(out|outer|project_out)/kernel$", PartitionSpec("fsdp", None)),
+    (r"(query|inner|project_in|embedding)/kernel$", PartitionSpec(None, "fsdp")),
+]
+
+
+class UNet(nnx.Module):
+    """Velocity of a noisy latent, given its time and a text. Build it through `networks.module.build`."""
+
+    def __init__(self, config: UNetConfig, rngs: nnx.Rngs):
+        dtype, channels, last = compute_dtype(config), config.channels, len(config.channels) - 1
+        self.config = config
+        self.time = EmbeddingMLP(config.time_width, config.embedding_width, dtype=dtype, rngs=rngs)
+        self.pooled = (
+            EmbeddingMLP(config.pooled_width, config.embedding_width, dtype=dtype, rngs=rngs)
+            if config.pooled_width
+            else None
+        )
+        self.conv_in = Conv(config.latent_channels, channels[0], dtype=dtype, rngs=rngs)
+
+        width, skips = channels[0], [channels[0]]
+        self.down, self.downsamplers = nnx.List(), nnx.List()
+        for stage, channel in enumerate(channels):
+            residual = stage > 0 or config.first_stage != "tf"
+            depth = 0 if stage == 0 and config.first_stage == "res" else config.down_depth[stage]
+            units = nnx.List()
+            for _ in range(config.units):
+                units.append(Unit(config, stage, width, depth, residual, rngs))
+                width = channel
+                skips.append(width)
+            self.down.append(units)
+            if stage < last:
+                self.downsamplers.append(Downsample(config, width, rngs))
+                skips.append(width)
+
+        self.mid_residual = ResidualBlock(config, width, width, rngs)
+        self.mid_transformer = Transformer(config, last, config.mid_depth, rngs) if config.mid_depth else None
+        self.mid_residual_2 = ResidualBlock(config, width, width, rngs) if config.mid == "rar" else None
+
+        # Lists are indexed by stage, so the way up is built and stored from the highest resolution like the way down.
+        up_units: list[nnx.List] = []
+        upsamplers: list[Upsample] = []
+        for stage in reversed(range(len(channels))):
+            units = nnx.List()
+            for _ in range(config.units + 1):
+                units.append(Unit(config, stage, width + skips.pop(), config.up_depth[stage], True, rngs))
+                width = channels[stage]
+            up_units.insert(0, units)
+            if stage:
+                upsamplers.insert(0, Upsample(config, width, rngs))
+        self.up, self.upsamplers = nnx.List(up_units), nnx.List(upsamplers)
+
+        self.norm_out = GroupNorm(width, config.groups, dtype=dtype)
+        self.conv_out = Conv(width, config.latent_channels, init="zeros", dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        time: jax.Array,
+        context: TextContext,
+        *,
+        taps: Sequence[str] = (),
+        reuse: Mapping[str, jax.Array] | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Predicts the velocity.
+
+        Args:
+            x: `[B, H, W, C]` noisy latent; H and W multiples of `config.reduction`.
+            time: `[B, time_width]` from `time_features`.
+            context: sequence `[B, L, context_width]`, mask `[B, L]`, pooled `[B, pooled_width]`.
+            taps: names of intermediates to return; `tap_names(config)` lists them.
+            reuse: intermediates to use in place of the network's own.
+
+        Returns:
+            v: `[B, H, W, C]` float32.
+            intermediates: `{name: [B, h, w, c]}` in the compute dtype.
+
+        Raises:
+            ValueError: a shape does not fit the config, or a name is unknown.
+        """
+        config, stages = self.config, len(self.config.channels)
+        _check_inputs(config, x, time, context)
+        tap = Taps(tap_names(config), taps, reuse)
+
+        embedding = self.time(time)
+        if self.pooled is not None:
+            embedding = embedding + self.pooled(context.pooled)
+        embedding = jax.nn.silu(embedding)
+        states = context.sequence.astype(compute_dtype(config))
+        bias = mask_bias(context.mask)
+
+        h = tap(shard(self.conv_in(shard(x, "image")), "image"), "conv_in")
+        skips = [h]
+        for stage, units in enumerate(self.down):
+            rope = _rope(config, stage, h)
+            for i, unit in enumerate(units):
+                h = unit(h, embedding, states, bias, rope)
+                h = tap(h, f"down_{stage}_{i}", *([f"down_{stage}"] if i == config.units - 1 else []))
+                skips.append(h)
+            if stage < stages - 1:
+                h = tap(self.downsamplers[stage](h), f"downsample_{stage}")
+                skips.append(h)
+
+        h = self.mid_residual(h, embedding)
+        if self.mid_transformer is not None:
+            h = self.mid_transformer(h, states, bias, _rope(config, stages - 1, h))
+        if self.mid_residual_2 is not None:
+            h = self.mid_residual_2(h, embedding)
+        h = tap(shard(h, "image"), "mid")
+
+        for stage in reversed(range(stages)):
+            rope = _rope(config, stage, h)
+            for i, unit in enumerate(self.up[stage]):
+                h = unit(jnp.concatenate([h, skips.pop()], axis=-1), embedding, states, bias, rope)
+                h = tap(h, f"up_{stage}_{i}", *([f"up_{stage}"] if i == config.units else []))
+            if stage:
+                h = tap(self.upsamplers[stage - 1](h), f"upsample_{stage}")
+
+        v = self.conv_out(jax.nn.silu(self.norm_out(h)))
+        return shard(v.astype(jnp.float32), "image"), tap.found
+
+
+def tap_names(config: UNetConfig) -> tuple[str, ...]:
+    """Names of a UNet's intermediates in the order in which they are computed.
+
+    `down_1_0` is the output of unit 0 of stage 1 on the way down, `down_1` that of its last unit; stage 0 has the
+    highest resolution on both ways.
+    """
+    names, stages = ["conv_in"], len(config.channels)
+    for stage in range(stages):
+        names += [*(f"down_{stage}_{i}" for i in range(config.units)), f"down_{stage}"]
+        names += [f"downsample_{stage}"] if stage < stages - 1 else []
+    names += ["mid"]
+    for stage in reversed(range(stages)):
+        names += [*(f"up_{stage}_{i}" for i in range(config.units + 1)), f"up_{stage}"]
+        names += [f"upsample_{stage}"] if stage else []
+    return tuple(names)
+
+
+def input_spec(
+    config: UNetConfig, batch: int = 1, height: int = 32, width: int = 32, tokens: int = 77
+) -> tuple[Any, Any, TextContext]:
+    """`ShapeDtypeStruct`s of a UNet's positional arguments: latent, time features, text.
+
+    `height` and `width` are the latent's.
+    """
+
+    def array(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    context = TextContext(
+        sequence=array(batch, tokens, config.context_width),
+        mask=array(batch, tokens),
+        pooled=array(batch, config.pooled_width or 0),
+    )
+    return array(batch, height, width, config.latent_channels), array(batch, config.time_width), context
+
+
+def _rope(config: UNetConfig, stage: int, h: jax.Array) -> Rope | None:
+    if not (config.rope and config.self_attention[stage]):
+        return None
+    return rope_table(h.shape[1], h.shape[2], config.head_dim, config.rope_theta)
+
+
+def _check_inputs(config: UNetConfig, x: jax.Array, time: jax.Array, context: TextContext) -> None:
+    _, h, w, c = x.shape
+    if c != config.latent_channels:
+        raise ValueError(f"UNet: the latent has {c} channels, but latent_channels={config.latent_channels}")
+    if h % config.reduction or w % config.reduction:
+        raise ValueError(
+            f"UNet: a latent of {h} x {w} does not divide by {config.reduction}, as {len(config.channels)} stages "
+            f"need; change the image size or the number of stages"
+        )
+    if time.shape[-1] != config.time_width:
+        raise ValueError(f"UNet: {time.shape[-1]} time features given, but time_width={config.time_width}")
+    if context.sequence.shape[-1] != config.context_width:
+        raise ValueError(
+            f"UNet: the text states are {context.sequence.shape[-1]} wide, but context_width={config.context_width}"
+        )
+    if config.pooled_width and context.pooled.shape[-1] != config.pooled_width:
+        raise ValueError(
+            f"UNet: the pooled text is {context.pooled.shape[-1]} wide, but pooled_width={config.pooled_width}"
+        )

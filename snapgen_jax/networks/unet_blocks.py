@@ -1,0 +1,178 @@
+"""The parts of the SnapGen UNet: residual block, transformer, the unit of both, and the samplers between stages."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from snapgen_jax.networks.attention import Attention
+from snapgen_jax.networks.depthwise import DepthwiseConv
+from snapgen_jax.networks.layers import GEGLU, Conv, GroupNorm, Init, LayerNorm, Linear, upsample_nearest
+from snapgen_jax.networks.module import compute_dtype, shard
+from snapgen_jax.networks.unet_config import UNetConfig
+
+Rope = tuple[np.ndarray, np.ndarray]
+
+
+class SeparableConv(nnx.Module):
+    """Depthwise 3x3 with a bias, then pointwise without one."""
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        in_width: int,
+        out_width: int,
+        *,
+        stride: int = 1,
+        init: Init = "fan_in",
+        rngs: nnx.Rngs,
+    ):
+        dtype = compute_dtype(config)
+        self.depthwise = DepthwiseConv(in_width, stride=stride, form=config.depthwise, dtype=dtype, rngs=rngs)
+        self.pointwise = Conv(in_width, out_width, 1, bias=False, init=init, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.pointwise(self.depthwise(x))
+
+
+def _conv(
+    config: UNetConfig,
+    separable: bool,
+    in_width: int,
+    out_width: int,
+    rngs: nnx.Rngs,
+    stride: int = 1,
+    init: Init = "fan_in",
+) -> SeparableConv | Conv:
+    if separable:
+        return SeparableConv(config, in_width, out_width, stride=stride, init=init, rngs=rngs)
+    return Conv(in_width, out_width, stride=stride, init=init, dtype=compute_dtype(config), rngs=rngs)
+
+
+class ResidualBlock(nnx.Module):
+    """Two normalised 3x3 convolutions around the addition of the time embedding; the second one starts at zero.
+
+    SnapGen, section 3.1: the convolutions are separable and the width between them is expanded.
+    """
+
+    def __init__(self, config: UNetConfig, in_width: int, out_width: int, rngs: nnx.Rngs):
+        dtype = compute_dtype(config)
+        base = {"out": out_width, "in": in_width, "max": max(in_width, out_width)}[config.expand_base]
+        middle = base * config.expand_ratio
+        separable = config.convolution == "separable"
+        self.norm_1 = GroupNorm(in_width, config.groups, dtype=dtype)
+        self.conv_1 = _conv(config, separable, in_width, middle, rngs)
+        self.embedding = Linear(config.embedding_width, middle, dtype=dtype, rngs=rngs)
+        self.norm_2 = GroupNorm(middle, config.groups, dtype=dtype)
+        self.conv_2 = _conv(config, separable, middle, out_width, rngs, init="zeros")
+        self.skip = Conv(in_width, out_width, 1, dtype=dtype, rngs=rngs) if in_width != out_width else None
+
+    def __call__(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
+        """`[B, H, W, in] -> [B, H, W, out]`; `embedding` is `[B, E]`, already activated."""
+        h = self.conv_1(jax.nn.silu(self.norm_1(x)))
+        h = h + self.embedding(embedding)[:, None, None, :]
+        h = self.conv_2(jax.nn.silu(self.norm_2(h)))
+        return h + (x if self.skip is None else self.skip(x))
+
+
+class TransformerBlock(nnx.Module):
+    """Self-attention, cross-attention and a gated feed-forward network, each with a LayerNorm before and a residual."""
+
+    def __init__(self, config: UNetConfig, width: int, self_attention: bool, cross_attention: bool, rngs: nnx.Rngs):
+        dtype = compute_dtype(config)
+
+        def attention(context_width: int | None = None) -> Attention:
+            return Attention(
+                width,
+                width // config.head_dim,
+                config.head_dim,
+                context_width=context_width,
+                kv_heads=config.kv_heads,
+                qk_norm=config.qk_norm,
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+        self.self_norm = LayerNorm(width, dtype=dtype) if self_attention else None
+        self.self_attention = attention() if self_attention else None
+        self.cross_norm = LayerNorm(width, dtype=dtype) if cross_attention else None
+        self.cross_attention = attention(config.context_width) if cross_attention else None
+        self.ffn_norm = LayerNorm(width, dtype=dtype)
+        self.ffn = GEGLU(width, config.ffn_ratio * width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, context: jax.Array, context_bias: jax.Array, rope: Rope | None) -> jax.Array:
+        if self.self_attention is not None and self.self_norm is not None:
+            x = x + self.self_attention(self.self_norm(x), rope=rope)
+        if self.cross_attention is not None and self.cross_norm is not None:
+            x = x + self.cross_attention(self.cross_norm(x), context, bias=context_bias)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class Transformer(nnx.Module):
+    """`depth` transformer blocks over the pixels of an image, inside a residual that starts at zero."""
+
+    def __init__(self, config: UNetConfig, stage: int, depth: int, rngs: nnx.Rngs):
+        width, dtype = config.channels[stage], compute_dtype(config)
+        flags = config.self_attention[stage], config.cross_attention[stage]
+        self.norm = GroupNorm(width, config.groups, dtype=dtype)
+        self.project_in = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.blocks = nnx.List([TransformerBlock(config, width, *flags, rngs) for _ in range(depth)])
+        self.project_out = Linear(width, width, init="zeros", dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, context: jax.Array, context_bias: jax.Array, rope: Rope | None) -> jax.Array:
+        """`[B, H, W, C] -> [B, H, W, C]`; context `[B, L, D]`, context_bias `[B, 1, 1, L]`."""
+        b, h, w, c = x.shape
+        tokens = shard(self.project_in(self.norm(x).reshape(b, h * w, c)), "tokens")
+        for block in self.blocks:
+            tokens = block(tokens, context, context_bias, rope)
+        return x + self.project_out(tokens).reshape(b, h, w, c)
+
+
+class Unit(nnx.Module):
+    """A residual block, a transformer, or the one and then the other."""
+
+    def __init__(self, config: UNetConfig, stage: int, in_width: int, depth: int, residual: bool, rngs: nnx.Rngs):
+        self.residual = ResidualBlock(config, in_width, config.channels[stage], rngs) if residual else None
+        self.transformer = Transformer(config, stage, depth, rngs) if depth else None
+
+    def __call__(
+        self, x: jax.Array, embedding: jax.Array, context: jax.Array, context_bias: jax.Array, rope: Rope | None
+    ) -> jax.Array:
+        if self.residual is not None:
+            x = self.residual(x, embedding)
+        if self.transformer is not None:
+            x = self.transformer(x, context, context_bias, rope)
+        return shard(x, "image")
+
+
+class Downsample(nnx.Module):
+    """3x3 convolution of stride 2: `[B, H, W, C] -> [B, H/2, W/2, C]`."""
+
+    def __init__(self, config: UNetConfig, width: int, rngs: nnx.Rngs):
+        self.conv = _conv(config, config.sampler == "sep", width, width, rngs, stride=2)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.conv(x)
+
+
+class Upsample(nnx.Module):
+    """Nearest-neighbour doubling and a 3x3 convolution: `[B, H, W, C] -> [B, 2H, 2W, C]`."""
+
+    def __init__(self, config: UNetConfig, width: int, rngs: nnx.Rngs):
+        self.conv = _conv(config, config.sampler == "sep", width, width, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.conv(upsample_nearest(x))
+
+
+class EmbeddingMLP(nnx.Module):
+    """`[B, in] -> [B, width]`: linear, SiLU, linear."""
+
+    def __init__(self, in_width: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.inner = Linear(in_width, width, dtype=dtype, rngs=rngs)
+        self.outer = Linear(width, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.outer(jax.nn.silu(self.inner(x)))

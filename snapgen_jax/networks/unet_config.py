@@ -1,0 +1,143 @@
+"""What a SnapGen UNet is made of: every choice that the paper leaves open, or that its ablation changes, is a field."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+from flax import nnx
+
+from snapgen_jax.networks.module import Preset
+
+_SNAPGEN: dict[str, Any] = {"channels": (256, 512, 896), "down_depth": (1, 2, 4), "mid_depth": 4, "up_depth": (0, 2, 4)}
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig(Preset):
+    """Architecture of a `networks.unet.UNet`. The defaults are the text-to-image network, 379.04M parameters.
+
+    Where the paper (arXiv 2412.09619) and its descriptions leave a choice open, the default is the reading whose
+    parameter counts and compute fit the published ones best; the other readings are other values of these fields.
+
+    Attributes:
+        latent_channels: C of the latent `[B, H, W, C]` that goes in and of the velocity that comes out.
+        channels: width of each stage, from the highest resolution to the lowest. Each stage halves the resolution.
+        units: residual-and-transformer units of a stage on the way down; the way up has one more.
+        down_depth, up_depth: transformer blocks of a unit, for each stage; 0 for units without a transformer.
+        mid_depth: transformer blocks of the middle.
+        first_stage: units of the first stage on the way down: a residual block and a transformer ("res+tf"), a
+            transformer alone ("tf"), or a residual block alone ("res", which ignores `down_depth[0]`).
+        mid: the middle is a residual block and a transformer ("ra"), or the same and a second residual block ("rar").
+        self_attention, cross_attention: for each stage, whether its transformer blocks hold it.
+        convolution: the two convolutions of a residual block: depthwise 3x3 and pointwise, or ordinary 3x3.
+        expand_ratio: width between those two, as a multiple of the base width.
+        expand_base: the base width: that of the block's output, of its input, or the larger.
+        sampler: the convolutions that halve or follow the doubling of the resolution: ordinary, or separable.
+        ffn_ratio: hidden width of the gated feed-forward network, as a multiple of its width.
+        head_dim: width of an attention head.
+        kv_heads: key and value heads of self- and cross-attention (1 is multi-query); None for as many as queries.
+        qk_norm: RMSNorm of queries and keys.
+        rope: 2-D rotary positions in self-attention, with base `rope_theta`.
+        context_width: width of the text states.
+        pooled_width: width of the pooled text vector that is added to the time embedding; None or 0 to ignore it.
+        time_width: number of time features that go in.
+        embedding_width: width of the time embedding.
+        groups: groups of every GroupNorm.
+        dtype, depthwise: platform choices, fixed by `module.for_platform`.
+    """
+
+    latent_channels: int = 16
+    channels: tuple[int, ...] = (256, 512, 896)
+    units: int = 2
+    down_depth: tuple[int, ...] = (1, 2, 4)
+    mid_depth: int = 4
+    up_depth: tuple[int, ...] = (0, 2, 4)
+    first_stage: Literal["res+tf", "tf", "res"] = "tf"
+    mid: Literal["ra", "rar"] = "ra"
+    self_attention: tuple[bool, ...] = (False, False, True)
+    cross_attention: tuple[bool, ...] = (True, True, True)
+    convolution: Literal["separable", "ordinary"] = "separable"
+    expand_ratio: int = 2
+    expand_base: Literal["out", "in", "max"] = "out"
+    sampler: Literal["conv", "sep"] = "conv"
+    ffn_ratio: int = 3
+    head_dim: int = 64
+    kv_heads: int | None = 1
+    qk_norm: bool = True
+    rope: bool = True
+    rope_theta: float = 10_000.0
+    context_width: int = 2048
+    pooled_width: int | None = 2048
+    time_width: int = 256
+    embedding_width: int = 1024
+    groups: int = 32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    depthwise: Literal["auto", "grouped", "shifted"] = "auto"
+
+    def __post_init__(self):
+        stages = len(self.channels)
+        for name in ("down_depth", "up_depth", "self_attention", "cross_attention"):
+            if len(getattr(self, name)) != stages:
+                raise ValueError(
+                    f"UNetConfig.{name} = {getattr(self, name)} has {len(getattr(self, name))} entries, but `channels` "
+                    f"has {stages} stages; give one entry a stage"
+                )
+        for width in self.channels:
+            if width % self.groups or width % self.head_dim:
+                raise ValueError(
+                    f"UNetConfig: a stage of {width} channels must be a multiple of groups={self.groups} and of "
+                    f"head_dim={self.head_dim}; change `channels`, `groups` or `head_dim`"
+                )
+        if self.first_stage == "tf" and self.down_depth[0] == 0:
+            raise ValueError(
+                "UNetConfig: first_stage='tf' with down_depth[0]=0 leaves the first stage empty; "
+                "set first_stage='res' or down_depth[0] to 1"
+            )
+
+    @property
+    def reduction(self) -> int:
+        """Height and width of a latent must be multiples of this."""
+        return 2 ** (len(self.channels) - 1)
+
+    def module(self, rngs: nnx.Rngs) -> nnx.Module:
+        """Creates the UNet with freshly drawn parameters."""
+        from snapgen_jax.networks.unet import UNet  # the network imports its config
+
+        return UNet(self, rngs)
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "smoke": {
+            "latent_channels": 4,
+            "channels": (8, 16),
+            "units": 1,
+            "down_depth": (1, 1),
+            "mid_depth": 1,
+            "up_depth": (0, 1),
+            "self_attention": (False, True),
+            "cross_attention": (True, True),
+            "head_dim": 4,
+            "context_width": 16,
+            "pooled_width": 16,
+            "time_width": 16,
+            "embedding_width": 16,
+            "groups": 4,
+        },
+        "shapes": {
+            "latent_channels": 48,
+            "channels": (64, 128),
+            "units": 1,
+            "down_depth": (1, 1),
+            "mid_depth": 1,
+            "up_depth": (1, 1),
+            "first_stage": "res+tf",
+            "self_attention": (False, True),
+            "cross_attention": (True, True),
+            "head_dim": 32,
+            "context_width": 128,
+            "pooled_width": 128,
+            "embedding_width": 256,
+            "groups": 16,
+        },
+        "imagenet": {**_SNAPGEN, "latent_channels": 4, "context_width": 768, "pooled_width": 768},
+        "t2i": {**_SNAPGEN, "latent_channels": 16, "context_width": 2048, "pooled_width": 2048},
+    }
