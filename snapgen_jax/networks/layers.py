@@ -52,7 +52,7 @@ class Conv(nnx.Module):
     """Square convolution `[B, H, W, in] -> [B, ceil(H / stride), ceil(W / stride), out]`, padded by `size // 2`.
 
     The padding is written out, because "SAME" pads a stride of two on one side only and would disagree with every
-    published checkpoint.
+    published checkpoint. `padding` gives other zeros (before, after) both axes.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class Conv(nnx.Module):
         size: int = 3,
         *,
         stride: int = 1,
+        padding: tuple[int, int] | None = None,
         bias: bool = True,
         init: Init = "fan_in",
         dtype: DTypeLike = jnp.float32,
@@ -69,14 +70,14 @@ class Conv(nnx.Module):
     ):
         self.kernel = _kernel(rngs, (size, size, in_width, out_width), init)
         self.bias = _constant(0, out_width) if bias else None
-        self.stride, self.padding, self.dtype = stride, size // 2, dtype
+        self.stride, self.padding, self.dtype = stride, padding or (size // 2, size // 2), dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = jax.lax.conv_general_dilated(
             x.astype(self.dtype),
             self.kernel[...].astype(self.dtype),
             window_strides=(self.stride, self.stride),
-            padding=[(self.padding, self.padding)] * 2,
+            padding=[self.padding] * 2,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
