@@ -1,0 +1,160 @@
+"""The block of the MMDiT: two streams of tokens, image and text, with weights of their own, that meet in one attention.
+
+Esser et al. 2024 (arXiv 2403.03206), figure 2b; Stable Diffusion 3.5 Medium adds a second attention among the image
+tokens alone ("MMDiT-X").
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from snapgen_jax.networks.layers import Linear, RMSNorm
+from snapgen_jax.networks.long_attention import attend_long
+from snapgen_jax.networks.module import compute_dtype, shard
+
+if TYPE_CHECKING:
+    from snapgen_jax.networks.mmdit import MMDiTConfig
+
+EPSILON = 1e-6
+Heads = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def layer_norm(x: jax.Array) -> jax.Array:
+    """Layer normalisation of the last axis without gain or bias; float32."""
+    x = x.astype(jnp.float32)
+    x = x - x.mean(axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + EPSILON)
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """`x (1 + scale) + shift` with x `[B, L, D]` and vectors `[B, D]` (Peebles and Xie 2023, section 3.2)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class Projections(nnx.Module):
+    """From tokens `[B, L, D]` to queries, keys and values `[B, L, H, D/H]`, and back.
+
+    Queries and keys pass an RMSNorm over the head width (section 5.3.2 of the paper). `back` is absent where a stream
+    is only read.
+    """
+
+    def __init__(self, config: MMDiTConfig, rngs: nnx.Rngs, *, back: bool = True):
+        width, dtype = config.width, compute_dtype(config)
+        self.query = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.key = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.value = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.query_norm = RMSNorm(config.head_dim, epsilon=EPSILON, dtype=dtype)
+        self.key_norm = RMSNorm(config.head_dim, epsilon=EPSILON, dtype=dtype)
+        self.back = Linear(width, width, dtype=dtype, rngs=rngs) if back else None
+        self.heads = config.heads
+
+    def split(self, x: jax.Array) -> Heads:
+        """Queries, keys and values."""
+        q, k, v = (part(x).reshape(*x.shape[:2], self.heads, -1) for part in (self.query, self.key, self.value))
+        return self.query_norm(q), self.key_norm(k), v
+
+    def merge(self, y: jax.Array) -> jax.Array:
+        """`[B, L, H, D/H] -> [B, L, D]`."""
+        assert self.back is not None
+        return self.back(y.reshape(*y.shape[:2], -1))
+
+
+class FeedForward(nnx.Module):
+    """Linear, GELU (tanh), linear."""
+
+    def __init__(self, config: MMDiTConfig, rngs: nnx.Rngs):
+        dtype, hidden = compute_dtype(config), config.ffn_ratio * config.width
+        self.inner = Linear(config.width, hidden, dtype=dtype, rngs=rngs)
+        self.outer = Linear(hidden, config.width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.outer(jax.nn.gelu(self.inner(x), approximate=True))
+
+
+class Stream(nnx.Module):
+    """One of the two streams of a block. A stream that is only read by the other ("read") gives keys and values and
+    ends there: its modulation is (scale, shift), in this order, and it has no feed-forward network.
+    """
+
+    def __init__(self, config: MMDiTConfig, role: Literal["full", "dual", "read"], rngs: nnx.Rngs):
+        parts = {"full": 6, "dual": 9, "read": 2}[role]
+        full = role != "read"
+        self.modulation = Linear(
+            config.width, parts * config.width, init="zeros", dtype=compute_dtype(config), rngs=rngs
+        )
+        self.attention = Projections(config, rngs, back=full)
+        self.self_attention = Projections(config, rngs) if role == "dual" else None
+        self.feed_forward = FeedForward(config, rngs) if full else None
+        self.parts = parts
+
+    def modulations(self, embedding: jax.Array) -> list[jax.Array]:
+        """The modulation vectors, each `[B, D]`."""
+        return jnp.split(self.modulation(embedding), self.parts, axis=-1)
+
+    def finish(self, x: jax.Array, y: jax.Array, modulations: list[jax.Array]) -> jax.Array:
+        """Adds what attention found, `y` `[B, L, H, D/H]`, to the stream."""
+        return x + modulations[2][:, None] * self.attention.merge(y)
+
+    def feed(self, x: jax.Array, modulations: list[jax.Array]) -> jax.Array:
+        """The feed-forward half of the block."""
+        assert self.feed_forward is not None
+        shift, scale, gate = modulations[3:6]
+        return x + gate[:, None] * self.feed_forward(modulate(layer_norm(x), shift, scale))
+
+
+class Block(nnx.Module):
+    """One MMDiT block.
+
+    Args:
+        kind: "joint"; "dual" (the image tokens also attend among themselves); or "last" (the text is only read).
+    """
+
+    def __init__(self, config: MMDiTConfig, kind: Literal["joint", "dual", "last"], rngs: nnx.Rngs):
+        self.image = Stream(config, "dual" if kind == "dual" else "full", rngs)
+        self.text = Stream(config, "read" if kind == "last" else "full", rngs)
+        self.kernel, self.chunk = config.attention, config.attention_chunk
+
+    def __call__(
+        self, image: jax.Array, text: jax.Array, embedding: jax.Array, bias: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Updates both streams.
+
+        Args:
+            image: `[B, N, D]` tokens.
+            text: `[B, L, D]` tokens.
+            embedding: `[B, D]` of time and pooled text, already activated.
+            bias: float32 `[B, 1, 1, N + L]` added to the scores of the joint attention.
+        """
+        normed, of_image = layer_norm(image), self.image.modulations(embedding)
+        of_text = self.text.modulations(embedding)
+        read_only = self.text.feed_forward is None
+        text_shift, text_scale = reversed(of_text) if read_only else of_text[:2]
+
+        parts = zip(
+            self.image.attention.split(modulate(normed, *of_image[:2])),
+            self.text.attention.split(modulate(layer_norm(text), text_shift, text_scale)),
+            strict=True,
+        )
+        q, k, v = (jnp.concatenate(part, axis=1) for part in parts)  # image tokens first
+        length = image.shape[1]
+        if read_only:
+            q = q[:, :length]  # nothing follows from what the text tokens would find
+        y = self._attend(q, k, v, bias)
+
+        image = self.image.finish(image, y[:, :length], of_image)
+        if (dual := self.image.self_attention) is not None:
+            shift, scale, gate = of_image[6:]
+            y_2 = self._attend(*dual.split(modulate(normed, shift, scale)), None)
+            image = image + gate[:, None] * dual.merge(y_2)
+        image = shard(self.image.feed(image, of_image), "tokens")
+        if not read_only:
+            text = self.text.finish(text, y[:, length:], of_text)
+            text = shard(self.text.feed(text, of_text), "tokens")
+        return image, text
+
+    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
+        return attend_long(q, k, v, bias, kernel=self.kernel, chunk=self.chunk)
