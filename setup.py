@@ -1,5 +1,7 @@
 """SnapGen in JAX: installable package. `make quickstart` and `make test` need nothing but this file and the lock."""
 
+import pathlib
+
 from setuptools import find_packages, setup
 
 CORE = [
@@ -13,7 +15,6 @@ CORE = [
     "tokenizers>=0.22",
     "ml_collections>=1.1",
     "tensorflow-datasets>=4.9.10",
-    "clu>=0.0.12",
     "tensorboardX>=2.6",  # event files without TensorFlow (clu's writer imports it)
     "tensorboard>=2.19",  # to look at them
     "flatbuffers>=25",  # jax.export needs it and does not say so
@@ -32,26 +33,30 @@ EXPORT = [
     "tensorflow==2.21.0; sys_platform != 'linux' or platform_machine != 'x86_64'",
     "ai-edge-litert==2.3.0",
     "ai-edge-quantizer==0.10.0",
-    "litert-converter==0.5.0; sys_platform == 'linux'",
+    "litert-converter==0.5.0; (sys_platform == 'linux' and platform_machine == 'x86_64') or sys_platform == 'darwin'",
 ]
 DEV = [
     "pytest>=8",
     "pytest-xdist>=3.6",
     "pytest-timeout>=2.3",
     "ruff>=0.9",
-    "pyright>=1.1",
+    "pyright[nodejs]>=1.1",  # with node as a wheel: needs nothing from outside the package index
     "nbclient>=0.10",
     "nbformat>=5.10",
     "ipykernel>=6.29",
     "matplotlib>=3.9",
-    "scikit-image>=0.24",
+    "scikit-image>=0.24",  # photographs to test with
+    "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",  # compiles for a pod without having one
 ]
 
 setup(
     name="snapgen-jax",
     version="0.1.0",
     description="SnapGen: mobile text-to-image models in JAX, from TPU pods to TFLite",
+    long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["snapgen_jax", "snapgen_jax.*"]),
     package_data={"snapgen_jax": ["py.typed", "**/*.json", "**/*.txt", "**/*.html"]},

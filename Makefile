@@ -1,0 +1,84 @@
+# `make quickstart` and `make test` are all that a newcomer needs; `make help` lists the rest.
+#
+# Both make .venv from requirements.lock first, and again only when the lock or setup.py changes. They need uv, or any
+# Python 3 with pip, which then fetches uv into .uv/. The environment's own Python is the first one found in the range
+# below; where there is none, uv downloads it.
+
+PYTHON      ?= >=3.11,<3.14
+WORKDIR     ?= quickstart
+PYTEST_ARGS ?=
+UPGRADE     ?=
+# For a machine that has no CPU build of torch: TORCH_INDEX="--extra-index-url https://download.pytorch.org/whl/cpu"
+TORCH_INDEX ?=
+
+VENV   := .venv
+ORACLE := .venv-oracle
+READY  := $(VENV)/.ready
+UV     := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo .uv/bin/uv)
+
+# Where no accelerator is in sight JAX is told so: libtpu, which is here to compile for pods, complains otherwise.
+ifeq ($(wildcard /dev/accel* /dev/vfio/* /dev/nvidia0 /dev/kfd /dev/dxg),)
+export JAX_PLATFORMS ?= cpu
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint format types notebooks oracle cuda install lock clean
+
+quickstart: $(READY) ## Train a SnapGen from nothing, sample, score, export and run the export (WORKDIR=quickstart)
+	$(VENV)/bin/snapgen quickstart --workdir $(WORKDIR)
+
+test: $(READY) ## Run the tests (PYTEST_ARGS="tests/networks -k depthwise")
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(READY) ## Check style and formatting
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(READY) ## Mend what lint can mend
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+types: $(READY) ## Check types
+	$(VENV)/bin/pyright
+
+notebooks: $(READY) ## Execute the notebooks and keep their pictures
+	$(VENV)/bin/jupyter-execute --inplace notebooks/*.ipynb
+
+oracle: $(ORACLE)/.ready ## Compare with torch, diffusers and transformers, live (TORCH_INDEX=...)
+	$(ORACLE)/bin/python -m pytest -m oracle $(PYTEST_ARGS)
+
+cuda: $(READY) ## Add JAX's CUDA plugin to .venv (again after the lock changes)
+	$(UV) pip install --python $(VENV)/bin/python --constraint requirements.lock --editable '.[cuda]'
+
+install: $(READY) ## Make .venv, and no more (PYTHON=3.12)
+
+lock: $(filter .uv/bin/uv,$(UV)) ## Write requirements.lock anew from setup.py (UPGRADE=--upgrade)
+	$(UV) pip compile setup.py --universal --python-version 3.11 --extra dev --output-file requirements.lock \
+	    --custom-compile-command 'make lock' --quiet $(UPGRADE)
+
+clean: ## Remove the environments and the caches; runs stay
+	rm -rf $(VENV) $(ORACLE) .uv .jax_cache .pytest_cache .ruff_cache build *.egg-info
+
+help: ## List these targets
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+$(READY): requirements.lock setup.py | $(filter .uv/bin/uv,$(UV))
+	test -x $(VENV)/bin/python || { rm -rf $(VENV) && $(UV) venv --python '$(PYTHON)' $(VENV); }
+	$(UV) pip sync --python $(VENV)/bin/python requirements.lock
+	$(UV) pip install --python $(VENV)/bin/python --no-deps --editable .
+	touch $@
+
+# pip rather than uv: it also looks where the machine's own pip settings say that wheels are kept.
+$(ORACLE)/.ready: requirements.lock setup.py | $(filter .uv/bin/uv,$(UV))
+	test -x $(ORACLE)/bin/python || { rm -rf $(ORACLE) && $(UV) venv --seed --python '$(PYTHON)' $(ORACLE); }
+	$(ORACLE)/bin/python -m pip install --constraint requirements.lock $(TORCH_INDEX) --editable '.[dev,oracle]'
+	touch $@
+
+.uv/bin/uv:
+	@for python in python3 python3.13 python3.12 python3.11 python; do \
+	    if $$python -m pip --version >/dev/null 2>&1; then \
+	        $$python -m pip install --quiet --upgrade --target .uv uv && exit 0; \
+	    fi; \
+	done; \
+	echo "Needs uv (https://docs.astral.sh/uv), or a Python 3 with pip (Debian, Ubuntu: apt install python3-pip)." >&2; \
+	exit 1
