@@ -44,7 +44,8 @@ class CodecConfig:
     Attributes:
         kind: "identity" (latents are pixels) or "patch" (orthonormal patch transform).
         patch: side p of a patch in pixels; "patch" only.
-        scale: 1 / standard deviation of the pixels, which the transform keeps.
+        scale: 1 / standard deviation of the pixels, which the transform keeps. The defaults are those of the rendered
+            shapes on their light background; photographs are near 2 and 0.
         shift: mean of the pixels, in [-1, 1].
         frequency_scale: further factors, one for each of the p^2 frequencies in row-major order (vertical, horizontal),
             to weigh detail against layout; empty means all one. "patch" only.
@@ -52,8 +53,8 @@ class CodecConfig:
 
     kind: Literal["identity", "patch"] = "patch"
     patch: int = 4
-    scale: float = 1.0
-    shift: float = 0.0
+    scale: float = 2.25
+    shift: float = 0.7
     frequency_scale: tuple[float, ...] = ()
 
 

@@ -1,0 +1,119 @@
+"""Classifier-free guidance: its identities, its closed form on Gaussians, and one fused call a step."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from snapgen_jax.diffusion.guidance import drop_condition, guided, with_guidance
+from snapgen_jax.diffusion.path import expand_like
+from snapgen_jax.diffusion.samplers import sample
+from snapgen_jax.diffusion.timesteps import time_grid
+from snapgen_jax.networks.text import TextContext
+
+NULL = TextContext(jnp.zeros((1, 4, 3)), jnp.ones((1, 4)), jnp.full((1, 5), -1.0))
+
+
+def contexts(batch):
+    a, b, c = jax.random.split(jax.random.key(7), 3)
+    return TextContext(
+        jax.random.normal(a, (batch, 4, 3)),
+        1.0 * jax.random.bernoulli(b, 0.5, (batch, 4)),
+        jax.random.normal(c, (batch, 5)),
+    )
+
+
+def network(x_t, t, i, carry, context):
+    """Reads every part of its condition, and counts its calls."""
+    text = jnp.mean(context.sequence, (1, 2)) + jnp.sum(context.mask, 1) + context.pooled[:, 0]
+    return jnp.sin(x_t) * expand_like(text, x_t) + expand_like(t, x_t), carry + 1
+
+
+def test_scale_zero_is_unconditional_one_is_conditional_and_two_extrapolates():
+    v_null, v_cond = jax.random.normal(jax.random.key(0), (2, 3, 4, 4, 2))
+    np.testing.assert_array_equal(guided(v_null, v_cond, 0), v_null)
+    np.testing.assert_allclose(guided(v_null, v_cond, 1), v_cond, atol=1e-6)
+    np.testing.assert_allclose(guided(v_null, v_cond, 2), v_cond + (v_cond - v_null), atol=1e-6)
+
+
+def test_each_example_may_have_its_own_scale():
+    v_null, v_cond = jax.random.normal(jax.random.key(0), (2, 3, 4, 2))
+    w = jnp.array([0.0, 1.0, 3.0])
+    one_by_one = jnp.stack([guided(v_null[b], v_cond[b], w[b]) for b in range(3)])
+    np.testing.assert_allclose(guided(v_null, v_cond, w), one_by_one, atol=1e-6)
+
+
+@pytest.mark.parametrize("w", [0.0, 1.0, 3.5, jnp.array([0.0, 1.0, 3.5])], ids=["0", "1", "3.5", "each"])
+def test_the_fused_call_equals_two_separate_calls(w):
+    x_t = jax.random.normal(jax.random.key(0), (3, 2, 2, 3))
+    t, condition = jnp.array([0.2, 0.5, 0.9]), contexts(3)
+    null = jax.tree.map(lambda n, c: jnp.broadcast_to(n, c.shape), NULL, condition)
+    v, calls = with_guidance(network, condition, NULL, w)(x_t, t, 0, 0)
+    v_null, _ = network(x_t, t, 0, 0, null)
+    v_cond, _ = network(x_t, t, 0, 0, condition)
+    np.testing.assert_allclose(v, guided(v_null, v_cond, w), atol=1e-6)
+    assert calls == 1
+
+
+def test_scale_one_costs_no_second_half():
+    sizes = []
+
+    def denoise(x_t, t, i, carry, condition):
+        sizes.append((len(x_t), len(t), len(condition.mask)))
+        return x_t, carry
+
+    for w in (1, 2.0):
+        with_guidance(denoise, contexts(3), NULL, w)(jnp.ones((3, 2)), jnp.ones(3), 0, None)
+    assert sizes == [(3, 3, 3), (6, 6, 6)]
+
+
+def test_guidance_moves_the_mean_of_a_gaussian_in_proportion_to_its_scale(gaussian):
+    # Classes that differ only in their mean: the velocity is affine in the mean, so guiding from the mean a to the mean
+    # b by w is exactly the velocity of the class with mean a + w (b - a).
+    offsets = jnp.array([[1.0], [-2.0]]) * jnp.linspace(-1, 1, 12)
+
+    def denoise(x_t, t, i, carry, offset):
+        shifted = x_t - (1 - t)[:, None] * offset
+        return gaussian.velocity(shifted, t) - offset, carry
+
+    eps = jax.random.normal(jax.random.key(0), (2, 12))
+    guided_denoise = with_guidance(denoise, offsets, jnp.zeros(12), 3.0)
+    x, _ = sample(guided_denoise, eps, time_grid(200), method="heun")
+    extrapolated = dataclasses.replace(gaussian, mean=gaussian.mean + 3.0 * np.asarray(offsets))
+    np.testing.assert_allclose(x, extrapolated.endpoint(eps), atol=5e-3)
+
+
+def test_guiding_a_batch_that_is_split_over_devices_moves_nothing_between_them():
+    split = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
+    batch = 2 * len(jax.devices())
+    assert batch > 2, "the claim needs several devices"
+
+    def step(x_t, t, condition):
+        return with_guidance(network, condition, NULL, 3.0)(x_t, t, 0, 0)[0]
+
+    arguments = (jnp.ones((batch, 4, 4, 3)), jnp.full(batch, 0.5), contexts(batch))
+    program = jax.jit(step, in_shardings=split, out_shardings=split).lower(*arguments).compile().as_text()
+    assert not [name for name in ("all-gather", "all-to-all", "collective-permute", "all-reduce") if name in program]
+
+
+def test_dropped_examples_lose_every_part_of_their_condition_and_the_rest_keep_theirs():
+    condition = contexts(4000)
+    result = drop_condition(jax.random.key(3), condition, NULL, 0.1)
+    dropped = np.asarray(jnp.all(result.pooled == -1.0, axis=1))
+    assert dropped.mean() == pytest.approx(0.1, abs=4 * np.sqrt(0.1 * 0.9 / 4000))
+    for given, null, kept in zip(
+        jax.tree.leaves(result), jax.tree.leaves(NULL), jax.tree.leaves(condition), strict=True
+    ):
+        np.testing.assert_array_equal(given[dropped], np.broadcast_to(null, given[dropped].shape))
+        np.testing.assert_array_equal(given[~dropped], kept[~dropped])
+
+
+def test_rate_zero_drops_nothing_and_rate_one_everything():
+    tokens, null = jnp.arange(12, dtype=jnp.int32).reshape(3, 4), jnp.array([1, 2, 0, 0], jnp.int32)
+    np.testing.assert_array_equal(drop_condition(jax.random.key(0), tokens, null, 0.0), tokens)
+    everything = drop_condition(jax.random.key(0), tokens, null, 1.0)
+    np.testing.assert_array_equal(everything, np.broadcast_to(null, (3, 4)))
+    assert everything.dtype == jnp.int32

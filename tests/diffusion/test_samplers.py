@@ -1,0 +1,113 @@
+"""Samplers against the exact flow of Gaussian data (see conftest.py), and the contract of `sample`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from snapgen_jax.diffusion.path import expand_like
+from snapgen_jax.diffusion.samplers import sample
+from snapgen_jax.diffusion.timesteps import time_grid
+
+RANKS = {"blocks": (4, 3), "images": (2, 2, 3), "clips": (3, 2, 2, 1)}  # twelve numbers an example
+
+
+@pytest.fixture(params=["euler", "heun"])
+def method(request):
+    return request.param
+
+
+@pytest.mark.parametrize("shape", RANKS.values(), ids=RANKS.keys())
+def test_noise_is_carried_to_the_mean_and_covariance_of_the_data(gaussian, shape, method):
+    # The velocity is affine in x, hence so is the sampler: x = M eps + m. Zero and the unit vectors show m and M, and
+    # with them the mean m and the covariance M M^T of what it makes of white noise, without drawing any.
+    probes = jnp.concatenate([jnp.zeros((1, 12)), jnp.eye(12)]).reshape(13, *shape)
+    x, _ = jax.jit(lambda x: sample(gaussian.denoise, x, time_grid(200), method=method))(probes)
+    assert x.shape == (13, *shape)
+    mean, *columns = np.asarray(x).reshape(13, 12)
+    m = np.stack(columns, axis=1) - mean[:, None]
+    tolerance = {"euler": 0.02, "heun": 0.001}[method]
+    np.testing.assert_allclose(mean, gaussian.mean, atol=tolerance)
+    np.testing.assert_allclose(m @ m.T, gaussian.covariance, atol=tolerance)
+
+
+@pytest.mark.parametrize("shift", [1.0, 2.0])
+@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])
+def test_error_falls_with_the_order_of_the_method(gaussian, method, order, shift):
+    eps = jax.random.normal(jax.random.key(0), (8, 12))
+
+    def error(steps):
+        x, _ = sample(gaussian.denoise, eps, time_grid(steps, shift), method=method)
+        return np.sqrt(np.mean(np.square(x - gaussian.endpoint(eps))))
+
+    errors = [error(steps) for steps in (24, 48, 96)]
+    slopes = -np.diff(np.log2(errors))
+    np.testing.assert_allclose(slopes, order, atol=0.2)
+
+
+def test_ascending_times_invert_the_flow(gaussian):
+    eps = jax.random.normal(jax.random.key(0), (8, 12))
+    x_0 = jnp.asarray(gaussian.endpoint(eps))
+    back, _ = sample(gaussian.denoise, x_0, time_grid(100)[::-1], method="heun")
+    np.testing.assert_allclose(back, eps, atol=5e-3)
+
+
+@pytest.mark.parametrize("split", [1, 3, 6])
+def test_two_chained_calls_over_split_times_equal_one(gaussian, method, split):
+    def denoise(x_t, t, i, carry):  # depends on all that a denoiser may depend on
+        v = gaussian.velocity(x_t, t) + 0.1 * i + 0.01 * carry["calls"]
+        return v, {"calls": carry["calls"] + 1, "last": v}
+
+    times = time_grid(7)
+    x = jax.random.normal(jax.random.key(0), (3, 2, 2, 3))
+    carry = {"calls": jnp.float32(0), "last": jnp.zeros_like(x)}
+    whole = sample(denoise, x, times, carry, method)
+    half = sample(denoise, x, times[: split + 1], carry, method)
+    chained = sample(denoise, half[0], times[split:], half[1], method, start=split)
+    jax.tree.map(np.testing.assert_array_equal, whole, chained)
+
+
+def test_denoise_sees_each_time_for_the_whole_batch_with_the_index_of_its_interval(method):
+    calls = {"euler": 1, "heun": 2}[method]
+
+    def denoise(x_t, t, i, carry):
+        count, seen_t, seen_i = carry
+        assert t.shape == (2,) and t.dtype == jnp.float32
+        return jnp.zeros_like(x_t), (count + 1, seen_t.at[count].set(t), seen_i.at[count].set(i))
+
+    times = time_grid(3, 2.0)
+    carry = (jnp.int32(0), jnp.zeros((3 * calls, 2)), jnp.zeros(3 * calls, jnp.int32))
+    _, (count, seen_t, seen_i) = sample(denoise, jnp.ones((2, 4)), times, carry, method, start=5)
+    ends = np.stack([times[:-1], times[1:]], axis=1)[:, :calls].ravel()  # Heun looks at both ends of an interval
+    assert count == 3 * calls
+    np.testing.assert_array_equal(seen_t, np.stack([ends, ends], axis=1))
+    np.testing.assert_array_equal(seen_i, np.repeat([5, 6, 7], calls))
+
+
+def test_one_step_along_a_straight_path_is_exact(method):
+    x_0, eps = jax.random.normal(jax.random.key(0), (2, 4, 3, 3, 2))
+    x, _ = sample(lambda x_t, t, i, carry: (eps - x_0, carry), eps, time_grid(1), method=method)
+    np.testing.assert_allclose(x, x_0, atol=1e-6)
+
+
+def test_a_denoiser_that_divides_by_time_ends_heun_with_a_chained_euler_step():
+    def to_a_point(x_t, t, i, carry):  # data at one point: v = (x_t - point) / t, undefined at t = 0
+        return (x_t - 3.0) / expand_like(t, x_t), carry
+
+    times = time_grid(6)
+    eps = jax.random.normal(jax.random.key(0), (4, 2, 3))
+    x, _ = sample(to_a_point, eps, times[:-1], method="heun")
+    x, _ = sample(to_a_point, x, times[-2:], method="euler", start=5)
+    np.testing.assert_allclose(x, 3.0, atol=1e-5)
+
+
+def test_the_state_is_float32_whatever_the_network_computes_in(method):
+    v = jnp.full((2, 3), 1.0, jnp.bfloat16)
+    x, _ = sample(lambda x_t, t, i, carry: (v, carry), jnp.zeros((2, 3), jnp.bfloat16), time_grid(300), method=method)
+    assert x.dtype == jnp.float32
+    np.testing.assert_allclose(x, -1.0, atol=1e-5)  # bfloat16 steps of 1/300 would stall at 1/2
+
+
+def test_an_unknown_method_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"'rk4'.*euler, heun"):
+        sample(lambda x_t, t, i, carry: (x_t, carry), jnp.ones((1, 2)), time_grid(2), method="rk4")
