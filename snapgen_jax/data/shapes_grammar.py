@@ -1,11 +1,10 @@
-"""Which scenes there are and what is said of them: combinations held out, scenes drawn from a generator, captions."""
+"""Which scenes there are: words drawn first, then a picture that shows exactly what they say."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 
@@ -13,7 +12,6 @@ from snapgen_jax.data.shapes import (
     BACKGROUND,
     COLOURS,
     KINDS,
-    OPPOSITE,
     RELATIONS,
     Category,
     Group,
@@ -23,12 +21,12 @@ from snapgen_jax.data.shapes import (
     SizeWord,
     holds,
 )
+from snapgen_jax.data.shapes_heldout import heldout_colour, heldout_size, is_heldout, said_heldout
+from snapgen_jax.data.words import pick
 
-T = TypeVar("T")
 Combinations = Literal["seen", "heldout"]
 Words = tuple[tuple[Group, ...], Relation | None]  # what a caption says
 
-NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 MIN_SIZE = 0.28  # nine pixels at 32: every kind is still recognisable
 MAX_SIZE = {1: 0.60, 2: 0.46, 3: 0.42, 4: 0.38}  # by the number of objects
 SIZE_RANGES: dict[SizeWord, tuple[float, float]] = {"small": (MIN_SIZE, 0.36), "large": (0.50, 0.60)}
@@ -65,70 +63,11 @@ class ShapesConfig:
     train_examples: int = 1 << 24
     validation_examples: int = 4096
     background: int = BACKGROUND
-    shares: CategoryShares = CategoryShares()
+    shares: CategoryShares = dataclasses.field(default_factory=CategoryShares)
     relation_colours: float = 0.5
 
 
-# --- combinations held out of training -------------------------------------------------------------------------------
-# Fixed by position in the lists above. Every kind, colour, number and relation is seen, and each kind is seen with most
-# colours, numbers and partners; only these combinations never are.
-
-
-def heldout_colour(colour: str, kind: str) -> bool:
-    """One kind a colour: 8 of 48 pairs."""
-    return (list(COLOURS).index(colour) + KINDS.index(kind)) % len(KINDS) == 0
-
-
-def heldout_pair(a: str, b: str) -> bool:
-    """One partner a kind: 3 of 15 unordered pairs of different kinds."""
-    return abs(KINDS.index(a) - KINDS.index(b)) == len(KINDS) // 2
-
-
-def heldout_number(count: int, kind: str) -> bool:
-    """One of the numbers two to four a kind: 6 of 18."""
-    return count == 2 + KINDS.index(kind) % 3
-
-
-def heldout_size(size: SizeWord, kind: str) -> bool:
-    """One size word a kind: 6 of 12. Held out where an object is alone: elsewhere all objects are small."""
-    return size == ("small", "large")[KINDS.index(kind) % 2]
-
-
-def heldout_relation(relation: Relation, a: str, b: str) -> bool:
-    """6 of 30 ordered pairs of different kinds in each relation; "a left of b" is held out where "b right of a" is."""
-    if relation in ("right of", "below"):
-        relation, a, b = OPPOSITE[relation], b, a
-    step = 1 if relation == "left of" else len(KINDS) - 1
-    return (KINDS.index(b) - KINDS.index(a)) % len(KINDS) == step
-
-
-def heldout_combinations(scene: Scene) -> tuple[str, ...]:
-    """Every held-out combination that a scene shows or its caption says, in words; empty for a training scene."""
-    found = {f"{o.colour} {o.kind}" for o in scene.objects if heldout_colour(o.colour, o.kind)}
-    kinds = [o.kind for o in scene.objects]
-    found |= {f"{kinds.count(k)} {k}" for k in kinds if heldout_number(kinds.count(k), k)}
-    found |= {f"{g.size} {g.kind}" for g in scene.groups if g.size and heldout_size(g.size, g.kind)}
-    for a, b in itertools.combinations(scene.objects, 2):
-        if a.kind == b.kind:
-            continue
-        if heldout_pair(a.kind, b.kind):
-            found.add(" and ".join(sorted((a.kind, b.kind))))
-        for relation in RELATIONS:
-            if heldout_relation(relation, a.kind, b.kind) and holds(relation, (a.x, a.y), (b.x, b.y)):
-                found.add(f"{a.kind} {relation} {b.kind}")
-    return tuple(sorted(found))
-
-
-def is_heldout(scene: Scene) -> bool:
-    """Whether a scene shows any combination that training never shows."""
-    return bool(heldout_combinations(scene))
-
-
 # --- drawing a scene -------------------------------------------------------------------------------------------------
-
-
-def _pick(rng: np.random.Generator, items: Sequence[T]) -> T:
-    return items[int(rng.random() * len(items))]
 
 
 def _kinds(rng: np.random.Generator, count: int) -> list[str]:
@@ -146,17 +85,17 @@ def _compose(
     """What the caption will say: groups, and the relation of the first to the second."""
     match category:
         case "single_object":
-            return (Group(_pick(rng, KINDS), size=_pick(rng, (None, None, "small", "large"))),), None
+            return (Group(pick(rng, KINDS), size=pick(rng, (None, None, "small", "large"))),), None
         case "colours":
-            return (Group(_pick(rng, KINDS), colour=_pick(rng, tuple(COLOURS))),), None
+            return (Group(pick(rng, KINDS), colour=pick(rng, tuple(COLOURS))),), None
         case "counting":
-            return (Group(_pick(rng, KINDS), _pick(rng, (2, 3, 4))),), None
+            return (Group(pick(rng, KINDS), pick(rng, (2, 3, 4))),), None
         case "two_objects":
             return tuple(Group(kind) for kind in _kinds(rng, 2)), None
         case "binding":
             return tuple(map(_coloured, _kinds(rng, 2), (1, 1), _colours(rng, 2))), None
         case "position":
-            kinds, relation = _kinds(rng, 2), _pick(rng, RELATIONS)
+            kinds, relation = _kinds(rng, 2), pick(rng, RELATIONS)
             if rng.random() < config.relation_colours:
                 return tuple(map(_coloured, kinds, (1, 1), _colours(rng, 2))), relation
             return tuple(Group(kind) for kind in kinds), relation
@@ -171,14 +110,14 @@ def _coloured(kind: str, count: int, colour: str) -> Group:
 
 
 def _compose_mixed(rng: np.random.Generator) -> Words:
-    match _pick(rng, ("coloured number", "numbers", "relation", "relation", "list")):
+    match pick(rng, ("coloured number", "numbers", "relation", "relation", "list")):
         case "coloured number":  # "three red squares"
-            return (Group(_pick(rng, KINDS), _pick(rng, (2, 3, 4)), _pick(rng, tuple(COLOURS))),), None
+            return (Group(pick(rng, KINDS), pick(rng, (2, 3, 4)), pick(rng, tuple(COLOURS))),), None
         case "numbers":  # "two circles and a star"
-            return tuple(map(Group, _kinds(rng, 2), _pick(rng, ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))))), None
+            return tuple(map(Group, _kinds(rng, 2), pick(rng, ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))))), None
         case "relation":  # "two red circles left of a blue square"
-            counts = _pick(rng, ((1, 2), (2, 1), (2, 2)))
-            return tuple(map(_coloured, _kinds(rng, 2), counts, _colours(rng, 2))), _pick(rng, RELATIONS)
+            counts = pick(rng, ((1, 2), (2, 1), (2, 2)))
+            return tuple(map(_coloured, _kinds(rng, 2), counts, _colours(rng, 2))), pick(rng, RELATIONS)
         case _:  # "a red circle, a blue square and a green star"
             return tuple(map(_coloured, _kinds(rng, 3), (1, 1, 1), _colours(rng, 3))), None
 
@@ -290,17 +229,6 @@ def sample_scene(
     raise RuntimeError(f"no {combinations} scene of category {category!r} in {_ATTEMPTS} attempts")
 
 
-def said_heldout(groups: Sequence[Group], relation: Relation | None) -> bool:
-    """Whether a caption says a held-out combination."""
-    return (
-        any(g.colour is not None and heldout_colour(g.colour, g.kind) for g in groups)
-        or any(heldout_number(g.count, g.kind) for g in groups)
-        or any(g.size is not None and heldout_size(g.size, g.kind) for g in groups)
-        or any(heldout_pair(a.kind, b.kind) for a, b in itertools.combinations(groups, 2))
-        or (relation is not None and heldout_relation(relation, groups[0].kind, groups[1].kind))
-    )
-
-
 def _draw(
     rng: np.random.Generator,
     groups: tuple[Group, ...],
@@ -313,7 +241,7 @@ def _draw(
     areas = iter(_layout(rng, groups, relation))
     objects = []
     for group in groups:
-        colour = group.colour or _pick(rng, [c for c in COLOURS if not heldout_colour(c, group.kind)])
+        colour = group.colour or pick(rng, [c for c in COLOURS if not heldout_colour(c, group.kind)])
         sizes = _sizes(group, total, combinations)
         objects += [_place(rng, next(areas), sizes, group.kind, colour) for _ in range(group.count)]
     return Scene(tuple(objects), groups, category, relation, config.background)
@@ -323,53 +251,3 @@ def _relation_is_clear(scene: Scene) -> bool:
     first, second = scene.objects[: scene.groups[0].count], scene.objects[scene.groups[0].count :]
     assert scene.relation is not None
     return all(holds(scene.relation, (a.x, a.y), (b.x, b.y)) for a in first for b in second)
-
-
-# --- captions --------------------------------------------------------------------------------------------------------
-
-_PLURALS = {"cross": "crosses"}
-_ONE_GROUP = (
-    "{}",
-    "a photo of {}",
-    "a picture of {}",
-    "an image of {}",
-    "a drawing of {}",
-    "{} on a plain background",
-    "there {be} {}",
-)
-_MANY_GROUPS = ("{}", "a photo of {}", "a picture of {}", "an image of {}", "there {be} {}")
-_TWO_GROUPS = ("{} and {}", "{} and {}", "{} with {}", "{} together with {}")
-_PHRASES: dict[Relation, tuple[str, ...]] = {
-    "left of": ("left of", "to the left of"),
-    "right of": ("right of", "to the right of"),
-    "above": ("above", "over"),
-    "below": ("below", "under"),
-}
-_RELATED = ("{a} {r} {b}", "{a} {r} {b}", "{a} {be} {r} {b}", "a photo of {a} {r} {b}", "a picture of {a} {r} {b}")
-
-
-def phrase(group: Group) -> str:
-    """A group as a noun phrase: "a star", "an orange circle", "two red crosses", "a small ring"."""
-    words = [word for word in (group.size, group.colour) if word]
-    if group.count > 1:
-        words += [_PLURALS.get(group.kind, group.kind + "s")]
-        return " ".join([NUMBERS[group.count], *words])
-    words += [group.kind]
-    return " ".join(["an" if words[0][0] in "aeiou" else "a", *words])
-
-
-def _verb(group: Group) -> str:
-    return "is" if group.count == 1 else "are"
-
-
-def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Says a scene in one of several phrasings, drawn from `rng`."""
-    nouns = [phrase(group) for group in scene.groups]
-    first = scene.groups[0]
-    if scene.relation is not None:
-        words = _pick(rng, _PHRASES[scene.relation])
-        return _pick(rng, _RELATED).format(a=nouns[0], b=nouns[1], r=words, be=_verb(first))
-    if len(nouns) == 1:
-        return _pick(rng, _ONE_GROUP).format(nouns[0], be=_verb(first))
-    joined = _pick(rng, _TWO_GROUPS) if len(nouns) == 2 else ", ".join(["{}"] * (len(nouns) - 1)) + " and {}"
-    return _pick(rng, _MANY_GROUPS).format(joined.format(*nouns), be=_verb(first))

@@ -1,0 +1,59 @@
+"""The data section of an experiment's config."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from snapgen_jax.data.shapes_grammar import ShapesConfig
+
+Split = Literal["train", "validation"]
+Crop = Literal["centre", "random"]
+Flip = Literal["none", "random"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which examples, and how they become batches.
+
+    Attributes:
+        source: "shapes" (rendered scenes), "digits" (scikit-learn's scanned digits), "folder" (own images with
+            captions) or "tfds" (any TFDS image data set).
+        path: "folder": the folder. "tfds": the data directory; empty means TFDS's default.
+        name: "tfds": the data set, with config and version where wanted: "imagenet2012", "coco_captions/2014:1.1.0".
+        train_split: "tfds": TFDS split of the training examples.
+        validation_split: "tfds": TFDS split of the validation examples.
+        validation_share: "digits" and "folder": share of the examples held out for validation.
+        image_feature: "tfds": feature that holds the image.
+        caption_feature: "tfds": feature that holds the caption or the class label, "captions/text" for a nested one;
+            empty finds it.
+        class_names: "tfds": text file with one class name a line, where the data set's own names are codes.
+        crop: which part of a training image is kept where its shape is not the bucket's; validation keeps the centre.
+        flip: whether training images are mirrored at random. Mirroring makes captions that say "left" wrong.
+        tokenizer: "train" trains one on the captions of this source, else the path of a `tokenizer.json`.
+        vocab_size: upper bound of a trained tokenizer's vocabulary.
+        workers: worker processes; 0 reads in threads of the main process.
+        threads: reading threads in each process.
+        prefetch: batches that each process prepares ahead.
+        max_unreadable_share: share of the drawn examples that may be unreadable before the run stops.
+        shapes: the shapes data set.
+    """
+
+    source: Literal["shapes", "digits", "folder", "tfds"] = "shapes"
+    path: str = ""
+    name: str = ""
+    train_split: str = "train"
+    validation_split: str = "validation"
+    validation_share: float = 0.05
+    image_feature: str = "image"
+    caption_feature: str = ""
+    class_names: str = ""
+    crop: Crop = "random"
+    flip: Flip = "none"
+    tokenizer: str = "train"
+    vocab_size: int = 4096
+    workers: int = 0
+    threads: int = 1
+    prefetch: int = 2
+    max_unreadable_share: float = 0.01
+    shapes: ShapesConfig = dataclasses.field(default_factory=ShapesConfig)

@@ -1,0 +1,50 @@
+"""scikit-learn's scanned handwritten digits (1797 images of 8x8 grey levels, in its wheel), with captions."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from snapgen_jax.data.config import DataConfig, Split
+from snapgen_jax.data.sources import Example, hold_out
+from snapgen_jax.data.words import article, pick
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+_PHRASES = ("a photo of {an} {word}", "a handwritten {word}", "the digit {word}", "the number {digit}", "{an} {word}")
+
+
+class DigitsSource:
+    """Handwritten digits: white on black, 8x8."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, numbers: np.ndarray):
+        """Takes uint8 images `[N, 8, 8]`, labels `[N]`, and the numbers that scikit-learn gives these images `[N]`."""
+        self._images, self._labels, self._numbers = images, labels, numbers
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def example(self, index: int, rng: np.random.Generator) -> Example:
+        """The scan `[8, 8, 3]`, in one of its phrasings."""
+        return Example(np.repeat(self._images[index, :, :, None], 3, axis=2), self.caption(index, rng))
+
+    def caption(self, index: int, rng: np.random.Generator) -> str:
+        """One phrasing of the label."""
+        digit = int(self._labels[index])
+        phrase = pick(rng, _PHRASES)
+        return phrase.format(an=article(WORDS[digit]), word=WORDS[digit], digit=digit)
+
+    def name(self, index: int) -> str:
+        """ "digit image 7", numbered as scikit-learn does."""
+        return f"digit image {self._numbers[index]}"
+
+    def sizes(self) -> None:
+        """None: all are equally small, and go to any bucket."""
+
+
+def build(config: DataConfig, split: Split) -> DigitsSource:
+    """The digits source of a config."""
+    from sklearn.datasets import load_digits  # scipy and all of scikit-learn: only where used
+
+    pixels, labels = load_digits(return_X_y=True)  # [N, 64] in 0..16, [N]
+    images = np.rint(np.reshape(pixels, (-1, 8, 8)) * (255.0 / 16.0)).astype(np.uint8)
+    chosen = hold_out(len(images), split, config.validation_share)
+    return DigitsSource(images[chosen], np.asarray(labels)[chosen], chosen)

@@ -1,0 +1,179 @@
+"""A person's own images with captions.
+
+The captions are found in the conventions of the ecosystem, at any depth below the folder:
+
+* `metadata.jsonl` or `metadata.csv` (the "imagefolder" convention): rows with `file_name`, relative to the metadata
+  file, and `text` or `caption`; in a `.jsonl` file the caption may be a list of several, of which each draw takes one.
+* where no metadata file exists: `name.txt` beside `name.jpg`, holding the caption.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from snapgen_jax.data.config import DataConfig, Split
+from snapgen_jax.data.errors import DataError
+from snapgen_jax.data.images import EXTENSIONS, decode, header_size
+from snapgen_jax.data.sources import Example, hold_out
+from snapgen_jax.data.words import pick
+
+_METADATA = ("metadata.jsonl", "metadata.csv")
+_CAPTION_COLUMNS = ("text", "caption")
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """An image file and its captions."""
+
+    path: str
+    captions: tuple[str, ...]
+
+
+class FolderSource:
+    """Images in a folder, decoded when drawn."""
+
+    def __init__(self, root: str, entries: list[Entry]):
+        self._root, self._entries = root, entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def example(self, index: int, rng: np.random.Generator) -> Example:
+        """The decoded image at its own size, with one of its captions."""
+        return Example(decode(self._entries[index].path), self.caption(index, rng))
+
+    def caption(self, index: int, rng: np.random.Generator) -> str:
+        """One of the image's captions."""
+        return pick(rng, self._entries[index].captions)
+
+    def name(self, index: int) -> str:
+        """The path of the image, relative to the folder."""
+        return os.path.relpath(self._entries[index].path, self._root)
+
+    def sizes(self) -> np.ndarray:
+        """int64 `[N, 2]` heights and widths from the files' headers; zeros where a header cannot be read."""
+        with ThreadPoolExecutor(16) as pool:
+            return np.array(list(pool.map(header_size, (entry.path for entry in self._entries))), np.int64)
+
+
+def build(config: DataConfig, split: Split) -> FolderSource:
+    """The folder source of a config. The validation split is a fixed random `validation_share` of the sorted paths.
+
+    Raises:
+        DataError: the folder is missing or holds no captioned image, or a metadata file is wrong.
+    """
+    if not config.path:
+        raise DataError("the data source 'folder' needs data.path, the folder with your images and captions")
+    root = os.path.realpath(os.path.expanduser(config.path))
+    if not os.path.isdir(root):
+        raise DataError(f"data.path: there is no folder {config.path!r}")
+    entries = sorted(find_entries(root), key=lambda entry: entry.path)
+    chosen = hold_out(len(entries), split, config.validation_share)
+    if split == "validation" and len(chosen) == len(entries):
+        log.info("%s: %d images are too few to hold any out; validation uses the training images", root, len(entries))
+    return FolderSource(root, [entries[i] for i in chosen])
+
+
+def find_entries(root: str) -> list[Entry]:
+    """Every captioned image at or below a folder; see the top of this file for the conventions."""
+    files = sorted(pathlib.Path(folder, name) for folder, _, names in os.walk(root) for name in names)
+    images = [path for path in files if path.suffix.lower() in EXTENSIONS]
+    metadata = [path for path in files if path.name in _METADATA]
+    if metadata:
+        _refuse_two_in_one_folder(metadata)
+        entries = [entry for path in metadata for entry in _read_metadata(path)]
+    else:
+        entries = [entry for path in images for entry in _read_sidecar(path)]
+    if not entries:
+        raise DataError(
+            f"{root} holds no captioned image: found {len(images)} image files "
+            f"({', '.join(sorted(EXTENSIONS))}), {len(metadata)} metadata files and no caption for any image. Expected "
+            "metadata.jsonl or metadata.csv with file_name and text (or caption) columns, or a .txt file beside each "
+            "image"
+        )
+    if len(entries) < len(images):
+        log.warning(
+            "%s: %d of %d images have no caption and are left out", root, len(images) - len(entries), len(images)
+        )
+    return entries
+
+
+def _refuse_two_in_one_folder(metadata: list[pathlib.Path]) -> None:
+    folders = [path.parent for path in metadata]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise DataError(f"{folder} holds both metadata.jsonl and metadata.csv: keep one of them")
+
+
+def _read_sidecar(image: pathlib.Path) -> Iterator[Entry]:
+    text = image.with_suffix(".txt")
+    if text.is_file() and (caption := " ".join(_read_text(text).split())):
+        yield Entry(str(image), (caption,))
+
+
+def _read_text(path: pathlib.Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
+
+
+def _read_metadata(path: pathlib.Path) -> Iterator[Entry]:
+    for where, row in _rows(path):
+        file_name, captions = row.get("file_name"), _captions(row)
+        if not isinstance(file_name, str) or not file_name:
+            raise DataError(f"{where}: expected a file_name and found the columns {', '.join(map(str, row))}")
+        if captions is None:
+            columns = ", ".join(str(column) for column in row)
+            raise DataError(f"{where}: expected a column text or caption and found the columns {columns}")
+        captions = tuple(caption for caption in captions if caption)
+        if captions:
+            yield Entry(_inside(path.parent, file_name, where), captions)
+
+
+def _rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, object]]]:
+    """Yields ("file, line 3", columns)."""
+    lines = _read_text(path).splitlines()
+    if path.suffix == ".csv":
+        reader = csv.DictReader(lines)
+        for row in reader:
+            yield f"{path}, line {reader.line_num}", dict(row)
+        return
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: expected a JSON object and found {type(row).__name__}")
+        yield f"{path}, line {number}", row
+
+
+def _captions(row: dict[str, object]) -> tuple[str, ...] | None:
+    for column in _CAPTION_COLUMNS:
+        if column in row:
+            value = row[column]
+            values = value if isinstance(value, list) else [value]
+            return tuple(" ".join(str(text).split()) for text in values if text is not None)
+    return None
+
+
+def _inside(folder: pathlib.Path, file_name: str, where: str) -> str:
+    """The path of a file that a metadata row names, which may not lie outside the metadata's folder."""
+    path = os.path.realpath(folder / file_name)
+    if not path.startswith(os.path.realpath(folder) + os.sep):
+        raise DataError(f"{where}: file_name {file_name!r} leaves the folder {folder}; expected a path inside it")
+    return path

@@ -1,0 +1,267 @@
+"""From a source to batches: order, hosts, workers, buckets, restart.
+
+A position is one integer, the number of global batches drawn. The order is
+
+    shuffle -> repeat -> (epoch, index) -> [host::hosts] -> example -> batch -> one bucket a step -> [position:]
+
+and every stage is a pure function of the numbers before it, so a run is restarted at any position by slicing, on any
+number of hosts that divides the global batch. grain runs the stages; its own iterator state is never stored.
+
+Worker processes are spawned, and so import the main module again: a script that uses `workers > 0` must keep its
+actions under `if __name__ == "__main__":`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from snapgen_jax.data.buckets import Bucket, Specs, assign
+from snapgen_jax.data.config import Crop, DataConfig, Flip, Split
+from snapgen_jax.data.errors import DataError, UnreadableExampleError
+from snapgen_jax.data.images import fit
+from snapgen_jax.data.sources import Example, Source, build_source
+from snapgen_jax.data.tokenizer import Tokenizer
+
+_REPLACEMENTS_TRIED = 100
+_JUDGED_AFTER = 200  # examples; a share of fewer says little
+_NAMED = 20  # unreadable examples listed in an error
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """This host's share of one global batch.
+
+    Attributes:
+        bucket: the bucket of this step, the same on all hosts.
+        arrays: "image" uint8 `[b, H, W, 3]`, "tokens" int32 `[b, L]`, "mask" float32 `[b, L]`: those that the bucket's
+            specs name.
+        valid: bool `[b]`, False where an unreadable example was replaced by the next good one.
+        source_index: int64 `[b]`, the example drawn from the source, the unreadable one where it was replaced.
+    """
+
+    bucket: str
+    arrays: dict[str, np.ndarray]
+    valid: np.ndarray
+    source_index: np.ndarray
+
+
+class Pipeline:
+    """Batches of a source, from any position."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        batch_specs: Mapping[str, Specs],
+        tokenizer: Tokenizer | None = None,
+        *,
+        seed: int = 0,
+        host_index: int = 0,
+        host_count: int = 1,
+        split: Split = "train",
+        source: Source | None = None,
+    ):
+        """Plans the pipeline; reads nothing but, for several buckets, the headers of a folder's images.
+
+        Args:
+            config: the data config.
+            batch_specs: {bucket: {"image" | "tokens" | "mask": spec with the global batch in `shape[0]`}}. Each
+                example goes to the bucket of the nearest aspect ratio, and the share of a bucket's batches follows
+                its share of examples.
+            tokenizer: needed where a spec names tokens or mask.
+            seed: of the order, and with epoch and index of every draw.
+            host_index: which share this process reads.
+            host_count: into how many shares a global batch is split.
+            split: training draws random crops and flips as configured; validation keeps the centre.
+            source: used in place of the one that the config names.
+
+        Raises:
+            DataError: a global batch does not divide by the hosts, a spec names an array that there is not, or the
+                source is missing or empty.
+        """
+        self.source = build_source(config, split) if source is None else source
+        self._config = config
+        buckets = {name: Bucket.of(name, specs, host_count) for name, specs in batch_specs.items()}
+        if tokenizer is None and any(bucket.length for bucket in buckets.values()):
+            raise DataError("the batches hold tokens, so the pipeline needs a tokenizer")
+        crop, flip = (config.crop, config.flip) if split == "train" else ("centre", "none")
+        members = assign(self.source, list(buckets.values()))
+        self._buckets = [bucket for bucket in buckets.values() if len(members[bucket.name])]
+        parts = []
+        for number, bucket in enumerate(self._buckets):
+            indices = members[bucket.name]
+            read = _Read(self.source, indices, bucket.size, seed, crop, flip)
+            parts.append(
+                grain.MapDataset.range(len(indices))
+                .shuffle(seed=_shuffle_seed(seed, number))
+                .repeat()
+                .map_with_index(_Epoch(len(indices)))[host_index::host_count]
+                .map(read)
+                .batch(bucket.local_batch, batch_fn=_Collate(number, bucket, tokenizer))
+            )
+        weights = [len(members[bucket.name]) / bucket.local_batch for bucket in self._buckets]
+        self._dataset = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
+
+    def batches(self, position: int = 0) -> Iterator[Batch]:
+        """Yields the batches from a position on, without end. Close the generator to stop its threads or processes.
+
+        Raises:
+            DataError: more than `max_unreadable_share` of the examples drawn were unreadable (checked from 200 drawn
+                on, or one epoch if that is shorter), or a worker process died.
+        """
+        reading = grain.ReadOptions(num_threads=self._config.threads, prefetch_buffer_size=self._config.prefetch)
+        dataset = self._dataset[position:].to_iter_dataset(reading)
+        if self._config.workers:
+            if not flags.FLAGS.is_parsed():  # grain reads one of its flags, which only absl's `app.run` would parse
+                flags.FLAGS.mark_as_parsed()
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(self._config.workers, self._config.prefetch))
+        unreadable = _Unreadable(self.source, self._config.max_unreadable_share)
+        with contextlib.closing(dataset.__iter__()) as iterator, _explain_dead_worker():
+            for element in iterator:
+                # Arrays from a worker lie in shared memory that grain reclaims when it sees fit: the batch owns a copy.
+                arrays = {name: np.array(array) for name, array in element["arrays"].items()}
+                batch = Batch(
+                    self._buckets[element["bucket"]].name,
+                    arrays,
+                    np.array(element["valid"]),
+                    np.array(element["source_index"]),
+                )
+                unreadable.count(batch, element["problems"])
+                yield batch
+
+
+def _shuffle_seed(seed: int, bucket: int) -> int:
+    return int(np.random.SeedSequence((seed, bucket)).generate_state(1)[0])
+
+
+# --- stages, as picklable callables ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Epoch:
+    """Position in the endless stream and place in the data -> (epoch, place)."""
+
+    length: int
+
+    def __call__(self, position: int, place: int) -> tuple[int, int]:
+        return position // self.length, int(place)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """(epoch, place) -> example in the bucket's shape, replaced by the next good one where it is unreadable."""
+
+    source: Source
+    indices: np.ndarray | range
+    size: tuple[int, int] | None
+    seed: int
+    crop: Crop
+    flip: Flip
+
+    def __call__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, place = key
+        wanted, problem = int(self.indices[place]), ""
+        for step in range(min(len(self.indices), _REPLACEMENTS_TRIED)):
+            index = int(self.indices[(place + step) % len(self.indices)])
+            rng = np.random.default_rng((self.seed, epoch, index))
+            try:
+                example = self._example(index, rng)
+            except UnreadableExampleError as error:
+                problem = problem or str(error)
+                continue
+            return {"image": example.image, "caption": example.caption, "source_index": wanted, "problem": problem}
+        raise DataError(
+            f"{self.source.name(wanted)} is unreadable ({problem}), and so are the next {step} examples: "
+            "is the data where it should be?"
+        )
+
+    def _example(self, index: int, rng: np.random.Generator) -> Example:
+        if self.size is None:
+            return Example(np.empty((0, 0, 3), np.uint8), self.source.caption(index, rng))
+        example = self.source.example(index, rng)
+        return Example(fit(example.image, self.size, rng, self.crop, self.flip), example.caption)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Collate:
+    """Examples -> the arrays of a batch."""
+
+    number: int
+    bucket: Bucket
+    tokenizer: Tokenizer | None
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        arrays = {}
+        if "image" in self.bucket.arrays:
+            arrays["image"] = np.stack([example["image"] for example in examples])
+        if self.bucket.length:
+            assert self.tokenizer is not None
+            captions = [example["caption"] for example in examples]
+            arrays["tokens"], arrays["mask"] = self.tokenizer.encode(captions, self.bucket.length)
+        problems = [example["problem"] for example in examples]
+        return {
+            "bucket": self.number,
+            "arrays": {name: arrays[name] for name in self.bucket.arrays},
+            "valid": np.array([not problem for problem in problems]),
+            "source_index": np.array([example["source_index"] for example in examples], np.int64),
+            "problems": [problem for problem in problems if problem],
+        }
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+class _Unreadable:
+    """Counts the unreadable examples among those drawn, names each once, and stops past the allowed share."""
+
+    def __init__(self, source: Source, allowed: float):
+        self._source, self._allowed = source, allowed
+        self._judged_after = min(_JUDGED_AFTER, len(source))
+        self._drawn = self._bad = 0
+        self._reasons: dict[int, str] = {}
+
+    def count(self, batch: Batch, problems: Sequence[str]) -> None:
+        bad = batch.source_index[~batch.valid]
+        self._drawn += len(batch.valid)
+        self._bad += len(bad)
+        for index, problem in zip(bad.tolist(), problems, strict=True):
+            if index not in self._reasons:
+                self._reasons[index] = problem
+                log.warning("unreadable, replaced by the next example: %s (%s)", self._source.name(index), problem)
+        if self._drawn >= self._judged_after and self._bad > self._allowed * self._drawn:
+            raise DataError(self._report())
+
+    def _report(self) -> str:
+        listed = [f"  {self._source.name(i)}: {why}" for i, why in list(self._reasons.items())[:_NAMED]]
+        more = len(self._reasons) - len(listed)
+        return "\n".join(
+            [
+                f"{self._bad} of the {self._drawn} examples drawn are unreadable, {self._bad / self._drawn:.1%}; "
+                f"data.max_unreadable_share allows {self._allowed:.1%}. Mend or remove these, or raise the share:",
+                *listed,
+                *([f"  and {more} more"] if more else []),
+            ]
+        )
+
+
+@contextlib.contextmanager
+def _explain_dead_worker() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "Worker process was terminated" not in str(error):
+            raise
+        raise DataError(
+            "a data worker process died; its own message is above. If that speaks of the 'bootstrapping phase', put "
+            "what your script does under `if __name__ == '__main__':`. If it was killed for memory, lower data.workers "
+            "or data.prefetch"
+        ) from error

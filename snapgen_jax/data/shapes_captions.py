@@ -1,0 +1,56 @@
+"""What is said of a scene: grammatical captions in several phrasings."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from snapgen_jax.data.shapes import Group, Relation, Scene
+from snapgen_jax.data.words import article, pick
+
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+_PLURALS = {"cross": "crosses"}
+_ONE_GROUP = (
+    "{}",
+    "a photo of {}",
+    "a picture of {}",
+    "an image of {}",
+    "a drawing of {}",
+    "{} on a plain background",
+    "there {be} {}",
+)
+_MANY_GROUPS = ("{}", "a photo of {}", "a picture of {}", "an image of {}", "there {be} {}")
+_TWO_GROUPS = ("{} and {}", "{} and {}", "{} with {}", "{} together with {}")
+_PHRASES: dict[Relation, tuple[str, ...]] = {
+    "left of": ("left of", "to the left of"),
+    "right of": ("right of", "to the right of"),
+    "above": ("above", "over"),
+    "below": ("below", "under"),
+}
+_RELATED = ("{a} {r} {b}", "{a} {r} {b}", "{a} {be} {r} {b}", "a photo of {a} {r} {b}", "a picture of {a} {r} {b}")
+
+
+def phrase(group: Group) -> str:
+    """A group as a noun phrase: "a star", "an orange circle", "two red crosses", "a small ring"."""
+    words = [word for word in (group.size, group.colour) if word]
+    if group.count > 1:
+        words += [_PLURALS.get(group.kind, group.kind + "s")]
+        return " ".join([NUMBERS[group.count], *words])
+    words += [group.kind]
+    return " ".join([article(words[0]), *words])
+
+
+def _verb(group: Group) -> str:
+    return "is" if group.count == 1 else "are"
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """Says a scene in one of several phrasings, drawn from `rng`."""
+    nouns = [phrase(group) for group in scene.groups]
+    first = scene.groups[0]
+    if scene.relation is not None:
+        words = pick(rng, _PHRASES[scene.relation])
+        return pick(rng, _RELATED).format(a=nouns[0], b=nouns[1], r=words, be=_verb(first))
+    if len(nouns) == 1:
+        return pick(rng, _ONE_GROUP).format(nouns[0], be=_verb(first))
+    joined = pick(rng, _TWO_GROUPS) if len(nouns) == 2 else ", ".join(["{}"] * (len(nouns) - 1)) + " and {}"
+    return pick(rng, _MANY_GROUPS).format(joined.format(*nouns), be=_verb(first))

@@ -1,0 +1,177 @@
+"""Any image data set of TensorFlow Datasets, by name, read at random through `tfds.data_source`.
+
+Class labels become captions ("a photo of a tabby cat"); where an image has several captions each draw takes one. Two
+that are much used:
+
+* ImageNet-1K: `name="imagenet2012"`, `validation_split="validation"`. Its class names are codes (n02123045), so point
+  `class_names` at a text file with the thousand words, one a line, in label order. The archives are fetched by hand
+  (https://www.tensorflow.org/datasets/catalog/imagenet2012).
+* COCO captions: `name="coco_captions"`, `validation_split="val"`; five captions an image.
+
+A data set is prepared once, before the run, in the format that can be read at random:
+
+    tfds build coco_captions --file_format=array_record --data_dir=...
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from snapgen_jax.data.config import DataConfig, Split
+from snapgen_jax.data.errors import DataError, UnreadableExampleError
+from snapgen_jax.data.images import decode
+from snapgen_jax.data.sources import Example
+from snapgen_jax.data.words import class_caption, pick
+
+_TEXT_NAMES = ("caption", "captions", "text")  # of the Text features, ids and file names are not captions
+
+
+class TfdsSource:
+    """A prepared TFDS data set. The files are opened when first used, and again in every worker process."""
+
+    def __init__(self, config: DataConfig, split: str):
+        self._config, self._split = config, split
+        self._records: Any = None
+        features = self._open().dataset_info.features
+        self._image_path = _find_image(features, config)
+        self._caption_path, feature = _find_caption(features, config)
+        self._class_names = _class_names(feature, config)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_records": None}
+
+    def _open(self) -> Any:
+        if self._records is None:
+            self._records = _open(self._config, self._split)
+        return self._records
+
+    def __len__(self) -> int:
+        return len(self._open())
+
+    def example(self, index: int, rng: np.random.Generator) -> Example:
+        """The decoded image at its own size, with one of its captions."""
+        record = self._record(index)
+        return Example(decode(_get(record, self._image_path)), self._caption(record, rng))
+
+    def caption(self, index: int, rng: np.random.Generator) -> str:
+        """One of the image's captions."""
+        return self._caption(self._record(index), rng)
+
+    def name(self, index: int) -> str:
+        """ "coco_captions train record 7"."""
+        return f"{self._config.name} {self._split} record {index}"
+
+    def sizes(self) -> None:
+        """None: records do not tell their size without being read."""
+
+    def _record(self, index: int) -> Any:
+        try:
+            return self._open()[index]
+        except Exception as error:  # the reader of each file format raises its own types
+            raise UnreadableExampleError(f"{type(error).__name__}: {error}") from error
+
+    def _caption(self, record: Any, rng: np.random.Generator) -> str:
+        values = list(np.atleast_1d(_get(record, self._caption_path)))
+        if not values:
+            raise UnreadableExampleError("the record has no caption")
+        value = pick(rng, values)
+        if self._class_names is not None:
+            return class_caption(self._class_names[int(value)])
+        text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+        return " ".join(text.split())
+
+
+def build(config: DataConfig, split: Split) -> TfdsSource:
+    """The TFDS source of a config. Raises `DataError` where it is unknown, not prepared, or has no caption."""
+    if not config.name:
+        raise DataError("the data source 'tfds' needs data.name, the name of a TFDS data set such as 'coco_captions'")
+    return TfdsSource(config, config.train_split if split == "train" else config.validation_split)
+
+
+def _open(config: DataConfig, split: str) -> Any:
+    import tensorflow_datasets as tfds  # seconds to import
+
+    try:
+        return tfds.data_source(
+            config.name,
+            split=split,
+            data_dir=config.path or None,
+            download=False,
+            decoders={config.image_feature: tfds.decode.SkipDecoding()},  # bytes: `images.decode` turns and converts
+        )
+    except Exception as error:  # TFDS raises many types, and its messages name the splits there are
+        where = config.path or "the default data directory"
+        raise DataError(
+            f"the TFDS data set {config.name!r}, split {split!r}, cannot be read from {where}: {error}\n"
+            f"Prepare it once with: tfds build {config.name} --file_format=array_record"
+            + (f" --data_dir={config.path}" if config.path else "")
+        ) from error
+
+
+def _leaves(feature: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yields (path, feature) for every leaf; a sequence counts as what it holds."""
+    import tensorflow_datasets as tfds
+
+    if isinstance(feature, tfds.features.FeaturesDict):
+        for key, child in feature.items():
+            yield from _leaves(child, (*path, key))
+    elif isinstance(feature, tfds.features.Sequence):
+        yield from _leaves(feature.feature, path)
+    else:
+        yield path, feature
+
+
+def _find_image(features: Any, config: DataConfig) -> tuple[str, ...]:
+    import tensorflow_datasets as tfds
+
+    images = ["/".join(path) for path, leaf in _leaves(features) if isinstance(leaf, tfds.features.Image)]
+    if config.image_feature not in images:
+        raise DataError(
+            f"{config.name!r} has no image feature {config.image_feature!r}; it has {', '.join(images) or 'none'}"
+        )
+    return (config.image_feature,)
+
+
+def _find_caption(features: Any, config: DataConfig) -> tuple[tuple[str, ...], Any]:
+    import tensorflow_datasets as tfds
+
+    leaves = list(_leaves(features))
+    if config.caption_feature:
+        found = [(path, leaf) for path, leaf in leaves if "/".join(path) == config.caption_feature]
+    else:
+        texts = [(p, f) for p, f in leaves if isinstance(f, tfds.features.Text) and p[-1] in _TEXT_NAMES]
+        labels = [(p, f) for p, f in leaves if isinstance(f, tfds.features.ClassLabel)]
+        found = texts + sorted(labels, key=lambda item: item[0] != ("label",))
+    if not found:
+        raise DataError(
+            f"{config.name!r} has no caption {config.caption_feature or 'text or class label'!r}; set "
+            f"data.caption_feature to one of its features: {', '.join('/'.join(path) for path, _ in leaves)}"
+        )
+    return found[0]
+
+
+def _class_names(feature: Any, config: DataConfig) -> list[str] | None:
+    """The words of a class label by number; None for a feature that is text."""
+    import tensorflow_datasets as tfds
+
+    if not isinstance(feature, tfds.features.ClassLabel):
+        return None
+    if not config.class_names:
+        return list(feature.names)
+    names = pathlib.Path(config.class_names).read_text(encoding="utf-8").split("\n")
+    names = [name.strip() for name in names if name.strip()]
+    if len(names) != feature.num_classes:
+        raise DataError(
+            f"data.class_names: {len(names)} names for the {feature.num_classes} classes of {config.name!r}"
+        )
+    return names
+
+
+def _get(record: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        record = record[key]
+    return record

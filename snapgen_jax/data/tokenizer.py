@@ -1,0 +1,122 @@
+"""Captions to token ids: lower-cased byte-level BPE, trained on a source's own captions or loaded from a file."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from snapgen_jax.data.config import DataConfig
+from snapgen_jax.data.errors import DataError
+from snapgen_jax.data.sources import Source
+
+PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
+_SPECIAL = ["<pad>", "<bos>", "<eos>"]
+
+log = logging.getLogger(__name__)
+
+
+class Tokenizer:
+    """A `tokenizers` model framed by BOS and EOS. Holds no state but its vocabulary."""
+
+    def __init__(self, model: tokenizers.Tokenizer):
+        self._model = model
+        self._warned = False
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, the special ones included."""
+        return self._model.get_vocab_size()
+
+    def encode(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Encodes texts as `BOS tokens EOS PAD...`; a text that is too long loses its end, not its EOS.
+
+        Args:
+            texts: N captions; the empty one becomes `BOS EOS`.
+            length: L, at least 2.
+
+        Returns:
+            tokens int32 `[N, L]`, and mask float32 `[N, L]`, 1 from BOS to EOS.
+        """
+        tokens = np.full((len(texts), length), PAD_ID, np.int32)
+        mask = np.zeros((len(texts), length), np.float32)
+        for row, text in enumerate(texts):
+            ids = self._model.encode(text, add_special_tokens=False).ids
+            if len(ids) > length - 2:
+                self._warn(text, len(ids), length)
+                ids = ids[: length - 2]
+            used = len(ids) + 2
+            tokens[row, :used] = [BOS_ID, *ids, EOS_ID]
+            mask[row, :used] = 1.0
+        return tokens, mask
+
+    def _warn(self, text: str, count: int, length: int) -> None:
+        if not self._warned:
+            self._warned = True
+            log.warning(
+                "a caption of %d tokens is cut to the %d that the text encoder takes (further ones in silence): %r",
+                count,
+                length - 2,
+                text,
+            )
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of a row of ids, special ones left out."""
+        return self._model.decode([int(t) for t in tokens], skip_special_tokens=True).strip()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a `tokenizer.json`, whole or not at all."""
+        partial = f"{os.fspath(path)}.partial"
+        self._model.save(partial)
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
+        """Reads a `tokenizer.json`. Raises `DataError` where it is missing or not one."""
+        try:
+            model = tokenizers.Tokenizer.from_file(os.fspath(path))
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"{os.fspath(path)!r} is not a readable tokenizer.json: {error}") from error
+        found = [model.token_to_id(name) for name in _SPECIAL]
+        if found != [PAD_ID, BOS_ID, EOS_ID]:
+            raise DataError(f"{os.fspath(path)!r}: expected {_SPECIAL} to have the ids 0, 1, 2 and found {found}")
+        return cls(model)
+
+
+def train(captions: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Trains a tokenizer. The same captions in the same order give the same tokenizer.
+
+    Every byte is a token, so that no text is unknown; `vocab_size` is an upper bound, and few words need few merges.
+    """
+    floor = len(_SPECIAL) + 256
+    if vocab_size < floor:
+        raise DataError(f"vocab_size {vocab_size} is below {floor}: a token for every byte, and three special ones")
+    model = tokenizers.Tokenizer(models.BPE())
+    model.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])  # type: ignore[assignment]
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # type: ignore[assignment]
+    model.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=_SPECIAL,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    model.train_from_iterator(captions, trainer)
+    return Tokenizer(model)
+
+
+def train_tokenizer(source: Source, config: DataConfig, sample: int = 20_000) -> Tokenizer:
+    """Trains a tokenizer on `sample` captions spread evenly over a source; deterministic."""
+    indices = np.linspace(0, len(source) - 1, sample).astype(np.int64)
+    captions = (source.caption(int(index), np.random.default_rng((0, n))) for n, index in enumerate(indices))
+    return train(captions, config.vocab_size)
+
+
+def build_tokenizer(config: DataConfig, source: Source) -> Tokenizer:
+    """The tokenizer that a config names: trained on the source's captions, or loaded."""
+    return train_tokenizer(source, config) if config.tokenizer == "train" else Tokenizer.load(config.tokenizer)
