@@ -35,8 +35,8 @@ def accumulate_gradients(
 ) -> tuple[Tree, jax.Array, Tree]:
     """Mean gradient, mean loss and mean auxiliary values of `loss_fn(params, microbatch) -> (loss, aux)`.
 
-    `loss_fn` must be a mean over examples. All random numbers must be in `batch`, drawn for the whole of it, so that the
-    number of microbatches changes nothing but rounding.
+    `loss_fn` must be a mean over examples. All random numbers must be in `batch`, drawn for the whole of it, so that
+    the number of microbatches changes nothing but rounding.
     """
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
     if microbatches == 1:

@@ -1,7 +1,7 @@
 """Checkpoints: {state, ema, data, meta} in one directory per step, committed atomically by Orbax.
 
-The tree of a state is stored by name, so that a difference can be named before a byte is read, and so that any number of
-devices can read it. The averaged weights are an item of their own: inference needs nothing else.
+The tree of a state is stored by name, so that a difference can be named before a byte is read, and so that any number
+of devices can read it. The averaged weights are an item of their own: inference needs nothing else.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.state import Player, TrainState
 
 Tree = Any
-_DEFAULT_MESSAGE = "point --workdir at an empty folder to start a new run, or restore the config of this one"
+_REMEDY = "point --workdir at an empty folder to start a new run, or restore the config of this one"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,9 +143,11 @@ class Checkpointer:
             more = [f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else []
             raise ConfigError(
                 "\n".join(
-                    [f"checkpoint {self.directory / str(step)} does not fit the config; {_DEFAULT_MESSAGE}:"]
-                    + lines[:20]
-                    + more
+                    [
+                        f"checkpoint {self.directory / str(step)} does not fit the config; {_REMEDY}:",
+                        *lines[:20],
+                        *more,
+                    ]
                 )
             )
 

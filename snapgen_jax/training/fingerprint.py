@@ -23,7 +23,7 @@ def _checksum(x: jax.Array) -> jax.Array:
 
 
 def fingerprint(tree: Tree) -> str:
-    """Hexadecimal digest of the names, shapes, dtypes and bits of a tree of 8-, 16- or 32-bit arrays; "" if it is empty."""
+    """Hexadecimal digest of the names, shapes, dtypes and bits of a tree of 8- to 32-bit arrays; "" if it is empty."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     if not leaves:
         return ""

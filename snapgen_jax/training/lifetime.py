@@ -22,6 +22,7 @@ from types import FrameType
 from etils import epath
 
 from snapgen_jax.training.exits import ExitCode
+from snapgen_jax.training.files import write_whole
 
 IDLE = frozenset({"init", "compile", "evaluation"})
 PHASES = ("init", "compile", "step", "data", "evaluation", "checkpoint")
@@ -90,10 +91,7 @@ class Lifetime:
             return
         account = self.goodput()
         del account["goodput"]
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({**account, "steps_done": steps_done}))
-        temporary.rename(self._path)
+        write_whole(self._path, json.dumps({**account, "steps_done": steps_done}))
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:

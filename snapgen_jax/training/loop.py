@@ -21,7 +21,7 @@ from snapgen_jax.evaluation.interfaces import EvaluationResult
 from snapgen_jax.parallel.mesh import MeshConfig, batch_sharding, check_batch, make_mesh, put_batch
 from snapgen_jax.parallel.sharding import explain, tree_shardings
 from snapgen_jax.training import progress
-from snapgen_jax.training.checkpoint import Checkpointer, CheckpointConfig
+from snapgen_jax.training.checkpoint import CheckpointConfig, Checkpointer
 from snapgen_jax.training.exits import ConfigError, DivergedError, PreemptedError
 from snapgen_jax.training.fingerprint import fingerprint
 from snapgen_jax.training.keys import key
@@ -100,7 +100,9 @@ def make_step(recipe: Recipe, seed: int) -> Callable[[TrainState, Tree, Tree], t
         new, metrics = recipe.update(state, frozen, batch, key(seed, state.step, "update"))
         floats = [x for x in jax.tree.leaves((new.players, metrics)) if jnp.issubdtype(x.dtype, jnp.floating)]
         finite = jnp.all(jnp.stack([jnp.isfinite(x).all() for x in floats]))
-        kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), (new.players, new.extra), (state.players, state.extra))
+        kept = jax.tree.map(
+            lambda a, b: jnp.where(finite, a, b), (new.players, new.extra), (state.players, state.extra)
+        )
         new = TrainState(state.step + 1, state.skipped + jnp.where(finite, 0, 1).astype(jnp.int32), *kept)
         return new, {**metrics, "finite": finite}
 
@@ -198,11 +200,8 @@ class Run:
         """Runs the evaluators that are due and not on record."""
         last = step == self.config.train_steps
         due = [e for e in evaluators if e.due(step, last)]
-        if self.writer is None:
-            due_now = due
-        else:
-            due_now = [e for e in due if e.name not in self.writer.evaluated(step)]
-        for evaluator in due_now:
+        on_record = set() if self.writer is None else self.writer.evaluated(step)
+        for evaluator in [e for e in due if e.name not in on_record]:
             with self.life.phase("evaluation"):
                 result = evaluator.run(inference_weights(state), frozen)
             if self.writer is not None:
@@ -326,4 +325,3 @@ def train(
                 run.checkpointer.close()
             life.store(step)
     return state
-

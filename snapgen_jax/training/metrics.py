@@ -15,10 +15,14 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from snapgen_jax.training.files import write_whole
+
 
 def _line(record: Mapping[str, Any]) -> str:
     """One JSON line; a number that is not finite becomes null, since JSON has no word for it."""
-    return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}) + "\n"
+    return (
+        json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}) + "\n"
+    )
 
 
 def read_lines(path: epath.Path) -> list[dict[str, Any]]:
@@ -48,9 +52,7 @@ class MetricWriter:
     def _cut_back(path: epath.Path, step: int) -> None:
         records = read_lines(path)
         if path.exists():
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(_line(r) for r in records if r["step"] <= step))
-            temporary.rename(path)
+            write_whole(path, "".join(_line(r) for r in records if r["step"] <= step))
 
     def _append(self, name: str, lines: str) -> None:
         path = self._metrics / f"{name}.jsonl"
@@ -76,7 +78,9 @@ class MetricWriter:
             for key in record.keys() - {"step"}:
                 self._board.add_scalar(f"perf/{key}", record[key], record["step"])
 
-    def evaluation(self, step: int, name: str, numbers: Mapping[str, float], pictures: Mapping[str, np.ndarray]) -> None:
+    def evaluation(
+        self, step: int, name: str, numbers: Mapping[str, float], pictures: Mapping[str, np.ndarray]
+    ) -> None:
         """Appends an evaluator's numbers and writes its pictures as `samples/<name>_<step>.png`."""
         folder = self.workdir / "samples"
         for title, picture in pictures.items():

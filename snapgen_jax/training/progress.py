@@ -32,10 +32,14 @@ def records(unlogged: Sequence[tuple[int, np.ndarray, Mapping[str, jax.Array]]])
 def check_batch_arrays(arrays: Mapping[str, np.ndarray], spec: Mapping[str, jax.ShapeDtypeStruct], hosts: int) -> None:
     """Refuses a batch whose arrays are not those the recipe compiled for, naming the first that differs."""
     for name in sorted(set(arrays) | set(spec)):
-        want = None if name not in spec else ((spec[name].shape[0] // hosts, *spec[name].shape[1:]), str(spec[name].dtype))
+        want = (
+            None if name not in spec else ((spec[name].shape[0] // hosts, *spec[name].shape[1:]), str(spec[name].dtype))
+        )
         have = None if name not in arrays else (tuple(arrays[name].shape), str(arrays[name].dtype))
         if want != have:
-            raise ConfigError(f"batch array {name!r}: the recipe expects {want or 'none'}, the data gave {have or 'none'}")
+            raise ConfigError(
+                f"batch array {name!r}: the recipe expects {want or 'none'}, the data gave {have or 'none'}"
+            )
 
 
 def lost_steps(workdir: epath.Path | None, restored: int) -> int:
@@ -53,7 +57,7 @@ def close(stream: Any) -> None:
 
 
 def duration(seconds: float) -> str:
-    """"3d04h", "2h05m", "4m10s" or "9s"."""
+    """ "3d04h", "2h05m", "4m10s" or "9s"."""
     s = round(seconds)
     if s >= 86400:
         return f"{s // 86400}d{s % 86400 // 3600:02d}h"
@@ -112,7 +116,8 @@ class Reporter:
         shown = " | ".join(f"{k} {means[k]:.4g}" for k in ("loss", "grad_norm") if k in means)
         saved = f" | ckpt {saved_step:,}" if saved_step >= 0 else ""
         line = (
-            f"step {step:,}/{self.train_steps:,} {100 * step / self.train_steps:.1f}% | {shown} | {rate:,.0f} examples/s | "
-            f"{1000 * perf['step_seconds']:.1f} ms | data {100 * perf['data_wait_share']:.1f}% | ETA {duration(left)}{saved}"
+            f"step {step:,}/{self.train_steps:,} {100 * step / self.train_steps:.1f}% | {shown} | "
+            f"{rate:,.0f} examples/s | {1000 * perf['step_seconds']:.1f} ms | "
+            f"data {100 * perf['data_wait_share']:.1f}% | ETA {duration(left)}{saved}"
         )
         return line, perf

@@ -75,7 +75,9 @@ class Recipe(Protocol):
         """One update from one global batch. Jitted by the loop, which also counts the step and discards bad updates."""
         ...
 
-    def generate(self, params: Tree, frozen: Tree, conditions: Tree, key: jax.Array, **options: Any) -> dict[str, jax.Array]:
+    def generate(
+        self, params: Tree, frozen: Tree, conditions: Tree, key: jax.Array, **options: Any
+    ) -> dict[str, jax.Array]:
         """Examples from `{player: params}`. `key` is `[B]`, one an example, so that an example depends on its own key
         alone. `options` are static and default to the recipe's config."""
         ...

@@ -1,0 +1,219 @@
+"""Experiments as data: a file in `configs/`, completed with the defaults of our dataclasses, then overridden.
+
+A config file imports `ml_collections` and nothing of ours; `get_config(arg)` returns what it wants to say. Every key
+that it leaves out has the default of the dataclass that will receive it, and every key that no dataclass knows is
+refused with the closest match. A section may name a `preset` of its dataclass and change fields of that.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import json
+import pathlib
+import pkgutil
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from snapgen_jax.data.config import DataConfig
+from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.training.loop import LoopConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig(LoopConfig):
+    """What every experiment has, whatever its recipe; the recipe's own fields stand beside these.
+
+    Attributes:
+        recipe: name of a module under `snapgen_jax.recipes`.
+        init_from: workdir of an earlier stage to start from, or "".
+        data: where examples come from.
+    """
+
+    recipe: str = "flow_matching"
+    init_from: str = ""
+    data: DataConfig = DataConfig()
+
+
+def recipe_names() -> list[str]:
+    """The recipes there are: every public module under `snapgen_jax.recipes`."""
+    package = importlib.import_module("snapgen_jax.recipes")
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+
+
+def recipe_class(name: str) -> Any:
+    """The class `RECIPE` of `snapgen_jax.recipes.<name>`; its attribute `Config` is its config dataclass.
+
+    Raises:
+        ConfigError: there is no such recipe; names the closest.
+    """
+    if name not in recipe_names():
+        raise ConfigError(f"unknown recipe {name!r}{_closest(name, recipe_names())}")
+    return importlib.import_module(f"snapgen_jax.recipes.{name}").RECIPE
+
+
+def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Reads "path/to/file.py" or "path/to/file.py:arg", completes it, and applies overrides "a.b=value".
+
+    Raises:
+        ConfigError: the file is missing or has no `get_config`; a key is unknown; a value has the wrong type.
+    """
+    path, _, arg = spec.partition(":")
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise ConfigError(f"no config file {path!r}; give a path such as configs/shapes/quickstart.py")
+    module_spec = importlib.util.spec_from_file_location(f"snapgen_config_{file.stem}", file)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"{path} defines no get_config(arg=None); see configs/shapes/quickstart.py for an example")
+    try:
+        partial = module.get_config(arg or None)
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"{path}: get_config({arg!r}) failed: {error}") from error
+    return complete(partial, overrides)
+
+
+def complete(partial: Mapping[str, Any], overrides: Sequence[str] = ()) -> ConfigDict:
+    """Fills in every default, checks every key and value, applies the overrides, and locks the result."""
+    changes = [_parse_override(o) for o in overrides]
+    # A preset decides what the defaults of its section are, so it comes before the values.
+    partial = _plain(partial)
+    for path, value in sorted(changes, key=lambda change: change[0][-1] != "preset"):
+        node = partial
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"config key {'.'.join(path)!r}: {part!r} is a value, not a section")
+        node[path[-1]] = value
+    classes = (ExperimentConfig, recipe_class(partial.get("recipe", ExperimentConfig.recipe)).Config)
+    values: dict[str, Any] = {}
+    known = {field.name for cls in classes for field in dataclasses.fields(cls)}
+    for name in partial:
+        if name not in known:
+            raise ConfigError(f"unknown config key {name!r}{_closest(name, known)}")
+    for cls in classes:
+        chosen = {k: v for k, v in partial.items() if k in {field.name for field in dataclasses.fields(cls)}}
+        values.update(_to_dict(_build(cls, chosen, "")))
+    config = ConfigDict(values)
+    config.lock()
+    return config
+
+
+def build(cls: type, config: Mapping[str, Any]) -> Any:
+    """The dataclass `cls` with its fields taken from a completed config; keys of other classes are passed over."""
+    plain = _plain(config)
+    return _build(cls, {f.name: plain[f.name] for f in dataclasses.fields(cls) if f.name in plain}, "")
+
+
+def to_json(config: Mapping[str, Any]) -> str:
+    """A completed config as JSON, for `config.json` in a workdir."""
+    return json.dumps(_plain(config), indent=2, sort_keys=True) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """The inverse of `to_json`, completed, so that a field that is newer than the file has its default."""
+    return complete(json.loads(text))
+
+
+def _plain(node: Any) -> Any:
+    if isinstance(node, ConfigDict):
+        node = node.to_dict()
+    return {k: _plain(v) for k, v in node.items()} if isinstance(node, Mapping) else node
+
+
+def _to_dict(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {k: _to_dict(v) for k, v in value.items()}
+    return value
+
+
+def _parse_override(text: str) -> tuple[list[str], Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"override {text!r} has no value; write --config.{name}=VALUE")
+    try:
+        return name.split("."), ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name.split("."), value
+
+
+def _build(cls: type, node: Mapping[str, Any], path: str) -> Any:
+    """An instance of the dataclass `cls` from a nested dict, each value checked against its annotation."""
+    hints = typing.get_type_hints(cls)
+    fields = {field.name for field in dataclasses.fields(cls)}
+    values = dict(node)
+    preset = values.pop("preset", None) if "preset" not in fields else None
+    if preset is not None:
+        if not hasattr(cls, "preset"):
+            raise ConfigError(f"config section {path or 'top level'!r} has no presets")
+        try:
+            base = cls.preset(preset)
+        except ValueError as error:
+            raise ConfigError(f"config key {path}.preset: {error}") from error
+    else:
+        base = None
+    arguments = {}
+    for name, value in values.items():
+        where = f"{path}.{name}" if path else name
+        if name not in fields:
+            raise ConfigError(f"unknown config key {where!r}{_closest(name, fields)}")
+        if dataclasses.is_dataclass(hints[name]) and isinstance(value, Mapping):
+            arguments[name] = _build(hints[name], value, where)
+        else:
+            arguments[name] = _coerce(value, hints[name], where)
+    try:
+        return cls(**arguments) if base is None else dataclasses.replace(base, **arguments)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"config section {path or 'top level'!r}: {error}") from error
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the annotated type: an int where a float is wanted becomes one, a list becomes a tuple."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        for option in options:
+            try:
+                return _coerce(value, option, where)
+            except ConfigError:
+                continue
+    elif origin is typing.Literal:
+        if value in options:
+            return value
+        raise ConfigError(f"config key {where!r} is {value!r}; choose one of {', '.join(map(repr, options))}")
+    elif origin is tuple and isinstance(value, list | tuple):
+        if len(options) == 2 and options[1] is Ellipsis:
+            return tuple(_coerce(v, options[0], where) for v in value)
+        if len(options) == len(value):
+            return tuple(_coerce(v, o, where) for v, o in zip(value, options, strict=True))
+    elif origin is not None and isinstance(value, Mapping) and issubclass(origin, Mapping):
+        return {k: _coerce(v, options[1], f"{where}.{k}") for k, v in value.items()}
+    elif hint is type(None):
+        if value is None:
+            return None
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif hint is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif isinstance(hint, type) and hint is not float and isinstance(value, hint):
+        return value
+    name = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
+    raise ConfigError(f"config key {where!r} is {value!r} ({type(value).__name__}); expected {name}")
+
+
+def _closest(name: str, known: Any) -> str:
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(sorted(known))}"

@@ -1,0 +1,260 @@
+"""From a config to a trained workdir: puts recipe, data, evaluators and loop together.
+
+A researcher needs no workdir: `train(recipe, batches, steps)` runs a recipe on any iterable of batches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import itertools
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from snapgen_jax.config import ExperimentConfig, build, from_json, recipe_class, to_json
+from snapgen_jax.data.pipeline import Pipeline
+from snapgen_jax.data.sources import build_source
+from snapgen_jax.data.tokenizer import Tokenizer, build_tokenizer
+from snapgen_jax.evaluation import registry
+from snapgen_jax.evaluation.interfaces import EvaluatorSpec
+from snapgen_jax.evaluation.pictures import png_bytes
+from snapgen_jax.generation import Generator, load
+from snapgen_jax.training import loop
+from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.training.files import write_whole
+from snapgen_jax.training.loop import LoopConfig, ScheduledEvaluator
+from snapgen_jax.training.recipe import Recipe
+from snapgen_jax.training.state import TrainState
+
+Tree = Any
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "snapgen-jax")
+
+
+class Experiment:
+    """A config with everything that it names.
+
+    Attributes:
+        config: the whole config, as a dataclass.
+        recipe: the method.
+        tokenizer: captions to ids; trained on the captions of the source at first, then kept in the workdir.
+        data: training batches.
+    """
+
+    def __init__(self, config: ConfigDict, workdir: epath.PathLike, backend: str | None = None):
+        """`backend` is "cpu", "gpu" or "tpu", by default the one JAX runs on."""
+        self.workdir = epath.Path(workdir)
+        self.config: ExperimentConfig = build(ExperimentConfig, config)
+        cls = recipe_class(self.config.recipe)
+        try:
+            self.recipe: Recipe = cls(build(cls.Config, config), backend or jax.default_backend())
+        except ValueError as error:
+            raise ConfigError(f"recipe {self.config.recipe!r}: {error}") from error
+        source = build_source(self.config.data, "train")
+        self.tokenizer = self._tokenizer(source)
+        self.data = Pipeline(
+            self.config.data,
+            self.recipe.batch_specs(),
+            self.tokenizer,
+            seed=self.config.seed,
+            split="train",
+            source=source,
+        )
+
+    def _tokenizer(self, source: Any) -> Tokenizer:
+        path = self.workdir / "tokenizer.json"
+        if path.exists():
+            return Tokenizer.load(path)
+        tokenizer = build_tokenizer(self.config.data, source)
+        room = getattr(self.recipe, "vocab_size", tokenizer.vocab_size)
+        if tokenizer.vocab_size > room:
+            raise ConfigError(
+                f"the tokenizer has {tokenizer.vocab_size} ids and the text encoder takes {room}; "
+                "set data.vocab_size to at most text.vocab_size"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(path)
+        return tokenizer
+
+    def evaluators(self) -> list[ScheduledEvaluator]:
+        """The recipe's evaluators, each run on a generator with the weights of the moment."""
+        generator = Generator(self.recipe, None, None, self.tokenizer)
+
+        def scheduled(spec: Any) -> ScheduledEvaluator:
+            evaluator = registry.create(spec)
+
+            def run(weights: Tree, frozen: Tree) -> Any:
+                generator.params, generator.frozen = weights, frozen
+                return evaluator(generator, ValidationBatches(self))
+
+            return ScheduledEvaluator(spec.name, spec.every_steps, spec.at_end, run)
+
+        try:
+            return [scheduled(spec) for spec in self.recipe.evaluators()]
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def warm_start(self, state: TrainState) -> TrainState:
+        """Starts from the stage that `init_from` names, if it names one."""
+        if not self.config.init_from:
+            return state
+        return self.recipe.warm_start(state, load(self.config.init_from).params)
+
+    def train(self) -> TrainState:
+        """Runs the loop to the end of the config, from wherever the workdir stands."""
+        return loop.train(
+            self.recipe,
+            self.data,
+            build(LoopConfig, _as_dict(self.config)),
+            workdir=self.workdir,
+            evaluators=self.evaluators(),
+            warm_start=self.warm_start,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationBatches:
+    """The validation split of an experiment; the same batches each time that it is iterated."""
+
+    experiment: Experiment
+
+    def __iter__(self) -> Iterator[Any]:
+        e = self.experiment
+        data = dataclasses.replace(e.config.data, workers=0)
+        return Pipeline(data, e.recipe.batch_specs(), e.tokenizer, seed=0, split="validation").batches(0)
+
+
+def evaluate(workdir: epath.PathLike, names: Sequence[str], step: int | None = None) -> dict[str, float]:
+    """Runs evaluators on a trained run; their pictures go to `samples/`.
+
+    Args:
+        workdir: the run.
+        names: evaluators, whether or not the run's config names them.
+        step: which checkpoint; the newest by default.
+
+    Returns:
+        The numbers of all of them.
+    """
+    generator = load(workdir, step)
+    experiment = Experiment(from_json((epath.Path(workdir) / "config.json").read_text()), workdir)
+    known = {spec.name: spec for spec in generator.recipe.evaluators()}
+    numbers: dict[str, float] = {}
+    for name in names:
+        try:
+            evaluator = registry.create(known.get(name, EvaluatorSpec(name)))
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        result = evaluator(generator, ValidationBatches(experiment))
+        numbers.update(result.numbers)
+        folder = epath.Path(workdir) / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        for title, picture in result.pictures.items():
+            (folder / f"{title}.png").write_bytes(png_bytes(picture))
+    return numbers
+
+
+def _as_dict(config: Any) -> dict[str, Any]:
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+
+
+def prepare_workdir(config: ConfigDict, workdir: epath.PathLike, command: list[str] | None = None) -> None:
+    """Writes `config.json` and `run.json`; names what changed if the workdir had another config."""
+    workdir = epath.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / "config.json"
+    if path.exists():
+        for name, (old, new) in differences(from_json(path.read_text()), config).items():
+            print(f"config changed since this run began: {name} was {old}, is now {new}")
+    write_whole(path, to_json(config))
+    run = {
+        "command": command or sys.argv,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {jax.device_count()} x {jax.devices()[0].device_kind}",
+        "hosts": jax.process_count(),
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+    write_whole(workdir / "run.json", json.dumps(run, indent=2) + "\n")
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """{dotted key: (old value, new value)} of all keys whose values differ."""
+    out: dict[str, tuple[Any, Any]] = {}
+    for name in sorted(set(old) | set(new)):
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            out.update(differences(a, b, f"{prefix}{name}."))
+        elif a != b:
+            out[f"{prefix}{name}"] = (a, b)
+    return out
+
+
+def _commit() -> str:
+    """The commit of the source tree, or "" outside a checkout."""
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=epath.Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        ).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plain:
+    bucket: str
+    arrays: dict[str, np.ndarray]
+    source_index: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stream:
+    """Any iterable of `{name: array}` as batches; the bucket is found by shape."""
+
+    iterable: Iterable[Mapping[str, Any]]
+    specs: dict[str, Tree]
+
+    def batches(self, position: int) -> Iterator[_Plain]:
+        for n, arrays in enumerate(itertools.islice(iter(self.iterable), position, None)):
+            arrays = {name: np.asarray(x) for name, x in arrays.items()}
+            shapes = {name: x.shape for name, x in arrays.items()}
+            fits = [b for b, spec in self.specs.items() if {k: s.shape for k, s in spec.items()} == shapes]
+            size = len(next(iter(arrays.values())))
+            yield _Plain(fits[0] if fits else next(iter(self.specs)), arrays, np.arange(n * size, (n + 1) * size))
+
+
+def train(
+    recipe: Recipe, batches: Iterable[Mapping[str, Any]], steps: int, *, seed: int = 0, quiet: bool = False
+) -> TrainState:
+    """Trains a recipe in memory, in a notebook say: no workdir, no flags.
+
+    Args:
+        recipe: any recipe.
+        batches: `{name: array}` dicts with the shapes of `recipe.batch_specs()`.
+        steps: updates.
+        seed: of the run.
+        quiet: prints nothing.
+
+    Returns:
+        The last state; `inference_weights(state)` are the weights that `recipe.generate` takes.
+    """
+    config = LoopConfig(seed=seed, train_steps=steps, log_every_steps=max(1, min(50, steps // 4)))
+    return loop.train(recipe, _Stream(batches, recipe.batch_specs()), config, quiet=quiet)

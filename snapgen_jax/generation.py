@@ -1,0 +1,138 @@
+"""Prompts to images from a trained run: what notebooks, evaluation and the command line all call.
+
+generator = snapgen_jax.load("workdir")
+images = generator.generate(["a red circle left of a blue square"], seed=0)   # uint8 [1, H, W, 3]
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from snapgen_jax.config import build, from_json, recipe_class
+from snapgen_jax.data.tokenizer import Tokenizer
+from snapgen_jax.training.checkpoint import Checkpointer
+from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.training.keys import example_keys, key
+from snapgen_jax.training.recipe import Recipe
+
+Tree = Any
+
+
+class Generator:
+    """A recipe with weights and a tokenizer.
+
+    Attributes:
+        recipe: what was trained.
+        params: `{player: weights}`, averaged ones where the run keeps an average.
+        frozen: the recipe's frozen networks.
+        tokenizer: prompts to ids.
+    """
+
+    def __init__(self, recipe: Recipe, params: Tree, frozen: Tree, tokenizer: Tokenizer):
+        self.recipe, self.params, self.frozen, self.tokenizer = recipe, params, frozen, tokenizer
+        spec = next(iter(recipe.batch_specs().values()))
+        self.max_tokens = spec["tokens"].shape[1]
+        self._jitted = functools.lru_cache(maxsize=16)(self._jit)
+
+    def _jit(self, options: tuple[tuple[str, Any], ...]) -> Any:
+        return jax.jit(functools.partial(self.recipe.generate, **dict(options)))
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        batch_size: int = 64,
+        **options: Any,
+    ) -> np.ndarray:
+        """Images `uint8 [N, H, W, 3]`; image n depends on (seed, indices[n], prompts[n]) and the options alone.
+
+        Args:
+            prompts: N texts; one longer than the encoder takes is cut, with a warning.
+            seed: of the noise.
+            indices: N integers, by default 0 .. N-1.
+            batch_size: images computed together.
+            options: static options of the recipe's `generate`, such as `steps` and `guidance`.
+        """
+        return self.run(prompts, seed=seed, indices=indices, batch_size=batch_size, **options)["image"]
+
+    def run(
+        self,
+        prompts: Sequence[str],
+        *,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        batch_size: int = 64,
+        **options: Any,
+    ) -> dict[str, np.ndarray]:
+        """Everything that the recipe's `generate` returns, `{name: [N, ...]}`. Arguments as for `generate`."""
+        prompts = list(prompts)
+        where = np.arange(len(prompts)) if indices is None else np.asarray(indices)
+        if not prompts or len(where) != len(prompts):
+            raise ValueError(
+                f"{len(prompts)} prompts came with {len(where)} indices; give at least one prompt, and one index each"
+            )
+        tokens, mask = self.tokenizer.encode(prompts, self.max_tokens)
+        jitted = self._jitted(tuple(sorted(options.items())))
+        size = min(batch_size, len(prompts))
+        parts = []
+        for start in range(0, len(prompts), size):
+            rows = np.arange(start, start + size) % len(
+                prompts
+            )  # the last batch is filled up, so that one program serves
+            conditions = {"tokens": jnp.asarray(tokens[rows]), "mask": jnp.asarray(mask[rows])}
+            keys = example_keys(seed, jnp.asarray(where[rows]), "generate")
+            parts.append(jax.device_get(jitted(self.params, self.frozen, conditions, keys)))
+        return {name: np.concatenate([part[name] for part in parts])[: len(prompts)] for name in parts[0]}
+
+
+def load_recipe(workdir: epath.PathLike, platform: str | None = None) -> Recipe:
+    """The recipe of a workdir, from its `config.json`.
+
+    Raises:
+        ConfigError: the folder is no workdir.
+    """
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        raise ConfigError(
+            f"{workdir} is not a workdir: it has no config.json; train one with `snapgen train --workdir={workdir}`"
+        )
+    config = from_json(path.read_text())
+    cls = recipe_class(config.recipe)
+    return cls(build(cls.Config, config), platform or jax.default_backend())
+
+
+def load(workdir: epath.PathLike, step: int | None = None, platform: str | None = None) -> Generator:
+    """The generator of a trained run.
+
+    Args:
+        workdir: local or object-store folder of the run.
+        step: which checkpoint; the newest by default.
+        platform: "cpu", "gpu" or "tpu"; by default the one JAX runs on.
+
+    Raises:
+        ConfigError: there is no run, no checkpoint, or one of another shape.
+    """
+    workdir = epath.Path(workdir)
+    recipe = load_recipe(workdir, platform)
+    checkpointer = Checkpointer(workdir)
+    try:
+        found = checkpointer.latest_step() if step is None else step
+        if found is None:
+            raise ConfigError(
+                f"{workdir} has no complete checkpoint yet; train on with `snapgen train --workdir={workdir}`"
+            )
+        state = jax.eval_shape(recipe.init, key(0, 0, "init"))
+        spec = {name: player.params for name, player in state.players.items()}
+        params = checkpointer.restore_weights(spec, found)
+    finally:
+        checkpointer.close()
+    return Generator(recipe, params, recipe.load_frozen(None), Tokenizer.load(workdir / "tokenizer.json"))

@@ -1,0 +1,365 @@
+"""Flow matching: a UNet learns the velocity of the straight path from noise to images, with its text encoder.
+
+    x_t = (1 - t) x_0 + t eps,   v = eps - x_0,   L = || v_theta(x_t, t, c) - v ||^2        (Liu et al. 2022, eq. 1)
+
+t is drawn from a logit-normal density (Esser et al. 2024), captions are dropped now and then for classifier-free
+guidance (Ho and Salimans 2022). One player, "model", holds both networks: `unet` and `text`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+from snapgen_jax.diffusion.guidance import drop_condition, with_guidance
+from snapgen_jax.diffusion.path import interpolate, velocity
+from snapgen_jax.diffusion.samplers import Method, sample
+from snapgen_jax.diffusion.timesteps import TimestepConfig, sample_times, time_grid
+from snapgen_jax.evaluation.interfaces import EvaluationConfig, EvaluatorSpec
+from snapgen_jax.losses.flow_matching import flow_matching_loss
+from snapgen_jax.networks import clip, unet
+from snapgen_jax.networks.clip import ClipTextConfig, null_tokens
+from snapgen_jax.networks.codec import CodecConfig, build_codec, from_uint8, to_uint8
+from snapgen_jax.networks.module import Platform, apply, build, for_platform, init
+from snapgen_jax.networks.text import TextContext
+from snapgen_jax.networks.time_features import MAX_PERIOD, TIME_SCALE, time_features
+from snapgen_jax.networks.unet import UNetConfig
+from snapgen_jax.training.accumulate import accumulate_gradients
+from snapgen_jax.training.optimizer import (
+    OptimizerConfig,
+    clip_by_joint_norm,
+    learning_rate_schedule,
+    make_optimizer,
+    new_player,
+    step_player,
+)
+from snapgen_jax.training.recipe import ExportPlan, ExportUnit, Metrics
+from snapgen_jax.training.state import TrainState
+
+Tree = Any
+VALIDATION_TIMES = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How images are made unless a call says otherwise.
+
+    Attributes:
+        steps: network evaluations (Euler), or half of them (Heun).
+        guidance: scale w of classifier-free guidance; 1 is none.
+        method: "euler" or "heun".
+        shift: of the grid of times; see `shift_time`.
+    """
+
+    steps: int = 28
+    guidance: float = 3.0
+    method: Method = "euler"
+    shift: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowMatchingConfig:
+    """Flow matching of a text-conditional UNet.
+
+    Attributes:
+        batch_size: images in a global batch.
+        microbatches: the global batch is computed in this many parts.
+        train_steps: updates in the run; where a decaying learning rate ends.
+        image_sizes: (height, width) of each aspect bucket, in pixels.
+        caption_dropout: share of captions replaced by the empty one.
+        ema_decay: of the averaged weights; 0 keeps no average.
+        sample_prompts: prompts of the sample grid.
+    """
+
+    batch_size: int = 32
+    microbatches: int = 1
+    train_steps: int = 1000
+    image_sizes: tuple[tuple[int, int], ...] = ((32, 32),)
+    unet: UNetConfig = UNetConfig.preset("shapes")
+    text: ClipTextConfig = ClipTextConfig.preset("shapes")
+    codec: CodecConfig = CodecConfig()
+    timesteps: TimestepConfig = TimestepConfig()
+    caption_dropout: float = 0.1
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema_decay: float = 0.999
+    sampling: SamplingConfig = SamplingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    sample_prompts: tuple[str, ...] = ("a red circle", "a blue square", "two green stars", "a ring above a cross")
+
+
+class FlowMatching:
+    """See the top of this file. Implements `training.recipe.Recipe`."""
+
+    Config = FlowMatchingConfig
+
+    def __init__(self, config: FlowMatchingConfig, platform: Platform):
+        """`platform` is the one compiled for; it fixes compute dtype and form of the depthwise convolution."""
+        self.config = config
+        self.codec = build_codec(config.codec)
+        channels = {self.codec.latent_shape(size)[-1] for size in config.image_sizes}
+        if channels != {config.unet.latent_channels}:
+            raise ValueError(
+                f"the codec gives {channels.pop()} latent channels and unet.latent_channels is "
+                f"{config.unet.latent_channels}; make them equal"
+            )
+        self.unet, self.unet_spec = build(for_platform(config.unet, platform))
+        self.text, self.text_spec = build(for_platform(config.text, platform))
+        self.optimizer: optax.GradientTransformation = make_optimizer(config.optimizer, config.train_steps)
+        self.learning_rate = learning_rate_schedule(config.optimizer, config.train_steps)
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids must be below this."""
+        return self.config.text.vocab_size
+
+    # --- shapes ---
+
+    def batch_specs(self) -> dict[str, Tree]:
+        """One bucket per image size: `image` uint8 `[B, H, W, 3]`, `tokens` int32 `[B, L]`, `mask` float32 `[B, L]`."""
+        b, length = self.config.batch_size, self.config.text.max_tokens
+        return {
+            f"{h}x{w}": {
+                "image": jax.ShapeDtypeStruct((b, h, w, 3), jnp.uint8),
+                "tokens": jax.ShapeDtypeStruct((b, length), jnp.int32),
+                "mask": jax.ShapeDtypeStruct((b, length), jnp.float32),
+            }
+            for h, w in self.config.image_sizes
+        }
+
+    def init(self, key: jax.Array) -> TrainState:
+        """Draws both networks."""
+        unet_key, text_key = jax.random.split(key)
+        params = {"unet": init(self.unet, unet_key), "text": init(self.text, text_key)}
+        player = new_player(params, self.optimizer, ema=self.config.ema_decay > 0)
+        return TrainState(jnp.int32(0), jnp.int32(0), {"model": player}, {})
+
+    def warm_start(self, state: TrainState, earlier: Tree) -> TrainState:
+        """Starts from `{player: weights}` of an earlier stage; optimizer, average and schedule begin anew."""
+        params = jax.tree.map(lambda new, old: old.astype(new.dtype), state.players["model"].params, earlier["model"])
+        player = new_player(params, self.optimizer, ema=self.config.ema_decay > 0)
+        return state.replace(players={"model": player})
+
+    def frozen_spec(self) -> Tree:
+        """Nothing is frozen."""
+        return {}
+
+    def load_frozen(self, mesh: Mesh | None) -> Tree:
+        """Nothing is frozen."""
+        del mesh
+        return {}
+
+    def rules(self) -> Sequence[tuple[str, PartitionSpec]]:
+        """Those of the two networks."""
+        return [*unet.RULES, *clip.RULES]
+
+    # --- training ---
+
+    def encode_text(self, params: Tree, tokens: jax.Array, mask: jax.Array) -> TextContext:
+        """`[B, L]` tokens -> what the UNet attends to."""
+        return apply(self.text, params["text"], tokens, mask)
+
+    def predict(self, params: Tree, x_t: jax.Array, t: jax.Array, context: TextContext) -> jax.Array:
+        """Velocity `[B, h, w, c]` at `x_t` `[B, h, w, c]` and `t` `[B]`."""
+        v, _ = apply(self.unet, params["unet"], x_t, time_features(t, self.config.unet.time_width), context)
+        return v
+
+    def loss(self, params: Tree, drawn: Tree) -> tuple[jax.Array, Metrics]:
+        """Mean flow matching loss of examples whose noise, times and captions are drawn."""
+        context = self.encode_text(params, drawn["tokens"], drawn["mask"])
+        x_t = interpolate(drawn["x_0"], drawn["eps"], drawn["t"])
+        v = self.predict(params, x_t, drawn["t"], context)
+        return jnp.mean(flow_matching_loss(v, velocity(drawn["x_0"], drawn["eps"]))), {}
+
+    def draw(self, batch: Tree, key: jax.Array) -> Tree:
+        """Everything random about one global batch: noise, times, dropped captions."""
+        eps_key, time_key, drop_key = jax.random.split(key, 3)
+        x_0 = self.codec.encode(from_uint8(batch["image"]))
+        caption = {"tokens": batch["tokens"], "mask": batch["mask"]}
+        return {
+            "x_0": x_0,
+            "eps": jax.random.normal(eps_key, x_0.shape),
+            "t": sample_times(time_key, x_0.shape[:1], self.config.timesteps),
+            **drop_condition(drop_key, caption, self._null_caption(), self.config.caption_dropout),
+        }
+
+    def update(self, state: TrainState, frozen: Tree, batch: Tree, key: jax.Array) -> tuple[TrainState, Metrics]:
+        """One AdamW step on the flow matching loss."""
+        del frozen
+        player = state.players["model"]
+        drawn = self.draw(batch, key)
+        grads, loss, _ = accumulate_gradients(self.loss, player.params, drawn, self.config.microbatches)
+        grads, norm = clip_by_joint_norm(grads, self.config.optimizer.clip_norm)
+        player = step_player(player, grads, self.optimizer, state.step, self.config.ema_decay)
+        metrics = {"loss": loss, "grad_norm": norm, "learning_rate": jnp.asarray(self.learning_rate(state.step))}
+        return state.replace(players={"model": player}), metrics
+
+    def _null_caption(self) -> dict[str, jax.Array]:
+        tokens, mask = null_tokens(self.config.text, self.config.text.max_tokens)
+        return {"tokens": tokens, "mask": mask}
+
+    # --- use ---
+
+    def generate(
+        self,
+        params: Tree,
+        frozen: Tree,
+        conditions: Tree,
+        key: jax.Array,
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        method: Method | None = None,
+        image_size: tuple[int, int] | None = None,
+    ) -> dict[str, jax.Array]:
+        """Images from captions.
+
+        Args:
+            params: `{"model": {"unet", "text"}}`.
+            frozen: unused.
+            conditions: `tokens` and `mask` `[B, L]`; optionally `noise` `[B, h, w, c]` instead of noise from the keys.
+            key: `[B]` keys.
+            steps, guidance, method, image_size: default to `config.sampling` and the first image size.
+
+        Returns:
+            `image` uint8 `[B, H, W, 3]`, `latent` float32 `[B, h, w, c]`, and the `noise` it began with.
+        """
+        del frozen
+        default = self.config.sampling
+        steps, method = steps or default.steps, method or default.method
+        guidance = default.guidance if guidance is None else guidance
+        weights = params["model"]
+        shape = self.codec.latent_shape(image_size or self.config.image_sizes[0])
+        noise = conditions["noise"] if "noise" in conditions else initial_noise(key, shape)
+        context = self.encode_text(weights, conditions["tokens"], conditions["mask"])
+        null = self._null_caption()
+        null_context = self.encode_text(weights, null["tokens"][None], null["mask"][None])
+
+        def denoise(x_t: jax.Array, t: jax.Array, i: jax.Array, carry: Any, c: TextContext) -> tuple[jax.Array, Any]:
+            del i
+            return self.predict(weights, x_t, t, c), carry
+
+        guided = with_guidance(denoise, context, null_context, guidance)
+        latent, _ = sample(guided, noise, time_grid(steps, default.shift), method=method)
+        return {"image": to_uint8(self.codec.decode(latent)), "latent": latent, "noise": noise}
+
+    def validation_loss(self, params: Tree, frozen: Tree, batch: Tree, key: jax.Array) -> dict[str, jax.Array]:
+        """Per-example loss `[B]` at each of `VALIDATION_TIMES`, with the same noise at each; and their mean."""
+        del frozen
+        x_0 = self.codec.encode(from_uint8(batch["image"]))
+        eps = jax.random.normal(key, x_0.shape)
+        context = self.encode_text(params["model"], batch["tokens"], batch["mask"])
+
+        def at(t: jax.Array) -> jax.Array:
+            times = jnp.full(x_0.shape[:1], t)
+            v = self.predict(params["model"], interpolate(x_0, eps, times), times, context)
+            return flow_matching_loss(v, velocity(x_0, eps))
+
+        losses = jax.lax.map(at, jnp.asarray(VALIDATION_TIMES))  # [T, B]
+        by_time = {f"t={t:.2f}": losses[i] for i, t in enumerate(VALIDATION_TIMES)}
+        return {"mean": losses.mean(axis=0), **by_time}
+
+    def evaluators(self) -> Sequence[EvaluatorSpec]:
+        """Those that `config.evaluation` names."""
+        when = self.config.evaluation
+        parts = {
+            "validation_loss": {"function": self.validation_loss},
+            "sample_grid": {"options": {"prompts": self.config.sample_prompts}},
+        }
+        return [
+            EvaluatorSpec(
+                name,
+                every_steps=when.every_steps if name in when.during else 0,
+                at_end=name in when.final,
+                **parts.get(name, {}),
+            )
+            for name in dict.fromkeys((*when.during, *when.final))
+        ]
+
+    def exports(self) -> ExportPlan:
+        """The UNet and the text encoder at the first image size, in float32 with real depthwise convolutions."""
+        config, b = self.config, 1
+        unet_network, _ = build(dataclasses.replace(config.unet, dtype="float32", depthwise="grouped"))
+        text_network, _ = build(dataclasses.replace(config.text, dtype="float32"))
+        latent_shape, length = self.codec.latent_shape(config.image_sizes[0]), config.text.max_tokens
+        context = jax.eval_shape(
+            functools.partial(apply, text_network),
+            self.text_spec,
+            jax.ShapeDtypeStruct((b, length), jnp.int32),
+            jax.ShapeDtypeStruct((b, length), jnp.float32),
+        )
+
+        def denoise(
+            params: Tree, *, latent: Any, time: Any, sequence: Any, mask: Any, pooled: Any
+        ) -> dict[str, jax.Array]:
+            v, _ = apply(unet_network, params, latent, time, TextContext(sequence, mask, pooled))
+            return {"velocity": v}
+
+        def encode_text(params: Tree, *, tokens: Any, mask: Any) -> dict[str, jax.Array]:
+            context = apply(text_network, params, tokens, mask)
+            return {"sequence": context.sequence, "pooled": context.pooled}
+
+        def f32(*shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+        units = [
+            ExportUnit(
+                "unet",
+                denoise,
+                lambda players: players["model"]["unet"],
+                {
+                    "latent": f32(b, *latent_shape),
+                    "time": f32(b, config.unet.time_width),
+                    "sequence": f32(*context.sequence.shape),
+                    "mask": f32(b, length),
+                    "pooled": f32(*context.pooled.shape),
+                },
+            ),
+            ExportUnit(
+                "text_encoder",
+                encode_text,
+                lambda players: players["model"]["text"],
+                {"tokens": jax.ShapeDtypeStruct((b, length), jnp.int32), "mask": f32(b, length)},
+            ),
+        ]
+        null = self._null_caption()
+        return ExportPlan(
+            units,
+            {
+                "schema": 1,
+                "kind": "flow_matching",
+                "method": config.sampling.method,
+                "times": [float(t) for t in time_grid(config.sampling.steps, config.sampling.shift)],
+                "shift": config.sampling.shift,
+                "guidance": config.sampling.guidance,
+                "latent_shape": list(latent_shape),
+                "image_shape": [*config.image_sizes[0], 3],
+                "time_features": {
+                    "dim": config.unet.time_width,
+                    "scale": TIME_SCALE,
+                    "max_period": MAX_PERIOD,
+                    "order": "cos,sin",
+                },
+                "codec": self.codec.describe(),
+                "text": {
+                    "length": length,
+                    "null_tokens": [int(i) for i in null["tokens"]],
+                    "null_mask": [float(i) for i in null["mask"]],
+                },
+                "units": {"denoiser": "unet", "text_encoder": "text_encoder"},
+            },
+        )
+
+
+def initial_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`[B, *shape]` standard normal, each example from its own key."""
+    return jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
+
+
+RECIPE = FlowMatching
