@@ -21,6 +21,11 @@ ifeq ($(wildcard /dev/accel* /dev/vfio/* /dev/nvidia0 /dev/kfd /dev/dxg),)
 export JAX_PLATFORMS ?= cpu
 endif
 
+# Behind a company's proxy pip works because it trusts what the machine trusts; so does uv then.
+ifneq ($(wildcard /etc/ssl/certs/ca-certificates.crt),)
+export UV_SYSTEM_CERTS ?= 1
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test lint format types notebooks oracle cuda install lock clean
 

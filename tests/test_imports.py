@@ -1,0 +1,229 @@
+"""Who may know whom: the rooms of the house, held apart by reading every import, those inside functions included."""
+
+import ast
+import dataclasses
+import pathlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+OURS = "snapgen_jax"
+
+# A room, or one file of it -> what else of ours it may import. The longest name that fits a file is its rule, and its
+# own room is always allowed. "*" is everything.
+MAY_IMPORT = {
+    # tensors to tensors
+    "networks": [],
+    "diffusion": [],
+    "losses": [],
+    # the contracts
+    "evaluation.interfaces": [],
+    "training.state": [],
+    "training.recipe": ["training.state", "evaluation.interfaces"],
+    # what a method may use, and what runs it: the loop knows no recipe and no network
+    "recipes": [
+        "networks",
+        "diffusion",
+        "losses",
+        "weights",
+        "training.state",
+        "training.optimizer",
+        "training.ema",
+        "training.accumulate",
+        "training.recipe",
+        "evaluation.interfaces",
+    ],
+    "training": ["parallel", "evaluation.interfaces"],
+    "parallel": [],
+    "weights": ["networks", "parallel"],
+    "data": [],
+    # from a trained run to images, numbers and files
+    "generation": [
+        "networks",
+        "diffusion",
+        "recipes",
+        "config",
+        "data.tokenizer",
+        "training.checkpoint",
+        "training.exits",
+        "training.keys",
+        "training.recipe",
+        "training.state",
+    ],
+    "evaluation": ["generation", "networks", "diffusion", "data.shapes", "data.shapes_grammar", "data.prompts"],
+    "export": ["generation", "networks", "diffusion", "training.recipe"],
+    "export.client": [],
+    "export.verify": ["export.client"],
+    # the edge
+    "config": ["data.config", "training", "recipes"],
+    "experiment": ["config", "data", "evaluation", "generation", "networks.module", "parallel", "recipes", "training"],
+    "quickstart": ["*"],
+    "cli": ["*"],
+    "__init__": ["*"],
+}
+
+# A room -> the libraries it may import. Rooms that are not listed may import what they need.
+LIBRARIES = {
+    "networks": {"jax", "flax", "einops", "numpy"},
+    "diffusion": {"jax", "flax", "einops", "numpy"},
+    "losses": {"jax", "flax", "einops", "numpy"},
+    "evaluation.interfaces": {"numpy"},
+    # copied into every bundle, where there is nothing else
+    "export.client": {"numpy", "ai_edge_litert", "tokenizers"},
+    "export.verify": {"numpy", "ai_edge_litert", "client"},
+}
+
+# What brings TensorFlow in, and where it may be brought in: there only, and only when a function needs it.
+TENSORFLOW = ("tensorflow", "tensorflow_datasets", "keras", "clu.metric_writers", "jax.experimental.jax2tf")
+MAY_USE_TENSORFLOW = ("data", "export", "training.metrics")
+NEVER = ("torch", "diffusers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Import:
+    """One imported name, where it stands, and whether it is imported only when a function runs."""
+
+    name: str
+    line: int
+    lazy: bool
+
+
+def _inside(name: str, room: str) -> bool:
+    return name == room or name.startswith(room + ".")
+
+
+def _module(path: pathlib.Path) -> str:
+    """`snapgen_jax/training/loop.py` -> "training.loop"; the `__init__` of a room is the room."""
+    parts = path.relative_to(ROOT / OURS).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+MODULES = {_module(path): path for path in sorted((ROOT / OURS).rglob("*.py"))}
+
+
+def _imports(source: str, module: str) -> Iterator[Import]:
+    """Every import of a file, ours by full name: statements, and strings that name a module of ours.
+
+    Such a string is what `importlib.import_module` is given, whole or as the beginning of an f-string.
+    """
+    package = [OURS, *module.split(".")]
+    if MODULES.get(module, pathlib.Path()).name != "__init__.py":
+        package = package[:-1]
+
+    def visit(node: ast.AST, lazy: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, node.lineno, lazy) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                ours = _inside(base, OURS)
+                known = full.removeprefix(OURS + ".") in MODULES
+                yield Import(full if known or not ours else base, node.lineno, lazy)
+        elif isinstance(node, ast.Constant) and re.fullmatch(rf"{OURS}(\.\w+)+\.?", str(node.value)):
+            yield Import(str(node.value).rstrip("."), node.lineno, lazy)
+        checking_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        lazy = lazy or checking_only or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, lazy)
+
+    yield from visit(ast.parse(source), False)
+
+
+def _rule(module: str, table: dict) -> str | None:
+    return max((room for room in table if _inside(module, room)), key=len, default=None)
+
+
+def violations(source: str, module: str) -> list[str]:
+    """What a file imports and may not, one sentence each."""
+    found = []
+    rule = _rule(module, MAY_IMPORT)
+    if rule is None:
+        return [f"{module}: no room of this name; give it a line in MAY_IMPORT of tests/test_imports.py"]
+    libraries = LIBRARIES.get(_rule(module, LIBRARIES) or "")
+    for item in _imports(source, module):
+        where = f"{module}:{item.line}"
+        top = item.name.partition(".")[0]
+        if top == OURS:
+            target = item.name.removeprefix(OURS).removeprefix(".")
+            allowed = [rule, *MAY_IMPORT[rule]]
+            if target and "*" not in allowed and not any(_inside(target, room) for room in allowed):
+                found.append(f"{where}: {rule} may not import {target}")
+        elif libraries is not None and top not in libraries and top not in sys.stdlib_module_names:
+            found.append(f"{where}: {rule} may import {', '.join(sorted(libraries))} and not {item.name}")
+        if any(_inside(item.name, name) for name in NEVER):
+            found.append(f"{where}: {item.name} belongs in tests only")
+        if any(_inside(item.name, name) for name in TENSORFLOW):
+            if not any(_inside(module, room) for room in MAY_USE_TENSORFLOW):
+                found.append(f"{where}: {item.name} brings in TensorFlow, which only {MAY_USE_TENSORFLOW} may do")
+            elif not item.lazy:
+                found.append(f"{where}: {item.name} brings in TensorFlow; import it inside the function that needs it")
+    return list(dict.fromkeys(found))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_file_imports_only_what_its_room_may_know(module):
+    assert not violations(MODULES[module].read_text(encoding="utf-8"), module)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("networks.unet", "import snapgen_jax.training.state"),
+        ("networks.unet", "def f():\n    from snapgen_jax.parallel import mesh"),
+        ("networks.unet", "import optax"),
+        ("networks.unet", "from ..losses import flow_matching"),
+        ("training.loop", "from snapgen_jax import recipes"),
+        ("training.loop", "def f(name):\n    importlib.import_module(f'snapgen_jax.recipes.{name}')"),
+        ("training.loop", "from snapgen_jax.networks.module import apply"),
+        ("training.recipe", "from snapgen_jax.training import loop"),
+        ("recipes.flow_matching", "from snapgen_jax.training.loop import train"),
+        ("recipes.flow_matching", "from snapgen_jax.data.pipeline import Pipeline"),
+        ("data.shapes", "from snapgen_jax.networks.codec import CodecConfig"),
+        ("evaluation.interfaces", "from snapgen_jax.evaluation import registry"),
+        ("evaluation.sample_grid", "def f():\n    import tensorflow"),
+        ("export.convert", "from jax.experimental import jax2tf"),
+        ("data.tfds", "import tensorflow_datasets as tfds"),
+        ("weights.clip", "def f():\n    import torch"),
+        ("surprise", "import os"),
+    ],
+)
+def test_a_forbidden_import_is_found(module, source):
+    assert len(violations(source, module)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("networks.unet", "import math\nimport jax.numpy as jnp\nfrom snapgen_jax.networks.text import TextContext"),
+        ("recipes.flow_matching", "from snapgen_jax.training.optimizer import AdamWConfig"),
+        ("export.jax2tf_backend", "def f():\n    import tensorflow\n    from jax.experimental import jax2tf"),
+        ("cli", "import snapgen_jax.training.loop, snapgen_jax.recipes"),
+        ("training.loop", '"""A recipe such as snapgen_jax.recipes.flow_matching is not known here."""'),
+    ],
+)
+def test_an_allowed_import_passes(module, source):
+    assert not violations(source, module)
+
+
+def test_configs_import_ml_collections_and_nothing_of_ours():
+    files = sorted((ROOT / "configs").rglob("*.py"))
+    assert files
+    for path in files:
+        for item in _imports(path.read_text(encoding="utf-8"), "__init__"):
+            allowed = {"ml_collections", *sys.stdlib_module_names}
+            assert item.name.partition(".")[0] in allowed, f"{path.name}:{item.line} imports {item.name}"
+
+
+def test_importing_every_module_brings_in_neither_tensorflow_nor_torch():
+    names = [f"{OURS}.{module}" for module in MODULES if module != "__init__"]
+    script = f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\n"
+    script += f"print([name for name in {(*TENSORFLOW, *NEVER)!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
