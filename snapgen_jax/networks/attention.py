@@ -28,7 +28,15 @@ def causal_bias(length: int) -> jax.Array:
     return jnp.asarray(later * MASKED)[None, None]
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
     """Scaled dot-product attention (Vaswani et al. 2017, equation 1); scores and softmax are float32.
 
     Args:
@@ -36,6 +44,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = No
         k, v: `[B, M, K, D]`, where K = H (multi-head), 1 (multi-query, Shazeer 2019) or a divisor of H (grouped-query,
             Ainslie et al. 2023); query heads `g*H/K ... (g+1)*H/K - 1` share key head g.
         bias: float32, broadcastable to `[B, H, L, M]`.
+        scale: factor of the scores; None for `D^-1/2`.
+        softcap: bounds the scaled scores s to `softcap * tanh(s / softcap)` before the bias (Gemma 2, section 2).
 
     Returns:
         `[B, L, H, D]` in the dtype of v.
@@ -45,11 +55,14 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = No
         parts = zip(
             jnp.split(q, kv_heads, axis=2), jnp.split(k, kv_heads, axis=2), jnp.split(v, kv_heads, axis=2), strict=True
         )
-        return jnp.concatenate([attend(*part, bias) for part in parts], axis=2)
+        return jnp.concatenate([attend(*part, bias, scale=scale, softcap=softcap) for part in parts], axis=2)
     keys = "bmhd" if kv_heads == heads else "bmd"
     if kv_heads != heads:
         k, v = k[:, :, 0], v[:, :, 0]
-    scores = jnp.einsum(f"blhd,{keys}->bhlm", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = jnp.einsum(f"blhd,{keys}->bhlm", q * scale, k, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
