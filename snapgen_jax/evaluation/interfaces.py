@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -55,14 +55,30 @@ class EvaluationResult:
 class Generator(Protocol):
     """Prompts to images, whatever runs underneath: a JAX run or a TFLite bundle."""
 
-    def generate(self, prompts: list[str], *, seed: int = 0, indices: list[int] | None = None, **options: Any) -> np.ndarray:
+    def generate(
+        self, prompts: list[str], *, seed: int = 0, indices: list[int] | None = None, **options: Any
+    ) -> np.ndarray:
         """`uint8 [N, H, W, 3]`. Image n depends on (seed, indices[n], prompts[n]) alone; indices default to 0..N-1."""
         ...
+
+
+class ValidationData(Protocol):
+    """The validation split. Each time that it is iterated it yields the same batches from the first one on, without
+    end: `arrays` (a tree of `[B, ...]`), `valid` (bool `[B]`), `source_index` (int64 `[B]`) and `bucket`. Closing the
+    iterator ends its workers.
+
+    Attributes:
+        source: its examples by index; `source.caption(index, rng)` gives the text of one.
+    """
+
+    source: Any
+
+    def __iter__(self) -> Iterator[Any]: ...
 
 
 class Evaluator(Protocol):
     """Measures a generator."""
 
-    def __call__(self, generator: Any, dataset: Any) -> EvaluationResult:
-        """Runs the measurement; `dataset` is the run's validation source, where the evaluator needs one."""
+    def __call__(self, generator: Any, dataset: ValidationData | None = None) -> EvaluationResult:
+        """Runs the measurement; `dataset` is the run's validation split, where the evaluator needs one."""
         ...

@@ -1,0 +1,93 @@
+"""Pictures for people: a grid of images with their captions below, and PNG bytes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+PAPER, INK = (250, 250, 250), (60, 60, 67)
+PASSED, FAILED = (22, 152, 92), (214, 64, 69)
+GAP, BORDER, LINE_HEIGHT, FONT_SIZE, MOST_LINES = 10, 4, 14, 11, 4
+
+
+def enlarge(image: np.ndarray, least_pixels: int) -> np.ndarray:
+    """Repeats pixels by the smallest whole factor that makes the longer side of `[H, W, 3]` at least `least_pixels`."""
+    factor = max(1, -(-least_pixels // max(image.shape[:2])))
+    return image.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def png_bytes(image: np.ndarray) -> bytes:
+    """`uint8 [H, W, 3]` as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def grid(
+    images: np.ndarray,
+    captions: Sequence[str] = (),
+    passed: Sequence[bool] = (),
+    *,
+    columns: int = 8,
+    least_pixels: int = 112,
+) -> np.ndarray:
+    """Lays images out in rows, each with its caption below and, where `passed` is given, a green or a red frame.
+
+    Args:
+        images: `uint8 [N, H, W, 3]`, drawn larger by a whole factor until a side has `least_pixels`.
+        captions: N texts, wrapped to the width of an image and cut after four lines; or none.
+        passed: N verdicts; or none.
+
+    Returns:
+        `uint8 [H', W', 3]`.
+
+    Raises:
+        ValueError: no image, or another number of captions or verdicts than of images.
+    """
+    count = len(images)
+    if not count:
+        raise ValueError("a grid needs at least one image and got none")
+    for name, items in (("captions", captions), ("verdicts", passed)):
+        if len(items) not in (0, count):
+            raise ValueError(f"{count} images came with {len(items)} {name}; give one for each image, or none")
+    large = [enlarge(image, least_pixels) for image in images]
+    height, width = large[0].shape[:2]
+    font = ImageFont.load_default(size=FONT_SIZE)
+    lines = [_wrap(caption, font, width) for caption in captions] or [[]] * count
+
+    columns = min(columns, count)
+    rows = [range(start, min(start + columns, count)) for start in range(0, count, columns)]
+    frame = BORDER if len(passed) else 0
+    cell_width = width + 2 * frame + GAP
+    row_heights = [height + 2 * frame + GAP + LINE_HEIGHT * max(len(lines[n]) for n in row) for row in rows]
+    canvas = Image.new("RGB", (columns * cell_width + GAP, sum(row_heights) + GAP), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    top = GAP
+    for row, row_height in zip(rows, row_heights, strict=True):
+        for column, n in enumerate(row):
+            left = GAP + column * cell_width
+            if frame:
+                box = (left, top, left + width + 2 * frame - 1, top + height + 2 * frame - 1)
+                draw.rectangle(box, fill=PASSED if passed[n] else FAILED)
+            canvas.paste(Image.fromarray(large[n]), (left + frame, top + frame))
+            for number, line in enumerate(lines[n]):
+                below = top + height + 2 * frame + 2 + number * LINE_HEIGHT
+                draw.text((left + frame, below), line, fill=INK, font=font)
+        top += row_height
+    return np.asarray(canvas)
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    if len(lines) > MOST_LINES:
+        lines = [*lines[: MOST_LINES - 1], lines[MOST_LINES - 1] + " ..."]
+    return lines

@@ -1,0 +1,80 @@
+"""Distance to real images and difference between seeds, as evaluators."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from snapgen_jax.evaluation.frechet_score import DiversityScore, FrechetScore
+
+
+@dataclasses.dataclass
+class Batch:
+    arrays: dict
+    valid: np.ndarray
+    source_index: np.ndarray
+    bucket: str = "16x16"
+
+
+def real(index: int) -> np.ndarray:
+    return np.random.default_rng(index).integers(0, 256, (16, 16, 3)).astype(np.uint8)
+
+
+class Source:
+    def __len__(self):
+        return 48
+
+    def caption(self, index, rng):
+        return f"noise {index}"
+
+
+class Validation:
+    """48 images in batches of 8, over and over."""
+
+    source = Source()
+
+    def __iter__(self):
+        while True:
+            for start in range(0, 48, 8):
+                rows = np.arange(start, start + 8)
+                images = np.stack([real(i) for i in rows])
+                yield Batch({"image": images}, rows != 3, rows)
+
+
+class Copier:
+    """A perfect model: fresh images of the same kind."""
+
+    def generate(self, prompts, *, seed=0, indices=None, **options):
+        self.prompts = prompts
+        return np.stack([real(10_000 + n) for n in range(len(prompts))])
+
+
+class Collapsed:
+    """Draws one image, whatever it is asked."""
+
+    def generate(self, prompts, *, seed=0, indices=None, **options):
+        return np.stack([real(5) // 2] * len(prompts))
+
+
+def test_a_perfect_model_scores_as_real_images_do_and_a_collapsed_one_far_worse():
+    perfect, collapsed = (FrechetScore(examples=16)(g, Validation()).numbers for g in (Copier(), Collapsed()))
+    assert perfect["frechet.real"] == collapsed["frechet.real"]
+    assert perfect["frechet.distance"] < 1.5 * perfect["frechet.real"]
+    assert collapsed["frechet.distance"] > 5 * perfect["frechet.distance"]
+
+
+def test_captions_are_those_of_readable_images_and_a_small_split_is_halved():
+    copier = Copier()
+    FrechetScore(examples=512)(copier, Validation())
+    assert copier.prompts == [f"noise {i}" for i in range(24) if i != 3]  # 47 readable images
+
+
+def test_without_images_there_is_nothing_to_compare_with():
+    with pytest.raises(ValueError, match="validation split"):
+        FrechetScore()(Copier())
+
+
+def test_seeds_differ_or_do_not():
+    prompts = ("a", "b")
+    diverse = DiversityScore(prompts=prompts, images=3)(Copier()).numbers["diversity.pairwise"]
+    assert DiversityScore(prompts=prompts, images=3)(Collapsed()).numbers["diversity.pairwise"] == 0.0 < diverse

@@ -1,0 +1,37 @@
+"""Evaluators by name, with errors that teach."""
+
+import pytest
+
+from snapgen_jax.evaluation.interfaces import EvaluatorSpec
+from snapgen_jax.evaluation.registry import EVALUATORS, create
+from snapgen_jax.evaluation.sample_grid import SampleGrid
+
+
+def loss(params, frozen, batch, key):
+    return {}
+
+
+@pytest.mark.parametrize("name", EVALUATORS)
+def test_every_registered_evaluator_is_made_from_its_name(name):
+    function = loss if name == "validation_loss" else None
+    assert callable(create(EvaluatorSpec(name, function=function)))
+
+
+def test_options_reach_the_evaluator():
+    evaluator = create(EvaluatorSpec("sample_grid", options={"prompts": ("a star",), "columns": 4}))
+    assert evaluator == SampleGrid(prompts=("a star",), columns=4)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (EvaluatorSpec("compositonal"), "did you mean 'compositional'"),
+        (EvaluatorSpec("sample_grid", options={"colums": 3}), "did you mean 'columns'"),
+        (EvaluatorSpec("sample_grid", options={"function": loss}), "unknown option"),
+        (EvaluatorSpec("validation_loss"), "set EvaluatorSpec.function"),
+        (EvaluatorSpec("sample_grid", function=loss), "takes no function"),
+    ],
+)
+def test_mistakes_are_named(spec, message):
+    with pytest.raises(ValueError, match=message):
+        create(spec)
