@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import logging
 import os
@@ -144,13 +145,13 @@ def _read_metadata(path: pathlib.Path) -> Iterator[Entry]:
 
 def _rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, object]]]:
     """Yields ("file, line 3", columns)."""
-    lines = _read_text(path).splitlines()
+    text = _read_text(path)
     if path.suffix == ".csv":
-        reader = csv.DictReader(lines)
+        reader = csv.DictReader(io.StringIO(text, newline=""))
         for row in reader:
             yield f"{path}, line {reader.line_num}", dict(row)
         return
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -14,7 +14,7 @@ from snapgen_jax.data.errors import UnreadableExampleError
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 # Only formats that decode in Pillow itself: EPS, say, would run another program on the file.
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 1 << 27  # 134 megapixels: no camera makes more, and a decompression bomb does
 _ORIENTATION = 0x0112  # EXIF tag
 _BACKDROP = (255, 255, 255)  # behind transparent pixels

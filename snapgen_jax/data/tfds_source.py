@@ -15,6 +15,7 @@ A data set is prepared once, before the run, in the format that can be read at r
 
 from __future__ import annotations
 
+import difflib
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -103,10 +104,14 @@ def _open(config: DataConfig, split: str) -> Any:
             download=False,
             decoders={config.image_feature: tfds.decode.SkipDecoding()},  # bytes: `images.decode` turns and converts
         )
-    except Exception as error:  # TFDS raises many types, and its messages name the splits there are
+    except Exception as error:  # TFDS raises many types
+        problem = str(error).split("\nAvailable datasets")[0]  # hundreds of lines
+        close = difflib.get_close_matches(config.name, tfds.list_builders(), n=3)
+        named = config.name in close or not close
+        hint = "" if named else f" Perhaps you mean {' or '.join(close)}?"
         where = config.path or "the default data directory"
         raise DataError(
-            f"the TFDS data set {config.name!r}, split {split!r}, cannot be read from {where}: {error}\n"
+            f"the TFDS data set {config.name!r}, split {split!r}, cannot be read from {where}: {problem}{hint}\n"
             f"Prepare it once with: tfds build {config.name} --file_format=array_record"
             + (f" --data_dir={config.path}" if config.path else "")
         ) from error

@@ -25,6 +25,7 @@ class Tokenizer:
 
     def __init__(self, model: tokenizers.Tokenizer):
         self._model = model
+        self._model.encode_special_tokens = True  # a caption that spells "<eos>" does not end there
         self._warned = False
 
     @property

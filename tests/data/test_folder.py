@@ -1,0 +1,136 @@
+"""A person's own folder: the caption conventions, and what a wrong folder is told."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from snapgen_jax.data.config import DataConfig
+from snapgen_jax.data.errors import DataError
+from snapgen_jax.data.sources import Source, build_source
+
+
+def _image(path: pathlib.Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 6), "red").save(path)
+
+
+def _folder(path: pathlib.Path, split="train", **changes) -> Source:
+    return build_source(DataConfig(source="folder", path=str(path), **changes), split)
+
+
+def _captions(source: Source) -> dict[str, str]:
+    return {source.name(i): source.example(i, np.random.default_rng(0)).caption for i in range(len(source))}
+
+
+def test_real_photographs_are_read_with_their_captions(photo_folder, photographs) -> None:
+    source = _folder(photo_folder)
+    assert set(_captions(source).values()) == set(photographs)
+    for index in range(len(source)):
+        example = source.example(index, np.random.default_rng(0))
+        original = np.asarray(photographs[example.caption].convert("RGB")).astype(float)
+        assert example.image.shape == original.shape
+        assert np.abs(example.image - original).mean() < 5, "JPEG at quality 90"
+        assert source.sizes()[index].tolist() == list(original.shape[:2])
+
+
+def test_metadata_csv(tmp_path) -> None:
+    _image(tmp_path / "a.png")
+    _image(tmp_path / "b, c.png")
+    (tmp_path / "metadata.csv").write_text('﻿file_name,caption\na.png,"one, two"\n"b, c.png",three\n', encoding="utf-8")
+    assert _captions(_folder(tmp_path)) == {"a.png": "one, two", "b, c.png": "three"}
+
+
+def test_a_csv_caption_may_hold_line_breaks(tmp_path) -> None:
+    _image(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text('file_name,text\na.png,"one\ntwo"\n')
+    assert _captions(_folder(tmp_path)) == {"a.png": "one two"}
+
+
+def test_metadata_files_in_subfolders_are_relative_to_themselves(tmp_path) -> None:
+    for part in ("x", "y/z"):
+        _image(tmp_path / part / "deep" / "a.png")
+        row = {"file_name": "deep/a.png", "text": f"from {part}"}
+        (tmp_path / part / "metadata.jsonl").write_text(json.dumps(row) + "\n\n")
+    assert _captions(_folder(tmp_path)) == {"x/deep/a.png": "from x", "y/z/deep/a.png": "from y/z"}
+
+
+def test_of_several_captions_each_draw_takes_one(tmp_path) -> None:
+    _image(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "caption": ["one", "two", "three"]}))
+    source = _folder(tmp_path)
+    assert {source.caption(0, np.random.default_rng(i)) for i in range(50)} == {"one", "two", "three"}
+
+
+def test_text_files_beside_images_at_any_depth(tmp_path, caplog) -> None:
+    for name in ("a.png", "sub/b.JPG", "sub/without.png"):
+        _image(tmp_path / name)
+    (tmp_path / "a.txt").write_text(" a red\n  picture \n")
+    (tmp_path / "sub" / "b.txt").write_text("another")
+    (tmp_path / "notes.txt").write_text("belongs to no image")
+    assert _captions(_folder(tmp_path)) == {"a.png": "a red picture", "sub/b.JPG": "another"}
+    assert "1 of 3 images have no caption" in caplog.text
+
+
+@pytest.mark.parametrize("file_name", ["../secret.png", "/etc/passwd", "sub/../../secret.png", "link.png"])
+def test_metadata_may_not_leave_its_folder(tmp_path, file_name: str) -> None:
+    _image(tmp_path / "secret.png")
+    inside = tmp_path / "data"
+    inside.mkdir()
+    (inside / "link.png").symlink_to(tmp_path / "secret.png")
+    (inside / "metadata.jsonl").write_text(json.dumps({"file_name": file_name, "text": "x"}))
+    with pytest.raises(DataError, match=r"metadata\.jsonl, line 1: file_name .* leaves the folder"):
+        _folder(inside)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"file_name": "a.png"', "line 2 is not JSON"),
+        ('["a.png"]', "line 2: expected a JSON object and found list"),
+        ('{"image": "a.png", "text": "x"}', "line 2: expected a file_name and found the columns image, text"),
+        ('{"file_name": "a.png", "label": 3}', "line 2: expected a column text or caption .* file_name, label"),
+    ],
+)
+def test_a_wrong_metadata_line_is_named(tmp_path, line: str, message: str) -> None:
+    _image(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "fine"}\n' + line + "\n")
+    with pytest.raises(DataError, match=message):
+        _folder(tmp_path)
+
+
+def test_missing_and_empty_folders_say_what_was_looked_for(tmp_path) -> None:
+    with pytest.raises(DataError, match="there is no folder"):
+        _folder(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"needs data\.path"):
+        build_source(DataConfig(source="folder"))
+    (tmp_path / "readme.md").write_text("hello")
+    with pytest.raises(DataError, match=r"found 0 image files .*Expected\s+metadata\.jsonl or metadata\.csv"):
+        _folder(tmp_path)
+    _image(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"found 1 image files .* no caption"):
+        _folder(tmp_path)
+    for name in ("metadata.csv", "metadata.jsonl"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(DataError, match=r"both metadata\.jsonl and metadata\.csv"):
+        _folder(tmp_path)
+
+
+def test_validation_is_a_fixed_part_of_the_folder_that_training_never_sees(tmp_path) -> None:
+    for number in range(40):
+        _image(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(f"number {number}")
+    train, validation = (set(_captions(_folder(tmp_path, s, validation_share=0.1))) for s in ("train", "validation"))
+    assert len(validation) == 4 and len(train) == 36 and not train & validation
+    assert validation == set(_captions(_folder(tmp_path, "validation", validation_share=0.1)))
+
+
+def test_a_folder_too_small_to_divide_validates_on_its_training_images(photo_folder) -> None:
+    assert _captions(_folder(photo_folder, "validation")) == _captions(_folder(photo_folder, "train"))
+
+
+def test_an_unknown_source_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(DataError, match="'webdataset'; the sources are shapes, digits, folder, tfds"):
+        build_source(DataConfig(source="webdataset"))  # type: ignore[arg-type]
