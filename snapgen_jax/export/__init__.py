@@ -1,0 +1,1 @@
+"""Networks to `.tflite`, into a verified bundle, and the client that runs it."""

@@ -1,0 +1,119 @@
+"""What a `.tflite` file says about itself: operators, tensors, inputs and outputs, read from the flatbuffer.
+
+No interpreter is made and no weight is copied, so that a file of gigabytes is described in milliseconds. This is the
+one place that knows the generated schema.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import mmap
+import pathlib
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor of the graph: `name`, static `shape`, `dtype` ("float32"), whether it is a stored constant, and whether
+    every dimension is fixed."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    constant: bool
+    static: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """One node of the graph. `name` is the builtin's ("CONV_2D"), or "CUSTOM:<code>" for anything else."""
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """The graphs of one file. `inputs` and `outputs` are {signature name: {tensor name of the signature: Tensor}}."""
+
+    operators: tuple[Operator, ...]
+    tensors: tuple[Tensor, ...]
+    inputs: dict[str, dict[str, Tensor]]
+    outputs: dict[str, dict[str, Tensor]]
+
+    @property
+    def histogram(self) -> dict[str, int]:
+        """{operator: number of nodes}, the most frequent first."""
+        counts = collections.Counter(operator.name for operator in self.operators)
+        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+    @property
+    def max_rank(self) -> int:
+        """The highest rank of any tensor."""
+        return max((len(tensor.shape) for tensor in self.tensors), default=0)
+
+
+def describe(path: str | pathlib.Path) -> Description:
+    """Reads a `.tflite` file. Raises `ValueError` where the file is no TFLite model."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
+        if buffer[4:8] != b"TFL3":
+            raise ValueError(f"{path} is not a TFLite model: it starts with {buffer[:8]!r}, expected the mark 'TFL3'")
+        return _Reader(schema, schema.Model.GetRootAs(buffer, 0)).read()
+
+
+class _Reader:
+    """Walks the generated accessors, which are methods that take an index."""
+
+    def __init__(self, schema, model) -> None:
+        self.model = model
+        self.types = _names(schema.TensorType)
+        self.builtins = _names(schema.BuiltinOperator)
+
+    def read(self) -> Description:
+        graphs = [self.model.Subgraphs(i) for i in range(self.model.SubgraphsLength())]
+        tensors = [[self._tensor(graph.Tensors(i)) for i in range(graph.TensorsLength())] for graph in graphs]
+        operators = []
+        for graph, known in zip(graphs, tensors, strict=True):
+            for i in range(graph.OperatorsLength()):
+                node = graph.Operators(i)
+                inputs = tuple(known[node.Inputs(j)] for j in range(node.InputsLength()) if node.Inputs(j) >= 0)
+                outputs = tuple(known[node.Outputs(j)] for j in range(node.OutputsLength()))
+                operators.append(Operator(self._operator_name(node.OpcodeIndex()), inputs, outputs))
+        inputs, outputs = {}, {}
+        for i in range(self.model.SignatureDefsLength()):
+            signature = self.model.SignatureDefs(i)
+            known, key = tensors[signature.SubgraphIndex()], signature.SignatureKey().decode()
+            inputs[key] = _mapped(signature.Inputs, signature.InputsLength(), known)
+            outputs[key] = _mapped(signature.Outputs, signature.OutputsLength(), known)
+        return Description(tuple(operators), tuple(t for known in tensors for t in known), inputs, outputs)
+
+    def _tensor(self, tensor) -> Tensor:
+        buffer = self.model.Buffers(tensor.Buffer())
+        # A weight lies in the flatbuffer or, in a file near 2 GB, behind it at an offset.
+        constant = buffer.DataLength() > 0 or buffer.Size() > 0
+        signature = [tensor.ShapeSignature(i) for i in range(tensor.ShapeSignatureLength())]
+        shape = tuple(int(tensor.Shape(i)) for i in range(tensor.ShapeLength()))
+        return Tensor(
+            (tensor.Name() or b"").decode(), shape, self.types[tensor.Type()], constant, all(n >= 0 for n in signature)
+        )
+
+    @functools.cache  # noqa: B019 (the reader lives for one file)
+    def _operator_name(self, index: int) -> str:
+        code = self.model.OperatorCodes(index)
+        # Files written before the field grew to 32 bits hold the code in the deprecated 8-bit field.
+        builtin = self.builtins[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())]
+        return f"CUSTOM:{(code.CustomCode() or b'?').decode()}" if builtin == "CUSTOM" else builtin
+
+
+def _mapped(item, length: int, tensors: list[Tensor]) -> dict[str, Tensor]:
+    entries = [item(i) for i in range(length)]
+    return {entry.Name().decode(): tensors[entry.TensorIndex()] for entry in entries}
+
+
+def _names(enum: type) -> dict[int, str]:
+    lower = enum.__name__ == "TensorType"
+    return {v: k.lower() if lower else k for k, v in vars(enum).items() if isinstance(v, int)}

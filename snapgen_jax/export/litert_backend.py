@@ -1,0 +1,49 @@
+"""JAX -> StableHLO -> TFLite without TensorFlow: the only file that touches litert-converter's private API.
+
+`litert-converter` 0.5 is the engine under litert-torch, undocumented, and pinned in `setup.py` for that reason. It
+keeps MEAN where TensorFlow's converter writes SUM and MUL, and needs less memory.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import export as jax_export
+
+
+def convert(
+    function: Callable[..., dict[str, jax.Array]],
+    params: Any,
+    inputs: Mapping[str, jax.ShapeDtypeStruct],
+    signature: str,
+    path: pathlib.Path,
+) -> None:
+    """Writes `function(params, **inputs)` as a float32 `.tflite` file. See `snapgen_jax.export.convert.to_tflite`."""
+    # Compiled modules without type stubs.
+    api, ir, passmanager, stablehlo = (
+        importlib.import_module(f"litert_converter.{name}")
+        for name in ("converter_api_ext", "mlir.ir", "mlir.passmanager", "mlir.dialects.stablehlo")
+    )
+    params = jax.tree.map(jnp.asarray, params)  # closed over: they become the module's constants
+    outputs = list(jax.eval_shape(lambda named: function(params, **named), dict(inputs)))
+
+    def positional(*arrays: jax.Array) -> list[jax.Array]:
+        named = function(params, **dict(zip(inputs, arrays, strict=True)))
+        return [named[name] for name in outputs]
+
+    exported = jax_export.export(jax.jit(positional, keep_unused=True), platforms=["cpu"])(*inputs.values())
+    context = ir.Context()
+    api.prepare_mlir_context(context)
+    with context:
+        module = stablehlo.deserialize_portable_artifact(context, exported.mlir_module_serialized)
+        api.set_signature(module.operation, signature_name=signature, input_names=list(inputs), output_names=outputs)
+        module = api.merge_modules([module])
+        config = api.ConvertToTFLConfig()
+        config.enable_x64 = False
+        api.run_convert_to_tfl_passes(module, passmanager.PassManager(), config)
+        api.export_flatbuffer_to_file(module.operation, str(path))

@@ -1,0 +1,156 @@
+"""Checks an export bundle with numpy and ai-edge-litert alone: `python verify.py`, in the bundle's folder.
+
+Every file against its size and SHA-256, every signature against the manifest, and the golden examples: what the text
+encoder gives, the latent after each step of the sampler, and the image. This file is copied into every bundle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+if __package__:
+    from snapgen_jax.export.client import Bundle, BundleError, decode, tokenize
+else:  # beside its own copy of the client, in a bundle
+    from client import Bundle, BundleError, decode, tokenize  # type: ignore[import-not-found]
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One thing that was looked at: its name, what was found and expected, and whether it holds."""
+
+    name: str
+    finding: str
+    passed: bool
+
+
+def relative_l2(value: np.ndarray, reference: np.ndarray) -> float:
+    """`||value - reference|| / ||reference||`; 0 where both are zero, infinite where only the reference is."""
+    difference = np.linalg.norm(np.asarray(value, np.float64) - reference)
+    norm = np.linalg.norm(np.asarray(reference, np.float64))
+    return float(difference / norm) if norm else (float("inf") if difference else 0.0)
+
+
+def grey_levels(image: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Absolute differences of two uint8 images, int."""
+    return np.abs(image.astype(int) - reference.astype(int))
+
+
+def checks(
+    folder: str | pathlib.Path, precisions: Sequence[str] | None = None, num_threads: int | None = None
+) -> Iterator[Check]:
+    """Checks a bundle, one finding at a time; `precisions` default to all that it has."""
+    bundle = Bundle(folder)
+    files = list(_files(bundle))
+    yield from files
+    if not all(check.passed for check in files):
+        return  # nothing that a damaged file computes is worth looking at
+    yield from _token_ids(bundle)
+    for precision in precisions or bundle.manifest["precisions"]:
+        yield from _signatures(bundle, precision)
+        yield from _golden(bundle, precision, num_threads)
+
+
+def _files(bundle: Bundle) -> Iterator[Check]:
+    for name, expected in bundle.manifest["files"].items():
+        try:
+            path = bundle.file(name)
+        except BundleError as error:
+            yield Check(f"file {name}", str(error), False)
+            continue
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        size = path.stat().st_size
+        same = digest == expected["sha256"] and size == expected["bytes"]
+        finding = f"{size} bytes, sha256 {digest[:12]}"
+        if not same:
+            finding += f"; expected {expected['bytes']} bytes, sha256 {expected['sha256'][:12]}"
+        yield Check(f"file {name}", finding, same)
+
+
+def _token_ids(bundle: Bundle) -> Iterator[Check]:
+    """Only where the `tokenizers` library is installed."""
+    if importlib.util.find_spec("tokenizers") is None:
+        return
+    prompts = _facts(bundle)["prompts"]
+    tokens, mask = tokenize(bundle.file("tokenizer.json"), prompts, bundle.scheduler.text)
+    same = np.array_equal(tokens, bundle.golden("tokens")) and np.array_equal(mask, bundle.golden("mask"))
+    yield Check("tokenizer", f"{len(prompts)} prompts to the golden ids", same)
+
+
+def _signatures(bundle: Bundle, precision: str) -> Iterator[Check]:
+    from ai_edge_litert.interpreter import Interpreter
+
+    for name, unit in bundle.manifest["units"].items():
+        interpreter = Interpreter(model_path=str(bundle.file(unit["files"][precision])))
+        found = interpreter.get_signature_list()
+        if unit["signature"] not in found:
+            yield Check(f"{precision} {name} signature", f"has {sorted(found)}, not {unit['signature']!r}", False)
+            continue
+        runner = interpreter.get_signature_runner(unit["signature"])
+        for kind, details in (("inputs", runner.get_input_details()), ("outputs", runner.get_output_details())):
+            have = {n: ([int(size) for size in d["shape"]], np.dtype(d["dtype"]).name) for n, d in details.items()}
+            want = {n: (list(d["shape"]), d["dtype"]) for n, d in unit[kind].items()}
+            finding = f"{', '.join(sorted(have))}" if have == want else f"has {have}; the manifest says {want}"
+            yield Check(f"{precision} {name} {kind}", finding, have == want)
+
+
+def _golden(bundle: Bundle, precision: str, num_threads: int | None) -> Iterator[Check]:
+    sampler = bundle.sampler(precision, num_threads)
+    tolerances = _facts(bundle)["tolerances"][precision]
+    golden = {n: bundle.golden(n) for n in ("tokens", "mask", "noise", "sequence", "pooled", "latents", "image")}
+    null = sampler.encode_null()
+    for i in range(len(golden["tokens"])):
+        example = f"{precision} golden {i}"
+        context = sampler.encode(golden["tokens"][i], golden["mask"][i])
+        error = max(relative_l2(context[n][0], golden[n][i]) for n in ("sequence", "pooled"))
+        yield _below(f"{example} text encoder", error, tolerances["text_encoder"])
+        latents = sampler.trajectory(golden["noise"][i], context, null)
+        errors = [relative_l2(x, y) for x, y in zip(latents, golden["latents"][i], strict=True)]
+        worst = int(np.argmax(np.array(errors) / tolerances["latents"]))
+        yield _below(f"{example} latent after step {worst + 1}", errors[worst], tolerances["latents"][worst])
+        levels = grey_levels(decode(latents[-1], bundle.scheduler.codec), golden["image"][i])
+        if "image_max_grey" in tolerances:
+            yield _below(f"{example} image, largest grey level difference", levels.max(), tolerances["image_max_grey"])
+        else:
+            root = float(np.sqrt(np.mean(levels**2)))
+            yield _below(f"{example} image, rms grey level difference", root, tolerances["image_rms_grey"])
+
+
+def _below(name: str, value: float, limit: float) -> Check:
+    return Check(name, f"{value:.3g}, at most {limit:.3g}", bool(value <= limit))
+
+
+def _facts(bundle: Bundle) -> dict:
+    return json.loads(bundle.file("golden/golden.json").read_text("utf-8"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints each finding. Returns 0 where all hold, 1 otherwise."""
+    parser = argparse.ArgumentParser(description="Check an export bundle with numpy and ai-edge-litert.")
+    parser.add_argument("folder", nargs="?", default=pathlib.Path(__file__).parent, help="default: beside this file")
+    parser.add_argument("--precision", action="append", help="f32 or f16; default: all in the bundle")
+    parser.add_argument("--threads", type=int, help="threads of LiteRT's CPU kernels")
+    arguments = parser.parse_args(argv)
+    failures = count = 0
+    try:
+        for check in checks(arguments.folder, arguments.precision, arguments.threads):
+            count, failures = count + 1, failures + (not check.passed)
+            print(f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.finding}")
+    except BundleError as error:
+        print(f"FAIL  {error}")
+        return 1
+    print(f"{count - failures} of {count} checks passed")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""Two recipes to export: the real one at its smallest, by jax2tf, and a toy that converts in a moment."""
+
+import dataclasses
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from snapgen_jax.data.tokenizer import train
+from snapgen_jax.diffusion.guidance import with_guidance
+from snapgen_jax.diffusion.samplers import sample
+from snapgen_jax.diffusion.timesteps import time_grid
+from snapgen_jax.export.bundle import BundleReport, export_bundle, generator_of
+from snapgen_jax.networks.clip import ClipTextConfig
+from snapgen_jax.networks.codec import CodecConfig, build_codec, to_uint8
+from snapgen_jax.networks.time_features import time_features
+from snapgen_jax.networks.unet import UNetConfig
+from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig, SamplingConfig
+from snapgen_jax.training.recipe import ExportPlan, ExportUnit
+
+# The converter without TensorFlow is published for Linux only.
+QUICK = "litert" if importlib.util.find_spec("litert_converter") else "jax2tf"
+PROMPTS = ("a red circle left of a blue square", "two green stars")
+
+
+def array(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+class ToyRecipe:
+    """A linear denoiser of 4 x 4 x 3 pixels under a one-layer text encoder, with the sampler of the library."""
+
+    LENGTH, WIDTH, GUIDANCE, STEPS = 6, 8, 2.0, 3
+
+    def __init__(self) -> None:
+        self.codec = build_codec(CodecConfig(kind="identity", scale=2.0, shift=0.1))
+
+    def params(self):
+        rng = np.random.default_rng(0)
+
+        def draw(*shape):
+            return jnp.asarray(rng.standard_normal(shape) / np.sqrt(shape[0]), jnp.float32)
+
+        net = {
+            "conv": draw(1, 1, 3, 3),
+            "time": draw(16, 3),
+            "text": draw(self.WIDTH, 3),
+            "pooled": draw(self.WIDTH, 3),
+        }
+        return {"net": net, "text": {"table": draw(300, self.WIDTH)}}
+
+    @staticmethod
+    def denoise(params, *, latent, time, sequence, mask, pooled):
+        x = jnp.einsum("bhwc,cd->bhwd", latent, params["conv"][0, 0])
+        text = jnp.einsum("bl,bld,dc->bc", mask, sequence, params["text"]) / 6
+        return {"velocity": x + (jnp.tanh(time @ params["time"] + text + pooled @ params["pooled"]))[:, None, None]}
+
+    @staticmethod
+    def encode(params, *, tokens, mask):
+        sequence = params["table"].at[tokens].get(mode="clip") * mask[..., None]
+        return {"sequence": sequence, "pooled": sequence.mean(axis=1)}
+
+    def exports(self) -> ExportPlan:
+        text = {
+            "sequence": array(1, self.LENGTH, self.WIDTH),
+            "mask": array(1, self.LENGTH),
+            "pooled": array(1, self.WIDTH),
+        }
+        denoiser = {"latent": array(1, 4, 4, 3), "time": array(1, 16), **text}
+        tokens = {"tokens": array(1, self.LENGTH, dtype=jnp.int32), "mask": array(1, self.LENGTH)}
+        scheduler = {
+            "schema": 1,
+            "kind": "flow_matching",
+            "method": "euler",
+            "times": time_grid(self.STEPS).tolist(),
+            "shift": 1.0,
+            "guidance": self.GUIDANCE,
+            "latent_shape": [4, 4, 3],
+            "image_shape": [4, 4, 3],
+            "time_features": {"dim": 16, "scale": 1000.0, "max_period": 10_000.0, "order": "cos,sin"},
+            "codec": self.codec.describe(),
+            "text": {"length": self.LENGTH, "null_tokens": [1, 2, 0, 0, 0, 0], "null_mask": [1, 1, 0, 0, 0, 0]},
+            "units": {"denoiser": "net", "text_encoder": "text"},
+        }
+        units = [
+            ExportUnit("net", self.denoise, lambda params: params["net"], denoiser),
+            ExportUnit("text", self.encode, lambda params: params["text"], tokens),
+        ]
+        return ExportPlan(units, scheduler)
+
+    def load_frozen(self, mesh):
+        return {}
+
+    def generate(self, params, frozen, conditions, key):
+        def context(tokens, mask):
+            return {"mask": mask, **self.encode(params["text"], tokens=tokens, mask=mask)}
+
+        def denoise(x, t, i, carry, condition):
+            return self.denoise(params["net"], latent=x, time=time_features(t, 16), **condition)["velocity"], carry
+
+        null = context(jnp.array([[1, 2, 0, 0, 0, 0]]), jnp.array([[1.0, 1, 0, 0, 0, 0]]))
+        guided = with_guidance(denoise, context(conditions["tokens"], conditions["mask"]), null, self.GUIDANCE)
+        latent, _ = sample(guided, conditions["noise"], time_grid(self.STEPS))
+        return {"image": to_uint8(self.codec.decode(latent))}
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What a test needs of one export."""
+
+    recipe: FlowMatching | ToyRecipe
+    params: dict
+    report: BundleReport
+
+    @property
+    def folder(self) -> pathlib.Path:
+        return self.report.folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_json(tmp_path_factory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    train(PROMPTS * 3, 300).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory, tokenizer_json) -> Exported:
+    """The toy's bundle, float32 and float16, by the quicker backend."""
+    recipe = ToyRecipe()
+    params, folder = recipe.params(), tmp_path_factory.mktemp("toy") / "bundle"
+    return Exported(
+        recipe, params, export_bundle(recipe, params, tokenizer_json, folder, backend=QUICK, prompts=PROMPTS)
+    )
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory, tokenizer_json) -> Exported:
+    """The flow matching recipe at its smallest, through jax2tf, compared with the recipe's own generator."""
+    config = FlowMatchingConfig(
+        image_sizes=((16, 16),),
+        unet=UNetConfig.preset("smoke", latent_channels=12),
+        text=ClipTextConfig.preset("smoke", vocab_size=300, max_tokens=12),
+        codec=CodecConfig(patch=2, scale=1.5, shift=0.1, frequency_scale=(1.0, 1.5, 1.5, 2.0)),
+        sampling=SamplingConfig(steps=4, guidance=2.0, shift=1.5),
+    )
+    recipe = FlowMatching(config, "cpu")
+    rng = np.random.default_rng(0)
+    spec = {"unet": recipe.unet_spec, "text": recipe.text_spec}  # drawn here: a fresh UNet's output is zero
+    params = {"model": jax.tree.map(lambda leaf: _draw(rng, leaf.shape), spec)}
+    folder = tmp_path_factory.mktemp("smoke") / "bundle"
+    report = export_bundle(
+        recipe, params, tokenizer_json, folder, prompts=PROMPTS, reference=generator_of(recipe, params)
+    )
+    return Exported(recipe, params, report)
+
+
+def _draw(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    offset = 1.0 if len(shape) == 1 else 0.0  # gains about one
+    return (offset + rng.standard_normal(shape) / np.sqrt(np.prod(shape[:-1]) or 1)).astype(np.float32) * 0.7

@@ -1,0 +1,216 @@
+"""A bundle is whole, verified and self-contained; or it is not there."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from snapgen_jax.export import bundle as bundle_module
+from snapgen_jax.export import compare, verify
+from snapgen_jax.export.bundle import export_bundle, generator_of
+from snapgen_jax.export.client import LiteRTGenerator
+from snapgen_jax.export.compare import VerificationError
+from snapgen_jax.export.convert import to_tflite
+from snapgen_jax.export.flatbuffer import describe
+
+from .conftest import PROMPTS, QUICK, Exported
+
+# Finds only the standard library, numpy and ai-edge-litert with what it needs, and runs a script as `python` would.
+ALONE = """
+import sys
+from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
+
+class Alone:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        spec = PathFinder.find_spec(name, path, target)
+        outside = spec and spec.origin and "site-packages" in spec.origin
+        return None if outside and name.split(".")[0] not in {"numpy", "ai_edge_litert", "flatbuffers"} else spec
+
+sys.path[0] = sys.argv[1]
+sys.meta_path[:] = [BuiltinImporter, FrozenImporter, Alone]
+for name in ("jax", "tensorflow", "snapgen_jax", "tokenizers"):
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        continue
+    raise SystemExit(f"{name} was not blocked")
+import runpy
+sys.argv = sys.argv[1:2]
+runpy.run_path(sys.argv[0] + "/verify.py", run_name="__main__")
+"""
+
+
+def failures(folder: pathlib.Path) -> list[str]:
+    return [check.name for check in verify.checks(folder) if not check.passed]
+
+
+@pytest.fixture
+def copy(toy, tmp_path) -> pathlib.Path:
+    """A bundle to damage."""
+    return pathlib.Path(shutil.copytree(toy.folder, tmp_path / "bundle"))
+
+
+def test_the_files_compute_what_jax_computes(smoke):
+    numbers = smoke.report.numbers
+    for unit in ("unet", "text_encoder"):
+        assert 0 < numbers[f"export.{unit}.rel_l2_f32"] <= 1e-5
+        assert 1e-5 < numbers[f"export.{unit}.rel_l2_f16"] <= 2e-3  # it holds float16 weights indeed
+        assert numbers[f"export.{unit}.bytes_f16"] < numbers[f"export.{unit}.bytes_f32"]
+        assert 0 < numbers[f"export.{unit}.max_activation"] < compare.FLOAT16_HEADROOM
+    assert numbers["export.flex_ops"] == 0
+    assert numbers["export.bytes_f16"] == sum(numbers[f"export.{unit}.bytes_f16"] for unit in ("unet", "text_encoder"))
+    manifest = json.loads((smoke.folder / "manifest.json").read_text())
+    assert list(manifest["units"]["unet"]["rel_l2"]["f32"]) == ["t=0", "t=0.25", "t=0.5", "t=0.75", "t=1"]
+
+
+def test_litert_and_jax_make_the_same_image_to_one_grey_level(smoke):
+    assert smoke.report.numbers["export.image.max_grey_to_generator"] <= 1
+    noise = np.random.default_rng(5).standard_normal((2, 8, 8, 12)).astype(np.float32)
+    tokens, mask = (np.load(smoke.folder / "golden" / f"{name}.npy") for name in ("tokens", "mask"))
+    images = LiteRTGenerator(smoke.folder).generate_from(tokens, mask, noise)
+    expected = generator_of(smoke.recipe, smoke.params)(tokens, mask, noise)
+    assert verify.grey_levels(images, expected).max() <= 1
+    assert images.std() > 10  # a picture, not a constant
+
+
+def test_the_unet_has_real_depthwise_convolutions_and_only_what_a_gpu_runs(smoke):
+    operators = smoke.report.operators["unet"]
+    assert operators["DEPTHWISE_CONV_2D"] == 12  # a separable block has one at each of its two convolutions
+    assert describe(smoke.folder / "unet_f16.tflite").max_rank == 4
+
+
+@pytest.mark.skipif(QUICK != "litert", reason="litert-converter is not installed")
+def test_both_backends_compute_the_same(smoke, tmp_path):
+    from snapgen_jax.export.client import litert_unit
+    from snapgen_jax.export.golden import denoiser_cases, text_cases
+
+    sampler = LiteRTGenerator(smoke.folder).sampler
+    golden = {path.stem: np.load(path) for path in (smoke.folder / "golden").glob("*.npy")}
+    cases = {"unet": denoiser_cases(golden, sampler.scheduler), "text_encoder": text_cases(golden)}
+    for unit in smoke.recipe.exports().units:
+        path = tmp_path / f"{unit.name}.tflite"
+        to_tflite(unit.function, unit.select(smoke.params), unit.inputs, unit.name, path, "litert")
+        errors = compare.compare(sampler.units[unit.name], litert_unit(path, unit.name), cases[unit.name])
+        assert max(errors.values()) <= 1e-5, (unit.name, errors)
+
+
+@pytest.mark.parametrize("name", ["smoke", "toy"])
+def test_the_bundle_verifies_with_numpy_and_litert_alone(name, request):
+    exported: Exported = request.getfixturevalue(name)
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, str(exported.folder)],
+        capture_output=True,
+        text=True,
+        env={},
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for line in ("f32 golden 1 image", "f16 golden 1 image", "f32 golden 0 latent after step"):
+        assert line in done.stdout
+    assert "FAIL" not in done.stdout and "tokenizer:" not in done.stdout
+
+
+def test_every_file_is_in_the_manifest(toy):
+    files = json.loads((toy.folder / "manifest.json").read_text())["files"]
+    on_disk = {path.relative_to(toy.folder).as_posix() for path in toy.folder.rglob("*") if path.is_file()}
+    assert {name for name in on_disk if "__pycache__" not in name} == {*files, "manifest.json"}
+
+
+def test_a_changed_byte_is_found(copy):
+    path = copy / "net_f16.tflite"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert failures(copy) == ["file net_f16.tflite"]
+
+
+def test_a_missing_file_is_found(copy):
+    (copy / "golden" / "latents.npy").unlink()
+    assert failures(copy) == ["file golden/latents.npy"]
+
+
+def test_a_manifest_that_points_outside_is_refused(copy):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["files"]["../../etc/passwd"] = {"bytes": 1, "sha256": "0"}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert failures(copy) == ["file ../../etc/passwd"]
+
+
+def resign(folder: pathlib.Path) -> None:
+    """Makes the manifest say what is there, as one would who changed a file on purpose."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    from snapgen_jax.export.manifest import fingerprints
+
+    manifest["files"] = {n: f for n, f in fingerprints(folder).items() if n != "manifest.json"}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"guidance": 2.2}, {"times": [1.0, 0.7, 0.3, 0.0]}, {"codec": {"kind": "identity", "scale": 2.1, "shift": 0.1}}],
+)
+def test_golden_values_notice_another_sampler(copy, change):
+    schedule = json.loads((copy / "scheduler.json").read_text())
+    (copy / "scheduler.json").write_text(json.dumps({**schedule, **change}))
+    resign(copy)
+    assert any("golden" in name for name in failures(copy))
+
+
+def test_golden_values_notice_other_weights(copy, toy):
+    params = {**toy.params["net"], "conv": toy.params["net"]["conv"] * 1.001}
+    unit = toy.recipe.exports().units[0]
+    to_tflite(unit.function, params, unit.inputs, unit.name, copy / "net_f32.tflite", QUICK)
+    resign(copy)
+    assert {name.split(" latent")[0] for name in failures(copy)} >= {"f32 golden 0", "f32 golden 1"}
+
+
+def export_toy(toy, tokenizer_json, folder, **options):
+    return export_bundle(toy.recipe, toy.params, tokenizer_json, folder, backend=QUICK, prompts=PROMPTS[:1], **options)
+
+
+def test_a_failed_export_leaves_nothing_and_keeps_the_earlier_bundle(toy, tokenizer_json, tmp_path, monkeypatch):
+    def wrong(tokens, mask, noise):
+        return generator_of(toy.recipe, toy.params)(tokens, mask, 1.1 * noise)
+
+    with pytest.raises(VerificationError, match=r"differ by \d+ grey levels"):
+        export_toy(toy, tokenizer_json, tmp_path / "bundle", reference=wrong)
+    assert list(tmp_path.iterdir()) == []
+
+    export_toy(toy, tokenizer_json, tmp_path / "bundle", reference=generator_of(toy.recipe, toy.params))
+    before = (tmp_path / "bundle" / "manifest.json").read_bytes()
+    monkeypatch.setitem(compare.LIMITS, "f16", 1e-7)
+    with pytest.raises(VerificationError, match="net in f16: LiteRT differs from JAX by"):
+        export_toy(toy, tokenizer_json, tmp_path / "bundle")
+    assert (tmp_path / "bundle" / "manifest.json").read_bytes() == before
+    assert failures(tmp_path / "bundle") == []
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_bundle_is_replaced_and_may_hold_float16_alone(toy, tokenizer_json, tmp_path):
+    folder = tmp_path / "bundle"
+    shutil.copytree(toy.folder, folder)
+    report = export_toy(toy, tokenizer_json, folder, precisions=("f16",))
+    assert sorted(path.name for path in folder.glob("*.tflite")) == ["net_f16.tflite", "text_f16.tflite"]
+    assert "export.bytes_f32" not in report.numbers
+    assert failures(folder) == []
+
+
+def test_a_folder_with_other_files_is_not_overwritten(toy, tokenizer_json, tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(FileExistsError, match="holds files and is no bundle"):
+        export_toy(toy, tokenizer_json, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_large_activations_are_named(toy, tokenizer_json, tmp_path, caplog):
+    params = {**toy.params, "net": {**toy.params["net"], "conv": toy.params["net"]["conv"] * 1e4}}
+    with caplog.at_level("WARNING", logger=bundle_module.__name__):
+        report = export_bundle(toy.recipe, params, tokenizer_json, tmp_path / "b", backend=QUICK, prompts=PROMPTS[:1])
+    assert report.numbers["export.net.max_activation"] > 32_768
+    assert "float16 ends at 65504" in caplog.text

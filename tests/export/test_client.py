@@ -1,0 +1,137 @@
+"""The client's numpy arithmetic is that of the library: same times, features, steps, codec and token ids."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from snapgen_jax.data.tokenizer import Tokenizer
+from snapgen_jax.diffusion.samplers import sample
+from snapgen_jax.diffusion.timesteps import time_grid
+from snapgen_jax.export import client
+from snapgen_jax.export.client import Bundle, BundleError, LiteRTGenerator, Scheduler
+from snapgen_jax.networks.codec import CodecConfig, build_codec, to_uint8
+from snapgen_jax.networks.time_features import time_features
+
+from .conftest import PROMPTS, ToyRecipe
+
+
+def schedule(**changes):
+    return {**ToyRecipe().exports().scheduler, **changes}
+
+
+def test_time_features_are_those_of_the_library():
+    t = np.linspace(0, 1, 13, dtype=np.float32)
+    spec = {"dim": 256, "scale": 1000.0, "max_period": 10_000.0, "order": "cos,sin"}
+    # A last-bit difference of the frequency 1 / 1 turns the angle 1000 by 6e-5.
+    np.testing.assert_allclose(client.time_features(t, spec), time_features(jnp.asarray(t), 256), atol=1e-4)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_another_number_of_steps_has_the_librarys_grid(shift):
+    scheduler = Scheduler.parse(schedule(shift=shift, times=time_grid(3, shift).tolist()))
+    np.testing.assert_array_equal(scheduler.grid(), time_grid(3, shift))
+    np.testing.assert_array_equal(scheduler.grid(7), time_grid(7, shift))
+
+
+@pytest.mark.parametrize("method", ["euler", "heun"])
+def test_steps_are_those_of_the_library(method):
+    x = np.random.default_rng(0).standard_normal((1, 5)).astype(np.float32)
+    times = time_grid(6, 2.0)
+    expected, _ = sample(lambda x, t, i, c: (jnp.sin(3 * x) + t[:, None], c), jnp.asarray(x), times, method=method)
+    for t, s in itertools.pairwise(times):
+        x = client.step(lambda x, t: np.sin(3 * x) + t, x, t, s, method)
+    np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CodecConfig(kind="identity", scale=2.0, shift=-0.2),
+        CodecConfig(patch=4, scale=1.7, shift=0.3),
+        CodecConfig(patch=2, frequency_scale=(1.0, 2.0, 3.0, 4.0)),
+    ],
+)
+def test_codecs_decode_as_the_library_does(config):
+    codec = build_codec(config)
+    images = jax.random.uniform(jax.random.key(0), (8, 12, 3), minval=-1, maxval=1)
+    latents = codec.encode(images)
+    np.testing.assert_array_equal(client.decode(np.asarray(latents), codec.describe()), to_uint8(codec.decode(latents)))
+
+
+def test_prompts_get_the_ids_of_training(tokenizer_json):
+    prompts = [*PROMPTS, "", "Two GREEN stars", "a red circle " * 20, "naïve ★ 星"]
+    text = ToyRecipe().exports().scheduler["text"]
+    tokens, mask = client.tokenize(tokenizer_json, prompts, text)
+    expected_tokens, expected_mask = Tokenizer.load(tokenizer_json).encode(prompts, text["length"])
+    np.testing.assert_array_equal(tokens, expected_tokens)
+    np.testing.assert_array_equal(mask, expected_mask)
+
+
+def test_an_image_depends_on_its_seed_index_and_prompt_alone(toy):
+    generator = LiteRTGenerator(toy.folder)
+    images = generator.generate(PROMPTS, seed=3)
+    assert images.shape == (2, 4, 4, 3) and images.dtype == np.uint8
+    np.testing.assert_array_equal(generator.generate(PROMPTS[1:], seed=3, indices=[1]), images[1:])
+    assert (generator.generate(PROMPTS[1:], seed=3) != images[1:]).any()
+    assert (generator.generate(PROMPTS, seed=4) != images).any()
+
+
+def test_options_replace_the_bundles_own(toy):
+    generator = LiteRTGenerator(toy.folder, precision="f16")
+    default = generator.generate(PROMPTS[:1])
+    np.testing.assert_array_equal(generator.generate(PROMPTS[:1], steps=3, guidance=2.0, method="euler"), default)
+    for options in ({"steps": 9}, {"guidance": 1.0}, {"method": "heun"}):
+        assert (generator.generate(PROMPTS[:1], **options) != default).any(), options
+    with pytest.raises(ValueError, match="unknown sampling method 'ddim'; expected one of euler, heun"):
+        generator.generate(PROMPTS[:1], method="ddim")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"schema": 2}, "schema is 2"),
+        ({"kind": "ddpm"}, "kind is 'ddpm'"),
+        ({"method": "rk4"}, "method is 'rk4'"),
+        ({"codec": {"kind": "vae"}}, "the codec is 'vae'"),
+        ({"times": [1.0]}, "two entries"),
+        ({"text": {"length": 6, "null_tokens": [1, 2], "null_mask": [1, 1]}}, "as many as `length`"),
+    ],
+)
+def test_an_unknown_schedule_is_refused(changes, message):
+    with pytest.raises(BundleError, match=message):
+        Scheduler.parse(schedule(**changes))
+
+
+def test_a_missing_field_of_the_schedule_is_named():
+    broken = schedule()
+    del broken["guidance"], broken["codec"]
+    with pytest.raises(BundleError, match=r"lacks guidance, codec"):
+        Scheduler.parse(broken)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "golden/../../secret", "link", "..\\secret"])
+def test_no_file_name_leaves_the_bundle(tmp_path, toy, name):
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    (tmp_path / "secret").write_text("secret")
+    (folder / "link").symlink_to(tmp_path / "secret")
+    for file in ("manifest.json", "scheduler.json"):
+        (folder / file).write_bytes((toy.folder / file).read_bytes())
+    with pytest.raises(BundleError, match="leads out of the bundle"):
+        Bundle(folder).file(name)
+
+
+def test_a_folder_that_is_no_bundle_is_refused(tmp_path):
+    with pytest.raises(BundleError, match=r"holds no manifest\.json"):
+        Bundle(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"schema": 1')
+    with pytest.raises(BundleError, match=r"manifest\.json is not readable JSON"):
+        Bundle(tmp_path)
+
+
+def test_an_unknown_precision_is_refused(toy):
+    with pytest.raises(BundleError, match="no precision 'int8' in this bundle"):
+        LiteRTGenerator(toy.folder, precision="int8")
