@@ -13,6 +13,7 @@ CORE = [
     "array-record>=0.8",
     "transformers>=5.0",  # tokenizers and configs only
     "tokenizers>=0.22",
+    "safetensors>=0.5",
     "ml_collections>=1.1",
     "tensorflow-datasets>=4.9.10",
     "tensorboardX>=2.6",  # event files without TensorFlow (clu's writer imports it)
