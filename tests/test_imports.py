@@ -54,7 +54,7 @@ MAY_IMPORT = {
         "training.recipe",
         "training.state",
     ],
-    "evaluation": ["generation", "networks", "diffusion", "data.shapes", "data.shapes_grammar", "data.prompts", "training.files", "training.metrics"],
+    "evaluation": ["generation", "networks", "diffusion", "data.shapes", "data.shapes_grammar", "data.prompts"],
     "evaluation.report": ["evaluation", "data.prompts", "training.files", "training.metrics"],
     "export": ["generation", "networks", "diffusion", "training.recipe"],
     "export.client": [],
