@@ -3,8 +3,51 @@ whole models they come from, `openai/clip-vit-large-patch14` and `laion/CLIP-ViT
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.weights.mapping import Rule, WeightMap, linear, norm, one
+
+
+def read_config(values: Mapping[str, Any], **changes: Any) -> ClipTextConfig:
+    """The config of a checkpoint from the values of its `config.json`; `changes` replaces our own fields.
+
+    Files that say `eos_token_id = 2` were written before the ids were corrected: there the last two tokens of the
+    vocabulary begin and end a text, and the pooled state is that of the largest id. The padding is the tokenizer's
+    matter; it is the end token here.
+
+    Raises:
+        ValueError: the checkpoint is of a kind that `ClipText` does not have.
+    """
+    values = values.get("text_config", values)  # a whole CLIP holds the configs of both halves
+    vocab, width = values["vocab_size"], values["hidden_size"]
+    activation = values.get("hidden_act", "quick_gelu")
+    for key, given, expected in (
+        ("hidden_act", activation, activation if activation in ("quick_gelu", "gelu") else "'quick_gelu' or 'gelu'"),
+        ("intermediate_size", values["intermediate_size"], 4 * width),
+        ("layer_norm_eps", values.get("layer_norm_eps", 1e-5), 1e-5),
+    ):
+        if given != expected:
+            raise ValueError(f"this text encoder has {key} = {given!r}; ClipText can only read {expected}")
+    early = values.get("eos_token_id", 49407) == 2
+    eos_id = vocab - 1 if early else values.get("eos_token_id", 49407)
+    fields = {
+        "vocab_size": vocab,
+        "width": width,
+        "layers": values["num_hidden_layers"],
+        "heads": values["num_attention_heads"],
+        "max_tokens": values.get("max_position_embeddings", 77),
+        "projection": values.get("projection_dim", 512),
+        "activation": activation,
+        "bos_id": vocab - 2 if early else values.get("bos_token_id", 49406),
+        "eos_id": eos_id,
+        "pad_id": eos_id,
+        "pooling": "argmax" if early else "eos",
+        "output": "penultimate",
+        "key_bias": True,
+    }
+    return ClipTextConfig(**{**fields, **changes})
 
 
 def weight_map(config: ClipTextConfig) -> WeightMap:

@@ -2,8 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from snapgen_jax.networks.gemma2 import Gemma2Config
 from snapgen_jax.weights.mapping import Rule, WeightMap, at, linear, one, stacked
+
+
+def read_config(values: Mapping[str, Any], **changes: Any) -> Gemma2Config:
+    """The config of a checkpoint from the values of its `config.json`; `changes` replaces our own fields.
+
+    Raises:
+        ValueError: the checkpoint is of a kind that `Gemma2` does not have.
+    """
+    layers = values["num_hidden_layers"]
+    alternating = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)]
+    rope = values.get("rope_parameters") or {"rope_theta": values.get("rope_theta", 10_000.0)}  # older files: flat
+    for key, given, expected in (
+        ("model_type", values.get("model_type"), "gemma2"),
+        ("hidden_activation", values.get("hidden_activation", "gelu_pytorch_tanh"), "gelu_pytorch_tanh"),
+        ("layer_types", values.get("layer_types", alternating), alternating),
+        ("rope_type", rope.get("rope_type", "default"), "default"),
+        ("attention_bias", values.get("attention_bias", False), False),
+        ("use_bidirectional_attention", bool(values.get("use_bidirectional_attention")), False),
+    ):
+        if given != expected:
+            raise ValueError(f"this language model has {key} = {given!r}; Gemma2 can only read {expected!r}")
+    fields = {
+        "vocab_size": values["vocab_size"],
+        "width": values["hidden_size"],
+        "layers": layers,
+        "heads": values["num_attention_heads"],
+        "kv_heads": values["num_key_value_heads"],
+        "head_dim": values["head_dim"],
+        "ffn_width": values["intermediate_size"],
+        "query_scale": values["query_pre_attn_scalar"],
+        "softcap": values["attn_logit_softcapping"],
+        "window": values["sliding_window"],
+        "rope_theta": rope["rope_theta"],
+        "epsilon": values.get("rms_norm_eps", 1e-6),
+    }
+    return Gemma2Config(**{**fields, **changes})
 
 
 def weight_map(config: Gemma2Config) -> WeightMap:

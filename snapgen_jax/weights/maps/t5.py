@@ -2,8 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from snapgen_jax.networks.t5 import T5Config
 from snapgen_jax.weights.mapping import WeightMap, at, linear, norm, one, stacked
+
+
+def read_config(values: Mapping[str, Any], **changes: Any) -> T5Config:
+    """The config of a checkpoint from the values of its `config.json`; `changes` replaces our own fields.
+
+    Raises:
+        ValueError: the checkpoint is of a kind that `T5Encoder` does not have (the first T5, which is not gated, say).
+    """
+    kind = values.get("feed_forward_proj", "relu")
+    if kind != "gated-gelu":
+        raise ValueError(f"this T5 has feed_forward_proj = {kind!r}; T5Encoder can only read 'gated-gelu' (T5 v1.1)")
+    fields = {
+        "vocab_size": values["vocab_size"],
+        "width": values["d_model"],
+        "layers": values["num_layers"],
+        "heads": values["num_heads"],
+        "head_dim": values["d_kv"],
+        "ffn_width": values["d_ff"],
+        "buckets": values.get("relative_attention_num_buckets", 32),
+        "max_distance": values.get("relative_attention_max_distance", 128),
+        "epsilon": values.get("layer_norm_epsilon", 1e-6),
+    }
+    return T5Config(**{**fields, **changes})
 
 
 def weight_map(config: T5Config) -> WeightMap:
