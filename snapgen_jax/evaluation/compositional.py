@@ -19,7 +19,7 @@ import numpy as np
 
 from snapgen_jax.data.prompts import CATEGORIES, Prompt, make_prompts
 from snapgen_jax.evaluation.detector import detect
-from snapgen_jax.evaluation.detector_validation import chance
+from snapgen_jax.evaluation.detector_validation import validate_detector
 from snapgen_jax.evaluation.interfaces import EvaluationResult, Generator, ValidationData
 from snapgen_jax.evaluation.pictures import grid
 from snapgen_jax.evaluation.statistics import wilson_interval
@@ -59,7 +59,10 @@ class CompositionalScore:
             raise ValueError(f"per_category is {self.per_category}; choose an even number from 2 to {PER_CATEGORY}")
 
     def __call__(self, generator: Generator, dataset: ValidationData | None = None) -> EvaluationResult:
-        """Numbers as in `score`, and `score.chance`; for each category a picture with passes and failures framed."""
+        """Numbers as in `score`; `score.chance`, and how the detector did on trial, see `validate_detector`.
+
+        For each category a picture `score_<category>`, in which passes have a green frame and failures a red one.
+        """
         del dataset
         half = PER_CATEGORY // 2
         chosen = [i for i in range(len(fixed_prompts())) if i % half < self.per_category // 2]
@@ -67,7 +70,8 @@ class CompositionalScore:
         texts = [prompt.prompt for prompt in prompts]
         images = generator.generate(texts, seed=self.seed, indices=chosen, **self.options)
         passed = [p.requirement.met_by(detect(image)) for p, image in zip(prompts, images, strict=True)]
-        numbers = {**score(prompts, passed), "score.chance": chance(images.shape[1])}
+        trial = validate_detector(images.shape[1])
+        numbers = {**score(prompts, passed), "score.chance": trial["detector.chance"], **trial}
         return EvaluationResult(numbers, _pictures(prompts, images, passed))
 
 

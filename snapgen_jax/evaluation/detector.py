@@ -88,6 +88,7 @@ def detect(image: np.ndarray, config: DetectorConfig = DEFAULT) -> list[Detected
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] != image.shape[1] or image.shape[2] != 3:
         raise ValueError(f"the detector reads uint8 [S, S, 3] and got {image.dtype} {list(image.shape)}")
+    image = _reduced(image)
     size = image.shape[0]
     ground = background(image)
     offset = image.astype(np.float32) - ground
@@ -100,6 +101,16 @@ def detect(image: np.ndarray, config: DetectorConfig = DEFAULT) -> list[Detected
         found += [_recognise(offset, zone, ground, config) for zone in zones] or [whole]
     found += _faint(contrast, config)
     return sorted(found, key=lambda item: -item.area)
+
+
+def _reduced(image: np.ndarray) -> np.ndarray:
+    """A large image averaged over whole squares of pixels, to 64 pixels or somewhat more: kinds need no finer ones."""
+    side = image.shape[0]
+    factor = max((f for f in range(1, side // 64 + 1) if side % f == 0), default=1)
+    if factor == 1:
+        return image
+    squares = image.reshape(side // factor, factor, side // factor, factor, 3)
+    return (squares.mean(axis=(1, 3)) + 0.5).astype(np.uint8)
 
 
 def background(image: np.ndarray) -> np.ndarray:

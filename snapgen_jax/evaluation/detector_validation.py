@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from scipy import ndimage
@@ -17,7 +18,6 @@ from snapgen_jax.evaluation.detector import detect
 BLUR = 0.08  # of the picture's side: over a quarter of the width of a small object
 
 
-@functools.lru_cache(maxsize=8)
 def chance(size: int, per_category: int = 64) -> float:
     """What a model would score that draws perfect pictures of the right category and ignores the prompt.
 
@@ -34,8 +34,9 @@ def chance(size: int, per_category: int = 64) -> float:
     return float(np.mean(shares))
 
 
-def validate_detector(size: int, per_category: int = 64) -> dict[str, float]:
-    """Measures the detector on renders of `size` pixels, half of which show held-out combinations.
+@functools.lru_cache(maxsize=8)
+def validate_detector(size: int, per_category: int = 64) -> Mapping[str, float]:
+    """Measures the detector on renders of `size` pixels, half of which show held-out combinations; once in a process.
 
     Returns:
         detector.accuracy: share of true renders that meet their own caption; `detector.accuracy.<category>` of each.
@@ -58,7 +59,7 @@ def validate_detector(size: int, per_category: int = 64) -> dict[str, float]:
     for name, (categories, deceive) in _ADVERSARIES.items():
         scenes = [scene for category in categories for scene in _scenes(category, per_category)]
         numbers[f"detector.accepts.{name}"] = _accepted(scenes, [deceive(scene, size) for scene in scenes])
-    return numbers
+    return types.MappingProxyType(numbers)
 
 
 def _accepted(scenes: Sequence[Scene], pictures: Sequence[np.ndarray]) -> float:
