@@ -31,11 +31,14 @@ def attend_long(
         k, v: `[B, M, H, D]`.
         bias: float32 `[B, 1, 1, M]`, added to the scores of every query.
         kernel: "whole" forms all scores at once; "chunked" those of `chunk` queries at a time, forward and backward, on
-            any platform; "cudnn" never forms them (NVIDIA GPUs, bfloat16 only).
+            any platform; "cudnn" never forms them (NVIDIA GPUs, bfloat16, without bias).
         chunk: most queries at a time.
 
     Returns:
         `[B, L, H, D]` in the dtype of v.
+
+    Raises:
+        ValueError: a bias is given to "cudnn", which would need one the size of the scores.
     """
     match kernel:
         case "whole":
@@ -43,7 +46,9 @@ def attend_long(
         case "chunked":
             return _attend_chunked(q, k, v, bias, chunk)
         case "cudnn":
-            return jax.nn.dot_product_attention(q, k, v, bias=bias, implementation="cudnn")
+            if bias is not None:
+                raise ValueError("the cudnn kernel takes no bias; use the chunked kernel where attention has a mask")
+            return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
 
 def _attend_chunked(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, chunk: int) -> jax.Array:

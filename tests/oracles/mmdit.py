@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 
 from tests.oracles.randomise import randomise
+from tests.oracles.saving import drop_versions
 
 # Large has no dual attention; Medium has it in its first blocks.
 CONFIGS = {
@@ -89,13 +89,7 @@ def write_goldens(folder: pathlib.Path) -> None:
         model = make(name)
         examples = {case: run(model, *sizes) for case, sizes in CASES.items()}
         model.to(torch.bfloat16).save_pretrained(folder / name)
-        _drop_versions(folder / name / "config.json")
+        drop_versions(folder / name / "config.json")
         for case, example in examples.items():
             arrays = dataclasses.asdict(example)
             np.savez_compressed(folder / name / f"{case}.npz", **arrays.pop("taps"), **arrays)
-
-
-def _drop_versions(path: pathlib.Path) -> None:
-    """Keeps the file the same when a library of another version writes it."""
-    config = {key: value for key, value in json.loads(path.read_text()).items() if key != "_diffusers_version"}
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,83 @@
+"""Stable Diffusion 3's autoencoder in diffusers' layout, `vae/`, -> `networks.autoencoder.Autoencoder`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from snapgen_jax.networks.autoencoder import AutoencoderConfig
+from snapgen_jax.weights.mapping import Rule, WeightMap, conv, linear, norm
+
+
+def read_config(values: Mapping[str, Any], **changes: Any) -> AutoencoderConfig:
+    """The config of a checkpoint from the values of its `config.json`; `changes` replaces our own fields.
+
+    Raises:
+        ValueError: the checkpoint is of a kind that `Autoencoder` does not have (with quantisation convolutions, as
+            before Stable Diffusion 3, say).
+    """
+    for key, expected in (
+        ("use_quant_conv", False),
+        ("use_post_quant_conv", False),
+        ("mid_block_add_attention", True),
+        ("act_fn", "silu"),
+        ("in_channels", 3),
+        ("out_channels", 3),
+    ):
+        if values.get(key, expected) != expected:
+            raise ValueError(f"this autoencoder has {key} = {values[key]!r}; Autoencoder can only read {expected!r}")
+    fields = {
+        "channels": tuple(values["block_out_channels"]),
+        "layers": values["layers_per_block"],
+        "latent_channels": values["latent_channels"],
+        "groups": values["norm_num_groups"],
+        "scale": values["scaling_factor"],
+        "shift": values["shift_factor"],
+    }
+    return AutoencoderConfig(**{**fields, **changes})
+
+
+def weight_map(config: AutoencoderConfig) -> WeightMap:
+    """Every tensor of the checkpoint."""
+    return WeightMap((*_coder(config, "encoder"), *_coder(config, "decoder")))
+
+
+def _coder(config: AutoencoderConfig, coder: str) -> tuple[Rule, ...]:
+    down = coder == "encoder"
+    channels = config.channels if down else config.channels[::-1]
+    blocks, sampler = ("down_blocks", "downsamplers") if down else ("up_blocks", "upsamplers")
+    layers = config.layers if down else config.layers + 1
+
+    rules, width = list(conv(f"{coder}/conv_in", f"{coder}.conv_in")), channels[0]
+    for i, channel in enumerate(channels):
+        path, name = f"{coder}/stages/block_{i:02d}", f"{coder}.{blocks}.{i}"
+        for j in range(layers):
+            rules += _residual(f"{path}/residuals/block_{j:02d}", f"{name}.resnets.{j}", skip=width != channel)
+            width = channel
+        if i < len(channels) - 1:
+            rules += conv(f"{path}/sampler", f"{name}.{sampler}.0.conv")
+    rules += _middle(f"{coder}/middle", f"{coder}.mid_block")
+    rules += norm(f"{coder}/norm_out", f"{coder}.conv_norm_out")
+    rules += conv(f"{coder}/conv_out", f"{coder}.conv_out")
+    return tuple(rules)
+
+
+def _residual(path: str, name: str, *, skip: bool = False) -> list[Rule]:
+    rules: list[Rule] = []
+    for i in (1, 2):
+        rules += norm(f"{path}/norm_{i}", f"{name}.norm{i}")
+        rules += conv(f"{path}/conv_{i}", f"{name}.conv{i}")
+    return [*rules, *conv(f"{path}/skip", f"{name}.conv_shortcut")] if skip else rules
+
+
+def _middle(path: str, name: str) -> list[Rule]:
+    attention = f"{name}.attentions.0"
+    return [
+        *_residual(f"{path}/residual_1", f"{name}.resnets.0"),
+        *norm(f"{path}/attention/norm", f"{attention}.group_norm"),
+        *linear(f"{path}/attention/query", f"{attention}.to_q"),
+        *linear(f"{path}/attention/key", f"{attention}.to_k"),
+        *linear(f"{path}/attention/value", f"{attention}.to_v"),
+        *linear(f"{path}/attention/out", f"{attention}.to_out.0"),
+        *_residual(f"{path}/residual_2", f"{name}.resnets.1"),
+    ]
