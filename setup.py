@@ -34,6 +34,7 @@ EXPORT = [
     "tensorflow==2.21.0; sys_platform != 'linux' or platform_machine != 'x86_64'",
     "ai-edge-litert==2.3.0",
     "ai-edge-quantizer==0.10.0",
+    "backports-strenum<1.3",  # of ai-edge-litert: pip refuses later ones on these Pythons, and uv does not see why
     "litert-converter==0.5.0; (sys_platform == 'linux' and platform_machine == 'x86_64') or sys_platform == 'darwin'",
 ]
 DEV = [
@@ -60,7 +61,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["snapgen_jax", "snapgen_jax.*"]),
-    package_data={"snapgen_jax": ["py.typed", "**/*.json", "**/*.txt", "**/*.html"]},
+    package_data={"snapgen_jax": ["py.typed", "**/*.json", "**/*.jsonl", "**/*.txt", "**/*.html"]},
     install_requires=CORE,
     extras_require={
         "tpu": ["jax[tpu]"],
