@@ -1,0 +1,168 @@
+"""From the outputs of several text encoders to the one `TextContext` that a network attends to."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from snapgen_jax.networks.layers import Linear, RMSNorm
+from snapgen_jax.networks.module import Preset, compute_dtype
+from snapgen_jax.networks.text import TextContext
+
+ENCODERS = ("clip_l", "clip_g", "language")
+RULES: list[tuple[str, PartitionSpec]] = [(r"linear/kernel$", PartitionSpec("fsdp", None))]
+
+
+def join_clip(clip_l: TextContext, clip_g: TextContext) -> TextContext:
+    """Two CLIP encodings of one text, side by side: states `[B, L, 768 + 1280]` and pooled `[B, 768 + 1280]`.
+
+    A token counts where either mask has it.
+
+    Raises:
+        ValueError: the texts have different lengths.
+    """
+    if clip_l.sequence.shape[:2] != clip_g.sequence.shape[:2]:
+        raise ValueError(
+            f"the CLIP encodings have [batch, tokens] {clip_l.sequence.shape[:2]} and {clip_g.sequence.shape[:2]}; "
+            "encode the same texts, padded to the same length"
+        )
+    return TextContext(
+        jnp.concatenate([clip_l.sequence, clip_g.sequence], axis=-1),
+        jnp.maximum(clip_l.mask, clip_g.mask),
+        jnp.concatenate([clip_l.pooled, clip_g.pooled], axis=-1),
+    )
+
+
+def sd3_context(clip_l: TextContext, clip_g: TextContext, t5: TextContext) -> TextContext:
+    """The context of Stable Diffusion 3 and 3.5 (Esser et al. 2024, arXiv 2403.03206, section 4 and figure 2).
+
+    The penultimate states of both CLIPs stand side by side, are padded with zeros to the width of T5 (2048 to 4096),
+    and the tokens of T5 follow them (77 + 256). The pooled vector is that of both CLIPs.
+
+    Raises:
+        ValueError: the CLIP texts have different lengths, or are wider than T5's states.
+    """
+    clip = join_clip(clip_l, clip_g)
+    missing = t5.sequence.shape[-1] - clip.sequence.shape[-1]
+    if missing < 0:
+        raise ValueError(
+            f"CLIP states of width {clip.sequence.shape[-1]} do not fit into those of T5, which are "
+            f"{t5.sequence.shape[-1]} wide; give the encoders that the network was trained with"
+        )
+    states = jnp.pad(clip.sequence, ((0, 0), (0, 0), (0, missing)))
+    return TextContext(
+        jnp.concatenate([states, t5.sequence], axis=1), jnp.concatenate([clip.mask, t5.mask], axis=1), clip.pooled
+    )
+
+
+def draw_kept(key: jax.Array, batch: int, drop_rate: float = 0.464) -> dict[str, jax.Array]:
+    """Which encoders a training example keeps: `{encoder: [B]}` of 1 and 0, drawn independently.
+
+    At the default rate one example in ten keeps none (0.464^3), which trains the unconditional velocity of
+    classifier-free guidance (Esser et al. 2024, section 5.3.3).
+    """
+    keys = jax.random.split(key, len(ENCODERS))
+    return {
+        name: jax.random.bernoulli(key, 1 - drop_rate, (batch,)).astype(jnp.float32)
+        for name, key in zip(ENCODERS, keys, strict=True)
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class ConditionerConfig(Preset):
+    """What a `Conditioner` joins.
+
+    Attributes:
+        width: of the context, and of the states of both CLIPs side by side.
+        language_width: width of the language model's states.
+        epsilon: of the norm.
+        dtype: platform choice, fixed by `module.for_platform`.
+    """
+
+    width: int = 2048
+    language_width: int = 2304
+    epsilon: float = 1e-6
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def module(self, rngs: nnx.Rngs) -> nnx.Module:
+        """Creates the conditioner with freshly drawn parameters."""
+        return Conditioner(self, rngs)
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"smoke": {"width": 16, "language_width": 12}, "t2i": {}}
+
+
+class Conditioner(nnx.Module):
+    """The context of SnapGen: CLIP-L and CLIP-bigG side by side, and the tokens of Gemma-2-2b after them.
+
+    The language model's states are normalised, because their scale is far from one, and mapped to the width of the
+    context. An encoder that is dropped leaves zeros, and its tokens are masked, so that dropping the language model in
+    training is what leaving it out on a phone is. Build it through `networks.module.build`.
+    """
+
+    def __init__(self, config: ConditionerConfig, rngs: nnx.Rngs):
+        dtype = compute_dtype(config)
+        self.config = config
+        self.norm = RMSNorm(config.language_width, epsilon=config.epsilon, dtype=dtype)
+        self.linear = Linear(config.language_width, config.width, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        clip_l: TextContext,
+        clip_g: TextContext,
+        language: TextContext | None = None,
+        kept: dict[str, jax.Array] | None = None,
+    ) -> TextContext:
+        """Joins the encodings of one text.
+
+        Args:
+            clip_l, clip_g: `[B, L, D]` penultimate states and pooled projections.
+            language: `[B, M, language_width]` states; None leaves its tokens out.
+            kept: `{encoder: [B]}` from `draw_kept`; None keeps all.
+
+        Returns:
+            sequence `[B, L + M, width]`, mask `[B, L + M]`, pooled `[B, P]` of both CLIPs; float32.
+
+        Raises:
+            ValueError: the CLIP texts have different lengths, or other widths than the config says.
+        """
+        if kept is not None:
+            clip_l, clip_g = _keep(clip_l, kept["clip_l"]), _keep(clip_g, kept["clip_g"])
+        clip = join_clip(clip_l, clip_g)
+        if clip.sequence.shape[-1] != self.config.width:
+            raise ValueError(
+                f"Conditioner: the CLIP states are {clip.sequence.shape[-1]} wide together, but width is "
+                f"{self.config.width}; make them equal"
+            )
+        if language is None:
+            return clip
+        states = self.linear(self.norm(language.sequence)).astype(jnp.float32)
+        language = TextContext(states, language.mask, language.pooled)
+        if kept is not None:
+            language = _keep(language, kept["language"])
+        return TextContext(
+            jnp.concatenate([clip.sequence, language.sequence], axis=1),
+            jnp.concatenate([clip.mask, language.mask], axis=1),
+            clip.pooled,
+        )
+
+
+def _keep(context: TextContext, kept: jax.Array) -> TextContext:
+    """The encodings of the examples where `kept` `[B]` is 1, and zeros for the others."""
+    column = kept[:, None]
+    return TextContext(context.sequence * column[:, :, None], context.mask * column, context.pooled * column)
+
+
+def input_spec(config: ConditionerConfig, batch: int = 1, tokens: int = 77) -> tuple[TextContext, ...]:
+    """`ShapeDtypeStruct`s of a `Conditioner`'s positional arguments, CLIP widths in the ratio of SnapGen's."""
+    clip_l = config.width * 3 // 8
+
+    def context(width: int) -> TextContext:
+        shapes = ((batch, tokens, width), (batch, tokens), (batch, width))
+        return TextContext(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+
+    return context(clip_l), context(config.width - clip_l), context(config.language_width)
