@@ -14,6 +14,7 @@ import math
 import re
 import string
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from etils import epath
@@ -66,7 +67,7 @@ def write_report(
             "(train, compositional score, export) and pass their numbers on"
         )
     workdir = epath.Path(workdir)
-    plain = {name: numbers[name] if _finite(numbers[name]) else None for name in sorted(numbers)}
+    plain = {name: _plain(numbers[name]) for name in sorted(numbers)}
     page = _page(workdir, {k: v for k, v in plain.items() if v is not None}, title, prompts)
     write_whole(workdir / "report.html", page)
     write_whole(workdir / "report.json", json.dumps(plain, indent=2, allow_nan=False) + "\n")
@@ -74,7 +75,14 @@ def write_report(
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, Real) and math.isfinite(value)
+
+
+def _plain(value: Any) -> float | None:
+    """A Python number for any finite one, NumPy's among them, or None."""
+    if not _finite(value):
+        return None
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 # --- the page --------------------------------------------------------------------------------------------------------

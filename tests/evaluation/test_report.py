@@ -79,9 +79,10 @@ def page(workdir, **options) -> Page:
 
 
 def test_the_json_holds_the_numbers_flat(workdir):
-    returned = write_report(workdir, {**NUMBERS, "frechet.distance": math.nan})
+    given = {**NUMBERS, "params": np.int64(7), "score.chance": np.float32(0.25), "frechet.distance": math.nan}
+    returned = write_report(workdir, given)
     stored = json.loads((workdir / "report.json").read_text())
-    assert stored == returned == {**NUMBERS, "frechet.distance": None}
+    assert stored == returned == {**NUMBERS, "params": 7, "score.chance": 0.25, "frechet.distance": None}
     assert {"minutes", "params", "score.overall", "score.heldout", "score.chance", "export.bytes_f16"} <= stored.keys()
     assert {f"score.{category}" for category in CATEGORIES} <= stored.keys()
 
