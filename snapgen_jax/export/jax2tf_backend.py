@@ -16,6 +16,8 @@ from typing import Any
 
 import jax
 
+from snapgen_jax.export.means import sums_to_means
+
 
 def convert(
     function: Callable[..., dict[str, jax.Array]],
@@ -43,6 +45,7 @@ def convert(
     with _only_errors(), tempfile.TemporaryDirectory(dir=path.parent) as folder:
         tf.saved_model.save(module, folder, signatures={signature: concrete})
         path.write_bytes(tf.lite.TFLiteConverter.from_saved_model(folder, signature_keys=[signature]).convert())
+    sums_to_means(path)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """JAX -> StableHLO -> TFLite without TensorFlow: the only file that touches litert-converter's private API.
 
 `litert-converter` 0.5 is the engine under litert-torch, undocumented, and pinned in `setup.py` for that reason. It
-keeps MEAN where TensorFlow's converter writes SUM and MUL, and needs less memory.
+needs less memory and time than the way through TensorFlow.
 """
 
 from __future__ import annotations
