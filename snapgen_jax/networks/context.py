@@ -163,6 +163,7 @@ def input_spec(config: ConditionerConfig, batch: int = 1, tokens: int = 77) -> t
 
     def context(width: int) -> TextContext:
         shapes = ((batch, tokens, width), (batch, tokens), (batch, width))
-        return TextContext(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+        arrays: Any = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        return TextContext(*arrays)
 
     return context(clip_l), context(config.width - clip_l), context(config.language_width)

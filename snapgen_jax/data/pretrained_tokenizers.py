@@ -1,0 +1,105 @@
+"""The tokenizers that published text encoders were trained with, read from a local folder by `transformers`.
+
+The folder is that of the Hugging Face layout: `tokenizer`, `tokenizer_2` and `tokenizer_3` of Stable Diffusion 3.5, or
+the repository of Gemma 2 itself. It decides the special tokens and the padding; code that it may carry is never run.
+
+| encoder | length | begins, ends | padding |
+|---|---|---|---|
+| CLIP-L | 77 | `<|startoftext|>`, `<|endoftext|>` | `<|endoftext|>` |
+| CLIP-bigG | 77 | the same | `!`, id 0, in Stable Diffusion's folder |
+| T5 | 256 | ends with `</s>` | `<pad>`, id 0 |
+| Gemma 2 | 256 | begins with `<bos>` | `<pad>`, id 0, on the right |
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+
+from snapgen_jax.data.errors import DataError
+
+log = logging.getLogger(__name__)
+_WARNINGS = 10
+
+
+class PretrainedTokenizer:
+    """Text to the token ids of a published encoder. Holds no state but how often it has warned."""
+
+    def __init__(self, model: Any):
+        """`model`: a tokenizer of `transformers`."""
+        self._model = model
+        self._warnings = 0
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Self:
+        """Reads a tokenizer's folder.
+
+        Raises:
+            DataError: the folder is missing, or holds no tokenizer that can be read without running its code.
+        """
+        if not pathlib.Path(folder).is_dir():
+            raise DataError(f"{os.fspath(folder)!r} is not a folder; give the local folder of a published tokenizer")
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install torch
+        from transformers import AutoTokenizer
+
+        try:
+            # Our encoders take padding on the right; Gemma's folder says left, which is for generation.
+            model = AutoTokenizer.from_pretrained(
+                os.fspath(folder), local_files_only=True, trust_remote_code=False, padding_side="right"
+            )
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            raise DataError(
+                f"{os.fspath(folder)!r} holds no readable tokenizer ({error}); expected tokenizer.json, or vocab.json "
+                "and merges.txt, with tokenizer_config.json"
+            ) from error
+        if model.pad_token_id is None:
+            raise DataError(f"the tokenizer in {os.fspath(folder)!r} has no padding token; add one to its config")
+        return cls(model)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, the special ones included."""
+        return len(self._model)
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills a text up to the asked length."""
+        return self._model.pad_token_id
+
+    def encode(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Encodes texts as the reference pipelines do: special tokens added, cut and padded to one length.
+
+        A text that is cut keeps its special tokens; what is lost is named in a warning, for the first ten such texts.
+
+        Args:
+            texts: N texts; the empty one becomes the special tokens alone.
+            length: L.
+
+        Returns:
+            tokens int32 `[N, L]`, and mask float32 `[N, L]`, 1 for the text with its special tokens and 0 for padding.
+        """
+        texts = list(texts)
+        encoded = self._model(texts, padding="max_length", max_length=length, truncation=True, return_tensors="np")
+        self._warn_about_cuts(texts, length)
+        return encoded["input_ids"].astype(np.int32), encoded["attention_mask"].astype(np.float32)
+
+    def _warn_about_cuts(self, texts: list[str], length: int) -> None:
+        if self._warnings >= _WARNINGS:
+            return
+        room = length - self._model.num_special_tokens_to_add()
+        for ids in self._model(texts, add_special_tokens=False)["input_ids"]:
+            if len(ids) > room and self._warnings < _WARNINGS:
+                self._warnings += 1
+                further = " (further ones are cut in silence)" if self._warnings == _WARNINGS else ""
+                log.warning(
+                    "a text of %d tokens is cut to the %d that fit beside the special tokens%s; this part is lost: %r",
+                    len(ids),
+                    room,
+                    further,
+                    self._model.decode(ids[room:]),
+                )
