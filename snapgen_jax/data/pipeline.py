@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -111,7 +111,7 @@ class Pipeline:
         weights = [len(members[bucket.name]) / bucket.local_batch for bucket in self._buckets]
         self._dataset = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
 
-    def batches(self, position: int = 0) -> Iterator[Batch]:
+    def batches(self, position: int = 0) -> Generator[Batch, None, None]:
         """Yields the batches from a position on, without end. Close the generator to stop its threads or processes.
 
         Raises:
@@ -226,26 +226,28 @@ class _Unreadable:
     def __init__(self, source: Source, allowed: float):
         self._source, self._allowed = source, allowed
         self._judged_after = min(_JUDGED_AFTER, len(source))
-        self._drawn = self._bad = 0
+        self._drawn = 0
         self._reasons: dict[int, str] = {}
 
     def count(self, batch: Batch, problems: Sequence[str]) -> None:
         bad = batch.source_index[~batch.valid]
         self._drawn += len(batch.valid)
-        self._bad += len(bad)
         for index, problem in zip(bad.tolist(), problems, strict=True):
             if index not in self._reasons:
                 self._reasons[index] = problem
                 log.warning("unreadable, replaced by the next example: %s (%s)", self._source.name(index), problem)
-        if self._drawn >= self._judged_after and self._bad > self._allowed * self._drawn:
-            raise DataError(self._report())
+        # Each example counts once, however many epochs pass: else the share would waver within an epoch.
+        different = min(self._drawn, len(self._source))
+        if self._drawn >= self._judged_after and len(self._reasons) > self._allowed * different:
+            raise DataError(self._report(different))
 
-    def _report(self) -> str:
+    def _report(self, different: int) -> str:
+        share = len(self._reasons) / different
         listed = [f"  {self._source.name(i)}: {why}" for i, why in list(self._reasons.items())[:_NAMED]]
         more = len(self._reasons) - len(listed)
         return "\n".join(
             [
-                f"{self._bad} of the {self._drawn} examples drawn are unreadable, {self._bad / self._drawn:.1%}; "
+                f"{len(self._reasons)} of the {different} examples drawn are unreadable, {share:.1%}; "
                 f"data.max_unreadable_share allows {self._allowed:.1%}. Mend or remove these, or raise the share:",
                 *listed,
                 *([f"  and {more} more"] if more else []),

@@ -170,7 +170,8 @@ def render(scene: Scene, size: int) -> np.ndarray:
         top, bottom = max(0, int(y - half - 1)), min(size, int(y + half + 2))
         u = (centres[None, left:right] - x) / half
         v = (centres[top:bottom, None] - y) / half
-        coverage = np.clip(0.5 - half * _OUTLINES[item.kind](u, v), 0.0, 1.0)  # distance in pixels
+        distance = half * _OUTLINES[item.kind](u, v)  # in pixels
+        coverage = np.minimum(np.maximum(0.5 - distance, 0.0), 1.0)  # np.clip takes three times as long on a small box
         box = canvas[top:bottom, left:right]
         box += coverage[..., None] * (_PAINT[item.colour] - box)
     return (canvas + 0.5).astype(np.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -229,6 +230,11 @@ def sample_scene(
     raise RuntimeError(f"no {combinations} scene of category {category!r} in {_ATTEMPTS} attempts")
 
 
+@functools.cache
+def _seen_colours(kind: str) -> tuple[str, ...]:
+    return tuple(colour for colour in COLOURS if not heldout_colour(colour, kind))
+
+
 def _draw(
     rng: np.random.Generator,
     groups: tuple[Group, ...],
@@ -241,7 +247,7 @@ def _draw(
     areas = iter(_layout(rng, groups, relation))
     objects = []
     for group in groups:
-        colour = group.colour or pick(rng, [c for c in COLOURS if not heldout_colour(c, group.kind)])
+        colour = group.colour or pick(rng, _seen_colours(group.kind))
         sizes = _sizes(group, total, combinations)
         objects += [_place(rng, next(areas), sizes, group.kind, colour) for _ in range(group.count)]
     return Scene(tuple(objects), groups, category, relation, config.background)

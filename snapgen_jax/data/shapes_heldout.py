@@ -6,32 +6,38 @@ seen with most colours, numbers and partners; only these combinations never are.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 
 from snapgen_jax.data.shapes import COLOURS, KINDS, OPPOSITE, RELATIONS, Group, Relation, Scene, SizeWord, holds
 
 
+@functools.cache
 def heldout_colour(colour: str, kind: str) -> bool:
     """One kind a colour: 8 of 48 pairs."""
     return (list(COLOURS).index(colour) + KINDS.index(kind)) % len(KINDS) == 0
 
 
+@functools.cache
 def heldout_pair(a: str, b: str) -> bool:
     """One partner a kind: 3 of 15 unordered pairs of different kinds."""
     return abs(KINDS.index(a) - KINDS.index(b)) == len(KINDS) // 2
 
 
+@functools.cache
 def heldout_number(count: int, kind: str) -> bool:
     """One of the numbers two to four a kind: 6 of 18."""
     return count == 2 + KINDS.index(kind) % 3
 
 
+@functools.cache
 def heldout_size(size: SizeWord, kind: str) -> bool:
     """One size word a kind: 6 of 12. Held out where an object is alone: elsewhere all objects are small."""
     return size == ("small", "large")[KINDS.index(kind) % 2]
 
 
+@functools.cache
 def heldout_relation(relation: Relation, a: str, b: str) -> bool:
     """6 of 30 ordered pairs of different kinds in each relation; "a left of b" is held out where "b right of a" is."""
     if relation in ("right of", "below"):

@@ -106,7 +106,7 @@ def _open(config: DataConfig, split: str) -> Any:
         )
     except Exception as error:  # TFDS raises many types
         problem = str(error).split("\nAvailable datasets")[0]  # hundreds of lines
-        close = difflib.get_close_matches(config.name, tfds.list_builders(), n=3)
+        close = difflib.get_close_matches(config.name, tfds.list_builders(with_community_datasets=False), n=3)
         named = config.name in close or not close
         hint = "" if named else f" Perhaps you mean {' or '.join(close)}?"
         where = config.path or "the default data directory"
