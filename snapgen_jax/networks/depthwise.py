@@ -1,11 +1,18 @@
 """Depthwise 3x3 convolution in two equal forms.
 
 `grouped` is XLA's grouped convolution: right on TPU and GPU, and what an export must hold. On CPU XLA runs it about a
-hundred times slower than it should, so there `shifted` adds up nine shifted products instead.
+hundred times slower than it should, so there `shifted` adds up nine shifted products instead, and brings its own rule
+for the gradient: autodiff of the sums would reduce over shifted slices, which XLA does not vectorise on CPU.
+`benchmarks/depthwise.py` measures both.
+
+The shifted form reads images as rows, `[B, H, W*C]`, so that a shift by one column is an offset of C in one long
+contiguous axis. With a stride of two the columns are taken in pairs, `[B, H, W/2 * 2C]`: one product then serves two
+neighbouring taps, one in each half of a pair.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import jax
@@ -14,6 +21,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 Form = Literal["auto", "grouped", "shifted"]
+
+# Floats of one running sum of the kernel gradient: of one image's rows, small enough for the sums to stay in cache, and
+# of all images summed side by side, large enough for XLA to share the work between two threads.
+ROWS_SIZE = 16_384
+SUM_SIZE = 32_768
 
 
 def depthwise_grouped(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
@@ -37,17 +49,110 @@ def depthwise_grouped(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.A
     )
 
 
-@jax.jit(static_argnames="stride")
+def _rows(x: jax.Array, stride: int) -> jax.Array:
+    """The padded rows that the taps read: `[B, H, W, C] -> [B, s*(Ho - 1) + 3, (Wo + 2 // s) * s*C]`, s the stride."""
+    b, h, w, c = x.shape
+    height = stride * (-(-h // stride) - 1) + 3
+    width = stride * (-(-w // stride) + 2 // stride)
+    padded = jnp.pad(x, ((0, 0), (1, height - h - 1), (1, width - w - 1), (0, 0)))
+    return padded.reshape(b, height, width * c)
+
+
+def _taps(stride: int) -> list[tuple[int, int]]:
+    """(row, column group) of the products that make up a convolution: nine, or with a stride of two six of two taps."""
+    return [(i, group) for i in range(3) for group in range(2 // stride + 1)]
+
+
+def shifted_sum(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """The forward pass of `depthwise_shifted`, without its rule for the gradient. It sums in float32."""
+    b, h, w, c = x.shape
+    height, width, span = -(-h // stride), -(-w // stride), stride * c
+    rows = _rows(x, stride)
+    groups = 2 // stride + 1
+    weights = jnp.pad(kernel[:, :, 0].astype(jnp.float32), ((0, 0), (0, groups * stride - 3), (0, 0)))
+    weights = weights.reshape(3, groups, span)
+    products = [
+        rows[:, i : i + stride * (height - 1) + 1 : stride, g * span : (g + width) * span]
+        * jnp.tile(weights[i, g], width)
+        for i, g in _taps(stride)
+    ]
+    y = functools.reduce(jnp.add, products).reshape(b, height, width, stride, c)
+    return functools.reduce(jnp.add, [y[..., half, :] for half in range(stride)]).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _shifted(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    return shifted_sum(x, kernel, stride)
+
+
+def _shifted_forward(x: jax.Array, kernel: jax.Array, stride: int):
+    return _shifted(x, kernel, stride), (x, kernel)
+
+
+def _shifted_backward(stride: int, saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    if stride == 1:
+        dx = shifted_sum(dy, kernel[::-1, ::-1], 1)
+    else:
+        (dx,) = jax.linear_transpose(lambda x: shifted_sum(x, kernel, stride), x)(dy)
+    return dx, _kernel_gradient(x, dy, stride).astype(kernel.dtype)
+
+
+_shifted.defvjp(_shifted_forward, _shifted_backward)
+
+
+def _largest_divisor(n: int, limit: int) -> int:
+    return max(d for d in range(1, n + 1) if n % d == 0 and d <= max(limit, 1))
+
+
+def _kernel_gradient(x: jax.Array, dy: jax.Array, stride: int) -> jax.Array:
+    """Gradient of the kernel, `[3, 3, 1, C]` float32: running sums of x * dy, one a tap, over blocks of rows.
+
+    A sum keeps the shape of a block until the end, so that every step is an elementwise product, which vectorises.
+    """
+    (b, height, width, c), span = dy.shape, stride * x.shape[-1]
+    rows = _rows(x, stride)
+    dy = jnp.tile(dy, (1, 1, 1, stride)).reshape(b, height, width * span)
+
+    block = _largest_divisor(height, ROWS_SIZE // (width * span))  # rows of dy
+    images = _largest_divisor(b, SUM_SIZE // (block * width * span))
+    blocks = height // block
+
+    def add_block(step: jax.Array, sums: list[jax.Array]) -> list[jax.Array]:
+        image, row, zero = jax.lax.div(step, blocks) * images, jax.lax.rem(step, blocks) * block, jnp.zeros_like(step)
+        size = (images, stride * (block - 1) + 3, rows.shape[-1])
+        x_block = jax.lax.dynamic_slice(rows, (image, row * stride, zero), size, allow_negative_indices=False)
+        size = (images, block, width * span)
+        dy_block = jax.lax.dynamic_slice(dy, (image, row, zero), size, allow_negative_indices=False)
+        dy_block = dy_block.astype(jnp.float32)
+        return [
+            total + x_block[:, i : i + stride * (block - 1) + 1 : stride, g * span : (g + width) * span] * dy_block
+            for total, (i, g) in zip(sums, _taps(stride), strict=True)
+        ]
+
+    zeros = [jnp.zeros((images, block, width * span), jnp.float32)] * len(_taps(stride))
+    sums = jax.lax.fori_loop(0, b // images * blocks, add_block, zeros)
+    columns = jnp.stack([total.reshape(-1, span).sum(axis=0) for total in sums])  # [taps, stride*C]
+    return columns.reshape(3, -1, c)[:, :3].reshape(3, 3, 1, c)
+
+
+@functools.partial(jax.jit, static_argnames="stride")  # its name is how `counting` knows the products in it
 def depthwise_shifted(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
-    """The same convolution as nine shifted multiply-adds; arguments and result as in `depthwise_grouped`."""
-    _, h, w, _ = x.shape
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    terms = [padded[:, i : i + h : stride, j : j + w : stride, :] * kernel[i, j, 0] for i in range(3) for j in range(3)]
-    return sum(terms[1:], terms[0])
+    """The same convolution as a sum of shifted products; arguments and result as in `depthwise_grouped`.
+
+    It sums in float32. It can be differentiated in reverse mode, any number of times.
+    """
+    return _shifted(x, kernel, stride)
 
 
 def depthwise(x: jax.Array, kernel: jax.Array, stride: int = 1, form: Form = "auto") -> jax.Array:
-    """Depthwise 3x3 convolution in the given form; "auto" is the grouped one. Shapes as in `depthwise_grouped`."""
+    """Depthwise 3x3 convolution in the given form; "auto" is the grouped one. Shapes as in `depthwise_grouped`.
+
+    Raises:
+        ValueError: the stride is neither 1 nor 2.
+    """
+    if stride not in (1, 2):
+        raise ValueError(f"depthwise: stride is {stride}; it must be 1 or 2")
     return depthwise_shifted(x, kernel, stride) if form == "shifted" else depthwise_grouped(x, kernel, stride)
 
 
@@ -66,7 +171,9 @@ class DepthwiseConv(nnx.Module):
         draw = nnx.initializers.lecun_normal()
         self.kernel = nnx.Param(draw(rngs.params(), (3, 3, 1, width), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
-        self.stride, self.form, self.dtype = stride, form, dtype
+        self.stride: int = stride
+        self.form: Form = form
+        self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = depthwise(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.stride, self.form)
