@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -101,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if overrides and not hasattr(options, "config"):
         parser.error(f"`snapgen {options.command}` takes no --config overrides (given: {', '.join(overrides)})")
     options.overrides = overrides
+    _keep_compiled_programs()
     try:
         options.run(options)
     except RunError as error:
@@ -117,6 +119,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"snapgen {options.command}: {error}", file=sys.stderr)
         return int(ExitCode.INFRASTRUCTURE)
     return int(ExitCode.DONE)
+
+
+def _keep_compiled_programs() -> None:
+    """Lets a resumed run, and the parts of one command, find what was compiled before."""
+    cache = epath.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "snapgen_jax" / "xla"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 
 
 def split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -6,6 +6,7 @@ A researcher needs no workdir: `train(recipe, batches, steps)` runs a recipe on 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -13,7 +14,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -126,10 +127,16 @@ class ValidationBatches:
 
     experiment: Experiment
 
+    @functools.cached_property
+    def source(self) -> Any:
+        """The examples of the split, by index."""
+        return build_source(self.experiment.config.data, "validation")
+
     def __iter__(self) -> Iterator[Any]:
         e = self.experiment
         data = dataclasses.replace(e.config.data, workers=0)
-        return Pipeline(data, e.recipe.batch_specs(), e.tokenizer, seed=0, split="validation").batches(0)
+        specs = e.recipe.batch_specs()
+        return Pipeline(data, specs, e.tokenizer, seed=0, split="validation", source=self.source).batches(0)
 
 
 def evaluate(workdir: epath.PathLike, names: Sequence[str], step: int | None = None) -> dict[str, float]:
@@ -159,6 +166,35 @@ def evaluate(workdir: epath.PathLike, names: Sequence[str], step: int | None = N
         for title, picture in result.pictures.items():
             (folder / f"{title}.png").write_bytes(png_bytes(picture))
     return numbers
+
+
+def export(
+    workdir: epath.PathLike, out: epath.PathLike, backend: Literal["jax2tf", "litert"] = "jax2tf"
+) -> dict[str, float]:
+    """Exports a trained run as a bundle for phones, checked against JAX on the way.
+
+    Args:
+        workdir: the run.
+        out: the bundle's folder.
+        backend: which converter.
+
+    Returns:
+        What was measured, `export.*`.
+    """
+    from snapgen_jax.export.bundle import export_bundle, generator_of
+
+    generator = load(workdir, platform="cpu")
+    prompts = getattr(generator.recipe.config, "sample_prompts", ())[:2] or ("",)
+    report = export_bundle(
+        generator.recipe,
+        generator.params,
+        epath.Path(workdir) / "tokenizer.json",
+        out,
+        backend=backend,
+        prompts=prompts,
+        reference=generator_of(generator.recipe, generator.params),
+    )
+    return report.numbers
 
 
 def _as_dict(config: Any) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class Generator:
         *,
         seed: int = 0,
         indices: Sequence[int] | None = None,
-        batch_size: int = 64,
+        batch_size: int = 16,
         **options: Any,
     ) -> np.ndarray:
         """Images `uint8 [N, H, W, 3]`; image n depends on (seed, indices[n], prompts[n]) and the options alone.
@@ -59,7 +59,7 @@ class Generator:
             prompts: N texts; one longer than the encoder takes is cut, with a warning.
             seed: of the noise.
             indices: N integers, by default 0 .. N-1.
-            batch_size: images computed together.
+            batch_size: images computed together; one program serves any number of prompts that is at least this.
             options: static options of the recipe's `generate`, such as `steps` and `guidance`.
         """
         return self.run(prompts, seed=seed, indices=indices, batch_size=batch_size, **options)["image"]
@@ -70,7 +70,7 @@ class Generator:
         *,
         seed: int = 0,
         indices: Sequence[int] | None = None,
-        batch_size: int = 64,
+        batch_size: int = 16,
         **options: Any,
     ) -> dict[str, np.ndarray]:
         """Everything that the recipe's `generate` returns, `{name: [N, ...]}`. Arguments as for `generate`."""

@@ -1,8 +1,8 @@
 """A recipe that shares nothing with diffusion, to hold the loop to its contract.
 
 Two players fit sequences `[B, L, D]`: "predictor" learns a frozen projection and steps every update, "critic" learns
-the size of the predictor's error and steps every third. Their gradients are clipped jointly, and a running mean of the loss
-lives in `extra`. Two batch shapes, no image, no time, no noise schedule.
+the size of the predictor's error and steps every third. Their gradients are clipped jointly, and a running mean of the
+loss lives in `extra`. Two batch shapes, no image, no time, no noise schedule.
 """
 
 import dataclasses

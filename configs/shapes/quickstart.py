@@ -22,9 +22,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.codec = ConfigDict({"kind": "patch", "patch": 4})
     c.unet = ConfigDict({"preset": "shapes"})
     c.text = ConfigDict({"preset": "shapes", "max_tokens": 24})
-    c.optimizer = ConfigDict(
-        {"learning_rate": 2e-3, "schedule": "cosine", "warmup_steps": 200, "final_share": 0.02}
-    )
+    c.optimizer = ConfigDict({"learning_rate": 2e-3, "schedule": "cosine", "warmup_steps": 200, "final_share": 0.02})
     c.ema_decay = 0.998
     c.sampling = ConfigDict({"steps": 24, "guidance": 2.0})
     c.checkpoint = ConfigDict({"every_steps": 1000})

@@ -11,6 +11,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+T_MIN = 0.04  # the smallest time by which `velocity_from_x0` divides
+
 
 def expand_like(t: jax.typing.ArrayLike, x: jax.Array) -> jax.Array:
     """Appends axes of size one to `t` (scalar or `[B]`) until it broadcasts against `x` `[B, ...]`."""
@@ -37,3 +39,12 @@ def x0_from_velocity(x_t: jax.Array, v: jax.Array, t: jax.typing.ArrayLike) -> j
 def eps_from_velocity(x_t: jax.Array, v: jax.Array, t: jax.typing.ArrayLike) -> jax.Array:
     """The noise end of the line through `x_t` with velocity `v`: `eps = x_t + (1 - t) v`."""
     return x_t + (1 - expand_like(t, x_t)) * v
+
+
+def velocity_from_x0(x_t: jax.Array, x_0: jax.Array, t: jax.typing.ArrayLike, t_min: float = T_MIN) -> jax.Array:
+    """The velocity of the line from a predicted `x_0` to `x_t`: `v = (x_t - x_0) / max(t, t_min)`.
+
+    The bound keeps the error of a prediction from being magnified without end near the data (Li and He 2025, "Back to
+    Basics: Let Denoising Generative Models Denoise", section 4).
+    """
+    return (x_t - x_0) / jnp.maximum(expand_like(t, x_t), t_min)

@@ -8,7 +8,9 @@ exporter runs the same code over JAX functions to make the golden values. It imp
 
 scheduler.json, schema 1 (all arithmetic in float32, arrays channels last):
 
-    kind            "flow_matching": x_t = (1 - t) x_0 + t noise, and the denoiser gives v = dx/dt
+    kind            "flow_matching": x_t = (1 - t) x_0 + t noise, and the sampler follows v = dx/dt
+    prediction      {"kind": "velocity"}: the denoiser gives v. {"kind": "x_0", "t_min"}: it gives the clean latent, and
+                    v = (x_t - x_0) / max(t, t_min)
     method          "euler" or "heun", the step rule of `step`
     times           [S + 1] from 1 (noise) to 0 (data): the grid that the bundle was verified with
     shift           s of t' = s t / (1 + (s - 1) t), which makes a grid of another number of steps
@@ -21,7 +23,7 @@ scheduler.json, schema 1 (all arithmetic in float32, arrays channels last):
     units           {"denoiser": name, "text_encoder": name}: which `.tflite` files play which part
 
 The denoiser takes "latent" [1, h, w, c] and "time" [1, dim], and those of "sequence", "mask" and "pooled" that it
-names; it gives "velocity". The text encoder takes "tokens" and "mask" [1, L], and gives "sequence" and "pooled".
+names; it gives "prediction". The text encoder takes "tokens" and "mask" [1, L], and gives "sequence" and "pooled".
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ import numpy as np
 
 SCHEMA = 1
 METHODS = ("euler", "heun")
+PREDICTIONS = ("velocity", "x_0")
 # The function of one file: named arrays of batch 1 in, named arrays out.
 Unit = Callable[..., Mapping[str, np.ndarray]]
 Arrays = dict[str, np.ndarray]
@@ -53,6 +56,7 @@ class BundleError(ValueError):
 class Scheduler:
     """scheduler.json, checked. The fields are described at the top of this file."""
 
+    prediction: Mapping[str, Any]
     method: str
     times: np.ndarray
     shift: float
@@ -75,6 +79,9 @@ class Scheduler:
             if data[name] not in known:
                 raise BundleError(f"scheduler.json: {name} is {data[name]!r}; this client knows {known}")
         kind, order = data["codec"].get("kind"), data["time_features"].get("order")
+        prediction = data["prediction"].get("kind")
+        if prediction not in PREDICTIONS:
+            raise BundleError(f"scheduler.json: the prediction is {prediction!r}; this client knows {PREDICTIONS}")
         if kind not in CODECS:
             raise BundleError(f"scheduler.json: the codec is {kind!r}; this client knows {tuple(CODECS)}")
         if order != "cos,sin":
@@ -105,6 +112,13 @@ def time_features(t: np.ndarray, spec: Mapping[str, Any]) -> np.ndarray:
     frequencies = np.exp(step * np.arange(half, dtype=np.float32))
     angles = (np.float32(spec["scale"]) * np.asarray(t, np.float32))[:, None] * frequencies
     return np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)
+
+
+def as_velocity(out: np.ndarray, x: np.ndarray, t: np.float32, prediction: Mapping[str, Any]) -> np.ndarray:
+    """The velocity at x, from what the denoiser gave there."""
+    if prediction["kind"] == "velocity":
+        return out
+    return (x - out) / np.maximum(np.float32(t), np.float32(prediction["t_min"]))
 
 
 def step(velocity: Callable[[np.ndarray, np.float32], np.ndarray], x: np.ndarray, t, s, method: str) -> np.ndarray:
@@ -203,10 +217,13 @@ class Sampler:
         def velocity(x: np.ndarray, t: np.float32) -> np.ndarray:
             features = time_features(np.full(1, t), self.scheduler.time_features)
             arrays = {"latent": x[None], "time": features}
-            v = self.run("denoiser", {**context, **arrays})["velocity"][0]
+            v = as_velocity(
+                self.run("denoiser", {**context, **arrays})["prediction"][0], x, t, self.scheduler.prediction
+            )
             if w == 1:
                 return v
-            v_null = self.run("denoiser", {**null, **arrays})["velocity"][0]
+            out = self.run("denoiser", {**null, **arrays})["prediction"][0]
+            v_null = as_velocity(out, x, t, self.scheduler.prediction)
             return v_null + w * (v - v_null)
 
         x, latents = np.asarray(noise, np.float32), []

@@ -16,7 +16,7 @@ import dataclasses
 import difflib
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -58,8 +58,8 @@ def for_platform(config: ConfigT, platform: Platform) -> ConfigT:
 
     `dtype` becomes bfloat16 on TPU and GPU and float32 on CPU; `depthwise` becomes the form that is fastest there (nine
     shifted multiply-adds on CPU, where XLA's grouped convolution is about a hundred times slower; the grouped
-    convolution elsewhere). Fields whose value is not "auto" are left alone, and a config without such fields is returned
-    unchanged.
+    convolution elsewhere). Fields whose value is not "auto" are left alone, and a config without such fields is
+    returned unchanged.
     """
     if not dataclasses.is_dataclass(config):
         return config
@@ -118,6 +118,18 @@ def _named_leaves(module: nnx.Module) -> tuple[nnx.GraphDef, dict[Path, Any]]:
     return graphdef, flat
 
 
+class _Keys:
+    """The keys of `nnx.Rngs(key).params()`, counted in Python: `nnx.Rngs` counts in a traced variable, and building a
+    network of a thousand parameters took five times as long for it."""
+
+    def __init__(self, key: jax.Array):
+        self.key, self.count = key, 0
+
+    def params(self) -> jax.Array:
+        self.count += 1
+        return jax.random.fold_in(self.key, self.count - 1)
+
+
 @functools.lru_cache(maxsize=256)
 def build(config: NetworkConfig) -> tuple[Network, Tree]:
     """Builds a network from its config without drawing a parameter.
@@ -126,21 +138,21 @@ def build(config: NetworkConfig) -> tuple[Network, Tree]:
         network: hashable description, the first argument of `init` and `apply`.
         spec: nested dict of `jax.ShapeDtypeStruct`, the tree that `apply` expects.
     """
-    graphdef, flat = _named_leaves(nnx.eval_shape(lambda: config.module(nnx.Rngs(0))))
+    graphdef, flat = _named_leaves(nnx.eval_shape(lambda: config.module(cast(nnx.Rngs, _Keys(jax.random.key(0))))))
     return Network(config, graphdef, tuple(flat)), _unflatten(flat)
 
 
 def init(network: Network, key: jax.Array) -> Tree:
     """Draws the parameters of a network from a key. Pure: jit it, vmap it or `eval_shape` it."""
-    _, flat = _named_leaves(network.config.module(nnx.Rngs(key)))
+    _, flat = _named_leaves(network.config.module(cast(nnx.Rngs, _Keys(key))))
     return _unflatten(flat)
 
 
 def apply(network: Network, params: Tree, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
     """Runs a network on a parameter tree.
 
-    `nnx.merge` matches leaves by order and not by name, so a renamed or permuted tree would be accepted in silence; here
-    the paths are compared first.
+    `nnx.merge` matches leaves by order and not by name, so a renamed or permuted tree would be accepted in silence;
+    here the paths are compared first.
 
     Raises:
         ParameterMismatchError: names every missing and every surplus parameter.
@@ -193,8 +205,9 @@ def shard(x: jax.Array, kind: Literal["tokens", "image", "vector"] = "tokens") -
     """Constrains an activation to be split over the batch axes of the current mesh; the identity outside a mesh.
 
     Args:
-        x: `[B, ...]`. `kind` names what it is ("tokens" `[B, L, D]`, "image" `[B, H, W, C]`, "vector" `[B, D]`), so that
-            a later mesh may split more than the batch without a change in any network.
+        x: `[B, ...]`.
+        kind: what it is ("tokens" `[B, L, D]`, "image" `[B, H, W, C]`, "vector" `[B, D]`), so that a later mesh may
+            split more than the batch without a change in any network.
     """
     del kind
     mesh = jax.sharding.get_abstract_mesh()
@@ -207,7 +220,7 @@ def shard(x: jax.Array, kind: Literal["tokens", "image", "vector"] = "tokens") -
 class Preset:
     """Mixin of the configs that have named presets: a class attribute `PRESETS` maps a name to field values."""
 
-    PRESETS: dict[str, dict[str, Any]] = {}
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:

@@ -35,7 +35,9 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     devices = list(jax.devices() if devices is None else devices)
     sizes = [config.data, config.fsdp]
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
-        raise ValueError(f"mesh.data={config.data}, mesh.fsdp={config.fsdp}: give positive sizes, at most one of them -1")
+        raise ValueError(
+            f"mesh.data={config.data}, mesh.fsdp={config.fsdp}: give positive sizes, at most one of them -1"
+        )
     known = math.prod(s for s in sizes if s != -1)
     if len(devices) % known or (-1 not in sizes and known != len(devices)):
         raise ValueError(

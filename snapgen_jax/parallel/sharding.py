@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -49,23 +50,36 @@ def _fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
 
 def explain(tree: Tree) -> str:
     """A table of every array: path, shape, dtype, placement, bytes on one device; and the totals."""
-    rows, total, local = [], 0, 0
+    rows = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        sharding = leaf.sharding
-        shard = sharding.shard_shape(leaf.shape) if sharding is not None else leaf.shape
-        size = leaf.dtype.itemsize
-        here = size * _product(shard)
-        total, local = total + size * _product(leaf.shape), local + here
-        spec = getattr(sharding, "spec", "one device")
-        rows.append((path_name(path), str(tuple(leaf.shape)), str(leaf.dtype), str(spec), f"{here:,}"))
-    header = ("path", "shape", "dtype", "placement", "bytes/device")
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(5)]
+        spec = getattr(leaf.sharding, "spec", "one device")
+        rows.append((path_name(path), str(tuple(leaf.shape)), str(leaf.dtype), str(spec), f"{_local_bytes(leaf):,}"))
+    return f"{_table(('path', 'shape', 'dtype', 'placement', 'bytes/device'), rows)}\n{_total(tree)}"
+
+
+def summarize(tree: Tree, depth: int) -> str:
+    """The table of `explain` with one row for all arrays that share the first `depth` parts of their path."""
+    groups: dict[str, list[Any]] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        groups.setdefault(path_name(path[:depth]), []).append(leaf)
+    rows = [
+        (name, f"{len(x)}", f"{sum(leaf.size for leaf in x):,}", f"{sum(map(_local_bytes, x)):,}")
+        for name, x in groups.items()
+    ]
+    return f"{_table(('part', 'arrays', 'numbers', 'bytes/device'), rows)}\n{_total(tree)}"
+
+
+def _local_bytes(leaf: jax.Array) -> int:
+    return leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+
+
+def _total(tree: Tree) -> str:
+    leaves = jax.tree.leaves(tree)
+    whole = sum(leaf.dtype.itemsize * leaf.size for leaf in leaves)
+    return f"{len(leaves)} arrays, {whole:,} bytes in all, {sum(map(_local_bytes, leaves)):,} bytes on each device"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]]
-    return "\n".join([*lines, f"{len(rows)} arrays, {total:,} bytes in all, {local:,} bytes on each device"])
-
-
-def _product(shape: Sequence[int]) -> int:
-    out = 1
-    for size in shape:
-        out *= int(size)
-    return out
+    return "\n".join(lines)

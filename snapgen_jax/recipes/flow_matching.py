@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from snapgen_jax.diffusion.guidance import drop_condition, with_guidance
-from snapgen_jax.diffusion.path import interpolate, velocity
+from snapgen_jax.diffusion.path import T_MIN, interpolate, velocity, velocity_from_x0
 from snapgen_jax.diffusion.samplers import Method, sample
 from snapgen_jax.diffusion.timesteps import TimestepConfig, sample_times, time_grid
 from snapgen_jax.evaluation.interfaces import EvaluationConfig, EvaluatorSpec
@@ -73,6 +73,9 @@ class FlowMatchingConfig:
         microbatches: the global batch is computed in this many parts.
         train_steps: updates in the run; where a decaying learning rate ends.
         image_sizes: (height, width) of each aspect bucket, in pixels.
+        prediction: what the UNet's output stands for: the velocity, or the image, from which the velocity follows as
+            `(x_t - x_0) / t`. Where a latent has more channels than the image has degrees of freedom, as with large
+            patches of pixels, the image is the easier target: the network need not carry the noise through.
         caption_dropout: share of captions replaced by the empty one.
         ema_decay: of the averaged weights; 0 keeps no average.
         sample_prompts: prompts of the sample grid.
@@ -85,6 +88,7 @@ class FlowMatchingConfig:
     unet: UNetConfig = UNetConfig.preset("shapes")
     text: ClipTextConfig = ClipTextConfig.preset("shapes")
     codec: CodecConfig = CodecConfig()
+    prediction: Literal["velocity", "x_0"] = "velocity"
     timesteps: TimestepConfig = TimestepConfig()
     caption_dropout: float = 0.1
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -167,8 +171,8 @@ class FlowMatching:
 
     def predict(self, params: Tree, x_t: jax.Array, t: jax.Array, context: TextContext) -> jax.Array:
         """Velocity `[B, h, w, c]` at `x_t` `[B, h, w, c]` and `t` `[B]`."""
-        v, _ = apply(self.unet, params["unet"], x_t, time_features(t, self.config.unet.time_width), context)
-        return v
+        out, _ = apply(self.unet, params["unet"], x_t, time_features(t, self.config.unet.time_width), context)
+        return out if self.config.prediction == "velocity" else velocity_from_x0(x_t, out, t)
 
     def loss(self, params: Tree, drawn: Tree) -> tuple[jax.Array, Metrics]:
         """Mean flow matching loss of examples whose noise, times and captions are drawn."""
@@ -298,8 +302,8 @@ class FlowMatching:
         def denoise(
             params: Tree, *, latent: Any, time: Any, sequence: Any, mask: Any, pooled: Any
         ) -> dict[str, jax.Array]:
-            v, _ = apply(unet_network, params, latent, time, TextContext(sequence, mask, pooled))
-            return {"velocity": v}
+            out, _ = apply(unet_network, params, latent, time, TextContext(sequence, mask, pooled))
+            return {"prediction": out}
 
         def encode_text(params: Tree, *, tokens: Any, mask: Any) -> dict[str, jax.Array]:
             context = apply(text_network, params, tokens, mask)
@@ -329,11 +333,13 @@ class FlowMatching:
             ),
         ]
         null = self._null_caption()
+        velocity_is_predicted = config.prediction == "velocity"
         return ExportPlan(
             units,
             {
                 "schema": 1,
                 "kind": "flow_matching",
+                "prediction": {"kind": "velocity"} if velocity_is_predicted else {"kind": "x_0", "t_min": T_MIN},
                 "method": config.sampling.method,
                 "times": [float(t) for t in time_grid(config.sampling.steps, config.sampling.shift)],
                 "shift": config.sampling.shift,

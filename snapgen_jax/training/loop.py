@@ -19,10 +19,11 @@ from jax.sharding import Mesh
 
 from snapgen_jax.evaluation.interfaces import EvaluationResult
 from snapgen_jax.parallel.mesh import MeshConfig, batch_sharding, check_batch, make_mesh, put_batch
-from snapgen_jax.parallel.sharding import explain, tree_shardings
+from snapgen_jax.parallel.sharding import explain, summarize, tree_shardings
 from snapgen_jax.training import progress
 from snapgen_jax.training.checkpoint import CheckpointConfig, Checkpointer
 from snapgen_jax.training.exits import ConfigError, DivergedError, PreemptedError
+from snapgen_jax.training.files import write_whole
 from snapgen_jax.training.fingerprint import fingerprint
 from snapgen_jax.training.keys import key
 from snapgen_jax.training.lifetime import Lifetime
@@ -284,7 +285,9 @@ def train(
         life.charge_lost_work(progress.lost_steps(run.workdir, step))
         run.writer = None if run.workdir is None else MetricWriter(run.workdir, step, config.tensorboard)
         say = progress.Reporter(config.train_steps, step, quiet)
-        say.start(explain(state), run.mesh, step)
+        say.start(summarize(state, depth=4), run.mesh, step)
+        if run.workdir is not None:
+            write_whole(run.workdir / "parameters.txt", explain(state) + "\n")
         if step < config.train_steps:
             with life.phase("compile"):
                 run.compile(state, frozen)

@@ -68,8 +68,7 @@ def duration(seconds: float) -> str:
 
 def evaluation_line(step: int, name: str, numbers: Mapping[str, float]) -> str:
     """One line with an evaluator's first few numbers."""
-    shown = " | ".join(f"{k} {v:.4g}" for k, v in list(numbers.items())[:6])
-    return f"evaluation {name} at step {step:,} | {shown}"
+    return " | ".join([f"evaluation {name} at step {step:,}", *(f"{k} {v:.4g}" for k, v in list(numbers.items())[:6])])
 
 
 class Reporter:
@@ -113,10 +112,10 @@ class Reporter:
         }
         left = (self.train_steps - step) * (now - self._time) / steps
         self._seconds, self._step, self._examples, self._time = dict(seconds), step, 0, now
-        shown = " | ".join(f"{k} {means[k]:.4g}" for k in ("loss", "grad_norm") if k in means)
+        shown = "".join(f"{k} {means[k]:.4g} | " for k in ("loss", "grad_norm") if k in means)
         saved = f" | ckpt {saved_step:,}" if saved_step >= 0 else ""
         line = (
-            f"step {step:,}/{self.train_steps:,} {100 * step / self.train_steps:.1f}% | {shown} | "
+            f"step {step:,}/{self.train_steps:,} {100 * step / self.train_steps:.1f}% | {shown}"
             f"{rate:,.0f} examples/s | {1000 * perf['step_seconds']:.1f} ms | "
             f"data {100 * perf['data_wait_share']:.1f}% | ETA {duration(left)}{saved}"
         )

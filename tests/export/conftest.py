@@ -56,7 +56,7 @@ class ToyRecipe:
     def denoise(params, *, latent, time, sequence, mask, pooled):
         x = jnp.einsum("bhwc,cd->bhwd", latent, params["conv"][0, 0])
         text = jnp.einsum("bl,bld,dc->bc", mask, sequence, params["text"]) / 6
-        return {"velocity": x + (jnp.tanh(time @ params["time"] + text + pooled @ params["pooled"]))[:, None, None]}
+        return {"prediction": x + (jnp.tanh(time @ params["time"] + text + pooled @ params["pooled"]))[:, None, None]}
 
     @staticmethod
     def encode(params, *, tokens, mask):
@@ -74,6 +74,7 @@ class ToyRecipe:
         scheduler = {
             "schema": 1,
             "kind": "flow_matching",
+            "prediction": {"kind": "velocity"},
             "method": "euler",
             "times": time_grid(self.STEPS).tolist(),
             "shift": 1.0,
@@ -99,7 +100,7 @@ class ToyRecipe:
             return {"mask": mask, **self.encode(params["text"], tokens=tokens, mask=mask)}
 
         def denoise(x, t, i, carry, condition):
-            return self.denoise(params["net"], latent=x, time=time_features(t, 16), **condition)["velocity"], carry
+            return self.denoise(params["net"], latent=x, time=time_features(t, 16), **condition)["prediction"], carry
 
         null = context(jnp.array([[1, 2, 0, 0, 0, 0]]), jnp.array([[1.0, 1, 0, 0, 0, 0]]))
         guided = with_guidance(denoise, context(conditions["tokens"], conditions["mask"]), null, self.GUIDANCE)
@@ -142,6 +143,7 @@ def smoke(tmp_path_factory, tokenizer_json) -> Exported:
     """The flow matching recipe at its smallest, through jax2tf, compared with the recipe's own generator."""
     config = FlowMatchingConfig(
         image_sizes=((16, 16),),
+        prediction="x_0",
         unet=UNetConfig.preset("smoke", latent_channels=12),
         text=ClipTextConfig.preset("smoke", vocab_size=300, max_tokens=12),
         codec=CodecConfig(patch=2, scale=1.5, shift=0.1, frequency_scale=(1.0, 1.5, 1.5, 2.0)),

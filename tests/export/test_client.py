@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from snapgen_jax.data.tokenizer import Tokenizer
+from snapgen_jax.diffusion.path import T_MIN, velocity_from_x0
 from snapgen_jax.diffusion.samplers import sample
 from snapgen_jax.diffusion.timesteps import time_grid
 from snapgen_jax.export import client
@@ -34,6 +35,14 @@ def test_another_number_of_steps_has_the_librarys_grid(shift):
     scheduler = Scheduler.parse(schedule(shift=shift, times=time_grid(3, shift).tolist()))
     np.testing.assert_array_equal(scheduler.grid(), time_grid(3, shift))
     np.testing.assert_array_equal(scheduler.grid(7), time_grid(7, shift))
+
+
+@pytest.mark.parametrize("t", [0.0, 0.01, 0.5, 1.0])
+def test_a_predicted_image_gives_the_velocity_of_the_library(t):
+    x, out = np.random.default_rng(0).standard_normal((2, 1, 5)).astype(np.float32)
+    made = client.as_velocity(out, x, np.float32(t), {"kind": "x_0", "t_min": T_MIN})
+    np.testing.assert_allclose(made, velocity_from_x0(x, out, t), rtol=1e-6)
+    assert client.as_velocity(out, x, np.float32(t), {"kind": "velocity"}) is out
 
 
 @pytest.mark.parametrize("method", ["euler", "heun"])
@@ -95,6 +104,7 @@ def test_options_replace_the_bundles_own(toy):
         ({"schema": 2}, "schema is 2"),
         ({"kind": "ddpm"}, "kind is 'ddpm'"),
         ({"method": "rk4"}, "method is 'rk4'"),
+        ({"prediction": {"kind": "eps"}}, "the prediction is 'eps'"),
         ({"codec": {"kind": "vae"}}, "the codec is 'vae'"),
         ({"times": [1.0]}, "two entries"),
         ({"text": {"length": 6, "null_tokens": [1, 2], "null_mask": [1, 1]}}, "as many as `length`"),

@@ -76,7 +76,7 @@ def test_a_file_describes_its_signature_and_operators(toy):
         "mask": (1, 6),
         "pooled": (1, 8),
     }
-    assert found.outputs["net"]["velocity"].dtype == "float32"
+    assert found.outputs["net"]["prediction"].dtype == "float32"
     assert sum(found.histogram.values()) == len(found.operators) and found.histogram["TANH"] == 1
     assert any(tensor.constant for tensor in found.tensors)
 

@@ -1,0 +1,135 @@
+"""The whole path on a laptop: train, sample, score, export, run the export, report.
+
+Each part leaves its result in the workdir, so a quickstart that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from snapgen_jax import experiment as experiments
+from snapgen_jax.evaluation.pictures import grid, png_bytes
+from snapgen_jax.evaluation.report import write_report
+from snapgen_jax.experiment import Experiment
+from snapgen_jax.generation import load
+from snapgen_jax.networks.module import count_parameters
+from snapgen_jax.training.files import write_whole
+from snapgen_jax.training.metrics import read_lines
+
+Numbers = dict[str, float]
+
+
+class Stages:
+    """Runs each part once per workdir and config: its numbers are kept in `quickstart.json`, with the seconds spent."""
+
+    def __init__(self, workdir: epath.Path, config: Mapping[str, Any]):
+        self._path = workdir / "quickstart.json"
+        self._done: dict[str, Any] = {"config": json.loads(json.dumps(config)), "seconds": 0.0, "numbers": {}}
+        if self._path.exists():
+            earlier = json.loads(self._path.read_text())
+            self._done["seconds"] = earlier["seconds"]
+            if earlier["config"] == self._done["config"]:
+                self._done = earlier
+        self._since = time.monotonic()
+
+    def run(self, name: str, part: Callable[[], Numbers]) -> Numbers:
+        """The numbers of a part, computed now or before."""
+        if name not in self._done["numbers"]:
+            print(f"\n== {name} ==", flush=True)
+            numbers = part()
+            self._done["numbers"][name] = numbers
+            self._store()
+        return self._done["numbers"][name]
+
+    def minutes(self) -> float:
+        """Minutes spent in all, over restarts."""
+        self._store()
+        return self._done["seconds"] / 60
+
+    def _store(self) -> None:
+        now = time.monotonic()
+        self._done["seconds"] += now - self._since
+        self._since = now
+        write_whole(self._path, json.dumps(self._done))
+
+
+def quickstart(config: ConfigDict, workdir: epath.PathLike) -> dict[str, float]:
+    """Trains what the config says, then samples, scores, exports and reports.
+
+    Args:
+        config: a completed config of a recipe that makes images of the shapes world.
+        workdir: where everything goes; `report.html` and `report.json` come last.
+
+    Returns:
+        The numbers of `report.json`.
+    """
+    workdir = epath.Path(workdir)
+    experiment = Experiment(config, workdir)
+    experiments.prepare_workdir(config, workdir)
+    stages = Stages(workdir, json.loads(experiments.to_json(config)))
+
+    numbers: dict[str, float] = {}
+    numbers |= stages.run("train", lambda: _train(experiment, workdir))
+    numbers |= stages.run("sample", lambda: _sample(experiment, workdir))
+    numbers |= stages.run("score", lambda: experiments.evaluate(workdir, ("compositional", "frechet", "diversity")))
+    numbers |= stages.run("export", lambda: experiments.export(workdir, workdir / "export" / "bundle"))
+    numbers |= stages.run("run the export", lambda: _run_bundle(experiment, workdir))
+    numbers["minutes"] = stages.minutes()
+    report = write_report(workdir, numbers, title="SnapGen quickstart", prompts=experiment.recipe.config.sample_prompts)
+    print(_closing(workdir, numbers))
+    return report
+
+
+def _train(experiment: Experiment, workdir: epath.Path) -> Numbers:
+    state = experiment.train()
+    perf = read_lines(workdir / "metrics" / "perf.jsonl")
+    batch = jax.tree.leaves(next(iter(experiment.recipe.batch_specs().values())))[0].shape[0]
+    params = {name: player.params for name, player in state.players.items()}
+    return {
+        "images_seen": int(state.step) * batch,
+        "images_per_second": float(np.median([p["examples_per_second"] for p in perf])),
+        "params": count_parameters(params),
+    }
+
+
+def _sample(experiment: Experiment, workdir: epath.Path) -> Numbers:
+    prompts = list(experiment.recipe.config.sample_prompts)
+    begin = time.monotonic()
+    images = load(workdir).generate(prompts, seed=1)
+    (workdir / "samples").mkdir(parents=True, exist_ok=True)
+    (workdir / "samples" / "prompts.png").write_bytes(png_bytes(grid(images, prompts)))
+    return {"sample.seconds": time.monotonic() - begin}
+
+
+def _run_bundle(experiment: Experiment, workdir: epath.Path) -> Numbers:
+    """Checks the bundle with its own program, in a process of its own, and draws with LiteRT."""
+    from snapgen_jax.export.client import LiteRTGenerator
+
+    bundle = workdir / "export" / "bundle"
+    subprocess.run([sys.executable, str(bundle / "verify.py")], check=True)
+    prompts = list(experiment.recipe.config.sample_prompts)[:8]
+    begin = time.monotonic()
+    images = LiteRTGenerator(bundle).generate(prompts)
+    seconds = (time.monotonic() - begin) / len(prompts)
+    (workdir / "samples" / "bundle.png").write_bytes(png_bytes(grid(images, prompts)))
+    return {"export.seconds_per_image": seconds}
+
+
+def _closing(workdir: epath.Path, numbers: Mapping[str, float]) -> str:
+    lines = [
+        f"\nfinished in {numbers['minutes']:.1f} minutes; overall score {numbers['score.overall']:.2f}",
+        f"  report   {workdir}/report.html",
+        f'  sample   snapgen sample --workdir={workdir} --prompt="a red circle left of a blue square"',
+        f'  phone    snapgen sample --bundle={workdir}/export/bundle --prompt="two green stars"',
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,137 @@
+"""Flow matching as a recipe: what it learns, and that accumulation, meshes and stages change nothing else."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from snapgen_jax import inference_weights, train
+from snapgen_jax.networks.clip import ClipTextConfig
+from snapgen_jax.networks.codec import CodecConfig
+from snapgen_jax.networks.unet import UNetConfig
+from snapgen_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
+from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig, SamplingConfig, initial_noise
+from snapgen_jax.training.keys import example_keys, key
+from snapgen_jax.training.loop import make_step
+from snapgen_jax.training.optimizer import OptimizerConfig
+from snapgen_jax.training.recipe import Recipe
+
+LENGTH = 6
+CONFIG = FlowMatchingConfig(
+    batch_size=16,
+    train_steps=40,
+    image_sizes=((8, 8),),
+    unet=UNetConfig.preset("smoke", latent_channels=12),
+    text=ClipTextConfig.preset("smoke", max_tokens=LENGTH),
+    codec=CodecConfig(patch=2),
+    optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
+    sampling=SamplingConfig(steps=3, guidance=2.0),
+)
+
+
+def recipe(**changes):
+    return FlowMatching(dataclasses.replace(CONFIG, **changes), "cpu")
+
+
+def batch(seed=0, size=16):
+    """Pictures of one grey each, with the grey as the caption."""
+    rng = np.random.default_rng(seed)
+    grey = rng.integers(0, 8, size)
+    tokens = np.zeros((size, LENGTH), np.int32)
+    tokens[:, :3] = np.stack([np.full(size, 1), 3 + grey, np.full(size, 2)], axis=1)
+    image = np.broadcast_to((grey * 36).astype(np.uint8)[:, None, None, None], (size, 8, 8, 3))
+    return {"image": np.ascontiguousarray(image), "tokens": tokens, "mask": (tokens > 0).astype(np.float32)}
+
+
+def one_update(made, mesh_config=None):
+    state = jax.jit(made.init)(key(0, 0, "init"))
+    arrays = batch()
+    if mesh_config is not None:
+        mesh = make_mesh(mesh_config)
+        with jax.set_mesh(mesh):
+            return jax.jit(make_step(made, 0))(state, {}, put_batch(arrays, mesh))
+    return jax.jit(make_step(made, 0))(state, {}, arrays)
+
+
+def test_it_fulfils_the_protocol():
+    assert isinstance(recipe(), Recipe)
+
+
+def test_it_learns_in_a_notebook_and_draws_what_the_caption_says():
+    made = recipe()
+    state = train(made, (batch(n) for n in range(1000)), steps=40, quiet=True)
+    params = inference_weights(state)
+    fresh = {"model": jax.jit(made.init)(key(0, 0, "init")).players["model"].params}
+    loss = jax.jit(made.validation_loss)
+    before, after = (
+        loss(p, {}, batch(99), jax.random.key(5))["mean"].mean()
+        for p in (fresh, {"model": state.players["model"].params})
+    )
+    assert after < 0.8 * before
+    conditions = {k: jnp.asarray(v) for k, v in batch(7, 4).items() if k != "image"}
+    made_images = jax.jit(made.generate)(params, {}, conditions, example_keys(0, jnp.arange(4), "generate"))
+    assert made_images["image"].shape == (4, 8, 8, 3) and made_images["image"].dtype == jnp.uint8
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "x_0"])
+def test_accumulation_changes_nothing_but_rounding(prediction):
+    (one, m1), (four, m4) = (
+        one_update(recipe(prediction=prediction)),
+        one_update(recipe(prediction=prediction, microbatches=4)),
+    )
+    np.testing.assert_allclose(m1["loss"], m4["loss"], rtol=1e-6)
+    np.testing.assert_allclose(m1["grad_norm"], m4["grad_norm"], rtol=1e-5)
+    for a, b in zip(
+        jax.tree.leaves(one.players["model"].opt_state), jax.tree.leaves(four.players["model"].opt_state), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_eight_devices_give_the_loss_of_one():
+    _, one = one_update(recipe())
+    for mesh in (MeshConfig(data=8), MeshConfig(data=2, fsdp=4)):
+        _, many = one_update(recipe(), mesh)
+        np.testing.assert_allclose(one["loss"], many["loss"], rtol=1e-6)
+        np.testing.assert_allclose(one["grad_norm"], many["grad_norm"], rtol=1e-5)
+
+
+def test_a_later_stage_starts_with_the_loss_of_the_earlier_one():
+    made = recipe()
+    state, _ = one_update(made)
+    weights = inference_weights(state)
+    started = made.warm_start(jax.jit(made.init)(key(9, 0, "init")), weights)
+    loss = jax.jit(made.validation_loss)
+    np.testing.assert_array_equal(
+        loss(weights, {}, batch(), jax.random.key(1))["mean"],
+        loss({"model": started.players["model"].params}, {}, batch(), jax.random.key(1))["mean"],
+    )
+    assert int(started.step) == 0
+    assert all(not np.any(m) for m in jax.tree.leaves(started.players["model"].opt_state))
+
+
+def test_captions_are_dropped_at_the_given_rate():
+    made = recipe(caption_dropout=0.25)
+    big = batch(0, 4096)
+    drawn = jax.jit(made.draw)(big, jax.random.key(0))
+    dropped = np.asarray(drawn["tokens"][:, 1] == 2)
+    assert abs(dropped.mean() - 0.25) < 0.03
+    np.testing.assert_array_equal(drawn["mask"][dropped].sum(axis=1), 2)
+    np.testing.assert_array_equal(drawn["tokens"][~dropped], big["tokens"][~dropped])
+
+
+def test_an_image_depends_on_its_own_key_alone():
+    keys = example_keys(0, jnp.asarray([5, 6, 7]), "generate")
+    np.testing.assert_array_equal(initial_noise(keys, (4, 4, 12))[1], initial_noise(keys[1:2], (4, 4, 12))[0])
+
+
+def test_a_codec_that_does_not_fit_the_network_is_refused():
+    with pytest.raises(ValueError, match=r"the codec gives 48 latent channels and unet.latent_channels is 12"):
+        recipe(codec=CodecConfig(patch=4))
+
+
+def test_platform_choices_are_fixed_by_the_platform_compiled_for():
+    assert recipe().unet.config.dtype == "float32" and recipe().unet.config.depthwise == "shifted"
+    tpu = FlowMatching(CONFIG, "tpu")
+    assert tpu.unet.config.dtype == "bfloat16" and tpu.unet.config.depthwise == "grouped"
