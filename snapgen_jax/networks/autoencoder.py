@@ -6,7 +6,7 @@ At the size of Stable Diffusion 3, 8 x 8 pixels become one latent pixel of 16 ch
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ class AutoencoderConfig(Preset):
         """Creates the autoencoder with freshly drawn parameters."""
         return Autoencoder(self, rngs)
 
-    PRESETS = {  # noqa: RUF012 - not annotated, so that the dataclass does not take it for a field
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {"channels": (8, 16), "layers": 1, "latent_channels": 4, "groups": 4, "tile": 8, "tile_overlap": 2},
         "sd3": {},
     }

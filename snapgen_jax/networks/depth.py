@@ -59,7 +59,7 @@ def scan(
     _check_taps(taps, depth)
 
     def layer(params: Any, carry: Carry) -> Carry:
-        return body(join(params), carry)
+        return body(join(params), carry)  # type: ignore[arg-type]
 
     if remat == "block":
         layer = jax.checkpoint(layer, prevent_cse=False)  # inside a scan nothing can be shared with the forward pass

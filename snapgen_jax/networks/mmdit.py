@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +99,7 @@ class MMDiTConfig(Preset):
         """Creates the MMDiT with freshly drawn parameters."""
         return MMDiT(self, rngs)
 
-    PRESETS = {  # noqa: RUF012 - not annotated, so that the dataclass does not take it for a field
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {
             "latent_channels": 4,
             "depth": 3,
@@ -232,10 +232,13 @@ def tap_names(config: MMDiTConfig) -> tuple[str, ...]:
 
 def input_spec(
     config: MMDiTConfig, batch: int = 1, height: int = 128, width: int = 128, tokens: int = 333
-) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, TextContext]:
-    """Shapes of the positional arguments of an `MMDiT`: latent, time features, text. Sides are the latent's."""
+) -> tuple[Any, Any, TextContext]:
+    """`ShapeDtypeStruct`s of an `MMDiT`'s positional arguments: latent, time features, text.
 
-    def array(*shape: int) -> jax.ShapeDtypeStruct:
+    `height` and `width` are the latent's.
+    """
+
+    def array(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     context = TextContext(

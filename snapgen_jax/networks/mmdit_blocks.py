@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from snapgen_jax.networks.layers import Linear, RMSNorm
-from snapgen_jax.networks.long_attention import attend_long
+from snapgen_jax.networks.long_attention import AttentionKernel, attend_long
 from snapgen_jax.networks.module import compute_dtype, shard
 
 if TYPE_CHECKING:
@@ -116,7 +116,8 @@ class Block(nnx.Module):
     def __init__(self, config: MMDiTConfig, kind: Literal["joint", "dual", "last"], rngs: nnx.Rngs):
         self.image = Stream(config, "dual" if kind == "dual" else "full", rngs)
         self.text = Stream(config, "read" if kind == "last" else "full", rngs)
-        self.kernel, self.chunk = config.attention, config.attention_chunk
+        self.kernel: AttentionKernel = config.attention
+        self.chunk = config.attention_chunk
 
     def __call__(
         self, image: jax.Array, text: jax.Array, embedding: jax.Array, bias: jax.Array | None
