@@ -1,6 +1,7 @@
 """Host memory and speed of loading a checkpoint onto 8 devices.
 
-    python benchmarks/weights_load.py --megabytes=1000          # writes the files, loads them, prints one JSON line
+    python benchmarks/weights_load.py --megabytes=1000     # writes the files, loads them, prints one JSON line
+    python benchmarks/weights_load.py --save=NAME          # and adds it to benchmarks/results/weights_load-NAME.jsonl
 
 The files are those of a T5 encoder, as deep as the size asks for, in bfloat16. `overhead_mb` is the growth of the
 process's peak memory (Linux: VmHWM) beyond the loaded arrays themselves, which on a CPU lie in the same memory.
@@ -92,11 +93,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=1000)
     parser.add_argument("--files", type=int, default=4)
+    parser.add_argument("--save", default="", help="name of the machine, for benchmarks/results/")
     arguments = parser.parse_args()
     config = config_of(arguments.megabytes)
     with tempfile.TemporaryDirectory() as folder:
         write(pathlib.Path(folder), config, arguments.files)
-        print(json.dumps(measure(pathlib.Path(folder), config)))
+        line = json.dumps(measure(pathlib.Path(folder), config))
+    print(line)
+    if arguments.save:
+        path = pathlib.Path(__file__).parent / "results" / f"weights_load-{arguments.save}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a") as file:
+            file.write(line + "\n")
 
 
 if __name__ == "__main__":

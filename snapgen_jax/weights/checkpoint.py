@@ -22,6 +22,7 @@ from snapgen_jax.weights.sources import Source
 # <stem>[.<variant>][-00001-of-00002].safetensors, with "fp16" as the usual variant
 _FILE = re.compile(r"(?P<stem>[^.]+?)(\.(?P<variant>[^.]+?))?(-\d+-of-\d+)?\.safetensors")
 _INDEX = re.compile(r"(?P<stem>[^.]+)\.safetensors\.index(\.(?P<variant>[^.]+))?\.json")
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".msgpack")
 FLOATS = ("BF16", "F16", "F32")
 # A memory-mapped file counts as memory of the process for as long as it is open, so it is reopened now and then.
 _MAPPED_BYTES = 64 * 2**20
@@ -60,9 +61,9 @@ def read_folder(
         remote = "copy it to a local disk first; " if "://" in str(folder) or ":/" in str(folder) else ""
         raise WeightsError(f"{folder} is not a folder; {remote}weights are read from a local folder.{advice}")
 
-    indices = [path for path in folder.iterdir() if _variant(_INDEX, path) == (variant,)]
+    indices = sorted(path for path in folder.iterdir() if _variant(_INDEX, path) == (variant,))
     if len(indices) > 1:
-        names = ", ".join(sorted(path.name for path in indices))
+        names = ", ".join(path.name for path in indices)
         raise WeightsError(f"{folder} holds several sets of weights ({names}); move each to a folder of its own")
     listed = _read_index(indices[0], advice) if indices else None
     files = sorted(set(listed.values())) if listed else _files(folder, variant, advice)
@@ -114,18 +115,15 @@ def _files(folder: pathlib.Path, variant: str | None, advice: str) -> list[pathl
     files = sorted(path for path in folder.iterdir() if _variant(_FILE, path) == (variant,))
     if files:
         return files
-    wanted = f"{variant} " if variant else ""
-    message = f"{folder} holds no {wanted}safetensors file"
-    others = sorted({str(v) for path in folder.iterdir() for v in _variant(_FILE, path)})
+    message = f"{folder} holds no {f'{variant} ' if variant else ''}safetensors file"
     inner = sorted({path.parent.name for path in folder.glob("*/*.safetensors")})
-    pickles = sorted(
-        path.name for path in folder.iterdir() if path.suffix in {".bin", ".ckpt", ".pt", ".pth", ".msgpack"}
-    )
+    others = sorted({str(found) for path in folder.iterdir() for found in _variant(_FILE, path)})
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    if inner:
+        message += f"; its folders {', '.join(inner)} do: give the one that is meant"
     if others:
         message += f"; it holds the variant {', '.join(others)}: give variant={others[0]!r}"
-    elif inner:
-        message += f"; its folders {', '.join(inner)} do: give the one that is meant"
-    elif pickles:
+    if pickles:
         message += f"; {', '.join(pickles)} may execute code when read, so they are not: save them as safetensors"
     raise WeightsError(message + advice)
 

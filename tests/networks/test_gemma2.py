@@ -7,7 +7,7 @@ import pytest
 
 from snapgen_jax.networks.gemma2 import RULES, Gemma2Config
 from snapgen_jax.networks.module import apply, build, count_parameters, flatten, init, unflatten
-from snapgen_jax.parallel.mesh import MeshConfig, make_mesh
+from snapgen_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from snapgen_jax.parallel.sharding import tree_shardings
 from snapgen_jax.weights.mapping import reference_shapes
 from snapgen_jax.weights.maps import gemma2 as maps
@@ -92,6 +92,19 @@ def test_the_full_size_encoder_expects_the_published_tensors():
     assert count_parameters(spec) == 2_614_341_888
     published = published_shapes("gemma2")
     assert reference_shapes(maps.weight_map(config), spec) == published
+
+
+def test_a_sharded_encoder_on_eight_devices_gives_the_same_states():
+    network, params = load_checkpoint(GOLDENS / "gemma2", maps)
+    example = np.load(GOLDENS / "gemma2" / "long.npz")
+    tokens, mask = (np.tile(example[name], (4, 1)) for name in ("tokens", "mask"))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    params = jax.device_put(params, tree_shardings(params, RULES, mesh))
+    with jax.set_mesh(mesh):
+        states = jax.jit(lambda *args: apply(network, *args).sequence)(params, *put_batch((tokens, mask), mesh))
+    assert states.addressable_shards[0].data.shape[0] == 1
+    real = mask == 1
+    assert relative_error(np.asarray(states)[real], np.tile(example["states"], (4, 1, 1))[real]) <= 1e-5
 
 
 def test_the_full_size_encoder_is_split_over_eight_devices():
