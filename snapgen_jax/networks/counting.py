@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
 from snapgen_jax.networks import autoencoder, clip, context, gemma2, mmdit, t5, unet
 from snapgen_jax.networks.module import Preset, apply, build, count_parameters
@@ -55,8 +55,9 @@ def macs(config: Any, inputs: Sequence[Any]) -> int:
 def count_macs(function: Callable, *args: Any) -> int:
     """Multiply-adds of the matrix products and convolutions in a function of arrays or `ShapeDtypeStruct`s.
 
-    Loops are counted as often as they run. The shifted form of the depthwise convolution counts as the convolution
-    that it is. Elementwise work is not counted, and of a branch only the dearer side is.
+    Loops are counted as often as they run, and what no output needs is not counted. The shifted form of the depthwise
+    convolution counts as the convolution that it is. Elementwise work is not counted, and of a branch only the dearer
+    side is.
 
     Raises:
         ValueError: there is a product inside a loop whose number of turns is not known.
@@ -65,7 +66,12 @@ def count_macs(function: Callable, *args: Any) -> int:
 
 
 def _macs(jaxpr: Jaxpr) -> int:
-    return sum(_equation_macs(equation) for equation in jaxpr.eqns)
+    needed, total = {v for v in jaxpr.outvars if isinstance(v, Var)}, 0
+    for equation in reversed(jaxpr.eqns):
+        if not needed.isdisjoint(equation.outvars):
+            needed |= {v for v in equation.invars if isinstance(v, Var)}
+            total += _equation_macs(equation)
+    return total
 
 
 def _equation_macs(equation: Any) -> int:
