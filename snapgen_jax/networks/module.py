@@ -82,11 +82,12 @@ def compute_dtype(config: Any) -> jnp.dtype:
     return jnp.dtype("float32" if config.dtype == "auto" else config.dtype)
 
 
-def _name(part: str | int) -> str:
+def _name(part: Any) -> str:  # nnx types a part of a path as anything that can be compared; it is a name or an index
     return f"block_{part:02d}" if isinstance(part, int) else part
 
 
-def _unflatten(flat: Mapping[Path, Any]) -> Tree:
+def unflatten(flat: Mapping[Path, Any]) -> Tree:
+    """{path: leaf} -> nested dict. The inverse of `flatten`."""
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():
         node = tree
@@ -101,9 +102,6 @@ def flatten(tree: Tree, prefix: Path = ()) -> dict[Path, Any]:
     if not isinstance(tree, Mapping):
         return {prefix: tree}
     return {path: leaf for key, node in tree.items() for path, leaf in flatten(node, (*prefix, key)).items()}
-
-
-unflatten = _unflatten
 
 
 def _named_leaves(module: nnx.Module) -> tuple[nnx.GraphDef, dict[Path, Any]]:
@@ -139,13 +137,13 @@ def build(config: NetworkConfig) -> tuple[Network, Tree]:
         spec: nested dict of `jax.ShapeDtypeStruct`, the tree that `apply` expects.
     """
     graphdef, flat = _named_leaves(nnx.eval_shape(lambda: config.module(cast(nnx.Rngs, _Keys(jax.random.key(0))))))
-    return Network(config, graphdef, tuple(flat)), _unflatten(flat)
+    return Network(config, graphdef, tuple(flat)), unflatten(flat)
 
 
 def init(network: Network, key: jax.Array) -> Tree:
     """Draws the parameters of a network from a key. Pure: jit it, vmap it or `eval_shape` it."""
     _, flat = _named_leaves(network.config.module(cast(nnx.Rngs, _Keys(key))))
-    return _unflatten(flat)
+    return unflatten(flat)
 
 
 def apply(network: Network, params: Tree, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
