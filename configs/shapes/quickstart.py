@@ -14,25 +14,75 @@ def get_config(arg: str | None = None) -> ConfigDict:
         raise ValueError(f"unknown argument {arg!r}; the argument is runlocal, or nothing")
     c = ConfigDict()
     c.recipe = "flow_matching"
-    c.train_steps = 10_000
-    c.batch_size = 32
+    c.train_steps = 5_500
+    c.batch_size = 16
     c.log_every_steps = 100
     c.image_sizes = ((32, 32),)
-    c.data = ConfigDict({"source": "shapes", "vocab_size": 512, "shapes": {"size": 32}})
+    # "mixed" captions are a superset that the score does not ask for; relations are what takes longest to learn.
+    shares = {
+        "single_object": 0.1,
+        "two_objects": 0.16,
+        "counting": 0.18,
+        "colours": 0.12,
+        "position": 0.24,
+        "binding": 0.2,
+        "mixed": 0.0,
+    }
+    c.data = ConfigDict({"source": "shapes", "vocab_size": 512, "shapes": {"size": 32, "shares": shares}})
     c.codec = ConfigDict({"kind": "patch", "patch": 4})
-    c.unet = ConfigDict({"preset": "shapes"})
-    c.text = ConfigDict({"preset": "shapes", "max_tokens": 24})
-    c.optimizer = ConfigDict({"learning_rate": 2e-3, "schedule": "cosine", "warmup_steps": 200, "final_share": 0.02})
+    # The SnapGen layout with two stages: the first is conditioned but has no residual block on the way down. Attention
+    # at 8 x 8 as well, since relations between objects are not to be seen at 4 x 4.
+    c.unet = ConfigDict(
+        {
+            "latent_channels": 48,
+            "channels": (48, 96),
+            "units": 1,
+            "down_depth": (1, 1),
+            "mid_depth": 1,
+            "up_depth": (0, 1),
+            "first_stage": "tf",
+            "self_attention": (True, True),
+            "cross_attention": (True, True),
+            "sampler": "sep",
+            "head_dim": 24,
+            "groups": 12,
+            "context_width": 64,
+            "pooled_width": 64,
+            "embedding_width": 128,
+        }
+    )
+    c.text = ConfigDict({"vocab_size": 512, "width": 64, "heads": 2, "layers": 2, "max_tokens": 20, "projection": 64})
+    c.prediction = "x_0"  # 48 channels of noise need not pass through a network 48 wide
+    c.timesteps = ConfigDict({"density": "logit_normal", "mean": 0.6})  # layout is decided where there is much noise
+    c.optimizer = ConfigDict({"learning_rate": 2e-3, "schedule": "linear", "warmup_steps": 100})
     c.ema_decay = 0.998
     c.sampling = ConfigDict({"steps": 24, "guidance": 2.0})
-    c.checkpoint = ConfigDict({"every_steps": 1000})
-    c.evaluation = ConfigDict({"every_steps": 2000, "during": ("sample_grid",), "final": ("sample_grid",)})
+    c.sample_prompts = (
+        "a red circle",
+        "a blue square",
+        "a green star",
+        "a ring",
+        "a cross and a triangle",
+        "two orange circles",
+        "three squares",
+        "four crosses",
+        "a yellow triangle",
+        "a black ring",
+        "a circle left of a square",
+        "a star above a ring",
+        "a triangle below a circle",
+        "a red circle and a blue cross",
+        "a purple star and a green square",
+        "a cyan triangle right of a black star",
+    )
+    c.checkpoint = ConfigDict({"every_steps": 500})
+    c.evaluation = ConfigDict({"every_steps": 1000, "during": ("sample_grid",), "final": ("sample_grid",)})
     if arg == "runlocal":
         c.train_steps = 20
         c.batch_size = 8
         c.log_every_steps = 5
         c.unet = ConfigDict({"preset": "smoke", "latent_channels": 48})
-        c.text = ConfigDict({"preset": "smoke", "vocab_size": 512, "max_tokens": 24})
+        c.text = ConfigDict({"preset": "smoke", "vocab_size": 512, "max_tokens": 20})
         c.optimizer.warmup_steps = 5
         c.sampling.steps = 2
         c.checkpoint.every_steps = 10

@@ -108,12 +108,17 @@ def make_prompts(category: Category, heldout: bool, n: int, seed: int = 0) -> li
         n: how many. Raises ValueError where the grammar has fewer.
         seed: of the draws.
     """
+    return [prompt for prompt, _ in make_prompts_with_scenes(category, heldout, n, seed)]
+
+
+def make_prompts_with_scenes(category: Category, heldout: bool, n: int, seed: int = 0) -> list[tuple[Prompt, Scene]]:
+    """The prompts of `make_prompts`, each with a scene that meets it."""
     rng = np.random.default_rng((seed, (*CATEGORIES, "mixed").index(category), heldout))
-    found: dict[str, Prompt] = {}
+    found: dict[str, tuple[Prompt, Scene]] = {}
     for _ in range(_ATTEMPTS):
         if len(found) == n:
             return list(found.values())
         scene = sample_scene(rng, "heldout" if heldout else "seen", _PROMPTS, category)
         text = caption(scene, rng)
-        found.setdefault(text, Prompt(text, requirement(scene), category, heldout))
+        found.setdefault(text, (Prompt(text, requirement(scene), category, heldout), scene))
     raise ValueError(f"only {len(found)} different {category} prompts were found, and {n} are wanted")

@@ -57,6 +57,7 @@ class ShapesConfig:
         validation_examples: scenes of the validation split, drawn from another seed stream.
         background: grey level.
         shares: how often each category is drawn.
+        captions: sentences, or the whole truth about every object, to tell what a model's words cost it.
         relation_colours: share of the position scenes whose caption names colours too.
     """
 
@@ -66,6 +67,7 @@ class ShapesConfig:
     background: int = BACKGROUND
     shares: CategoryShares = dataclasses.field(default_factory=CategoryShares)
     relation_colours: float = 0.5
+    captions: Literal["phrases", "layout"] = "phrases"
 
 
 # --- drawing a scene -------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import numpy as np
 
 from snapgen_jax.data.config import DataConfig, Split
 from snapgen_jax.data.shapes import Scene, render
-from snapgen_jax.data.shapes_captions import caption
+from snapgen_jax.data.shapes_captions import caption, layout
 from snapgen_jax.data.shapes_grammar import ShapesConfig, sample_scene
 from snapgen_jax.data.sources import Example
 
@@ -32,11 +32,14 @@ class ShapesSource:
     def example(self, index: int, rng: np.random.Generator) -> Example:
         """The rendered scene `[size, size, 3]`, in one of its phrasings."""
         scene = self.scene(index)
-        return Example(render(scene, self._config.size), caption(scene, rng))
+        return Example(render(scene, self._config.size), self._words(scene, rng))
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         """One phrasing of the scene."""
-        return caption(self.scene(index), rng)
+        return self._words(self.scene(index), rng)
+
+    def _words(self, scene: Scene, rng: np.random.Generator) -> str:
+        return layout(scene) if self._config.captions == "layout" else caption(scene, rng)
 
     def name(self, index: int) -> str:
         """ "shapes scene 7"."""

@@ -1,0 +1,96 @@
+"""What limits the quickstart's score: the same config with one thing changed.
+
+    python -m benchmarks.quickstart_limits --change=images    # four times the images
+    python -m benchmarks.quickstart_limits --change=width     # twice the width
+    python -m benchmarks.quickstart_limits --change=layout    # the truth about every object instead of a caption
+
+Each run keeps its workdir under --workdir and resumes; its numbers go to `results/quickstart_limits_<change>.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from snapgen_jax.config import load_config
+from snapgen_jax.data.prompts import make_prompts_with_scenes
+from snapgen_jax.data.shapes_captions import layout
+from snapgen_jax.evaluation.compositional import PER_CATEGORY, CompositionalScore, fixed_prompts
+from snapgen_jax.experiment import Experiment, prepare_workdir
+from snapgen_jax.generation import load
+from snapgen_jax.networks.module import count_parameters
+
+QUICKSTART = "configs/shapes/quickstart.py"
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+class LayoutGenerator:
+    """Draws a fixed prompt from the layout of a scene that meets it."""
+
+    def __init__(self, generator: Any):
+        self._generator = generator
+        self._layouts: dict[str, str] = {}
+        for category in dict.fromkeys(prompt.category for prompt in fixed_prompts()):
+            for heldout in (False, True):
+                for prompt, scene in make_prompts_with_scenes(category, heldout, PER_CATEGORY // 2):
+                    self._layouts[prompt.prompt] = layout(scene)
+
+    def generate(self, prompts: Sequence[str], **options: Any) -> np.ndarray:
+        """As `Generator.generate`."""
+        return self._generator.generate([self._layouts[prompt] for prompt in prompts], **options)
+
+
+def overrides(change: str) -> list[str]:
+    """What differs from the quickstart's config."""
+    base = load_config(QUICKSTART)
+    match change:
+        case "none":
+            return []
+        case "images":
+            return [f"train_steps={4 * base.train_steps}"]
+        case "width":
+            wide = {name: 2 * base.unet[name] for name in ("head_dim", "embedding_width")}
+            channels = tuple(2 * c for c in base.unet.channels)
+            return [f"unet.channels={channels}", *(f"unet.{name}={value}" for name, value in wide.items())]
+        case _:
+            return ["data.shapes.captions=layout", "text.max_tokens=48"]
+
+
+def main() -> None:
+    """Trains, scores and records one change."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--change", choices=("none", "images", "width", "layout"), required=True)
+    parser.add_argument("--workdir", default="runs/quickstart_limits")
+    arguments = parser.parse_args()
+    workdir = pathlib.Path(arguments.workdir) / arguments.change
+    config = load_config(QUICKSTART, overrides(arguments.change))
+    prepare_workdir(config, workdir)
+    experiment = Experiment(config, workdir)
+    state = experiment.train()
+    generator: Any = load(workdir)
+    score = CompositionalScore()(LayoutGenerator(generator) if arguments.change == "layout" else generator).numbers
+    run = json.loads((workdir / "run.json").read_text())
+    record = {
+        "change": arguments.change,
+        "overrides": overrides(arguments.change),
+        "images_seen": config.train_steps * config.batch_size,
+        "params": count_parameters(state.players["model"].params),
+        "score": {name: value for name, value in score.items() if name.startswith("score.")},
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {run['machine']}",
+        "commit": run["commit"],
+        "packages": run["packages"],
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"quickstart_limits_{arguments.change}.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record, indent=2))
+
+
+if __name__ == "__main__":
+    main()
