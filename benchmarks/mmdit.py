@@ -1,0 +1,160 @@
+"""Compile time and speed of the MMDiT.
+
+    python benchmarks/mmdit.py compile      # forward and input gradient of 38 blocks at width 128, from shapes alone
+    python benchmarks/mmdit.py torch        # forward against diffusers' module in one process (needs the oracle extra)
+    python benchmarks/mmdit.py full         # bfloat16 forward of the full-size network, random weights (needs a GPU)
+
+Each prints one JSON line with the machine that gave it; `--out=FILE` appends the line to a file as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from snapgen_jax.networks.counting import macs
+from snapgen_jax.networks.long_attention import AttentionKernel
+from snapgen_jax.networks.mmdit import MMDiTConfig, input_spec
+from snapgen_jax.networks.module import Tree, apply, build, count_parameters
+
+SMALL = MMDiTConfig(depth=38, heads=2, head_dim=64, context_width=64, pooled_width=64, position_size=32, remat="none")
+
+
+def seconds(function: Callable[[], Any], repeats: int) -> float:
+    """Shortest time of a call after one to warm up: other work on the machine only adds."""
+    jax.block_until_ready(function())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(function())
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def random_like(spec: Tree, dtype: Any = jnp.float32) -> Tree:
+    """Arrays of the shapes of a tree, of small random numbers, drawn where they will lie."""
+    draw = jax.jit(lambda key, shape: 0.02 * jax.random.normal(key, shape, dtype), static_argnums=1)
+    return jax.tree.map(lambda s: draw(jax.random.key(s.size % 1009), s.shape), spec)
+
+
+def measure_compile() -> dict[str, Any]:
+    """Seconds to trace and lower, and to compile, without the compilation cache."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    network, params = build(SMALL)
+    x, *rest = input_spec(SMALL, batch=1, height=32, width=32, tokens=77)
+
+    def velocity(x: jax.Array, params: Tree, rest: Any) -> jax.Array:
+        return apply(network, params, x, *rest)[0]
+
+    result = {"depth": SMALL.depth, "width": SMALL.width}
+    for name, function in (("forward", velocity), ("gradient", jax.grad(lambda *args: jnp.sum(velocity(*args))))):
+        start = time.perf_counter()
+        lowered = jax.jit(function).lower(x, params, rest)
+        middle = time.perf_counter()
+        lowered.compile()
+        result[f"{name}_lower_s"] = round(middle - start, 2)
+        result[f"{name}_compile_s"] = round(time.perf_counter() - middle, 2)
+        result[f"{name}_program_mb"] = round(len(lowered.as_text()) / 1e6, 2)
+    return result
+
+
+def measure_torch(threads: int) -> dict[str, Any]:
+    """Float32 forward of 6 blocks at width 384 over 256 image and 77 text tokens, ours and diffusers'."""
+    import torch
+    from diffusers import SD3Transformer2DModel
+
+    config = MMDiTConfig(depth=6, heads=6, head_dim=64, context_width=512, pooled_width=256, position_size=32)
+    network, spec = build(config)
+    x, features, context = random_like(input_spec(config, batch=2, height=32, width=32, tokens=77))
+    params, run = random_like(spec), jax.jit(functools.partial(apply, network))
+    ours = seconds(lambda: run(params, x, features, context)[0], repeats=8)
+
+    torch.set_num_threads(threads)
+    module = SD3Transformer2DModel(
+        num_layers=config.depth,
+        num_attention_heads=config.heads,
+        attention_head_dim=config.head_dim,
+        joint_attention_dim=config.context_width,
+        caption_projection_dim=config.width,
+        pooled_projection_dim=config.pooled_width,
+        pos_embed_max_size=config.position_size,
+        qk_norm="rms_norm",
+    ).eval()
+    assert count_parameters(spec) == sum(t.numel() for t in module.state_dict().values())
+    inputs = {
+        "hidden_states": torch.from_numpy(np.moveaxis(np.asarray(x), -1, 1).copy()),
+        "encoder_hidden_states": torch.from_numpy(np.asarray(context.sequence).copy()),
+        "pooled_projections": torch.from_numpy(np.asarray(context.pooled).copy()),
+        "timestep": torch.tensor([500.0, 500.0]),
+    }
+    with torch.inference_mode():
+        theirs = seconds(lambda: module(**inputs).sample, repeats=8)
+    return {"ours_ms": 1e3 * ours, "torch_ms": 1e3 * theirs, "torch_over_ours": theirs / ours, "torch_threads": threads}
+
+
+def measure_full(preset: str, side: int, batch: int, attention: AttentionKernel) -> dict[str, Any]:
+    """Bfloat16 forward of a full-size network, and its share of the measured rate of an 8192^3 matrix product."""
+    config = MMDiTConfig.preset(preset, dtype="bfloat16", attention=attention)
+    network, spec = build(config)
+    shapes = input_spec(config, batch=batch, height=side // 8, width=side // 8)
+    work = 2 * macs(dataclasses.replace(config, attention="whole"), shapes)  # the other kernels hide their products
+    params, inputs = random_like(spec, jnp.bfloat16), random_like(shapes)
+    run = jax.jit(functools.partial(apply, network))
+    time_s = seconds(lambda: run(params, *inputs)[0], repeats=10)
+
+    a, product = jnp.ones((8192, 8192), jnp.bfloat16), jax.jit(jnp.dot)
+    rate = 2 * 8192**3 / seconds(lambda: product(a, a), repeats=20)
+    return {
+        "preset": preset,
+        "side_px": side,
+        "batch": batch,
+        "attention": attention,
+        "ms": 1e3 * time_s,
+        "tflop": work / 1e12,
+        "tflop_s": work / time_s / 1e12,
+        "matmul_tflop_s": rate / 1e12,
+        "share_of_matmul": work / time_s / rate,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("compile", "torch", "full"))
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch")
+    parser.add_argument("--preset", default="sd35_large")
+    parser.add_argument("--side", type=int, default=1024, help="pixels")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--attention", choices=("whole", "chunked", "cudnn"), default="cudnn")
+    parser.add_argument("--out", type=pathlib.Path, help="JSON lines file to append to")
+    args = parser.parse_args()
+    match args.what:
+        case "compile":
+            result = measure_compile()
+        case "torch":
+            result = measure_torch(args.threads)
+        case _:
+            result = measure_full(args.preset, args.side, args.batch, args.attention)
+    device = jax.devices()[0]
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {device.device_kind}"
+    rounded = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in result.items()}
+    line = json.dumps({"benchmark": f"mmdit {args.what}", "machine": machine, "jax": jax.__version__, **rounded})
+    print(line)
+    if args.out:
+        with args.out.open("a") as file:
+            file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()
