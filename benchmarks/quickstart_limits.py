@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from snapgen_jax.config import load_config
-from snapgen_jax.data.prompts import make_prompts_with_scenes
+from snapgen_jax.data.prompts import CATEGORIES, make_prompts_with_scenes
 from snapgen_jax.data.shapes_captions import layout
-from snapgen_jax.evaluation.compositional import PER_CATEGORY, CompositionalScore, fixed_prompts
+from snapgen_jax.evaluation.compositional import PER_CATEGORY, CompositionalScore
 from snapgen_jax.experiment import Experiment, prepare_workdir
 from snapgen_jax.generation import load
 from snapgen_jax.networks.module import count_parameters
@@ -37,7 +37,7 @@ class LayoutGenerator:
     def __init__(self, generator: Any):
         self._generator = generator
         self._layouts: dict[str, str] = {}
-        for category in dict.fromkeys(prompt.category for prompt in fixed_prompts()):
+        for category in CATEGORIES:
             for heldout in (False, True):
                 for prompt, scene in make_prompts_with_scenes(category, heldout, PER_CATEGORY // 2):
                     self._layouts[prompt.prompt] = layout(scene)
@@ -49,7 +49,7 @@ class LayoutGenerator:
 
 def overrides(change: str) -> list[str]:
     """What differs from the quickstart's config."""
-    base = load_config(QUICKSTART)
+    base: Any = load_config(QUICKSTART)
     match change:
         case "none":
             return []
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--workdir", default="runs/quickstart_limits")
     arguments = parser.parse_args()
     workdir = pathlib.Path(arguments.workdir) / arguments.change
-    config = load_config(QUICKSTART, overrides(arguments.change))
+    config: Any = load_config(QUICKSTART, overrides(arguments.change))
     prepare_workdir(config, workdir)
     experiment = Experiment(config, workdir)
     state = experiment.train()

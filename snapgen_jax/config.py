@@ -26,6 +26,8 @@ from snapgen_jax.data.config import DataConfig
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.loop import LoopConfig
 
+Config = Mapping[str, Any] | ConfigDict
+
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig(LoopConfig):
@@ -82,39 +84,39 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     return complete(partial, overrides)
 
 
-def complete(partial: Mapping[str, Any], overrides: Sequence[str] = ()) -> ConfigDict:
+def complete(partial: Config, overrides: Sequence[str] = ()) -> ConfigDict:
     """Fills in every default, checks every key and value, applies the overrides, and locks the result."""
     changes = [_parse_override(o) for o in overrides]
     # A preset decides what the defaults of its section are, so it comes before the values.
-    partial = _plain(partial)
+    wanted: dict[str, Any] = _plain(partial)
     for path, value in sorted(changes, key=lambda change: change[0][-1] != "preset"):
-        node = partial
+        node = wanted
         for part in path[:-1]:
             node = node.setdefault(part, {})
             if not isinstance(node, dict):
                 raise ConfigError(f"config key {'.'.join(path)!r}: {part!r} is a value, not a section")
         node[path[-1]] = value
-    classes = (ExperimentConfig, recipe_class(partial.get("recipe", ExperimentConfig.recipe)).Config)
+    classes = (ExperimentConfig, recipe_class(wanted.get("recipe", ExperimentConfig.recipe)).Config)
     values: dict[str, Any] = {}
     known = {field.name for cls in classes for field in dataclasses.fields(cls)}
-    for name in partial:
+    for name in wanted:
         if name not in known:
             raise ConfigError(f"unknown config key {name!r}{_closest(name, known)}")
     for cls in classes:
-        chosen = {k: v for k, v in partial.items() if k in {field.name for field in dataclasses.fields(cls)}}
+        chosen = {k: v for k, v in wanted.items() if k in {field.name for field in dataclasses.fields(cls)}}
         values.update(_to_dict(_build(cls, chosen, "")))
     config = ConfigDict(values)
     config.lock()
     return config
 
 
-def build(cls: type, config: Mapping[str, Any]) -> Any:
+def build(cls: type, config: Config) -> Any:
     """The dataclass `cls` with its fields taken from a completed config; keys of other classes are passed over."""
     plain = _plain(config)
     return _build(cls, {f.name: plain[f.name] for f in dataclasses.fields(cls) if f.name in plain}, "")
 
 
-def to_json(config: Mapping[str, Any]) -> str:
+def to_json(config: Config) -> str:
     """A completed config as JSON, for `config.json` in a workdir."""
     return json.dumps(_plain(config), indent=2, sort_keys=True) + "\n"
 

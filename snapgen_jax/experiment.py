@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from snapgen_jax.config import ExperimentConfig, build, from_json, recipe_class, to_json
+from snapgen_jax.config import Config, ExperimentConfig, build, from_json, recipe_class, to_json
 from snapgen_jax.data.pipeline import Pipeline
 from snapgen_jax.data.sources import build_source
 from snapgen_jax.data.tokenizer import Tokenizer, build_tokenizer
@@ -188,8 +188,8 @@ def export(
     report = export_bundle(
         generator.recipe,
         generator.params,
-        epath.Path(workdir) / "tokenizer.json",
-        out,
+        str(epath.Path(workdir) / "tokenizer.json"),
+        str(out),
         backend=backend,
         prompts=prompts,
         reference=generator_of(generator.recipe, generator.params),
@@ -221,7 +221,7 @@ def prepare_workdir(config: ConfigDict, workdir: epath.PathLike, command: list[s
     write_whole(workdir / "run.json", json.dumps(run, indent=2) + "\n")
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+def differences(old: Config, new: Config, prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """{dotted key: (old value, new value)} of all keys whose values differ."""
     out: dict[str, tuple[Any, Any]] = {}
     for name in sorted(set(old) | set(new)):

@@ -106,7 +106,7 @@ def load_recipe(workdir: epath.PathLike, platform: str | None = None) -> Recipe:
             f"{workdir} is not a workdir: it has no config.json; train one with `snapgen train --workdir={workdir}`"
         )
     config = from_json(path.read_text())
-    cls = recipe_class(config.recipe)
+    cls = recipe_class(str(config.recipe))
     return cls(build(cls.Config, config), platform or jax.default_backend())
 
 

@@ -63,7 +63,7 @@ class Stages:
         write_whole(self._path, json.dumps(self._done))
 
 
-def quickstart(config: ConfigDict, workdir: epath.PathLike) -> dict[str, float]:
+def quickstart(config: ConfigDict, workdir: epath.PathLike) -> dict[str, float | None]:
     """Trains what the config says, then samples, scores, exports and reports.
 
     Args:
@@ -119,7 +119,7 @@ def _run_bundle(experiment: Experiment, workdir: epath.Path) -> Numbers:
     subprocess.run([sys.executable, str(bundle / "verify.py")], check=True)
     prompts = list(experiment.recipe.config.sample_prompts)[:8]
     begin = time.monotonic()
-    images = LiteRTGenerator(bundle).generate(prompts)
+    images = LiteRTGenerator(str(bundle)).generate(prompts)
     seconds = (time.monotonic() - begin) / len(prompts)
     (workdir / "samples" / "bundle.png").write_bytes(png_bytes(grid(images, prompts)))
     return {"export.seconds_per_image": seconds}

@@ -59,8 +59,8 @@ def attend(
     keys = "bmhd" if kv_heads == heads else "bmd"
     if kv_heads != heads:
         k, v = k[:, :, 0], v[:, :, 0]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = jnp.einsum(f"blhd,{keys}->bhlm", q * scale, k, preferred_element_type=jnp.float32)
+    factor: float = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = jnp.einsum(f"blhd,{keys}->bhlm", q * factor, k, preferred_element_type=jnp.float32)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     if bias is not None:

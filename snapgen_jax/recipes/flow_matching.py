@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
@@ -204,7 +205,7 @@ class FlowMatching:
         metrics = {"loss": loss, "grad_norm": norm, "learning_rate": jnp.asarray(self.learning_rate(state.step))}
         return state.replace(players={"model": player}), metrics
 
-    def _null_caption(self) -> dict[str, jax.Array]:
+    def _null_caption(self) -> dict[str, np.ndarray]:
         tokens, mask = null_tokens(self.config.text, self.config.text.max_tokens)
         return {"tokens": tokens, "mask": mask}
 
@@ -243,7 +244,7 @@ class FlowMatching:
         noise = conditions["noise"] if "noise" in conditions else initial_noise(key, shape)
         context = self.encode_text(weights, conditions["tokens"], conditions["mask"])
         null = self._null_caption()
-        null_context = self.encode_text(weights, null["tokens"][None], null["mask"][None])
+        null_context = self.encode_text(weights, jnp.asarray(null["tokens"])[None], jnp.asarray(null["mask"])[None])
 
         def denoise(x_t: jax.Array, t: jax.Array, i: jax.Array, carry: Any, c: TextContext) -> tuple[jax.Array, Any]:
             del i

@@ -43,7 +43,7 @@ class Lifetime:
         self._on_idle_exit = on_idle_exit
         self._phase = "init"
         self._since = time.monotonic()
-        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._seconds: dict[str, float] = dict.fromkeys(map(str, PHASES), 0.0)
         self._earlier: dict[str, float] = {}
         if path is not None and path.exists():
             self._earlier = json.loads(path.read_text())

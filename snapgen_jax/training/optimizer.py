@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -14,7 +13,6 @@ from snapgen_jax.training.ema import update_ema
 from snapgen_jax.training.state import Player
 
 Tree = Any
-Schedule = Callable[[jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +39,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
 
-def learning_rate_schedule(config: OptimizerConfig, train_steps: int) -> Schedule:
+def learning_rate_schedule(config: OptimizerConfig, train_steps: int) -> optax.Schedule:
     """Learning rate by optimizer step; `train_steps` is where a decaying schedule ends."""
     peak, warmup = config.learning_rate, config.warmup_steps
     rest = max(1, train_steps - warmup)

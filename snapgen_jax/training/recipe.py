@@ -49,7 +49,13 @@ class ExportPlan:
 
 @runtime_checkable
 class Recipe(Protocol):
-    """One training method. Every function is pure unless it says otherwise."""
+    """One training method. Every function is pure unless it says otherwise.
+
+    Attributes:
+        config: the dataclass it was built from.
+    """
+
+    config: Any
 
     def batch_specs(self) -> dict[str, Tree]:
         """{bucket name: tree of ShapeDtypeStruct} of a global batch, one entry a static shape."""
