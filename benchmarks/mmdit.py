@@ -58,7 +58,7 @@ def measure_compile() -> dict[str, Any]:
     def velocity(x: jax.Array, params: Tree, rest: Any) -> jax.Array:
         return apply(network, params, x, *rest)[0]
 
-    result = {"depth": SMALL.depth, "width": SMALL.width}
+    result: dict[str, Any] = {"depth": SMALL.depth, "width": SMALL.width}
     for name, function in (("forward", velocity), ("gradient", jax.grad(lambda *args: jnp.sum(velocity(*args))))):
         start = time.perf_counter()
         lowered = jax.jit(function).lower(x, params, rest)
@@ -72,8 +72,8 @@ def measure_compile() -> dict[str, Any]:
 
 def measure_torch(threads: int) -> dict[str, Any]:
     """Float32 forward of 6 blocks at width 384 over 256 image and 77 text tokens, ours and diffusers'."""
-    import torch
-    from diffusers import SD3Transformer2DModel
+    import torch  # pyright: ignore[reportMissingImports]
+    from diffusers import SD3Transformer2DModel  # pyright: ignore[reportMissingImports]
 
     config = MMDiTConfig(depth=6, heads=6, head_dim=64, context_width=512, pooled_width=256, position_size=32)
     network, spec = build(config)
