@@ -32,7 +32,7 @@ def test_overrides_apply_after_completion_and_reach_any_key():
 
 
 def test_a_preset_decides_the_defaults_of_its_section():
-    config = configs.load_config(QUICKSTART, ["unet.preset=smoke", "unet.groups=2"])
+    config = configs.load_config("configs/folder.py", ["unet.preset=smoke", "unet.groups=2"])
     assert config.unet.channels == (8, 16) and config.unet.groups == 2
 
 

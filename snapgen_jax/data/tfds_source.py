@@ -154,7 +154,7 @@ def _find_caption(features: Any, config: DataConfig) -> tuple[tuple[str, ...], A
     if not found:
         raise DataError(
             f"{config.name!r} has no caption {config.caption_feature or 'text or class label'!r}; set "
-            f"data.caption_feature to one of its features: {', '.join('/'.join(path) for path, _ in leaves)}"
+            f"data.caption_feature to one of its features: {', '.join(sorted('/'.join(path) for path, _ in leaves))}"
         )
     return found[0]
 
