@@ -14,7 +14,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         raise ValueError(f"unknown argument {arg!r}; the argument is runlocal, or nothing")
     c = ConfigDict()
     c.recipe = "flow_matching"
-    c.train_steps = 5_500
+    c.train_steps = 4_500
     c.batch_size = 16
     c.log_every_steps = 100
     c.image_sizes = ((32, 32),)

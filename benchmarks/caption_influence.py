@@ -1,0 +1,51 @@
+"""Where in time captions steer a trained run: its validation loss with the right captions and with those of others.
+
+    python -m benchmarks.caption_influence --workdir=quickstart
+
+Prints one JSON line with, for each time, the loss with right and with permuted captions and their ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import pathlib
+import platform
+from typing import Any
+
+import jax
+import numpy as np
+
+from snapgen_jax.config import from_json
+from snapgen_jax.experiment import Experiment, ValidationBatches
+from snapgen_jax.generation import load
+
+
+def main() -> None:
+    """Measures one workdir."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--batches", type=int, default=16)
+    arguments = parser.parse_args()
+    workdir = pathlib.Path(arguments.workdir)
+    generator = load(workdir)
+    experiment = Experiment(from_json((workdir / "config.json").read_text()), workdir)
+    recipe: Any = experiment.recipe
+    loss = jax.jit(recipe.validation_loss)
+    sums: dict[str, np.ndarray] = {}
+    for n, batch in enumerate(itertools.islice(ValidationBatches(experiment), arguments.batches)):
+        moved = {k: v if k == "image" else np.roll(v, 1, axis=0) for k, v in batch.arrays.items()}
+        both = [loss(generator.params, generator.frozen, arrays, jax.random.key(n)) for arrays in (batch.arrays, moved)]
+        for name in both[0]:
+            sums[name] = sums.get(name, np.zeros(2)) + [float(values[name].mean()) for values in both]
+    rows = {
+        name: {"right": right, "permuted": permuted, "ratio": permuted / right}
+        for name, (right, permuted) in ((name, total / arguments.batches) for name, total in sums.items())
+    }
+    print(json.dumps({"machine": f"{os.cpu_count()} cores, {platform.machine()}", "loss": rows}))
+
+
+if __name__ == "__main__":
+    main()
