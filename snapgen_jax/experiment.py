@@ -66,6 +66,8 @@ class Experiment:
             self.recipe.batch_specs(),
             self.tokenizer,
             seed=self.config.seed,
+            host_index=jax.process_index(),
+            host_count=jax.process_count(),
             split="train",
             source=source,
         )
