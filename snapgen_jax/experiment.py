@@ -116,7 +116,7 @@ class Experiment:
         return loop.train(
             self.recipe,
             self.data,
-            build(LoopConfig, _as_dict(self.config)),
+            self.config,
             workdir=self.workdir,
             evaluators=self.evaluators(),
             warm_start=self.warm_start,
@@ -197,10 +197,6 @@ def export(
         reference=generator_of(generator.recipe, generator.params),
     )
     return report.numbers
-
-
-def _as_dict(config: Any) -> dict[str, Any]:
-    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
 
 
 def prepare_workdir(config: ConfigDict, workdir: epath.PathLike, command: list[str] | None = None) -> None:
