@@ -16,10 +16,11 @@ ORACLE := .venv-oracle
 READY  := $(VENV)/.ready
 UV     := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo .uv/bin/uv)
 
-# Where no accelerator is in sight JAX is told so: libtpu, which is here to compile for pods, complains otherwise.
+# What `snapgen` sets for itself (snapgen_jax/process.py), for the tests and notebooks too.
 ifeq ($(wildcard /dev/accel* /dev/vfio/* /dev/nvidia0 /dev/kfd /dev/dxg),)
 export JAX_PLATFORMS ?= cpu
 endif
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 # Behind a company's proxy pip works because it trusts what the machine trusts; so does uv then.
 ifneq ($(wildcard /etc/ssl/certs/ca-certificates.crt),)

@@ -70,5 +70,5 @@ setup(
         "oracle": ["torch==2.13.0", "diffusers==0.42.1", "transformers==5.23.0", "accelerate"],
         "dev": DEV + EXPORT,
     },
-    entry_points={"console_scripts": ["snapgen = snapgen_jax.cli:main"]},
+    entry_points={"console_scripts": ["snapgen = snapgen_jax.cli:entry"]},
 )

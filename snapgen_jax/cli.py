@@ -17,6 +17,7 @@ from typing import Any
 from etils import epath
 
 from snapgen_jax.data.errors import DataError
+from snapgen_jax.process import prepare
 from snapgen_jax.training.exits import ExitCode, RunError
 
 
@@ -206,5 +207,11 @@ def _count(options: argparse.Namespace) -> None:
     print(ladder_table() if options.ladder else all_counts_table())
 
 
+def entry() -> int:
+    """What the `snapgen` program calls: prepares the process for its machine, then runs the command."""
+    prepare()
+    return main()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(entry())

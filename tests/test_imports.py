@@ -62,6 +62,7 @@ MAY_IMPORT = {
     # the edge
     "config": ["data.config", "training", "recipes"],
     "experiment": ["config", "data", "evaluation", "export", "generation", "parallel", "recipes", "training"],
+    "process": [],
     "quickstart": ["*"],
     "cli": ["*"],
     "__init__": ["*"],

@@ -1,0 +1,77 @@
+"""What huge pages for XLA's temporaries are worth on CPU: the quickstart's update with and without them, in turns.
+
+    python -m benchmarks.huge_pages          # writes results/huge_pages.json
+
+Linux with glibc 2.35 or later, where `/sys/kernel/mm/transparent_hugepage/enabled` says `madvise`; elsewhere the two
+are the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+from snapgen_jax.process import HUGE_PAGES_TUNABLE
+
+RESULT = pathlib.Path(__file__).parent / "results" / "huge_pages.json"
+CONFIG = "configs/shapes/quickstart.py"
+TUNABLES = {"small_pages": "", "huge_pages": HUGE_PAGES_TUNABLE}
+ROUNDS, UPDATES = 3, 30
+
+
+def child() -> None:
+    """Prints the milliseconds of one update."""
+    import jax
+
+    from snapgen_jax.config import load_config
+    from snapgen_jax.experiment import Experiment
+    from snapgen_jax.training.keys import key
+    from snapgen_jax.training.loop import make_step
+
+    with tempfile.TemporaryDirectory() as workdir:
+        experiment = Experiment(load_config(CONFIG), workdir)
+        state: Any = jax.jit(experiment.recipe.init)(key(0, 0, "init"))
+        batch = jax.device_put(next(experiment.data.batches(0)).arrays)
+    step = jax.jit(make_step(experiment.recipe, 0), donate_argnums=0)
+    times = []
+    for _ in range(UPDATES):
+        begin = time.perf_counter()
+        state, _ = jax.block_until_ready(step(state, {}, batch))
+        times.append(time.perf_counter() - begin)
+    print(json.dumps(1e3 * statistics.median(times[UPDATES // 3 :])))
+
+
+def main() -> None:
+    """Runs both in turns and keeps the medians."""
+    if "--child" in sys.argv:
+        return child()
+    found: dict[str, list[float]] = {name: [] for name in TUNABLES}
+    for _ in range(ROUNDS):
+        for name, tunables in TUNABLES.items():
+            environment = {**os.environ, "GLIBC_TUNABLES": tunables, "JAX_PLATFORMS": "cpu"}
+            environment["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(tempfile.gettempdir()) / "huge_pages_xla")
+            command = [sys.executable, "-m", "benchmarks.huge_pages", "--child"]
+            out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+            found[name].append(float(out.splitlines()[-1]))
+    medians = {f"{name}_ms": statistics.median(times) for name, times in found.items()}
+    record = {
+        **medians,
+        "ratio": medians["small_pages_ms"] / medians["huge_pages_ms"],
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Linux {platform.release()}",
+        "python": platform.python_version(),
+    }
+    RESULT.write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record, indent=2))
+    return None
+
+
+if __name__ == "__main__":
+    main()
