@@ -84,3 +84,19 @@ def test_norms_take_their_statistics_in_float32(norm):
 def test_groups_that_do_not_divide_the_channels_are_refused():
     with pytest.raises(ValueError, match="32 groups do not divide 40 channels"):
         layers.GroupNorm(40)
+
+
+def test_a_pointwise_convolution_has_matrix_products_for_derivatives():
+    x, kernel, dx, dkernel = normal(2, 4, 6, 5), normal(1, 1, 5, 3), normal(2, 4, 6, 5), normal(1, 1, 5, 3)
+
+    def convolution(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    ours, theirs = (jax.jvp(f, (x, kernel), (dx, dkernel)) for f in (layers.pointwise, convolution))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    ours, theirs = (
+        jax.grad(lambda *a, f=f: (f(*a) ** 2).sum(), (0, 1))(x, kernel) for f in (layers.pointwise, convolution)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours, theirs)
+    backward = jax.jit(jax.vjp(layers.pointwise, x, kernel)[1]).lower(ours[0][..., :3] * 0).as_text()
+    assert "dot_general" in backward and "convolution" not in backward
