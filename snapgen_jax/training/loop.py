@@ -94,13 +94,25 @@ def inference_weights(state: TrainState) -> Tree:
     return {name: p.params if p.ema is None else p.ema for name, p in state.players.items()}
 
 
+def guards(metrics: Metrics, state: TrainState) -> list[jax.Array]:
+    """The numbers that tell whether an update is finite.
+
+    A gradient norm, one for all players or one for each ("grad_norm", "grad_norm/critic"), tells of every gradient and
+    of its square, before any parameter moves: XLA then decides and updates in one pass over the state. A recipe that
+    reports none has its new parameters and optimizer states looked at, which costs a second pass.
+    """
+    numbers = list(metrics.values())
+    if "grad_norm" not in metrics and not all(f"grad_norm/{name}" in metrics for name in state.players):
+        numbers += jax.tree.leaves([(player.params, player.opt_state) for player in state.players.values()])
+    return [x for x in numbers if jnp.issubdtype(x.dtype, jnp.floating)]
+
+
 def make_step(recipe: Recipe, seed: int) -> Callable[[TrainState, Tree, Tree], tuple[TrainState, Metrics]]:
     """The pure function that is jitted: an update, discarded as a whole if any number in it is not finite."""
 
     def step(state: TrainState, frozen: Tree, batch: Tree) -> tuple[TrainState, Metrics]:
         new, metrics = recipe.update(state, frozen, batch, key(seed, state.step, "update"))
-        floats = [x for x in jax.tree.leaves((new.players, metrics)) if jnp.issubdtype(x.dtype, jnp.floating)]
-        finite = jnp.all(jnp.stack([jnp.isfinite(x).all() for x in floats]))
+        finite = jnp.all(jnp.stack([jnp.isfinite(x).all() for x in guards(metrics, new)]))
         kept = jax.tree.map(
             lambda a, b: jnp.where(finite, a, b), (new.players, new.extra), (state.players, state.extra)
         )

@@ -78,7 +78,9 @@ class Recipe(Protocol):
         ...
 
     def update(self, state: TrainState, frozen: Tree, batch: Tree, key: jax.Array) -> tuple[TrainState, Metrics]:
-        """One update from one global batch. Jitted by the loop, which also counts the step and discards bad updates."""
+        """One update from one global batch. Jitted by the loop, which counts the step, and discards an update whose
+        metrics are not finite. Report the gradient norm, "grad_norm" of all players together or "grad_norm/<player>" of
+        each: without it the loop must look through all that is new."""
         ...
 
     def generate(

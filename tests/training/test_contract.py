@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -109,6 +110,20 @@ def test_an_update_that_is_not_finite_is_discarded_and_counted(tmp_path):
     records = [json.loads(line) for line in lines(tmp_path).splitlines()]
     assert [r["step"] for r in records if not r["finite"]] == [5, 10]
     assert fingerprint(state.players) != fingerprint(clean.players)
+
+
+class WithoutNorm(TwoPlayers):
+    """Reports the gradient norm of one of its two players."""
+
+    def update(self, state, frozen, batch, key):
+        new, metrics = super().update(state, frozen, batch, key)
+        return new, {"loss": metrics["loss"], "grad_norm/critic": jnp.float32(1)}
+
+
+def test_an_update_that_is_not_finite_is_discarded_without_a_gradient_norm_to_tell(tmp_path):
+    state = run(tmp_path, recipe=WithoutNorm(poison=[4, 9]))
+    assert int(state.skipped) == 2 and int(state.step) == 30
+    assert fingerprint(state.players) == fingerprint(run(recipe=TwoPlayers(poison=[4, 9])).players)
 
 
 def test_too_many_bad_updates_stop_the_run_and_keep_the_last_good_checkpoint(tmp_path):
