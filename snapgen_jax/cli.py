@@ -18,7 +18,7 @@ from etils import epath
 
 from snapgen_jax.data.errors import DataError
 from snapgen_jax.process import prepare
-from snapgen_jax.training.exits import ExitCode, RunError
+from snapgen_jax.training.exits import ConfigError, ExitCode, RunError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,6 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     source = sample.add_mutually_exclusive_group(required=True)
     source.add_argument("--workdir", help="a trained run")
     source.add_argument("--bundle", help="an exported bundle; runs on LiteRT")
+    source.add_argument("--weights", help="folder of a published system's weights; goes with --config")
+    _config(sample, default="configs/teacher/sd35_large.py")
     sample.add_argument("--prompt", action="append", required=True, help="text; repeat for several images")
     sample.add_argument("--steps", type=int, help="sampling steps (default: the run's)")
     sample.add_argument("--guidance", type=float, help="guidance scale; 1 is none (default: the run's)")
@@ -140,16 +142,23 @@ def _load(options: argparse.Namespace) -> Any:
     return load_config(options.config, options.overrides)
 
 
+def _load_experiment(options: argparse.Namespace) -> Any:
+    config = _load(options)
+    if "system" in config:
+        raise ConfigError(f"{options.config} describes a published system, which is not trained; see `snapgen sample`")
+    return config
+
+
 def _quickstart(options: argparse.Namespace) -> None:
     from snapgen_jax.quickstart import quickstart
 
-    quickstart(_load(options), options.workdir)
+    quickstart(_load_experiment(options), options.workdir)
 
 
 def _train(options: argparse.Namespace) -> None:
     from snapgen_jax.experiment import Experiment, prepare_workdir
 
-    config = _load(options)
+    config = _load_experiment(options)
     experiment = Experiment(config, options.workdir)
     prepare_workdir(config, options.workdir)
     experiment.train()
@@ -164,16 +173,23 @@ def _show_config(options: argparse.Namespace) -> None:
 def _sample(options: argparse.Namespace) -> None:
     from snapgen_jax.evaluation.pictures import grid, png_bytes
 
+    chosen = {k: v for k in ("steps", "guidance") if (v := getattr(options, k)) is not None}
+    if options.overrides and not options.weights:
+        raise ConfigError("--config overrides go with --weights; a run or a bundle is sampled as it was configured")
     if options.bundle:
         from snapgen_jax.export.client import LiteRTGenerator
 
         generator: Any = LiteRTGenerator(options.bundle)
+    elif options.weights:
+        from snapgen_jax.generation import load_system
+
+        options.overrides += [f"{name}={value}" for name, value in chosen.items()]
+        generator, chosen = load_system(_load(options), options.weights), {}
     else:
         from snapgen_jax.generation import load
 
         generator = load(options.workdir)
-    chosen = {"steps": options.steps, "guidance": options.guidance}
-    images = generator.generate(options.prompt, seed=options.seed, **{k: v for k, v in chosen.items() if v is not None})
+    images = generator.generate(options.prompt, seed=options.seed, **chosen)
     out = epath.Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(png_bytes(grid(images, options.prompt)))

@@ -46,8 +46,7 @@ class ExperimentConfig(LoopConfig):
 
 def recipe_names() -> list[str]:
     """The recipes there are: every public module under `snapgen_jax.recipes`."""
-    package = importlib.import_module("snapgen_jax.recipes")
-    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+    return _modules("snapgen_jax.recipes")
 
 
 def recipe_class(name: str) -> Any:
@@ -56,9 +55,27 @@ def recipe_class(name: str) -> Any:
     Raises:
         ConfigError: there is no such recipe; names the closest.
     """
-    if name not in recipe_names():
-        raise ConfigError(f"unknown recipe {name!r}{_closest(name, recipe_names())}")
-    return importlib.import_module(f"snapgen_jax.recipes.{name}").RECIPE
+    return _named("recipe", "snapgen_jax.recipes", name).RECIPE
+
+
+def system_class(name: str) -> Any:
+    """The class `SYSTEM` of `snapgen_jax.systems.<name>`; its attribute `Config` is its config dataclass.
+
+    Raises:
+        ConfigError: there is no such system; names the closest.
+    """
+    return _named("system", "snapgen_jax.systems", name).SYSTEM
+
+
+def _modules(package: str) -> list[str]:
+    path = importlib.import_module(package).__path__
+    return sorted(m.name for m in pkgutil.iter_modules(path) if not m.name.startswith("_"))
+
+
+def _named(what: str, package: str, name: str) -> types.ModuleType:
+    if name not in _modules(package):
+        raise ConfigError(f"unknown {what} {name!r}{_closest(name, _modules(package))}")
+    return importlib.import_module(f"{package}.{name}")
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -96,7 +113,7 @@ def complete(partial: Config, overrides: Sequence[str] = ()) -> ConfigDict:
             if not isinstance(node, dict):
                 raise ConfigError(f"config key {'.'.join(path)!r}: {part!r} is a value, not a section")
         node[path[-1]] = value
-    classes = (ExperimentConfig, recipe_class(wanted.get("recipe", ExperimentConfig.recipe)).Config)
+    classes = _classes(wanted)
     values: dict[str, Any] = {}
     known = {field.name for cls in classes for field in dataclasses.fields(cls)}
     for name in wanted:
@@ -108,6 +125,13 @@ def complete(partial: Config, overrides: Sequence[str] = ()) -> ConfigDict:
     config = ConfigDict(values)
     config.lock()
     return config
+
+
+def _classes(wanted: Mapping[str, Any]) -> tuple[type, ...]:
+    """The dataclasses that receive a config: those of a published system, or of an experiment and its recipe."""
+    if "system" in wanted:
+        return (system_class(wanted["system"]).Config,)
+    return ExperimentConfig, recipe_class(wanted.get("recipe", ExperimentConfig.recipe)).Config
 
 
 def build(cls: type, config: Config) -> Any:

@@ -7,16 +7,23 @@ images = generator.generate(["a red circle left of a blue square"], seed=0)   # 
 from __future__ import annotations
 
 import functools
+import os
+import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from snapgen_jax.config import build, from_json, recipe_class
+from snapgen_jax.config import Config, build, from_json, recipe_class, system_class
+from snapgen_jax.data.pretrained_tokenizers import PretrainedTokenizer
 from snapgen_jax.data.tokenizer import Tokenizer
+from snapgen_jax.networks.module import Platform
+from snapgen_jax.parallel.mesh import make_mesh
+from snapgen_jax.systems import sd35
+from snapgen_jax.systems.sd35 import SD35, SD35Generator
 from snapgen_jax.training.checkpoint import Checkpointer
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.keys import example_keys, key
@@ -136,3 +143,32 @@ def load(workdir: epath.PathLike, step: int | None = None, platform: str | None 
     finally:
         checkpointer.close()
     return Generator(recipe, params, recipe.load_frozen(None), Tokenizer.load(workdir / "tokenizer.json"))
+
+
+def load_system(config: Config, folder: str | os.PathLike[str], platform: str | None = None) -> SD35Generator:
+    """A published system with the weights and tokenizers of a local folder, ready to draw.
+
+    Args:
+        config: a completed config with `system`, such as `configs/teacher/sd35_large.py`.
+        folder: in the layout of the system's repository.
+        platform: "cpu", "gpu" or "tpu"; by default the one JAX runs on.
+
+    Raises:
+        ConfigError: the config names no system, or does not fit the folder or the devices.
+    """
+    if "system" not in config:
+        raise ConfigError(
+            "this config trains something; --weights wants one with `system`, such as configs/teacher/sd35_large.py"
+        )
+    root, backend = pathlib.Path(folder), cast(Platform, platform or jax.default_backend())
+    try:
+        system_config = build(system_class(str(config["system"])).Config, config)
+        system = SD35(system_config, sd35.read_configs(root), backend)
+        mesh = make_mesh(system_config.mesh) if jax.device_count() > 1 else None
+        system.latent_shape()
+        params = system.load(root, mesh)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    names = {name: folder for name, folder in sd35.TOKENIZERS.items() if name in system.networks}
+    tokenizers = {name: PretrainedTokenizer.load(root / folder) for name, folder in names.items()}
+    return SD35Generator(system, params, tokenizers, mesh)

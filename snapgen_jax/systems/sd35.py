@@ -1,0 +1,340 @@
+"""Stable Diffusion 3.5 (Esser et al. 2024, arXiv 2403.03206): three text encoders, an MMDiT and an autoencoder.
+
+The folder is that of the Hugging Face repository; which of the three sizes it holds is read from its `config.json`s:
+
+    transformer/  vae/  text_encoder/ (CLIP-L)  text_encoder_2/ (CLIP-bigG)  text_encoder_3/ (T5-XXL)
+    tokenizer/  tokenizer_2/  tokenizer_3/
+
+T5 may be missing, as in the reference: its states are zeros then, and long prompts are followed less well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import re
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from snapgen_jax.diffusion.guidance import with_guidance
+from snapgen_jax.diffusion.samplers import sample
+from snapgen_jax.diffusion.timesteps import shift_time
+from snapgen_jax.networks import autoencoder, clip, mmdit, t5
+from snapgen_jax.networks.autoencoder import AutoencoderCodec, AutoencoderConfig
+from snapgen_jax.networks.clip import ClipTextConfig
+from snapgen_jax.networks.codec import to_uint8
+from snapgen_jax.networks.context import sd3_context
+from snapgen_jax.networks.mmdit import MMDiTConfig
+from snapgen_jax.networks.module import Network, Platform, apply, build, for_platform
+from snapgen_jax.networks.t5 import T5Config
+from snapgen_jax.networks.text import TextContext
+from snapgen_jax.networks.time_features import time_features
+from snapgen_jax.parallel.mesh import MeshConfig
+from snapgen_jax.parallel.sharding import Rules, tree_shardings
+from snapgen_jax.weights.checkpoint import WeightsError
+from snapgen_jax.weights.loader import load
+from snapgen_jax.weights.maps import clip as clip_map
+from snapgen_jax.weights.maps import sd3_autoencoder, sd3_mmdit
+from snapgen_jax.weights.maps import t5 as t5_map
+from snapgen_jax.weights.sources import source
+
+Tree = Any
+CLIP_TOKENS = 77
+
+
+class Part(NamedTuple):
+    """One network of the system: its folder, how the folder is read, and how its parameters are split."""
+
+    folder: str
+    maps: ModuleType
+    rules: Rules
+    source: str
+
+
+PARTS = {
+    "transformer": Part("transformer", sd3_mmdit, mmdit.RULES, "sd35_large"),
+    "autoencoder": Part("vae", sd3_autoencoder, autoencoder.RULES, "sd3_vae"),
+    "clip_l": Part("text_encoder", clip_map, clip.RULES, "clip_l"),
+    "clip_g": Part("text_encoder_2", clip_map, clip.RULES, "clip_g"),
+    "t5": Part("text_encoder_3", t5_map, t5.RULES, "t5_xxl"),
+}
+TOKENIZERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5": "tokenizer_3"}
+
+
+@dataclasses.dataclass(frozen=True)
+class SD35Config:
+    """How to use a Stable Diffusion 3.5.
+
+    Attributes:
+        size: which of the published ones; the weights of another size are refused.
+        image_size: (height, width) in pixels.
+        steps, guidance, shift: of the sampler (Euler). Guidance of 1 or less is none.
+        t5_tokens: length of the texts for T5.
+        dtype: of the parameters and the arithmetic; "auto" is bfloat16 on accelerators and float32 on CPU.
+        mesh: how the parameters are split.
+    """
+
+    system: Literal["sd35"] = "sd35"
+    size: Literal["sd35_large", "sd35_large_turbo", "sd35_medium", "any"] = "sd35_large"
+    image_size: tuple[int, int] = (1024, 1024)
+    steps: int = 28
+    guidance: float = 3.5
+    shift: float = 3.0
+    t5_tokens: int = 256
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    mesh: MeshConfig = MeshConfig(data=1, fsdp=-1)
+
+
+NetworkConfigs = dict[str, Any]
+
+
+def published_configs(size: str) -> NetworkConfigs:
+    """The configs of the networks of a published size, without a file."""
+    return {
+        "transformer": MMDiTConfig.preset(size),
+        "autoencoder": AutoencoderConfig.preset("sd3"),
+        "clip_l": ClipTextConfig.preset("clip_l"),
+        "clip_g": ClipTextConfig.preset("clip_g"),
+        "t5": T5Config.preset("xxl"),
+    }
+
+
+def read_configs(folder: pathlib.Path) -> NetworkConfigs:
+    """The configs of the networks in a folder; T5's is missing where its folder is.
+
+    Raises:
+        WeightsError: a part is missing, or is of a kind that our networks are not.
+    """
+    configs = {}
+    for name, part in PARTS.items():
+        file = folder / part.folder / "config.json"
+        if not file.is_file():
+            if name == "t5" and not file.parent.exists():
+                continue
+            raise WeightsError(
+                f"{folder} is no folder of Stable Diffusion 3.5: it has no {part.folder}/config.json. Expected the "
+                f"layout of its repository, with {', '.join(p.folder for p in PARTS.values())} and the tokenizers.\n"
+                f"{source(part.source).advice}"
+            )
+        try:
+            configs[name] = part.maps.read_config(json.loads(file.read_text()))
+        except (ValueError, KeyError) as error:
+            raise WeightsError(f"{file}: {error}") from error
+    return configs
+
+
+def reference_times(steps: int, shift: float) -> np.ndarray:
+    """Times `[steps + 1]` float32 of Stable Diffusion 3's Euler sampler, from 1 to 0.
+
+    They differ from `time_grid` at the end: the reference spaces its times evenly down to the shifted 1/1000, shifts
+    them (a second time), and then goes to 0.
+    """
+    last = shift_time(1e-3, shift)
+    return np.append(shift_time(np.linspace(1.0, last, steps), shift), 0.0).astype(np.float32)
+
+
+class SD35:
+    """The system without its parameters, which are an argument everywhere: `{part: tree}`.
+
+    Attributes:
+        config: how it is used.
+        networks, specs: by part; "t5" may be missing.
+    """
+
+    Config = SD35Config
+
+    def __init__(self, config: SD35Config, networks: NetworkConfigs | None = None, platform: Platform = "cpu"):
+        """`networks`: their configs, by default those of the published size."""
+        self.config = config
+        if networks is None:
+            if config.size == "any":
+                raise ValueError("size='any' takes its networks from a folder; give a published size, or --weights")
+            networks = published_configs(config.size)
+        elif config.size != "any":
+            _check_size(networks["transformer"], config.size)
+        self.networks: dict[str, Network] = {}
+        self.specs: dict[str, Tree] = {}
+        for name, network_config in networks.items():
+            chosen = dataclasses.replace(network_config, dtype=config.dtype)
+            self.networks[name], self.specs[name] = build(for_platform(chosen, platform))
+
+    # --- parameters ---
+
+    def spec(self) -> Tree:
+        """`{part: tree of ShapeDtypeStruct}` in the dtype in which the parameters are kept."""
+        return {name: _with_dtype(spec, self._dtype(name)) for name, spec in self.specs.items()}
+
+    def rules(self) -> Rules:
+        """Those of the networks, each under the name of its part."""
+        return [
+            (f"(^|/){name}/(.*/)?{_unanchored(pattern)}", place)
+            for name in self.networks
+            for pattern, place in PARTS[name].rules
+        ]
+
+    def load(self, folder: pathlib.Path, mesh: Mesh | None) -> Tree:
+        """Reads the parameters from a folder straight onto a mesh, slice by slice; without one onto one device.
+
+        Raises:
+            WeightsError: names what is missing, surplus or misshapen.
+        """
+        params = {}
+        for name, network in self.networks.items():
+            part, spec = PARTS[name], self.specs[name]
+            places: Any = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            if mesh is not None:
+                places = tree_shardings(spec, part.rules, mesh)
+            params[name] = load(
+                folder / part.folder,
+                part.maps.weight_map(network.config),
+                spec,
+                places,
+                dtype=self._dtype(name),
+                source=source(self.config.size if name == "transformer" and self.config.size != "any" else part.source),
+            )
+        return params
+
+    def _dtype(self, name: str) -> Any:
+        return jnp.dtype(self.networks[name].config.dtype)
+
+    # --- use ---
+
+    def encode_text(self, params: Tree, tokens: dict[str, jax.Array]) -> TextContext:
+        """`{encoder: [B, L] int32}` -> what the MMDiT attends to. Without T5 its states are zeros."""
+
+        def encode(name: str) -> TextContext:
+            # Without a mask: Stable Diffusion lets T5 attend to the padding, and CLIP is causal.
+            return apply(self.networks[name], params[name], tokens[name], jnp.ones(tokens[name].shape))
+
+        b = tokens["clip_l"].shape[0]
+        if "t5" in self.networks:
+            language = encode("t5")
+        else:
+            length, width = self.config.t5_tokens, self.networks["transformer"].config.context_width
+            language = TextContext(jnp.zeros((b, length, width)), jnp.ones((b, length)), jnp.zeros((b, 0)))
+        return sd3_context(encode("clip_l"), encode("clip_g"), language)
+
+    def velocity(self, params: Tree, x_t: jax.Array, t: jax.Array, context: TextContext, **options: Any) -> Any:
+        """Velocity `[B, h, w, c]` at `x_t` `[B, h, w, c]` and `t` `[B]`, and the taps asked for by `taps`."""
+        network = self.networks["transformer"]
+        features = time_features(t, network.config.time_width)
+        return apply(network, params["transformer"], x_t, features, context, **options)
+
+    def codec(self, params: Tree) -> AutoencoderCodec:
+        """The autoencoder with its parameters."""
+        return AutoencoderCodec(self.networks["autoencoder"], params["autoencoder"])
+
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(h, w, c) of the latents of `config.image_size`.
+
+        Raises:
+            ValueError: a side is no multiple of the autoencoder's reduction times the patch.
+        """
+        auto, patch = self.networks["autoencoder"].config, self.networks["transformer"].config.patch
+        height, width = self.config.image_size
+        unit = auto.reduction * patch
+        if height % unit or width % unit:
+            raise ValueError(f"image_size = {height} x {width}: both sides must be multiples of {unit}; change them")
+        return height // auto.reduction, width // auto.reduction, auto.latent_channels
+
+    def generate(
+        self, params: Tree, tokens: dict[str, jax.Array], null: dict[str, jax.Array], noise: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Images from token ids and noise. To be jitted.
+
+        Args:
+            params: `{part: tree}`.
+            tokens: `{encoder: [B, L] int32}`.
+            null: the same of the empty (or negative) prompt, `[1, L]`.
+            noise: `[B, h, w, c]`.
+
+        Returns:
+            `image` uint8 `[B, H, W, 3]`, `pixels` float32 in [-1, 1] before rounding, and `latent` `[B, h, w, c]`.
+        """
+        config = self.config
+        context = self.encode_text(params, tokens)
+
+        def denoise(x_t: jax.Array, t: jax.Array, i: jax.Array, carry: Any, c: TextContext) -> tuple[jax.Array, Any]:
+            del i
+            return self.velocity(params, x_t, t, c)[0], carry
+
+        # As in the reference, where a scale of 1 or less means no guidance.
+        scale = config.guidance if config.guidance > 1 else 1
+        null_context = self.encode_text(params, null) if scale != 1 else context
+        guided = with_guidance(denoise, context, null_context, scale)
+        latent, _ = sample(guided, noise, reference_times(config.steps, config.shift))
+        pixels = self.codec(params).decode(latent)
+        return {"image": to_uint8(pixels), "pixels": pixels, "latent": latent}
+
+
+def _with_dtype(spec: Tree, dtype: Any) -> Tree:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), spec)
+
+
+def _unanchored(pattern: str) -> str:
+    return re.sub(r"^\^", "", pattern)
+
+
+def _check_size(given: MMDiTConfig, size: str) -> None:
+    expected = MMDiTConfig.preset(size)
+    fields = ("depth", "dual", "heads", "head_dim", "latent_channels", "context_width")
+    wrong = [f"{f} = {getattr(given, f)}" for f in fields if getattr(given, f) != getattr(expected, f)]
+    if wrong:
+        raise WeightsError(
+            f"the transformer in this folder is not {size} ({', '.join(wrong)}); give the folder of that size, or "
+            "--config.size=any to take what the folder holds"
+        )
+
+
+class SD35Generator:
+    """Prompts to images: a system with its parameters and tokenizers."""
+
+    def __init__(self, system: SD35, params: Tree, tokenizers: dict[str, Any], mesh: Mesh | None = None):
+        """`tokenizers`: by encoder, each with `encode(texts, length) -> (tokens, mask)`."""
+        self.system, self.params, self.tokenizers, self.mesh = system, params, tokenizers, mesh
+        self._jitted = jax.jit(system.generate)
+
+    def tokens(self, prompts: list[str]) -> dict[str, np.ndarray]:
+        """`{encoder: [N, L] int32}`."""
+        lengths = {"t5": self.system.config.t5_tokens}
+        return {
+            name: tokenizer.encode(prompts, lengths.get(name, CLIP_TOKENS))[0]
+            for name, tokenizer in self.tokenizers.items()
+        }
+
+    def run(
+        self, prompts: list[str], *, negative_prompt: str = "", seed: int = 0, noise: jax.Array | None = None
+    ) -> dict[str, np.ndarray]:
+        """One image after the other, since a teacher fills the memory: everything that `SD35.generate` returns.
+
+        Args:
+            prompts: N texts.
+            negative_prompt: what guidance leads away from.
+            seed: of the noise; image n depends on (seed, n, prompt n) alone.
+            noise: `[N, h, w, c]` in place of noise from the seed.
+        """
+        tokens, null = self.tokens(list(prompts)), self.tokens([negative_prompt])
+        shape = self.system.latent_shape()
+        parts = []
+        for n in range(len(prompts)):
+            key = jax.random.fold_in(jax.random.key(seed), n)
+            start = jax.random.normal(key, (1, *shape)) if noise is None else jnp.asarray(noise[n : n + 1])
+            one = {name: ids[n : n + 1] for name, ids in tokens.items()}
+            arguments = (one, null, start)
+            if self.mesh is not None:
+                arguments = jax.device_put(arguments, NamedSharding(self.mesh, PartitionSpec()))
+            parts.append(jax.device_get(self._jitted(self.params, *arguments)))
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def generate(self, prompts: list[str], *, seed: int = 0, negative_prompt: str = "") -> np.ndarray:
+        """Images uint8 `[N, H, W, 3]`."""
+        return self.run(prompts, seed=seed, negative_prompt=negative_prompt)["image"]
+
+
+SYSTEM = SD35
