@@ -41,6 +41,9 @@ class ClipTextConfig(Preset):
             after the final norm ("last").
         key_bias: whether the key projection has a bias. Softmax removes it exactly, so it can never be trained;
             published checkpoints hold one.
+        embedding_std: standard deviation of the first token embeddings; positions have half of it. CLIP begins at 0.02,
+            where the first layers' outputs drown which token stands where. At 1 the states tell the tokens apart from
+            the start, and a network that is trained jointly follows captions sooner.
         dtype: platform choice, fixed by `module.for_platform`.
     """
 
@@ -57,6 +60,7 @@ class ClipTextConfig(Preset):
     pooling: Literal["eos", "argmax"] = "eos"
     output: Literal["penultimate", "last"] = "last"
     key_bias: bool = False
+    embedding_std: float = 0.02
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     def __post_init__(self):
@@ -134,10 +138,10 @@ class ClipText(nnx.Module):
 
     def __init__(self, config: ClipTextConfig, rngs: nnx.Rngs):
         dtype = compute_dtype(config)
-        draw = nnx.initializers.normal
+        tokens, positions = (nnx.initializers.normal(std * config.embedding_std) for std in (1.0, 0.5))
         self.config = config
-        self.token_embedding = nnx.Param(draw(0.02)(rngs.params(), (config.vocab_size, config.width), jnp.float32))
-        self.position_embedding = nnx.Param(draw(0.01)(rngs.params(), (config.max_tokens, config.width), jnp.float32))
+        self.token_embedding = nnx.Param(tokens(rngs.params(), (config.vocab_size, config.width), jnp.float32))
+        self.position_embedding = nnx.Param(positions(rngs.params(), (config.max_tokens, config.width), jnp.float32))
         self.layers = nnx.List([ClipLayer(config, rngs) for _ in range(config.layers)])
         self.norm = LayerNorm(config.width, dtype=dtype)
         self.projection = (

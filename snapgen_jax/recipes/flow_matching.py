@@ -42,7 +42,7 @@ from snapgen_jax.training.optimizer import (
     step_player,
 )
 from snapgen_jax.training.recipe import ExportPlan, ExportUnit, Metrics
-from snapgen_jax.training.state import TrainState
+from snapgen_jax.training.state import Player, TrainState
 
 Tree = Any
 VALIDATION_TIMES = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
@@ -77,6 +77,9 @@ class FlowMatchingConfig:
         prediction: what the UNet's output stands for: the velocity, or the image, from which the velocity follows as
             `(x_t - x_0) / t`. Where a latent has more channels than the image has degrees of freedom, as with large
             patches of pixels, the image is the easier target: the network need not carry the noise through.
+        loss_full_from: time s from which the velocity's error counts in full; below it the weight is (t / s)^2. The
+            velocity's error is the image's divided by t^2, so that with a predicted image it is the image's error that
+            counts evenly below s, and examples with little noise do not drown the others. 0 weighs all times alike.
         caption_dropout: share of captions replaced by the empty one.
         ema_decay: of the averaged weights; 0 keeps no average.
         sample_prompts: prompts of the sample grid.
@@ -91,6 +94,7 @@ class FlowMatchingConfig:
     codec: CodecConfig = CodecConfig()
     prediction: Literal["velocity", "x_0"] = "velocity"
     timesteps: TimestepConfig = TimestepConfig()
+    loss_full_from: float = 0.0
     caption_dropout: float = 0.1
     optimizer: OptimizerConfig = OptimizerConfig()
     ema_decay: float = 0.999
@@ -142,14 +146,17 @@ class FlowMatching:
         """Draws both networks."""
         unet_key, text_key = jax.random.split(key)
         params = {"unet": init(self.unet, unet_key), "text": init(self.text, text_key)}
-        player = new_player(params, self.optimizer, ema=self.config.ema_decay > 0)
+        player = self._new_player(params)
         return TrainState(jnp.int32(0), jnp.int32(0), {"model": player}, {})
 
     def warm_start(self, state: TrainState, earlier: Tree) -> TrainState:
         """Starts from `{player: weights}` of an earlier stage; optimizer, average and schedule begin anew."""
         params = jax.tree.map(lambda new, old: old.astype(new.dtype), state.players["model"].params, earlier["model"])
-        player = new_player(params, self.optimizer, ema=self.config.ema_decay > 0)
+        player = self._new_player(params)
         return state.replace(players={"model": player})
+
+    def _new_player(self, params: Tree) -> Player:
+        return new_player(params, self.optimizer, ema=self.config.ema_decay > 0)
 
     def frozen_spec(self) -> Tree:
         """Nothing is frozen."""
@@ -180,7 +187,10 @@ class FlowMatching:
         context = self.encode_text(params, drawn["tokens"], drawn["mask"])
         x_t = interpolate(drawn["x_0"], drawn["eps"], drawn["t"])
         v = self.predict(params, x_t, drawn["t"], context)
-        return jnp.mean(flow_matching_loss(v, velocity(drawn["x_0"], drawn["eps"]))), {}
+        losses = flow_matching_loss(v, velocity(drawn["x_0"], drawn["eps"]))
+        if self.config.loss_full_from:
+            losses = losses * jnp.square(jnp.minimum(1.0, drawn["t"] / self.config.loss_full_from))
+        return jnp.mean(losses), {}
 
     def draw(self, batch: Tree, key: jax.Array) -> Tree:
         """Everything random about one global batch: noise, times, dropped captions."""

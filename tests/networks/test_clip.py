@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from snapgen_jax.networks.clip import ClipTextConfig, null_tokens
-from snapgen_jax.networks.module import apply, build
+from snapgen_jax.networks.module import apply, build, init
 from tests.networks.tiny import drawn, outputs_without_each_leaf
 
 CONFIG = ClipTextConfig.preset("smoke")  # eight tokens: BOS 1, EOS 2, padding 0
@@ -83,6 +83,19 @@ def test_bfloat16_computes_and_hands_out_float32_close_to_float32():
     assert rounded.sequence.dtype == rounded.pooled.dtype == jnp.float32
     error = jnp.linalg.norm(rounded.sequence - exact.sequence) / jnp.linalg.norm(exact.sequence)
     assert 0 < error < 0.03
+
+
+def test_wide_embeddings_tell_tokens_apart_from_the_start():
+    def distinct(std):
+        """Share of the variance of the first states that two texts, which differ in one token, do not share there."""
+        network, _ = build(ClipTextConfig.preset("smoke", embedding_std=std, layers=2))
+        params = init(network, jax.random.key(0))
+        changed = TOKENS.copy()
+        changed[:, 2] = 20
+        a, b = (apply(network, params, tokens, MASK).sequence[:, 2] for tokens in (TOKENS, changed))
+        return float(jnp.square(a - b).mean() / jnp.square(a).mean())
+
+    assert distinct(1.0) > 1.1 * distinct(0.02)
 
 
 def test_the_null_text_is_begin_end_and_padding():

@@ -126,6 +126,18 @@ def test_an_image_depends_on_its_own_key_alone():
     np.testing.assert_array_equal(initial_noise(keys, (4, 4, 12))[1], initial_noise(keys[1:2], (4, 4, 12))[0])
 
 
+def test_times_below_the_bound_count_by_the_square_of_the_time():
+    made, bounded = recipe(prediction="x_0"), recipe(prediction="x_0", loss_full_from=0.5)
+    params = jax.jit(made.init)(key(0, 0, "init")).players["model"].params
+    drawn = made.draw(batch(), jax.random.key(0))
+
+    def losses(recipe, t):
+        return float(jax.jit(recipe.loss)(params, {**drawn, "t": jnp.full(16, t)})[0])
+
+    assert losses(bounded, 0.7) == pytest.approx(losses(made, 0.7), rel=1e-6)
+    assert losses(bounded, 0.2) == pytest.approx(losses(made, 0.2) * (0.2 / 0.5) ** 2, rel=1e-5)
+
+
 def test_a_codec_that_does_not_fit_the_network_is_refused():
     with pytest.raises(ValueError, match=r"the codec gives 48 latent channels and unet.latent_channels is 12"):
         recipe(codec=CodecConfig(patch=4))
