@@ -78,8 +78,11 @@ def test_json_restores_the_very_config():
 def test_every_config_file_completes_in_both_sizes_and_says_how_to_run_it(path):
     for spec in (path, path + ":runlocal"):
         config = configs.load_config(spec)
-        cls = configs.recipe_class(config.recipe)
-        cls(configs.build(cls.Config, config), "cpu").batch_specs()
+        if "system" in config:
+            configs.build(configs.system_class(config.system).Config, config)
+        else:
+            cls = configs.recipe_class(config.recipe)
+            cls(configs.build(cls.Config, config), "cpu").batch_specs()
     text = pathlib.Path(path).read_text()
     assert "snapgen " in text.split('"""')[1] and "Machine:" in text.split('"""')[1]
     assert "snapgen_jax" not in text.split('"""', 2)[2]

@@ -123,7 +123,8 @@ class WithoutNorm(TwoPlayers):
 def test_an_update_that_is_not_finite_is_discarded_without_a_gradient_norm_to_tell(tmp_path):
     state = run(tmp_path, recipe=WithoutNorm(poison=[4, 9]))
     assert int(state.skipped) == 2 and int(state.step) == 30
-    assert fingerprint(state.players) == fingerprint(run(recipe=TwoPlayers(poison=[4, 9])).players)
+    told = run(recipe=TwoPlayers(poison=[4, 9]))  # another program, which may round otherwise
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.players, told.players)
 
 
 def test_too_many_bad_updates_stop_the_run_and_keep_the_last_good_checkpoint(tmp_path):
