@@ -18,7 +18,7 @@ def settings(environment: dict[str, str]) -> dict[str, str]:
 
     - `JAX_PLATFORMS=cpu` where no accelerator is in sight: libtpu, installed to compile for pods, complains otherwise.
     - `GLIBC_TUNABLES` with huge pages where the system gives them only to programs that ask. XLA on CPU allocates its
-      temporaries anew at every step; with small pages a good part of a step goes into page faults
+      temporaries anew at every step; with small pages a part of each goes into page faults
       (`python -m benchmarks.huge_pages`).
     """
     wanted = {}

@@ -92,8 +92,7 @@ def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """1x1 convolution, `[B, H, W, in]` by `[1, 1, in, out]`, whose derivatives are matrix products.
 
     An exported network must hold a convolution here, and so the value is one. XLA derives the gradient of its kernel
-    as a convolution of the images over the batch, which it does not recognise as a product (on CPU it is five times
-    slower than one).
+    as a convolution of the images over the batch, which it does not recognise as a product, and which is slower on CPU.
     """
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
