@@ -51,8 +51,6 @@ def child() -> None:
 
 def main() -> None:
     """Runs both in turns and keeps the medians."""
-    if "--child" in sys.argv:
-        return child()
     found: dict[str, list[float]] = {name: [] for name in TUNABLES}
     for _ in range(ROUNDS):
         for name, tunables in TUNABLES.items():
@@ -70,8 +68,7 @@ def main() -> None:
     }
     RESULT.write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))
-    return None
 
 
 if __name__ == "__main__":
-    main()
+    child() if "--child" in sys.argv else main()

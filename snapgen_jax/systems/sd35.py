@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import re
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
@@ -164,6 +163,11 @@ class SD35:
             chosen = dataclasses.replace(network_config, dtype=config.dtype)
             self.networks[name], self.specs[name] = build(for_platform(chosen, platform))
 
+    @property
+    def text_encoders(self) -> list[str]:
+        """Those that it has, each with a tokenizer of its own."""
+        return [name for name in TOKENIZERS if name in self.networks]
+
     # --- parameters ---
 
     def spec(self) -> Tree:
@@ -172,11 +176,7 @@ class SD35:
 
     def rules(self) -> Rules:
         """Those of the networks, each under the name of its part."""
-        return [
-            (f"(^|/){name}/(.*/)?{_unanchored(pattern)}", place)
-            for name in self.networks
-            for pattern, place in PARTS[name].rules
-        ]
+        return [(f"(^|/){name}/.*({pattern})", place) for name in self.networks for pattern, place in PARTS[name].rules]
 
     def load(self, folder: pathlib.Path, mesh: Mesh | None) -> Tree:
         """Reads the parameters from a folder straight onto a mesh, slice by slice; without one onto one device.
@@ -184,17 +184,19 @@ class SD35:
         Raises:
             WeightsError: names what is missing, surplus or misshapen.
         """
+        if mesh is None:
+            here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            places: dict[str, Any] = dict.fromkeys(self.networks, here)
+        else:
+            places = tree_shardings(self.specs, self.rules(), mesh)
         params = {}
         for name, network in self.networks.items():
-            part, spec = PARTS[name], self.specs[name]
-            places: Any = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            if mesh is not None:
-                places = tree_shardings(spec, part.rules, mesh)
+            part = PARTS[name]
             params[name] = load(
                 folder / part.folder,
                 part.maps.weight_map(network.config),
-                spec,
-                places,
+                self.specs[name],
+                places[name],
                 dtype=self._dtype(name),
                 source=source(self.config.size if name == "transformer" and self.config.size != "any" else part.source),
             )
@@ -275,10 +277,6 @@ class SD35:
 
 def _with_dtype(spec: Tree, dtype: Any) -> Tree:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), spec)
-
-
-def _unanchored(pattern: str) -> str:
-    return re.sub(r"^\^", "", pattern)
 
 
 def _check_size(given: MMDiTConfig, size: str) -> None:
