@@ -58,6 +58,8 @@ class ShapesConfig:
         background: grey level.
         shares: how often each category is drawn.
         captions: sentences, or the whole truth about every object, to tell what a model's words cost it.
+        dense_share: share of the scenes of one or two objects whose caption says the colour and the place of each; more
+            objects would make longer captions.
         relation_colours: share of the position scenes whose caption names colours too.
     """
 
@@ -68,6 +70,7 @@ class ShapesConfig:
     shares: CategoryShares = dataclasses.field(default_factory=CategoryShares)
     relation_colours: float = 0.5
     captions: Literal["phrases", "layout"] = "phrases"
+    dense_share: float = 0.0
 
 
 # --- drawing a scene -------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import numpy as np
 
 from snapgen_jax.data.config import DataConfig, Split
 from snapgen_jax.data.shapes import Scene, render
-from snapgen_jax.data.shapes_captions import caption, layout
+from snapgen_jax.data.shapes_captions import DENSE_OBJECTS, caption, dense, layout
 from snapgen_jax.data.shapes_grammar import ShapesConfig, sample_scene
 from snapgen_jax.data.sources import Example
 
@@ -39,7 +39,10 @@ class ShapesSource:
         return self._words(self.scene(index), rng)
 
     def _words(self, scene: Scene, rng: np.random.Generator) -> str:
-        return layout(scene) if self._config.captions == "layout" else caption(scene, rng)
+        if self._config.captions == "layout":
+            return layout(scene)
+        share = self._config.dense_share if len(scene.objects) <= DENSE_OBJECTS else 0.0
+        return dense(scene, rng) if share and rng.random() < share else caption(scene, rng)
 
     def name(self, index: int) -> str:
         """ "shapes scene 7"."""

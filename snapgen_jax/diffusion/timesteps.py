@@ -22,12 +22,15 @@ class TimestepConfig:
         mean: mean of logit(t) before the shift; logit_normal only. Positive values favour noise.
         std: standard deviation of logit(t); logit_normal only.
         shift: s of `shift_time`, applied to what was drawn. 1 changes nothing.
+        final_mean: where the mean has moved to by the end of the run, linearly; None to stay. What a picture is to show
+            is decided at much noise and how it is drawn at less, so that a run may learn the one before the other.
     """
 
     density: Literal["logit_normal", "uniform"] = "logit_normal"
     mean: float = 0.0
     std: float = 1.0
     shift: float = 1.0
+    final_mean: float | None = None
 
 
 def shift_time(t: ArrayT, shift: float) -> ArrayT:
@@ -41,11 +44,16 @@ def shift_time(t: ArrayT, shift: float) -> ArrayT:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def sample_times(key: jax.Array, shape: tuple[int, ...], config: TimestepConfig) -> jax.Array:
-    """Draws training times, float32 of the given shape in [0, 1]."""
+def sample_times(
+    key: jax.Array, shape: tuple[int, ...], config: TimestepConfig, progress: float | jax.Array = 0.0
+) -> jax.Array:
+    """Draws training times, float32 of the given shape in [0, 1]; `progress` is the share of the run that is done."""
     match config.density:
         case "logit_normal":
-            t = jax.nn.sigmoid(config.mean + config.std * jax.random.normal(key, shape))
+            mean = config.mean
+            if config.final_mean is not None:
+                mean += progress * (config.final_mean - config.mean)
+            t = jax.nn.sigmoid(mean + config.std * jax.random.normal(key, shape))
         case "uniform":
             t = jax.random.uniform(key, shape)
         case other:

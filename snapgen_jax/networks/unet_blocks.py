@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from snapgen_jax.networks.attention import Attention
+from snapgen_jax.networks.attention import Attention, rope_table
 from snapgen_jax.networks.depthwise import DepthwiseConv
 from snapgen_jax.networks.layers import GEGLU, Conv, GroupNorm, Init, LayerNorm, Linear, upsample_nearest
 from snapgen_jax.networks.module import compute_dtype, shard
@@ -120,11 +120,15 @@ class Transformer(nnx.Module):
         self.project_in = Linear(width, width, dtype=dtype, rngs=rngs)
         self.blocks = nnx.List([TransformerBlock(config, width, *flags, rngs) for _ in range(depth)])
         self.project_out = Linear(width, width, init="zeros", dtype=dtype, rngs=rngs)
+        self.absolute = config.absolute_positions
 
     def __call__(self, x: jax.Array, context: jax.Array, context_bias: jax.Array, rope: Rope | None) -> jax.Array:
         """`[B, H, W, C] -> [B, H, W, C]`; context `[B, L, D]`, context_bias `[B, 1, 1, L]`."""
         b, h, w, c = x.shape
-        tokens = shard(self.project_in(self.norm(x).reshape(b, h * w, c)), "tokens")
+        tokens = self.project_in(self.norm(x).reshape(b, h * w, c))
+        if self.absolute:
+            tokens = tokens + np.concatenate(rope_table(h, w, c, theta=100.0), axis=-1).astype(tokens.dtype)
+        tokens = shard(tokens, "tokens")
         for block in self.blocks:
             tokens = block(tokens, context, context_bias, rope)
         return x + self.project_out(tokens).reshape(b, h, w, c)

@@ -40,6 +40,9 @@ class UNetConfig(Preset):
         rope: 2-D rotary positions in self-attention, with base `rope_theta`.
         context_width: width of the text states.
         pooled_width: width of the pooled text vector that is added to the time embedding; None or 0 to ignore it.
+        absolute_positions: each transformer adds sines and cosines of row and column to its input, as DiT does (Peebles
+            and Xie 2023). Rotary positions say how cells lie to each other; text that speaks of places needs to know
+            which of them is left.
         time_width: number of time features that go in.
         embedding_width: width of the time embedding.
         groups: groups of every GroupNorm.
@@ -68,6 +71,7 @@ class UNetConfig(Preset):
     rope_theta: float = 10_000.0
     context_width: int = 2048
     pooled_width: int | None = 2048
+    absolute_positions: bool = False
     time_width: int = 256
     embedding_width: int = 1024
     groups: int = 32

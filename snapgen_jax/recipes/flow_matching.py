@@ -192,15 +192,16 @@ class FlowMatching:
             losses = losses * jnp.square(jnp.minimum(1.0, drawn["t"] / self.config.loss_full_from))
         return jnp.mean(losses), {}
 
-    def draw(self, batch: Tree, key: jax.Array) -> Tree:
+    def draw(self, batch: Tree, key: jax.Array, step: int | jax.Array = 0) -> Tree:
         """Everything random about one global batch: noise, times, dropped captions."""
+        progress = step / self.config.train_steps
         eps_key, time_key, drop_key = jax.random.split(key, 3)
         x_0 = self.codec.encode(from_uint8(batch["image"]))
         caption = {"tokens": batch["tokens"], "mask": batch["mask"]}
         return {
             "x_0": x_0,
             "eps": jax.random.normal(eps_key, x_0.shape),
-            "t": sample_times(time_key, x_0.shape[:1], self.config.timesteps),
+            "t": sample_times(time_key, x_0.shape[:1], self.config.timesteps, progress),
             **drop_condition(drop_key, caption, self._null_caption(), self.config.caption_dropout),
         }
 
@@ -208,7 +209,7 @@ class FlowMatching:
         """One AdamW step on the flow matching loss."""
         del frozen
         player = state.players["model"]
-        drawn = self.draw(batch, key)
+        drawn = self.draw(batch, key, state.step)
         grads, loss, _ = accumulate_gradients(self.loss, player.params, drawn, self.config.microbatches)
         grads, norm = clip_by_joint_norm(grads, self.config.optimizer.clip_norm)
         player = step_player(player, grads, self.optimizer, state.step, self.config.ema_decay)

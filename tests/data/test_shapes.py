@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from snapgen_jax.data.shapes import COLOURS, KINDS, RELATIONS, Scene, SceneObject, holds, render
-from snapgen_jax.data.shapes_captions import caption
+from snapgen_jax.data.shapes_captions import caption, dense
 from snapgen_jax.data.shapes_grammar import CategoryShares, ShapesConfig, sample_category, sample_scene
 from snapgen_jax.data.shapes_heldout import (
     heldout_colour,
@@ -17,6 +17,7 @@ from snapgen_jax.data.shapes_heldout import (
     heldout_relation,
     is_heldout,
 )
+from snapgen_jax.data.shapes_source import ShapesSource
 
 CATEGORIES = tuple(CategoryShares.__dataclass_fields__)
 
@@ -158,6 +159,27 @@ def test_captions_are_grammatical_and_vary() -> None:
     assert any(" to the left of " in text for text in said["position"])
     assert any(", a" in text and " and a" in text for text in said["mixed"])
     assert len(everything) > 1000
+
+
+def test_dense_captions_say_the_colour_and_place_of_each_object() -> None:
+    two = (SceneObject("ring", "orange", 0.3, 0.2, 0.2), SceneObject("star", "blue", 0.3, 0.8, 0.5))
+    scene = Scene(two, (), "two_objects")
+    said = {dense(scene, np.random.default_rng(i)) for i in range(200)}
+    for text in said:
+        assert "an orange ring top left" in text and "a blue star right" in text
+    assert {"an orange ring top left and a blue star right", "a blue star right with an orange ring top left"} <= said
+    middle = Scene((SceneObject("ring", "red", 0.3, 0.5, 0.5),), (), "single_object")
+    assert dense(middle, np.random.default_rng(0)).endswith("a red ring centre")
+
+
+def test_a_share_of_the_captions_is_dense_and_none_of_three_objects() -> None:
+    source = ShapesSource(ShapesConfig(dense_share=0.5), "train")
+    few, many = [], []
+    for index in range(400):
+        text = source.caption(index, np.random.default_rng(index))
+        is_dense = any(word in text.split() for word in ("top", "bottom", "centre"))
+        (few if len(source.scene(index).objects) <= 2 else many).append(is_dense)
+    assert 0.3 < np.mean(few) < 0.5 and not any(many)  # some dense captions say "left" or "right" alone
 
 
 def test_the_scenes_of_a_config_follow_its_background() -> None:

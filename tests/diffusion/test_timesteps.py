@@ -17,6 +17,13 @@ def test_logit_of_logit_normal_times_is_normal_and_a_shift_adds_its_logarithm_to
     assert stats.kstest(logit, stats.norm(mean + np.log(shift), std).cdf).pvalue > 0.01
 
 
+@pytest.mark.parametrize(("progress", "mean"), [(0.0, 2.0), (0.5, 1.5), (1.0, 1.0)])
+def test_the_mean_moves_with_the_progress_of_the_run(progress, mean):
+    config = TimestepConfig("logit_normal", 2.0, 0.5, final_mean=1.0)
+    logit = special.logit(np.asarray(sample_times(jax.random.key(1), (20_000,), config, progress), np.float64))
+    assert stats.kstest(logit, stats.norm(mean, 0.5).cdf).pvalue > 0.01
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_uniform_times_are_uniform_before_the_shift(shift):
     t = sample_times(jax.random.key(2), (20_000,), TimestepConfig("uniform", shift=shift))

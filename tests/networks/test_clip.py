@@ -19,20 +19,42 @@ def encode(tokens=TOKENS, mask=MASK, **changes):
     return jax.jit(lambda params: apply(network, params, tokens, mask))(drawn(network))
 
 
-@pytest.mark.parametrize("output", ["last", "penultimate"])
-def test_a_later_token_does_not_change_an_earlier_state(output):
-    before = encode(output=output).sequence
+@pytest.mark.parametrize("changes", [{}, {"output": "penultimate"}, {"neighbours": 2}])
+def test_a_later_token_does_not_change_an_earlier_state(changes):
+    before = encode(**changes).sequence
     changed = TOKENS.copy()
     changed[:, 3] = 11
-    after = encode(changed, output=output).sequence
+    after = encode(changed, **changes).sequence
     np.testing.assert_array_equal(after[:, :3], before[:, :3])
     assert (jnp.abs(after - before).max(axis=-1)[:, 3:] > 1e-4).all(), "it changes its own state and all later ones"
 
 
-def test_padding_changes_neither_the_states_of_the_text_nor_its_pooled_vector():
-    before = encode()
+def test_with_full_attention_a_later_token_changes_earlier_states():
+    changed = TOKENS.copy()
+    changed[:, 3] = 11
+    difference = jnp.abs(encode(changed, attention="full").sequence - encode(attention="full").sequence)
+    assert (difference.max(axis=-1)[MASK == 1] > 1e-4).all()
+
+
+def test_neighbours_tell_the_order_of_words_before_any_attention():
+    swapped = TOKENS.copy()
+    swapped[0, 1:4] = TOKENS[0, [3, 2, 1]]  # the middle word keeps its place
+    options = {"attention": "full", "layers": 1, "output": "penultimate"}  # the state before the only layer
+    same, told = (
+        jnp.abs(encode(swapped, **options, **more).sequence - encode(**options, **more).sequence)[0, 2].max()
+        for more in ({}, {"neighbours": 1})
+    )
+    assert same == 0 and told > 0.01
+
+
+FULL = {"attention": "full", "neighbours": 2}
+
+
+@pytest.mark.parametrize("changes", [{}, {"neighbours": 2}, FULL])
+def test_padding_changes_neither_the_states_of_the_text_nor_its_pooled_vector(changes):
+    before = encode(**changes)
     changed = np.where(MASK == 1, TOKENS, 17).astype(np.int32)
-    after = encode(changed)
+    after = encode(changed, **changes)
     np.testing.assert_array_equal(after.pooled, before.pooled)
     np.testing.assert_array_equal(after.sequence[MASK == 1], before.sequence[MASK == 1])
     np.testing.assert_array_equal(after.mask, MASK)

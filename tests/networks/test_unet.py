@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from snapgen_jax.networks.module import apply, build, flatten, for_platform, init
+from snapgen_jax.networks.module import apply, build, flatten, for_platform, init, unflatten
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.unet import UNetConfig, input_spec, tap_names
 from tests.networks.tiny import drawn, inputs, outputs_without_each_leaf
@@ -29,6 +29,7 @@ READINGS = {
     "attention everywhere": {"self_attention": (True, True), "up_depth": (1, 2)},
     "no transformer at the bottom": {"down_depth": (1, 0), "mid_depth": 0, "up_depth": (0, 0)},
     "no cross-attention": {"cross_attention": (False, False)},
+    "absolute positions": {"absolute_positions": True},
     "no pooled text": {"pooled_width": None},
     "one stage": {
         "channels": (8,),
@@ -196,3 +197,20 @@ def test_inputs_that_do_not_fit_say_what_to_change(tiny):
 def test_an_unknown_preset_is_answered_with_the_known_ones():
     with pytest.raises(ValueError, match="no preset 'tiny'; the presets are smoke, shapes, imagenet, t2i"):
         UNetConfig.preset("tiny")
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_absolute_positions_tell_left_from_right(absolute):
+    """Of an even picture that each cell sees alone: the convolutions are cut to their centre, so that only positions
+    can tell cells apart."""
+    config = for_platform(UNetConfig.preset("smoke", absolute_positions=absolute), "cpu")
+    network, _ = build(config)
+    params = drawn(network)
+    cut = {
+        path: jnp.zeros_like(leaf).at[1, 1].set(leaf[1, 1]) if leaf.ndim == 4 and leaf.shape[0] == 3 else leaf
+        for path, leaf in flatten(params).items()
+    }
+    x, time, context = inputs(config)
+    v = velocity(network, unflatten(cut), (jnp.ones_like(x), time, context))
+    spread = float(jnp.abs(v - v[:, :1, :1]).max())
+    assert spread > 1e-3 if absolute else spread < 1e-5
