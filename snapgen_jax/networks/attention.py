@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from snapgen_jax.networks.layers import Init, Linear, RMSNorm
@@ -151,7 +152,7 @@ class Attention(nnx.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        y = attend(q, k, v, bias)
+        y = checkpoint_name(attend(q, k, v, bias), "attention")
         return self.out(y.reshape(*y.shape[:2], self.heads * self.head_dim))
 
     def _split(self, x: jax.Array, heads: int) -> jax.Array:

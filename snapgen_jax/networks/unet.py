@@ -7,7 +7,8 @@ input on the way up.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,9 +33,17 @@ RULES: list[tuple[str, PartitionSpec]] = [
     (r"conv_out/kernel$", PartitionSpec(None, None, "fsdp", None)),
     (r"(conv|conv_in|conv_1|conv_2|skip|pointwise)/kernel$", PartitionSpec(None, None, None, "fsdp")),
     (r"(key|value)/kernel$", PartitionSpec("fsdp", None)),
-    (r"(out|outer|project_out)/kernel$", PartitionSpec("fsdp", None)),
-    (r"(query|inner|project_in|embedding)/kernel$", PartitionSpec(None, "fsdp")),
+    (r"(out|outer|project_out)/kernel$", PartitionSpec("tensor", "fsdp")),
+    (r"(query|inner|project_in|embedding)/kernel$", PartitionSpec("fsdp", "tensor")),
 ]
+
+
+_KEPT = jax.checkpoint_policies.save_only_these_names("attention")
+REMAT: dict[str, Callable[[Any], Any]] = {
+    "none": lambda unit: unit,
+    "blocks": jax.checkpoint,
+    "attention": functools.partial(jax.checkpoint, policy=_KEPT),
+}
 
 
 class UNet(nnx.Module):
@@ -114,6 +123,7 @@ class UNet(nnx.Module):
         config, stages = self.config, len(self.config.channels)
         _check_inputs(config, x, time, context)
         tap = Taps(tap_names(config), taps, reuse)
+        remember = REMAT[config.remat]
 
         embedding = self.time(time)
         if self.pooled is not None:
@@ -127,7 +137,7 @@ class UNet(nnx.Module):
         for stage, units in enumerate(self.down):
             rope = _rope(config, stage, h)
             for i, unit in enumerate(units):
-                h = unit(h, embedding, states, bias, rope)
+                h = remember(unit)(h, embedding, states, bias, rope)
                 h = tap(h, f"down_{stage}_{i}", *([f"down_{stage}"] if i == config.units - 1 else []))
                 skips.append(h)
             if stage < stages - 1:
@@ -136,7 +146,7 @@ class UNet(nnx.Module):
 
         h = self.mid_residual(h, embedding)
         if self.mid_transformer is not None:
-            h = self.mid_transformer(h, states, bias, _rope(config, stages - 1, h))
+            h = remember(self.mid_transformer)(h, states, bias, _rope(config, stages - 1, h))
         if self.mid_residual_2 is not None:
             h = self.mid_residual_2(h, embedding)
         h = tap(shard(h, "image"), "mid")
@@ -144,7 +154,8 @@ class UNet(nnx.Module):
         for stage in reversed(range(stages)):
             rope = _rope(config, stage, h)
             for i, unit in enumerate(self.up[stage]):
-                h = unit(jnp.concatenate([h, skips.pop()], axis=-1), embedding, states, bias, rope)
+                joined = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = remember(unit)(joined, embedding, states, bias, rope)
                 h = tap(h, f"up_{stage}_{i}", *([f"up_{stage}"] if i == config.units else []))
             if stage:
                 h = tap(self.upsamplers[stage - 1](h), f"upsample_{stage}")

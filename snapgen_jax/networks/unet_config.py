@@ -46,6 +46,8 @@ class UNetConfig(Preset):
         time_width: number of time features that go in.
         embedding_width: width of the time embedding.
         groups: groups of every GroupNorm.
+        remat: what the backward pass finds computed: everything ("none"), the inputs of each unit alone ("blocks"), or
+            beside these the outputs of attention ("attention"). The less, the less memory and the more arithmetic.
         dtype, depthwise: platform choices, fixed by `module.for_platform`.
     """
 
@@ -75,6 +77,7 @@ class UNetConfig(Preset):
     time_width: int = 256
     embedding_width: int = 1024
     groups: int = 32
+    remat: Literal["none", "blocks", "attention"] = "none"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     depthwise: Literal["auto", "grouped", "shifted"] = "auto"
 

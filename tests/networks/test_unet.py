@@ -214,3 +214,22 @@ def test_absolute_positions_tell_left_from_right(absolute):
     v = velocity(network, unflatten(cut), (jnp.ones_like(x), time, context))
     spread = float(jnp.abs(v - v[:, :1, :1]).max())
     assert spread > 1e-3 if absolute else spread < 1e-5
+
+
+@pytest.mark.parametrize("config", [CONFIG, dataclasses.replace(CONFIG, depthwise="grouped")], ids=["cpu", "phone"])
+def test_remembering_less_changes_no_gradient_and_holds_fewer_bytes(config):
+    network, _ = build(config)
+    params, args, held = drawn(network), inputs(config), {}
+
+    def loss(network, params):
+        return jnp.square(apply(network, params, *args)[0]).sum()
+
+    exact = jax.jit(jax.grad(functools.partial(loss, network)))(params)
+    for remat in ("none", "attention", "blocks"):
+        other, _ = build(dataclasses.replace(config, remat=remat))
+        gradient = jax.jit(jax.grad(functools.partial(loss, other)))(params)
+        for name, leaf in flatten(gradient).items():
+            np.testing.assert_allclose(leaf, flatten(exact)[name], rtol=2e-4, atol=2e-4, err_msg=str(name))
+        backward = jax.eval_shape(lambda p, other=other: jax.vjp(functools.partial(loss, other), p)[1], params)
+        held[remat] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
+    assert held["blocks"] < held["attention"] < 0.7 * held["none"]
