@@ -42,6 +42,12 @@ def build_parser() -> argparse.ArgumentParser:
     train = add("train", _train, "Train, or go on training, to the end of a config.")
     _workdir(train)
     _config(train)
+    train.add_argument("--processes", type=int, help="how many processes the run has (default: what the cluster says)")
+    train.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where no cluster says it")
+    train.add_argument("--index", type=int, help="of this process, with --coordinator")
+    train.add_argument(
+        "--start_timeout_seconds", type=int, default=1800, help="how long to wait for the others (default: %(default)s)"
+    )
 
     config = add("config", _show_config, "Print a config with every default filled in.")
     _config(config)
@@ -71,6 +77,16 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--backend", choices=("jax2tf", "litert"), default="jax2tf", help="converter (default: %(default)s)"
     )
+
+    data = add("data", _data, "Draw batches and train on none: how fast the input is.")
+    _workdir(data)
+    _config(data)
+    data.add_argument("--batches", type=int, default=100, help="how many (default: %(default)s)")
+
+    plan = add("plan", _plan, "Whether a config fits TPUs that are not here, and what it will cost.")
+    _config(plan)
+    plan.add_argument("--topology", required=True, help="v5e:4x4, v5p:2x2x2, v6e:16x16, 2*v5e:4x4 ...")
+    plan.add_argument("--json", metavar="FILE", help="also write all figures there")
 
     status = add("status", _status, "Where a run stands, and what to do next.")
     _workdir(status)
@@ -106,22 +122,55 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"`snapgen {options.command}` takes no --config overrides (given: {', '.join(overrides)})")
     options.overrides = overrides
     _keep_compiled_programs()
+    return run_to_exit_code(options.command, lambda: options.run(options))
+
+
+def run_to_exit_code(command: str, run: Callable[[], None]) -> int:
+    """Runs a command, says what went wrong if something did, and ends this process's part in a run of several."""
     try:
-        options.run(options)
-    except RunError as error:
-        print(f"snapgen {options.command}: {error}", file=sys.stderr)
-        return int(error.code)
-    except DataError as error:
-        print(f"snapgen {options.command}: {error}", file=sys.stderr)
-        return int(ExitCode.BAD_CONFIG)
-    except KeyboardInterrupt:
-        print(f"snapgen {options.command}: interrupted", file=sys.stderr)
-        return 130
-    except OSError as error:
+        run()
+    except (RunError, DataError, KeyboardInterrupt, OSError) as error:
+        return _leave(*_explain(command, error))
+    except Exception as error:
+        cluster = _cluster()
+        if cluster is None:
+            raise
         traceback.print_exc()
-        print(f"snapgen {options.command}: {error}", file=sys.stderr)
-        return int(ExitCode.INFRASTRUCTURE)
-    return int(ExitCode.DONE)
+        if type(error).__name__ == "JaxRuntimeError":
+            cluster.explain_lost_peer()
+        return _leave(1, traceback.format_exc())
+    return _leave(ExitCode.DONE)
+
+
+def _cluster() -> Any:
+    """The other processes of this run, if it has any."""
+    hosts = sys.modules.get("snapgen_jax.parallel.hosts")
+    return None if hosts is None or hosts.current().count == 1 else hosts.current()
+
+
+def _explain(command: str, error: BaseException) -> tuple[int, str]:
+    """Prints what an error means to the user; returns the exit code and what was printed."""
+    code = error.code if isinstance(error, RunError) else ExitCode.INFRASTRUCTURE
+    if isinstance(error, DataError):
+        code = ExitCode.BAD_CONFIG
+    elif isinstance(error, OSError):
+        traceback.print_exc()
+    text = f"snapgen {command}: {'interrupted' if isinstance(error, KeyboardInterrupt) else error}"
+    print(text, file=sys.stderr, flush=True)
+    return 130 if isinstance(error, KeyboardInterrupt) else int(code), text
+
+
+def _leave(code: int, text: str = "") -> int:
+    """Ends this process's part in a run of several: with the others if it went well, else it ends them too."""
+    cluster = _cluster()
+    if cluster is None:
+        return int(code)
+    if code in (ExitCode.DONE, ExitCode.PREEMPTED):
+        cluster.leave()
+        return int(code)
+    cluster.fail(int(code), text)
+    sys.stdout.flush()
+    os._exit(int(code))
 
 
 def _keep_compiled_programs() -> None:
@@ -157,11 +206,35 @@ def _quickstart(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from snapgen_jax.experiment import Experiment, prepare_workdir
+    from snapgen_jax.parallel import hosts
 
     config = _load_experiment(options)
+    try:
+        hosts.start(options.processes, options.coordinator, options.index, options.start_timeout_seconds)
+    except hosts.ClusterError as error:
+        raise ConfigError(str(error)) from error
     experiment = Experiment(config, options.workdir)
     prepare_workdir(config, options.workdir)
     experiment.train()
+
+
+def _data(options: argparse.Namespace) -> None:
+    from snapgen_jax.experiment import Experiment
+
+    numbers = Experiment(_load_experiment(options), options.workdir).read(options.batches)
+    print(
+        f"{numbers['examples_per_second']:,.1f} examples/s over {options.batches} batches; "
+        f"the first took {numbers['first_batch_seconds']:.2f} s"
+    )
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from snapgen_jax.experiment import plan
+
+    plans = plan(_load_experiment(options), options.topology)
+    print("\n\n".join(found.table() for found in plans))
+    if options.json:
+        epath.Path(options.json).write_text(json.dumps([found.to_json() for found in plans], indent=2) + "\n")
 
 
 def _show_config(options: argparse.Namespace) -> None:

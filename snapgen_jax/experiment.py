@@ -10,9 +10,11 @@ import functools
 import importlib.metadata
 import itertools
 import json
+import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -24,19 +26,24 @@ from ml_collections import ConfigDict
 from snapgen_jax.config import Config, ExperimentConfig, build, from_json, recipe_class, to_json
 from snapgen_jax.data.pipeline import Pipeline
 from snapgen_jax.data.sources import build_source
+from snapgen_jax.data.synthetic import SyntheticBatches
 from snapgen_jax.data.tokenizer import Tokenizer, build_tokenizer
 from snapgen_jax.evaluation import registry
 from snapgen_jax.evaluation.interfaces import EvaluatorSpec
 from snapgen_jax.evaluation.pictures import png_bytes
-from snapgen_jax.generation import Generator, load
-from snapgen_jax.training import loop
+from snapgen_jax.generation import Generator, load, load_recipe, load_weights
+from snapgen_jax.parallel.hosts import current
+from snapgen_jax.parallel.mesh import check_batch, make_mesh
+from snapgen_jax.parallel.plan import Plan, plan_step, topology
+from snapgen_jax.training import loop, progress
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.files import write_whole
-from snapgen_jax.training.loop import LoopConfig, ScheduledEvaluator
+from snapgen_jax.training.loop import Batches, LoopConfig, ScheduledEvaluator
 from snapgen_jax.training.recipe import Recipe
 from snapgen_jax.training.state import TrainState
 
 Tree = Any
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "snapgen-jax")
 
 
@@ -46,7 +53,8 @@ class Experiment:
     Attributes:
         config: the whole config, as a dataclass.
         recipe: the method.
-        tokenizer: captions to ids; trained on the captions of the source at first, then kept in the workdir.
+        tokenizer: captions to ids; trained on the captions of the source at first, then kept in the workdir. None for
+            synthetic batches.
         data: training batches.
     """
 
@@ -59,23 +67,25 @@ class Experiment:
             self.recipe: Recipe = cls(build(cls.Config, config), backend or jax.default_backend())
         except ValueError as error:
             raise ConfigError(f"recipe {self.config.recipe!r}: {error}") from error
+        self.tokenizer: Tokenizer | None = None
+        specs, share = self.recipe.batch_specs(), {"host_index": jax.process_index(), "host_count": jax.process_count()}
+        if self.config.data.source == "synthetic":
+            self.data: Batches = SyntheticBatches(specs, seed=self.config.seed, **share)
+            return
         source = build_source(self.config.data, "train")
         self.tokenizer = self._tokenizer(source)
         self.data = Pipeline(
-            self.config.data,
-            self.recipe.batch_specs(),
-            self.tokenizer,
-            seed=self.config.seed,
-            host_index=jax.process_index(),
-            host_count=jax.process_count(),
-            split="train",
-            source=source,
+            self.config.data, specs, self.tokenizer, seed=self.config.seed, split="train", source=source, **share
         )
 
     def _tokenizer(self, source: Any) -> Tokenizer:
         path = self.workdir / "tokenizer.json"
-        if path.exists():
-            return Tokenizer.load(path)
+        if not path.exists() and current().index == 0:
+            self._make_tokenizer(source, path)
+        current().barrier("tokenizer")
+        return Tokenizer.load(path)
+
+    def _make_tokenizer(self, source: Any, path: epath.Path) -> None:
         tokenizer = build_tokenizer(self.config.data, source)
         room = getattr(self.recipe, "vocab_size", tokenizer.vocab_size)
         if tokenizer.vocab_size > room:
@@ -85,10 +95,12 @@ class Experiment:
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         tokenizer.save(path)
-        return tokenizer
 
     def evaluators(self) -> list[ScheduledEvaluator]:
-        """The recipe's evaluators, each run on a generator with the weights of the moment."""
+        """The recipe's evaluators, each run on a generator with the weights of the moment; none for synthetic batches,
+        which show nothing."""
+        if self.tokenizer is None:
+            return []
         generator = Generator(self.recipe, None, None, self.tokenizer)
 
         def scheduled(spec: Any) -> ScheduledEvaluator:
@@ -109,7 +121,27 @@ class Experiment:
         """Starts from the stage that `init_from` names, if it names one."""
         if not self.config.init_from:
             return state
-        return self.recipe.warm_start(state, load(self.config.init_from).params)
+        earlier = load_weights(self.config.init_from, load_recipe(self.config.init_from))
+        return self.recipe.warm_start(state, earlier)
+
+    def read(self, batches: int) -> dict[str, float]:
+        """Draws batches and computes nothing: what the input can do, without the device.
+
+        Returns:
+            `examples_per_second` of this process, and `first_batch_seconds`, before the clock of the former starts.
+        """
+        stream = self.data.batches(0)
+        try:
+            begin = time.perf_counter()
+            next(stream)
+            started = time.perf_counter()
+            examples = sum(len(next(stream).source_index) for _ in range(batches))
+            return {
+                "first_batch_seconds": started - begin,
+                "examples_per_second": examples / (time.perf_counter() - started),
+            }
+        finally:
+            progress.close(stream)
 
     def train(self) -> TrainState:
         """Runs the loop to the end of the config, from wherever the workdir stands."""
@@ -199,8 +231,41 @@ def export(
     return report.numbers
 
 
+def plan(config: ConfigDict, name: str) -> list[Plan]:
+    """What a config's step needs and costs on chips that are not here: one plan for each batch shape.
+
+    Args:
+        config: the experiment.
+        name: of the topology, "v5e:4x4"; see `parallel.plan.topology`.
+
+    Raises:
+        ConfigError: the topology is unknown, or the mesh or the batch does not fit it.
+    """
+    experiment: ExperimentConfig = build(ExperimentConfig, config)
+    cls = recipe_class(experiment.recipe)
+    try:
+        recipe: Recipe = cls(build(cls.Config, config), "tpu")
+        where = topology(name)
+        mesh = make_mesh(experiment.mesh, where.devices)
+        plans = []
+        for bucket, spec in recipe.batch_specs().items():
+            batch = jax.tree.leaves(spec)[0].shape[0]
+            check_batch(batch, experiment.microbatches, mesh)
+            lowered, state = loop.lower_abstract_step(recipe, experiment.seed, mesh, bucket)
+            facts = {"bucket": bucket, "global_batch": batch, "train_steps": experiment.train_steps}
+            plans.append(plan_step(lowered, where, mesh, state=state, **facts))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return plans
+
+
 def prepare_workdir(config: ConfigDict, workdir: epath.PathLike, command: list[str] | None = None) -> None:
-    """Writes `config.json` and `run.json`; names what changed if the workdir had another config."""
+    """Writes `config.json` and `run.json`; names what changed if the workdir had another config.
+
+    Of several processes the first one does.
+    """
+    if current().index:
+        return
     workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "config.json"
@@ -215,6 +280,7 @@ def prepare_workdir(config: ConfigDict, workdir: epath.PathLike, command: list[s
         "machine": f"{platform.machine()}, {jax.device_count()} x {jax.devices()[0].device_kind}",
         "hosts": jax.process_count(),
         "packages": {name: _version(name) for name in PACKAGES},
+        "flags": {name: os.environ[name] for name in FLAGS if os.environ.get(name)},
     }
     write_whole(workdir / "run.json", json.dumps(run, indent=2) + "\n")
 

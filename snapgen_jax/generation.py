@@ -13,17 +13,16 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from snapgen_jax.config import Config, build, from_json, recipe_class, system_class
+from snapgen_jax.config import Config, build, from_json, recipe_class
 from snapgen_jax.data.pretrained_tokenizers import PretrainedTokenizer
 from snapgen_jax.data.tokenizer import Tokenizer
 from snapgen_jax.networks.module import Platform
 from snapgen_jax.parallel.mesh import make_mesh
 from snapgen_jax.systems import sd35
-from snapgen_jax.systems.sd35 import SD35, SD35Generator
+from snapgen_jax.systems.sd35 import SD35, SD35Config, SD35Generator
 from snapgen_jax.training.checkpoint import Checkpointer
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.keys import example_keys, key
@@ -39,17 +38,19 @@ class Generator:
         recipe: what was trained.
         params: `{player: weights}`, averaged ones where the run keeps an average.
         frozen: the recipe's frozen networks.
-        tokenizer: prompts to ids.
+        tokenizer: prompts to ids; None for a recipe that takes stored text states, which draws nothing from prompts.
     """
 
-    def __init__(self, recipe: Recipe, params: Tree, frozen: Tree, tokenizer: Tokenizer):
+    def __init__(self, recipe: Recipe, params: Tree, frozen: Tree, tokenizer: Tokenizer | None):
         self.recipe, self.params, self.frozen, self.tokenizer = recipe, params, frozen, tokenizer
-        spec = next(iter(recipe.batch_specs().values()))
-        self.max_tokens = spec["tokens"].shape[1]
         self._jitted = functools.lru_cache(maxsize=16)(self._jit)
 
     def _jit(self, options: tuple[tuple[str, Any], ...]) -> Any:
-        return jax.jit(functools.partial(self.recipe.generate, **dict(options)))
+        def generate(params: Tree, frozen: Tree, conditions: Tree, seed: jax.Array, indices: jax.Array) -> Tree:
+            keys = example_keys(seed, indices, "generate")
+            return self.recipe.generate(params, frozen, conditions, keys, **dict(options))
+
+        return jax.jit(generate, out_shardings=_on_every_host(self.params))
 
     def generate(
         self,
@@ -87,7 +88,13 @@ class Generator:
             raise ValueError(
                 f"{len(prompts)} prompts came with {len(where)} indices; give at least one prompt, and one index each"
             )
-        tokens, mask = self.tokenizer.encode(prompts, self.max_tokens)
+        if self.tokenizer is None:
+            raise ConfigError(
+                "this run was trained on stored text states and holds no text encoder, so it draws nothing from "
+                "prompts; call `recipe.generate(params, frozen, states, keys)` with such states"
+            )
+        length = next(iter(self.recipe.batch_specs().values()))["tokens"].shape[1]
+        tokens, mask = self.tokenizer.encode(prompts, length)
         jitted = self._jitted(tuple(sorted(options.items())))
         size = min(batch_size, len(prompts))
         parts = []
@@ -95,10 +102,18 @@ class Generator:
             rows = np.arange(start, start + size) % len(
                 prompts
             )  # the last batch is filled up, so that one program serves
-            conditions = {"tokens": jnp.asarray(tokens[rows]), "mask": jnp.asarray(mask[rows])}
-            keys = example_keys(seed, jnp.asarray(where[rows]), "generate")
-            parts.append(jax.device_get(jitted(self.params, self.frozen, conditions, keys)))
+            conditions = {"tokens": tokens[rows], "mask": mask[rows]}
+            drawn = jitted(self.params, self.frozen, conditions, np.int32(seed), where[rows].astype(np.int32))
+            parts.append(jax.device_get(drawn))
         return {name: np.concatenate([part[name] for part in parts])[: len(prompts)] for name in parts[0]}
+
+
+def _on_every_host(params: Tree) -> jax.sharding.NamedSharding | None:
+    """Where results must lie for each of several processes to read them whole; None for one process alone."""
+    if jax.process_count() == 1:
+        return None
+    mesh = next(leaf.sharding.mesh for leaf in jax.tree.leaves(params))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
 def load_recipe(workdir: epath.PathLike, platform: str | None = None) -> Recipe:
@@ -130,6 +145,26 @@ def load(workdir: epath.PathLike, step: int | None = None, platform: str | None 
     """
     workdir = epath.Path(workdir)
     recipe = load_recipe(workdir, platform)
+    tokenizer = workdir / "tokenizer.json"
+    return Generator(
+        recipe,
+        load_weights(workdir, recipe, step),
+        recipe.load_frozen(None),
+        Tokenizer.load(tokenizer) if tokenizer.exists() else None,
+    )
+
+
+def load_weights(workdir: epath.PathLike, recipe: Recipe, step: int | None = None) -> Tree:
+    """`{player: weights}` of a trained run, averaged ones where it keeps an average; nothing else is read.
+
+    Args:
+        workdir: of the run.
+        recipe: the run's recipe, see `load_recipe`.
+        step: which checkpoint; the newest by default.
+
+    Raises:
+        ConfigError: there is no checkpoint, or one of another shape.
+    """
     checkpointer = Checkpointer(workdir)
     try:
         found = checkpointer.latest_step() if step is None else step
@@ -139,10 +174,9 @@ def load(workdir: epath.PathLike, step: int | None = None, platform: str | None 
             )
         state = jax.eval_shape(recipe.init, key(0, 0, "init"))
         spec = {name: player.params for name, player in state.players.items()}
-        params = checkpointer.restore_weights(spec, found)
+        return checkpointer.restore_weights(spec, found)
     finally:
         checkpointer.close()
-    return Generator(recipe, params, recipe.load_frozen(None), Tokenizer.load(workdir / "tokenizer.json"))
 
 
 def load_system(config: Config, folder: str | os.PathLike[str], platform: str | None = None) -> SD35Generator:
@@ -162,13 +196,12 @@ def load_system(config: Config, folder: str | os.PathLike[str], platform: str | 
         )
     root, backend = pathlib.Path(folder), cast(Platform, platform or jax.default_backend())
     try:
-        system_config = build(system_class(str(config["system"])).Config, config)
+        system_config = build(SD35Config, config)
         system = SD35(system_config, sd35.read_configs(root), backend)
         mesh = make_mesh(system_config.mesh) if jax.device_count() > 1 else None
         system.latent_shape()
         params = system.load(root, mesh)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    names = {name: folder for name, folder in sd35.TOKENIZERS.items() if name in system.networks}
-    tokenizers = {name: PretrainedTokenizer.load(root / folder) for name, folder in names.items()}
+    tokenizers = {name: PretrainedTokenizer.load(root / sd35.TOKENIZERS[name]) for name in system.text_encoders}
     return SD35Generator(system, params, tokenizers, mesh)

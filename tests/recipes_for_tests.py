@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from snapgen_jax.training.optimizer import OptimizerConfig, clip_by_joint_norm, make_optimizer, new_player, step_player
 from snapgen_jax.training.state import TrainState
@@ -52,7 +52,8 @@ class TwoPlayers:
 
     def load_frozen(self, mesh):
         matrix = np.linalg.qr(np.random.default_rng(0).normal(size=(WIDTH, WIDTH)))[0]
-        return {"projection": jnp.asarray(matrix, jnp.float32)}
+        where = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        return {"projection": jax.device_put(matrix.astype(np.float32), where)}
 
     def update(self, state, frozen, batch, key):
         x = batch["sequence"]
@@ -103,10 +104,10 @@ class Drawn:
 
 
 class Sequences:
-    """Batches as a pure function of their position; the two lengths take turns."""
+    """Batches as a pure function of their position, or one host's share of them; the two lengths take turns."""
 
-    def __init__(self, recipe):
-        self.recipe, self.drawn = recipe, []
+    def __init__(self, recipe, host=0, hosts=1):
+        self.recipe, self.drawn, self.share = recipe, [], slice(host, None, hosts)
 
     def batches(self, position):
         while True:
@@ -114,5 +115,6 @@ class Sequences:
             length = self.recipe.lengths[position % len(self.recipe.lengths)]
             x = rng.normal(size=(self.recipe.batch_size, length, WIDTH)).astype(np.float32)
             self.drawn.append(position)
-            yield Drawn(f"length{length}", {"sequence": x}, np.arange(len(x)) + position * len(x))
+            index = np.arange(len(x)) + position * len(x)
+            yield Drawn(f"length{length}", {"sequence": x[self.share]}, index[self.share])
             position += 1

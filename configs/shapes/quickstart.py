@@ -67,8 +67,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         }
     )
     c.prediction = "x_0"  # 48 channels of noise need not pass through a network 48 wide
-    # Flat colours survive much noise: what a caption says is decided at t > 0.85 and where things go at t > 0.95. Training
-    # begins there, and ends where outlines are drawn.
+    # Flat colours survive much noise: what a caption says is decided at t > 0.85 and where things go at t > 0.95. So
+    # training begins there, and ends where outlines are drawn.
     c.timesteps = ConfigDict({"density": "logit_normal", "mean": 1.7, "final_mean": 0.4, "std": 1.2})
     c.loss_full_from = 0.5  # with little noise the velocity's error is the image's many times over
     c.optimizer = ConfigDict({"learning_rate": 3e-3, "schedule": "linear", "warmup_steps": 200})

@@ -18,7 +18,8 @@ class DataConfig:
 
     Attributes:
         source: "shapes" (rendered scenes), "digits" (scikit-learn's scanned digits), "folder" (own images with
-            captions) or "tfds" (any TFDS image data set).
+            captions), "tfds" (any TFDS image data set) or "synthetic" (random batches of whatever shapes the recipe
+            asks for, drawn once: a run on them shows the speed of the device alone).
         path: "folder": the folder. "tfds": the data directory; empty means TFDS's default.
         name: "tfds": the data set, with config and version where wanted: "imagenet2012", "coco_captions/2014:1.1.0".
         train_split: "tfds": TFDS split of the training examples.
@@ -39,7 +40,7 @@ class DataConfig:
         shapes: the shapes data set.
     """
 
-    source: Literal["shapes", "digits", "folder", "tfds"] = "shapes"
+    source: Literal["shapes", "digits", "folder", "tfds", "synthetic"] = "shapes"
     path: str = ""
     name: str = ""
     train_split: str = "train"

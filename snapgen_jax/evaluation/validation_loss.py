@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from snapgen_jax.evaluation.interfaces import EvaluationResult, ValidationData
 
@@ -48,8 +49,8 @@ class ValidationLoss:
         examples = 0.0
         with contextlib.closing(iter(dataset)) as batches:  # type: ignore[type-var]  # a generator
             for index, batch in enumerate(itertools.islice(batches, self.batches)):
-                key = jax.random.fold_in(jax.random.key(self.seed), index)
-                totals, valid = self._totals(generator.params, generator.frozen, batch.arrays, batch.valid, key)
+                number = np.int32(index)
+                totals, valid = self._totals(generator.params, generator.frozen, batch.arrays, batch.valid, number)
                 examples += float(valid)
                 for name, total in totals.items():
                     sums[name] = sums.get(name, 0.0) + float(total)
@@ -65,8 +66,9 @@ class ValidationLoss:
         """Sums over a batch, reduced on the device, so that a batch may be spread over hosts. Compiled once."""
 
         def totals(
-            params: Tree, frozen: Tree, arrays: Tree, valid: jax.Array, key: jax.Array
+            params: Tree, frozen: Tree, arrays: Tree, valid: jax.Array, index: jax.Array
         ) -> tuple[dict[str, jax.Array], jax.Array]:
+            key = jax.random.fold_in(jax.random.key(self.seed), index)
             count = jnp.sum(valid, dtype=jnp.float32)
 
             def total(loss: jax.Array) -> jax.Array:

@@ -20,8 +20,8 @@ __all__ = ["RULES", "ClipText", "ClipTextConfig", "input_spec", "null_tokens"]
 
 RULES: list[tuple[str, PartitionSpec]] = [
     (r"token_embedding$", PartitionSpec("fsdp", None)),
-    (r"(query|key|value|inner)/kernel$", PartitionSpec(None, "fsdp")),
-    (r"(out|outer|projection)/kernel$", PartitionSpec("fsdp", None)),
+    (r"(query|key|value|inner)/kernel$", PartitionSpec("fsdp", "tensor")),
+    (r"(out|outer|projection)/kernel$", PartitionSpec("tensor", "fsdp")),
 ]
 
 

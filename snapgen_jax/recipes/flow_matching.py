@@ -118,6 +118,7 @@ class FlowMatching:
                 f"the codec gives {channels.pop()} latent channels and unet.latent_channels is "
                 f"{config.unet.latent_channels}; make them equal"
             )
+        self.prediction, self.full_from = config.prediction, config.loss_full_from
         self.unet, self.unet_spec = build(for_platform(config.unet, platform))
         self.text, self.text_spec = build(for_platform(config.text, platform))
         self.optimizer: optax.GradientTransformation = make_optimizer(config.optimizer, config.train_steps)
@@ -180,16 +181,20 @@ class FlowMatching:
     def predict(self, params: Tree, x_t: jax.Array, t: jax.Array, context: TextContext) -> jax.Array:
         """Velocity `[B, h, w, c]` at `x_t` `[B, h, w, c]` and `t` `[B]`."""
         out, _ = apply(self.unet, params["unet"], x_t, time_features(t, self.config.unet.time_width), context)
-        return out if self.config.prediction == "velocity" else velocity_from_x0(x_t, out, t)
+        return out if self.prediction == "velocity" else velocity_from_x0(x_t, out, t)
+
+    def condition(self, params: Tree, drawn: Tree) -> TextContext:
+        """What the UNet attends to, of a batch or of drawn captions."""
+        return self.encode_text(params, drawn["tokens"], drawn["mask"])
 
     def loss(self, params: Tree, drawn: Tree) -> tuple[jax.Array, Metrics]:
         """Mean flow matching loss of examples whose noise, times and captions are drawn."""
-        context = self.encode_text(params, drawn["tokens"], drawn["mask"])
+        context = self.condition(params, drawn)
         x_t = interpolate(drawn["x_0"], drawn["eps"], drawn["t"])
         v = self.predict(params, x_t, drawn["t"], context)
         losses = flow_matching_loss(v, velocity(drawn["x_0"], drawn["eps"]))
-        if self.config.loss_full_from:
-            losses = losses * jnp.square(jnp.minimum(1.0, drawn["t"] / self.config.loss_full_from))
+        if self.full_from:
+            losses = losses * jnp.square(jnp.minimum(1.0, drawn["t"] / self.full_from))
         return jnp.mean(losses), {}
 
     def draw(self, batch: Tree, key: jax.Array, step: int | jax.Array = 0) -> Tree:
@@ -265,12 +270,16 @@ class FlowMatching:
         latent, _ = sample(guided, noise, time_grid(steps, default.shift), method=method)
         return {"image": to_uint8(self.codec.decode(latent)), "latent": latent, "noise": noise}
 
+    def validation_batch(self, batch: Tree) -> tuple[jax.Array, Tree]:
+        """The clean latents `[B, h, w, c]` of a batch, and its captions."""
+        return self.codec.encode(from_uint8(batch["image"])), batch
+
     def validation_loss(self, params: Tree, frozen: Tree, batch: Tree, key: jax.Array) -> dict[str, jax.Array]:
         """Per-example loss `[B]` at each of `VALIDATION_TIMES`, with the same noise at each; and their mean."""
         del frozen
-        x_0 = self.codec.encode(from_uint8(batch["image"]))
+        x_0, captions = self.validation_batch(batch)
         eps = jax.random.normal(key, x_0.shape)
-        context = self.encode_text(params["model"], batch["tokens"], batch["mask"])
+        context = self.condition(params["model"], captions)
 
         def at(t: jax.Array) -> jax.Array:
             times = jnp.full(x_0.shape[:1], t)
@@ -286,7 +295,7 @@ class FlowMatching:
         when = self.config.evaluation
         parts = {
             "validation_loss": {"function": self.validation_loss},
-            "sample_grid": {"options": {"prompts": self.config.sample_prompts}},
+            "sample_grid": {"options": {"prompts": getattr(self.config, "sample_prompts", ())}},
         }
         return [
             EvaluatorSpec(

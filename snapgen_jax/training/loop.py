@@ -1,8 +1,9 @@
 """The one training loop. Its order, for every recipe:
 
-    save (the old state, before the iterator moves) -> evaluate -> next batch -> update -> log -> look for preemption
+    save (the old state, before the iterator moves) -> evaluate -> look for preemption -> next batch -> update -> log
 
-It knows recipes by their contract only, and waits for the device only to log, to save and to evaluate.
+It knows recipes by their contract only, and waits for the device only to log, to save and to evaluate. On several hosts
+every process runs it in step; the first one alone writes and prints.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from snapgen_jax.evaluation.interfaces import EvaluationResult
+from snapgen_jax.parallel.chips import Roofline, chip_of_kind
 from snapgen_jax.parallel.mesh import MeshConfig, batch_sharding, check_batch, make_mesh, put_batch
 from snapgen_jax.parallel.sharding import explain, summarize, tree_shardings
 from snapgen_jax.training import progress
@@ -27,7 +29,8 @@ from snapgen_jax.training.files import write_whole
 from snapgen_jax.training.fingerprint import fingerprint
 from snapgen_jax.training.keys import key
 from snapgen_jax.training.lifetime import Lifetime
-from snapgen_jax.training.metrics import MetricWriter
+from snapgen_jax.training.metrics import MetricWriter, evaluated
+from snapgen_jax.training.profile import Profiler
 from snapgen_jax.training.recipe import Metrics, Recipe
 from snapgen_jax.training.state import TrainState
 
@@ -45,6 +48,9 @@ class LoopConfig:
         max_skipped_steps: this many discarded updates in a row end the run.
         microbatches: gradient accumulation, for the check that the batch divides.
         tensorboard: mirror the JSON lines as TensorBoard event files.
+        stall_seconds: a phase (one update, one wait for data, one evaluation) that lasts longer is reported with the
+            stacks of all threads; 0 reports none.
+        profile_steps: "100:110" traces updates 100 to 109 into `profiles/` of the workdir; "" none.
     """
 
     seed: int = 0
@@ -53,6 +59,8 @@ class LoopConfig:
     max_skipped_steps: int = 20
     microbatches: int = 1
     tensorboard: bool = True
+    stall_seconds: float = 600.0
+    profile_steps: str = ""
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
@@ -108,7 +116,7 @@ def guards(metrics: Metrics, state: TrainState) -> list[jax.Array]:
 
 
 def make_step(recipe: Recipe, seed: int) -> Callable[[TrainState, Tree, Tree], tuple[TrainState, Metrics]]:
-    """The pure function that is jitted: an update, discarded as a whole if any number in it is not finite."""
+    """The pure function that is jitted: an update, discarded as a whole if its `guards` are not all finite."""
 
     def step(state: TrainState, frozen: Tree, batch: Tree) -> tuple[TrainState, Metrics]:
         new, metrics = recipe.update(state, frozen, batch, key(seed, state.step, "update"))
@@ -120,6 +128,44 @@ def make_step(recipe: Recipe, seed: int) -> Callable[[TrainState, Tree, Tree], t
         return new, {**metrics, "finite": finite}
 
     return step
+
+
+def lower_step(
+    recipe: Recipe, seed: int, mesh: Mesh, shardings: Tree, state: Tree, frozen: Tree, bucket: str
+) -> jax.stages.Lowered:
+    """The step of one bucket, lowered for a mesh: what a run compiles, and what a plan compiles without a device.
+
+    Args:
+        shardings: of the state.
+        state, frozen: arrays, or `ShapeDtypeStruct`s with shardings.
+        bucket: which of the recipe's batch shapes.
+    """
+    where = batch_sharding(mesh)
+    batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), recipe.batch_specs()[bucket])
+    jitted = jax.jit(make_step(recipe, seed), donate_argnums=0, out_shardings=(shardings, None))
+    with jax.set_mesh(mesh):
+        return jitted.lower(state, frozen, batch)
+
+
+def roofline(compiled: jax.stages.Compiled) -> Roofline | None:
+    """The least time of a compiled step on these devices; None where their peaks are not known."""
+    chip, cost = chip_of_kind(jax.devices()[0].device_kind), compiled.cost_analysis()
+    if chip is None or not cost:
+        return None
+    return Roofline(chip, float(cost.get("flops", 0.0)), float(cost.get("bytes accessed", 0.0)))
+
+
+def lower_abstract_step(recipe: Recipe, seed: int, mesh: Mesh, bucket: str) -> tuple[jax.stages.Lowered, Tree]:
+    """`lower_step` from shapes alone: no weight is read and no device touched. Returns it and the state's shapes."""
+    state = jax.eval_shape(lambda: recipe.init(key(seed, 0, "init")))
+    shardings = tree_shardings(state, recipe.rules(), mesh)
+    frozen = recipe.frozen_spec()
+
+    def placed(tree: Tree, places: Tree) -> Tree:
+        return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), tree, places)
+
+    frozen_placed = placed(frozen, tree_shardings(frozen, recipe.rules(), mesh))
+    return lower_step(recipe, seed, mesh, shardings, placed(state, shardings), frozen_placed, bucket), state
 
 
 class Run:
@@ -135,10 +181,13 @@ class Run:
                 raise ConfigError(str(error)) from error
         self.checkpointer = None if workdir is None else Checkpointer(workdir, config.checkpoint)
         goodput = None if workdir is None else workdir / "metrics" / "goodput.json"
-        self.life = Lifetime(goodput, on_idle_exit=self.wait_for_save)
-        self._step = make_step(recipe, config.seed)
+        self.life = Lifetime(goodput, self.wait_for_save, stall_seconds=config.stall_seconds)
+        self.first = jax.process_index() == 0
+        self.profiler = Profiler(config.profile_steps, None if workdir is None else workdir / "profiles")
         self._compiled: dict[str, Any] = {}
+        self.rooflines: dict[str, Roofline | None] = {}
         self.writer: MetricWriter | None = None
+        self._on_record: tuple[int, set[str]] = (-1, set())
         self.frozen_fingerprint = ""
         self._unlogged: list[tuple[int, np.ndarray, Metrics]] = []
         self._skipped_in_a_row = 0
@@ -190,12 +239,20 @@ class Run:
 
     def compile(self, state: TrainState, frozen: Tree) -> None:
         """Compiles the step for every bucket, before the first batch is drawn."""
-        sharding = batch_sharding(self.mesh)
-        jitted = jax.jit(self._step, donate_argnums=0, out_shardings=(self.shardings, None))
-        for bucket, spec in self.specs.items():
-            placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), spec)
-            with jax.set_mesh(self.mesh):
-                self._compiled[bucket] = jitted.lower(state, frozen, placed).compile()
+        for bucket in self.specs:
+            lowered = lower_step(self.recipe, self.config.seed, self.mesh, self.shardings, state, frozen, bucket)
+            self._compiled[bucket] = lowered.compile()
+            self.rooflines[bucket] = roofline(self._compiled[bucket])
+
+    def open_records(self, state: TrainState, step: int) -> None:
+        """Cuts the records of the workdir back to the step that a run begins with, and opens them."""
+        if self.workdir is None:
+            return
+        self._on_record = (step, evaluated(self.workdir, step))
+        if self.first:
+            self.life.charge_lost_work(progress.lost_steps(self.workdir, step))
+            self.writer = MetricWriter(self.workdir, step, self.config.tensorboard)
+            write_whole(self.workdir / "parameters.txt", explain(state) + "\n")
 
     # --- the parts of a step ---
 
@@ -207,19 +264,22 @@ class Run:
             self.flush_metrics()
             self.checkpointer.save(state, position, self.meta())
             self.saved_step = step
+            self.life.saved(step)
             self.life.store(step)
 
     def evaluate(self, state: TrainState, frozen: Tree, step: int, evaluators: Sequence[ScheduledEvaluator]) -> None:
         """Runs the evaluators that are due and not on record."""
         last = step == self.config.train_steps
         due = [e for e in evaluators if e.due(step, last)]
-        on_record = set() if self.writer is None else self.writer.evaluated(step)
-        for evaluator in [e for e in due if e.name not in on_record]:
+        done_at, done = self._on_record
+        for evaluator in [e for e in due if step != done_at or e.name not in done]:
             with self.life.phase("evaluation"):
                 result = evaluator.run(inference_weights(state), frozen)
+                self.life.together(f"{evaluator.name} at step {step}")
             if self.writer is not None:
                 self.writer.evaluation(step, evaluator.name, result.numbers, result.pictures)
-            print(progress.evaluation_line(step, evaluator.name, result.numbers), flush=True)
+            if self.first:
+                print(progress.evaluation_line(step, evaluator.name, result.numbers), flush=True)
 
     def update(self, state: TrainState, frozen: Tree, batch: Any, step: int) -> TrainState:
         """One update; its metrics stay on the device until they are logged."""
@@ -290,19 +350,19 @@ def train(
             raise ConfigError(str(error)) from error
     run = Run(recipe, config, mesh, None if workdir is None else epath.Path(workdir))
     life = run.life
-    with life.signals():
+    with life.watch():
         frozen = run.load_frozen()
         state, position = run.start(warm_start)
-        step = int(state.step)
-        life.charge_lost_work(progress.lost_steps(run.workdir, step))
-        run.writer = None if run.workdir is None else MetricWriter(run.workdir, step, config.tensorboard)
-        say = progress.Reporter(config.train_steps, step, quiet)
+        step = start = int(state.step)
+        life.saved(start)
+        say = progress.Reporter(config.train_steps, step, quiet or not run.first)
         say.start(summarize(state, depth=4), run.mesh, step)
-        if run.workdir is not None:
-            write_whole(run.workdir / "parameters.txt", explain(state) + "\n")
-        if step < config.train_steps:
-            with life.phase("compile"):
+        run.open_records(state, start)
+        with life.phase("compile"):
+            if step < config.train_steps:
                 run.compile(state, frozen)
+                say.peaks(list(run.rooflines.values()))
+            life.together("start")
         stream = data.batches(position)
         try:
             while True:
@@ -313,26 +373,29 @@ def train(
                 run.evaluate(state, frozen, step, evaluators)
                 if step == config.train_steps:
                     break
+                if not life.begin(step + 1):
+                    if step > start:
+                        run.save(state, step, position)
+                    run.wait_for_save()
+                    raise PreemptedError(f"stopped at step {step} with everything saved; run the same command to go on")
+                run.profiler.before(step + 1, state)
                 with life.phase("data"):
                     batch = next(stream)
                 position += 1
                 with life.phase("step"):
                     state = run.update(state, frozen, batch, step + 1)
                     step += 1
-                    say.count(len(batch.source_index) * jax.process_count())
+                    say.count(len(batch.source_index) * jax.process_count(), run.rooflines[batch.bucket])
                     if step % config.log_every_steps == 0 or step == config.train_steps:
                         # One interval behind: the device never waits for the host to fetch and write.
                         means = run.flush_metrics(leave=0 if step == config.train_steps else config.log_every_steps)
                         line, perf = say.interval(step, means, life.seconds(), run.saved_step)
                         if run.writer is not None and perf:
                             run.writer.perf(perf)
-                        if line and not quiet:
+                        if line and not say.quiet:
                             print(line, flush=True)
-                if life.preempted:
-                    run.save(state, step, position)
-                    run.wait_for_save()
-                    raise PreemptedError(f"stopped at step {step} with everything saved; run the same command to go on")
         finally:
+            run.profiler.stop(state)
             progress.close(stream)
             if run.writer is not None:
                 run.writer.close()

@@ -33,6 +33,12 @@ def read_lines(path: epath.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
+def evaluated(workdir: epath.PathLike, step: int) -> set[str]:
+    """Evaluators whose numbers at `step` are on record in a workdir."""
+    records = read_lines(epath.Path(workdir) / "metrics" / "evaluation.jsonl")
+    return {record["evaluator"] for record in records if record["step"] == step}
+
+
 class MetricWriter:
     """Writes the metrics of a workdir. `start_step` is the step restored: later lines belong to work that was lost."""
 
@@ -93,10 +99,6 @@ class MetricWriter:
         if self._board is not None:
             for key, value in numbers.items():
                 self._board.add_scalar(f"evaluation/{key}", value, step)
-
-    def evaluated(self, step: int) -> set[str]:
-        """Evaluators whose numbers at `step` are on record already."""
-        return {r["evaluator"] for r in read_lines(self._metrics / "evaluation.jsonl") if r["step"] == step}
 
     def close(self) -> None:
         """Flushes the mirror."""

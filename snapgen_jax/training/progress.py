@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from snapgen_jax.parallel.chips import Roofline
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.metrics import read_lines
 
@@ -77,22 +79,41 @@ class Reporter:
     def __init__(self, train_steps: int, start_step: int, quiet: bool):
         self.train_steps, self.start_step, self.quiet = train_steps, start_step, quiet
         self._examples = 0
+        self._at_best = [0.0, 0.0]  # seconds of arithmetic, and of the tightest resource, in this interval
         self._step = start_step
         self._seconds: Mapping[str, float] | None = None
         self._time = time.monotonic()
 
     def start(self, table: str, mesh: Mesh, step: int) -> None:
         """Prints where everything lies, and where the run begins."""
-        if self.quiet or jax.process_index():
+        if self.quiet:
             return
         print(table)
         axes = " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
         begin = f"resuming at step {step:,}" if step else "starting from nothing"
         print(f"mesh {axes} on {mesh.size} {jax.devices()[0].device_kind} devices; {begin}", flush=True)
+        for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"):
+            if os.environ.get(name):
+                print(f"{name}={os.environ[name]}", flush=True)
 
-    def count(self, examples: int) -> None:
-        """Adds the examples of one global batch."""
+    def peaks(self, rooflines: Sequence[Roofline | None]) -> None:
+        """Prints what the utilisation in the progress line is a share of, where the device's peaks are known."""
+        known = [found for found in rooflines if found is not None]
+        if known and not self.quiet:
+            chip = known[0].chip
+            print(
+                f"MFU: XLA's count of operations, recomputation included, over {chip.flops / 1e12:g} TFLOP/s (dense "
+                f"bfloat16, one {chip.name} chip). roof: the time at that peak or at {chip.hbm_bandwidth / 1e9:g} GB/s "
+                f"of memory, whichever is longer, over the time taken. Here the step is bound by {known[0].bound}.",
+                flush=True,
+            )
+
+    def count(self, examples: int, roofline: Roofline | None = None) -> None:
+        """Adds one update: its examples, and what it takes at best."""
         self._examples += examples
+        if roofline is not None:
+            self._at_best[0] += roofline.times["compute"]
+            self._at_best[1] += roofline.seconds
 
     def interval(
         self, step: int, means: Mapping[str, float], seconds: Mapping[str, float], saved_step: int
@@ -110,13 +131,18 @@ class Reporter:
             "data_wait_share": spent["data"] / busy,
             "time": time.time(),
         }
+        used = ""
+        if self._at_best[1]:
+            perf["mfu"], perf["roofline_share"] = (seconds / busy for seconds in self._at_best)
+            used = f"MFU {100 * perf['mfu']:.0f}% roof {100 * perf['roofline_share']:.0f}% | "
+            self._at_best = [0.0, 0.0]
         left = (self.train_steps - step) * (now - self._time) / steps
         self._seconds, self._step, self._examples, self._time = dict(seconds), step, 0, now
         shown = "".join(f"{k} {means[k]:.4g} | " for k in ("loss", "grad_norm") if k in means)
         saved = f" | ckpt {saved_step:,}" if saved_step >= 0 else ""
         line = (
             f"step {step:,}/{self.train_steps:,} {100 * step / self.train_steps:.1f}% | {shown}"
-            f"{rate:,.0f} examples/s | {1000 * perf['step_seconds']:.1f} ms | "
+            f"{rate:,.0f} examples/s | {1000 * perf['step_seconds']:.1f} ms | {used}"
             f"data {100 * perf['data_wait_share']:.1f}% | ETA {duration(left)}{saved}"
         )
         return line, perf

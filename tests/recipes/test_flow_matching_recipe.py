@@ -1,6 +1,7 @@
 """Flow matching as a recipe: what it learns, and that accumulation, meshes and stages change nothing else."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,16 @@ import pytest
 from snapgen_jax import inference_weights, train
 from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.codec import CodecConfig
+from snapgen_jax.networks.module import flatten
 from snapgen_jax.networks.unet import UNetConfig
 from snapgen_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig, SamplingConfig, initial_noise
+from snapgen_jax.training import loop
 from snapgen_jax.training.keys import example_keys, key
-from snapgen_jax.training.loop import make_step
+from snapgen_jax.training.loop import LoopConfig, make_step
 from snapgen_jax.training.optimizer import OptimizerConfig
 from snapgen_jax.training.recipe import Recipe
+from tests.recipes_for_tests import Drawn
 
 LENGTH = 6
 CONFIG = FlowMatchingConfig(
@@ -89,12 +93,53 @@ def test_accumulation_changes_nothing_but_rounding(prediction):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
 
 
-def test_eight_devices_give_the_loss_of_one():
-    _, one = one_update(recipe())
-    for mesh in (MeshConfig(data=8), MeshConfig(data=2, fsdp=4)):
-        _, many = one_update(recipe(), mesh)
-        np.testing.assert_allclose(one["loss"], many["loss"], rtol=1e-6)
-        np.testing.assert_allclose(one["grad_norm"], many["grad_norm"], rtol=1e-5)
+MESHES = {
+    "data parallel": MeshConfig(data=8),
+    "fully sharded": MeshConfig(data=1, fsdp=8),
+    "mixed": MeshConfig(data=2, fsdp=4),
+    "with tensor": MeshConfig(data=2, fsdp=2, tensor=2),
+}
+
+
+def losses(workdir, mesh, **changes):
+    """Five updates of one run."""
+    config = LoopConfig(train_steps=5, log_every_steps=1, tensorboard=False)
+    state = loop.train(recipe(**changes), Greys(), config, workdir=workdir, mesh=mesh, quiet=True)
+    lines = (workdir / "metrics" / "train.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines], state
+
+
+class Greys:
+    """Batches by position."""
+
+    def batches(self, position):
+        while True:
+            yield Drawn("8x8", batch(position), np.arange(16))
+            position += 1
+
+
+@pytest.fixture(scope="module")
+def on_one_device(tmp_path_factory):
+    return losses(tmp_path_factory.mktemp("one"), make_mesh(MeshConfig(data=1), jax.devices()[:1]))[0]
+
+
+@pytest.mark.parametrize(("name", "microbatches"), [*((name, 1) for name in MESHES), ("mixed", 2)])
+def test_any_mesh_and_accumulation_give_the_losses_of_one_device(tmp_path, on_one_device, name, microbatches):
+    mesh = MESHES[name]
+    many, state = losses(tmp_path, make_mesh(mesh), microbatches=microbatches)
+    np.testing.assert_allclose(many, on_one_device, rtol=1e-6)
+    player = state.players["model"]
+    for path, leaf in flatten(player.params).items():
+        moments = [moment.sharding for moment in _moments(player.opt_state, path)]
+        assert moments == [leaf.sharding] * 2, "the optimizer's moments lie where their parameter does"
+    if mesh.fsdp > 1:
+        sharded = [leaf for leaf in jax.tree.leaves(player.ema) if not leaf.sharding.is_fully_replicated]
+        assert sum(x.size for x in sharded) > 0.8 * sum(x.size for x in jax.tree.leaves(player.ema))
+
+
+def _moments(opt_state, name):
+    adam = next(s for s in jax.tree.leaves(opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(s, "mu"))
+    return [flatten(tree)[name] for tree in (adam.mu, adam.nu)]
 
 
 def test_a_later_stage_starts_with_the_loss_of_the_earlier_one():

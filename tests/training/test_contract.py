@@ -172,5 +172,5 @@ def test_a_changed_frozen_network_is_refused_on_resume(tmp_path, monkeypatch):
 
 
 def test_a_mesh_that_does_not_fit_the_devices_is_refused():
-    with pytest.raises(ValueError, match=r"mesh.data=3 x mesh.fsdp=1 does not fit 8 devices"):
+    with pytest.raises(ValueError, match=r"mesh.data=3 x mesh.fsdp=1 x mesh.tensor=1 does not fit 8 devices"):
         make_mesh(MeshConfig(data=3))

@@ -1,0 +1,92 @@
+"""The plan's arithmetic held against a step that runs: the roofline of this CPU, from its own measured peaks.
+
+    python -m benchmarks.plan_cpu
+
+Prints and stores (`results/plan_cpu.json`) the ratio of the measured time of a training step to the roofline's.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from snapgen_jax.config import build, load_config, recipe_class
+from snapgen_jax.parallel.chips import Chip, Roofline
+from snapgen_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
+from snapgen_jax.training import loop
+from snapgen_jax.training.keys import key
+
+RESULT = pathlib.Path(__file__).parent / "results" / "plan_cpu.json"
+CONFIG = "configs/shapes/quickstart.py"
+
+
+def fastest(call: Callable[[], Any], repeats: int = 10) -> float:
+    """Seconds of the fastest of several calls, after one that compiles."""
+    times = []
+    for _ in range(repeats + 1):
+        begin = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - begin)
+    return min(times[1:])
+
+
+def measured_peaks() -> Chip:
+    """This machine as a chip: a large matrix product, and a sum of two arrays that no cache holds."""
+    size = 2048
+    a = jnp.ones((size, size))
+    product = jax.jit(lambda x: x @ x)
+    x = jnp.ones(64 * 2**20)
+    added = jax.jit(lambda x: x + 1.0)
+    flops = 2 * size**3 / fastest(lambda: product(a))
+    bandwidth = 2 * x.nbytes / fastest(lambda: added(x))
+    return Chip("cpu", flops, 0, bandwidth, 1.0, 1, ("cpu",), "measured here")
+
+
+def main() -> None:
+    """Measures and stores."""
+    config: Any = load_config(CONFIG)
+    cls = recipe_class(config.recipe)
+    recipe = cls(build(cls.Config, config), "cpu")
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    (bucket, spec), *_ = recipe.batch_specs().items()
+    lowered, _ = loop.lower_abstract_step(recipe, 0, mesh, bucket)
+    compiled, chip = lowered.compile(), measured_peaks()
+    cost = compiled.cost_analysis() or {}
+    roofline = Roofline(chip, cost["flops"], cost["bytes accessed"])
+    state = jax.device_put(recipe.init(key(0, 0, "init")), jax.tree.leaves(mesh.devices)[0])
+    batch = put_batch({name: np.ones(s.shape, s.dtype) for name, s in spec.items()}, mesh)
+    times = []
+    for _ in range(30):
+        begin = time.perf_counter()
+        state, _ = compiled(state, {}, batch)
+        jax.block_until_ready(state)
+        times.append(time.perf_counter() - begin)
+    step = float(np.median(times[5:]))
+    record = {
+        "config": CONFIG,
+        "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
+        "jax": jax.__version__,
+        "peak_gflops": chip.flops / 1e9,
+        "peak_gigabytes_per_second": chip.hbm_bandwidth / 1e9,
+        "step_gflop": roofline.flops / 1e9,
+        "step_gigabytes": roofline.bytes_accessed / 1e9,
+        "roofline_seconds": roofline.seconds,
+        "bound": roofline.bound,
+        "measured_seconds": step,
+        "measured_over_roofline": step / roofline.seconds,
+        "arithmetic_share": roofline.times["compute"] / step,
+    }
+    RESULT.write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record, indent=2))
+
+
+if __name__ == "__main__":
+    main()

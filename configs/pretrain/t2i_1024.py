@@ -1,0 +1,27 @@
+"""Text-to-image pretraining of the 379M UNet, third of three stages: 1024 px. See `t2i_256.py`.
+
+    snapgen plan  --config=configs/pretrain/t2i_1024.py --topology=v5e:16x16
+    snapgen train --config=configs/pretrain/t2i_1024.py --workdir=gs://BUCKET/t2i_1024 \
+        --config.init_from=gs://BUCKET/t2i_512
+    snapgen train --config=configs/pretrain/t2i_1024.py:runlocal --workdir=/tmp/t2i_1024
+
+It starts from the averaged weights of the stage before; optimizer, average and schedule begin anew, and the times are
+shifted towards noise, since at more pixels the same noise hides less (Esser et al. 2024, section 5.3.2).
+
+Machine: 256 chips of TPU v5e; runlocal, a laptop in a minute. Time: `benchmarks/results/plan/`, at best. Metric: the
+fixed-noise validation loss.
+"""
+
+import pathlib
+import runpy
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """`arg`: "runlocal" for twenty steps of a tiny network on a laptop."""
+    if arg not in (None, "runlocal"):
+        raise ValueError(f"unknown argument {arg!r}; the argument is runlocal, or nothing")
+    first = runpy.run_path(str(pathlib.Path(__file__).with_name("t2i_256.py")))
+    c = first["stage"](size=1024, batch_size=1_024, train_steps=100_000, shift=3.0, remat="blocks")
+    return first["run_locally"](c) if arg else c

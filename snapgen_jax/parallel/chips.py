@@ -1,0 +1,103 @@
+"""What chips can do at most: the denominators of every utilisation that we state.
+
+Dense bfloat16 arithmetic, one chip (not one core). Bandwidths are those that the maker publishes; the best that
+micro-benchmarks reach is some 85 to 90% of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+GB = 1e9
+_CLOUD = "https://cloud.google.com/tpu/docs/"
+_BOOK = "https://jax-ml.github.io/scaling-book/tpus"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Peaks of one chip.
+
+    Attributes:
+        name: as topologies are called, "v5e".
+        flops: bfloat16 operations a second.
+        hbm_bytes: memory of the chip.
+        hbm_bandwidth: bytes a second between it and the chip.
+        link_bandwidth: bytes a second over one link between chips, both directions together.
+        devices: JAX devices in one chip.
+        kinds: what `device_kind` calls it.
+        source: where the figures stand.
+    """
+
+    name: str
+    flops: float
+    hbm_bytes: float
+    hbm_bandwidth: float
+    link_bandwidth: float
+    devices: int
+    kinds: tuple[str, ...]
+    source: str
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", 275e12, 32 * 2**30, 1228 * GB, 90 * GB, 1, ("TPU v4",), f"{_CLOUD}v4; link: {_BOOK}"),
+        Chip("v5e", 197e12, 16 * 2**30, 819 * GB, 100 * GB, 1, ("TPU v5 lite", "TPU v5e"), f"{_CLOUD}v5e; {_BOOK}"),
+        Chip("v5p", 459e12, 95 * 2**30, 2765 * GB, 200 * GB, 1, ("TPU v5", "TPU v5p"), f"{_CLOUD}v5p; {_BOOK}"),
+        Chip("v6e", 918e12, 32 * 2**30, 1638 * GB, 200 * GB, 1, ("TPU v6 lite", "TPU v6e"), f"{_CLOUD}v6e; {_BOOK}"),
+        Chip("tpu7x", 2307e12, 192 * 2**30, 7380 * GB, 200 * GB, 2, ("TPU7x", "TPU v7x"), f"{_CLOUD}tpu7x"),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """What a program needs of one JAX device of a chip, and how long that takes at the chip's peaks.
+
+    Attributes:
+        chip: whose peaks.
+        flops: operations, as XLA counts them in the compiled program: recomputation is in it.
+        bytes_accessed: of memory, likewise.
+        wire_bytes: sent over links.
+    """
+
+    chip: Chip
+    flops: float
+    bytes_accessed: float
+    wire_bytes: float = 0.0
+
+    @property
+    def times(self) -> dict[str, float]:
+        """Seconds that each resource takes by itself: "compute", "hbm", "links"."""
+        chip = self.chip
+        return {
+            "compute": self.flops * chip.devices / chip.flops,
+            "hbm": self.bytes_accessed * chip.devices / chip.hbm_bandwidth,
+            "links": self.wire_bytes / chip.link_bandwidth,
+        }
+
+    @property
+    def bound(self) -> str:
+        """The resource that takes longest."""
+        return max(self.times, key=lambda name: self.times[name])
+
+    @property
+    def seconds(self) -> float:
+        """The least time that the program can take: all resources overlap wholly."""
+        return max(self.times.values())
+
+
+def chip_of(name: str) -> Chip:
+    """The chip of that name.
+
+    Raises:
+        ValueError: it is unknown; names those that are known.
+    """
+    if name not in CHIPS:
+        raise ValueError(f"unknown chip {name!r}; known: {', '.join(CHIPS)}")
+    return CHIPS[name]
+
+
+def chip_of_kind(device_kind: str) -> Chip | None:
+    """The chip that calls itself so, or None where its peaks are not in the table (a CPU, a GPU)."""
+    return next((chip for chip in CHIPS.values() if device_kind in chip.kinds), None)

@@ -1,0 +1,76 @@
+"""What a compiled program sends between devices, read from its text."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2}
+_BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
+_KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+_LINE = re.compile(rf"= (?P<type>.+?) (?P<kind>{_KINDS})(?P<start>-start)?\((?P<rest>.*)")
+_ARRAY = re.compile(r"([a-z]+\d*(?:e\d+m\d+(?:fn)?)?)\[([\d,]*)\]")
+# Groups are listed ({{0,1},{2,3}}), counted ([groups,size]<=...), or named as axes of a mesh, whole or in part:
+# mesh['a'=4,'b'=2] {'a','b':(1)2}.
+_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\]|mesh\[([^\]]*)\] *\{([^}]*)\})")
+_AXIS = re.compile(r"'(\w+)'(?:=(\d+)|:\(\d+\)(\d+))?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """All operations of one kind in a program.
+
+    Attributes:
+        count: how many.
+        bytes: of their results on one device, together.
+        wire_bytes: what one device sends (and receives) for them over a ring.
+    """
+
+    count: int
+    bytes: int
+    wire_bytes: int
+
+
+def collectives(text: str) -> dict[str, Collective]:
+    """The collectives of a program by kind, from the text of its compiled module. One in a loop is counted once.
+
+    A ring of n devices moves (n-1)/n of a gathered or scattered array past each device, and twice that for a sum.
+    """
+    found: dict[str, list[tuple[int, int]]] = collections.defaultdict(list)
+    for match in map(_LINE.search, text.splitlines()):
+        if match is None:
+            continue
+        kind, sizes = match["kind"], [_size(*array) for array in _ARRAY.findall(match["type"])]
+        if not sizes:
+            continue
+        # A started gather or permute has (operand, result, ...) for a type; a sum has its results.
+        size = max(sizes) if match["start"] and kind in ("all-gather", "collective-permute") else sum(sizes)
+        devices = _ring(match["rest"])
+        share = (devices - 1) / max(devices, 1)
+        whole = size * devices if kind == "reduce-scatter" else size
+        factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share)
+        found[kind].append((size, round(factor * whole)))
+    return {
+        kind: Collective(len(sizes), sum(s for s, _ in sizes), sum(w for _, w in sizes))
+        for kind, sizes in sorted(found.items())
+    }
+
+
+def _ring(operands: str) -> int:
+    """How many devices take part; 2 where the text does not say, as of a permute."""
+    groups = _GROUPS.search(operands)
+    if groups is None:
+        return 2
+    listed, _, counted, axes, named = groups.groups()
+    if listed is not None:
+        return len(listed.split(","))
+    if counted is not None:
+        return int(counted)
+    sizes = {name: int(size) for name, size, _ in _AXIS.findall(axes)}
+    return math.prod(int(part) if part else sizes[name] for name, _, part in _AXIS.findall(named))
+
+
+def _size(dtype: str, dims: str) -> int:
+    return _BYTES.get(dtype, 4) * math.prod(int(d) for d in dims.split(",") if d)

@@ -1,0 +1,302 @@
+"""Whether a job fits a pod and what it will cost, known on a laptop: the very step is compiled for the real topology.
+
+XLA compiles for TPUs that are not there (`jax.experimental.topologies`), and says what the program needs. Memory is
+what the compiler allots. Operations, bytes and the time that follows are estimates: the time is what the chip needs at
+its peaks and a lower bound, since arithmetic, memory and links are taken to overlap wholly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from snapgen_jax.parallel.chips import Chip, Roofline, chip_of
+from snapgen_jax.parallel.hlo import Collective, collectives
+
+Tree = Any
+_LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+# What libtpu wants to be told before it describes chips that are not there.
+_ACCELERATORS = {"v4": "v4-8", "v5e": "v5litepod-16", "v5p": "v5p-8", "v6e": "v6e-16", "tpu7x": "tpu7x-16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Chips that are wired together.
+
+    Attributes:
+        name: "v5e:4x4".
+        chip: what each can do.
+        devices: JAX's description of them.
+    """
+
+    name: str
+    chip: Chip
+    devices: Sequence[Any]
+
+    @property
+    def chips(self) -> int:
+        """How many there are."""
+        return len(self.devices) // self.chip.devices
+
+
+def topology(name: str) -> Topology:
+    """Describes "v5e:4x4", "v5p:2x2x2" and the like, or "2*v5e:4x4" for two slices joined by the network.
+
+    Raises:
+        ValueError: the chip is unknown, libtpu knows no such shape, or libtpu is not installed.
+    """
+    slices, _, shape = name.rpartition("*")
+    chip = chip_of(shape.partition(":")[0])
+    for key, value in {**_LIBTPU, "TPU_ACCELERATOR_TYPE": _ACCELERATORS[chip.name]}.items():
+        os.environ.setdefault(key, value)
+    from jax.experimental import topologies
+
+    options = {"num_slices": int(slices)} if slices else {}
+    try:
+        found = topologies.get_topology_desc(shape, platform="tpu", **options)
+    except Exception as error:
+        raise ValueError(
+            f"no topology {name!r}: {str(error).splitlines()[0]}. Shapes are as in v5e:4x4, v5p:2x2x2, v6e:16x16; "
+            "compiling for TPUs needs libtpu (pip install 'snapgen-jax[tpu]')"
+        ) from error
+    return Topology(name, chip, found.devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one step needs and costs on one device of a mesh, and what follows for the run.
+
+    Attributes:
+        topology, chip, chips, mesh: where it would run.
+        bucket: which of the recipe's batch shapes.
+        global_batch: examples in a step.
+        hbm_bytes: what a device has; the compiler keeps a little of it.
+        state_bytes: of the whole state, as it is saved.
+        train_steps: in the run.
+        versions: of what compiled it.
+        fits: the compiler found room for the step. Where it did not, what follows is unknown but for `peak_bytes`.
+        peak_bytes: the most that is in use at once, or would be.
+        compile_seconds: on this machine.
+        argument_bytes: state, frozen networks and batch, on one device.
+        temporary_bytes: what the step allots beside them.
+        flops, bytes_accessed: of one step on one device, as XLA estimates them.
+        collectives: by kind, in one step.
+        compute_seconds, hbm_seconds, link_seconds: what a step takes at the peaks, one thing at a time.
+    """
+
+    topology: str
+    chip: str
+    chips: int
+    mesh: dict[str, int]
+    bucket: str
+    global_batch: int
+    hbm_bytes: int
+    state_bytes: int
+    train_steps: int
+    versions: Mapping[str, str]
+    fits: bool
+    peak_bytes: int
+    compile_seconds: float
+    argument_bytes: int = 0
+    temporary_bytes: int = 0
+    flops: float = 0.0
+    bytes_accessed: float = 0.0
+    collectives: Mapping[str, Collective] = dataclasses.field(default_factory=dict)
+    compute_seconds: float = 0.0
+    hbm_seconds: float = 0.0
+    link_seconds: float = 0.0
+
+    @property
+    def devices(self) -> int:
+        """JAX devices in the mesh."""
+        return math.prod(self.mesh.values())
+
+    @property
+    def bound(self) -> str:
+        """What the step waits for: "compute", "hbm" or "links"."""
+        times = {"compute": self.compute_seconds, "hbm": self.hbm_seconds, "links": self.link_seconds}
+        return max(times, key=lambda name: times[name])
+
+    @property
+    def step_seconds(self) -> float:
+        """The roofline's: no step is faster."""
+        return max(self.compute_seconds, self.hbm_seconds, self.link_seconds)
+
+    @property
+    def examples_per_second(self) -> float:
+        """Of the whole mesh, at most."""
+        return self.global_batch / self.step_seconds
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, and what follows from them; of a step that does not fit, what is known."""
+        fields = dataclasses.asdict(self)
+        if not self.fits:
+            defaults = {f.name for f in dataclasses.fields(self) if f.default is not dataclasses.MISSING}
+            return {name: value for name, value in fields.items() if name not in {*defaults, "collectives"}}
+        per_example = self.devices / self.global_batch
+        return {
+            **fields,
+            "bound": self.bound,
+            "step_seconds": self.step_seconds,
+            "flops_per_example": self.flops * per_example,
+            "bytes_per_example": self.bytes_accessed * per_example,
+            "intensity": self.flops / max(self.bytes_accessed, 1.0),
+            "examples_per_second": self.examples_per_second,
+            "examples_per_second_per_chip": self.examples_per_second / self.chips,
+            "days": self.train_steps * self.step_seconds / 86400,
+            "chip_hours": self.train_steps * self.step_seconds / 3600 * self.chips,
+        }
+
+    def table(self) -> str:
+        """The plan for a person."""
+        mesh = " x ".join(f"{name}={size}" for name, size in self.mesh.items())
+        verdict = "fits" if self.fits else "DOES NOT FIT"
+        rows = [
+            ("where", f"{self.topology}: {self.chips} chips, mesh {mesh}"),
+            ("batch", f"{self.global_batch} examples of {self.bucket}, {self.global_batch / self.chips:g} a chip"),
+            ("memory", f"{verdict}: {gigabytes(self.peak_bytes)} of {gigabytes(self.hbm_bytes)} on each device"),
+            *(self._cost_rows() if self.fits else [("", f"what would help: {self.advice()}")]),
+            ("a checkpoint", gigabytes(self.state_bytes)),
+            ("compilation", f"{self.compile_seconds:.0f} s here"),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name.ljust(width)}  {text}" for name, text in rows)
+
+    def _cost_rows(self) -> list[tuple[str, str]]:
+        j = self.to_json()
+        sent = [
+            (kind, f"{found.count}, {gigabytes(found.bytes)}; {gigabytes(found.wire_bytes)} over links")
+            for kind, found in self.collectives.items()
+        ]
+        return [
+            ("", f"arguments {gigabytes(self.argument_bytes)}, temporaries {gigabytes(self.temporary_bytes)}"),
+            ("a step (XLA's estimate)", f"{tera(self.flops)}FLOP, {gigabytes(self.bytes_accessed)} on each device"),
+            ("an example", f"{tera(j['flops_per_example'])}FLOP, {gigabytes(j['bytes_per_example'])}"),
+            ("intensity", f"{j['intensity']:.1f} FLOP/byte"),
+            *sent,
+            (
+                "at the peaks",
+                f"compute {1000 * self.compute_seconds:.1f} ms, HBM {1000 * self.hbm_seconds:.1f} ms, links "
+                f"{1000 * self.link_seconds:.1f} ms: bound by {self.bound}",
+            ),
+            ("at best", f"{j['examples_per_second']:,.0f} examples/s, {j['examples_per_second_per_chip']:.2f} a chip"),
+            ("the run", f"{self.train_steps:,} steps: {j['days']:.2f} days, {j['chip_hours']:,.0f} chip-hours at best"),
+        ]
+
+    def advice(self) -> str:
+        """What would make a step fit that does not, the cheapest first."""
+        knobs = []
+        if self.mesh.get("data", 1) > 1:
+            kept = gigabytes(self.state_bytes)
+            knobs.append(
+                f"mesh.fsdp={self.devices} mesh.data=1 shares out a state of {kept} that each device holds whole"
+            )
+        if self.global_batch > self.devices:
+            knobs.append("microbatches=2 computes the batch in two halves")
+        knobs += ["unet.remat='blocks' keeps the inputs of each block alone", "a smaller batch_size, or more chips"]
+        return "; ".join(knobs)
+
+
+def gigabytes(count: float) -> str:
+    """ "1.50 GB", or megabytes below one."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def tera(count: float) -> str:
+    """ "1.50 T", or "1.50 G" below one."""
+    return f"{count / 1e12:.3g} T" if count >= 1e12 else f"{count / 1e9:.3g} G"
+
+
+def tree_bytes(tree: Tree) -> int:
+    """Of all arrays of a tree, whole."""
+    return sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def plan_step(
+    lowered: Any, where: Topology, mesh: Mesh, *, bucket: str, global_batch: int, state: Tree, train_steps: int
+) -> Plan:
+    """Compiles a lowered step and reads what it needs and costs.
+
+    Args:
+        lowered: a `jax.stages.Lowered` on a mesh over the devices of `where`.
+        where: the topology.
+        mesh: over its devices.
+        bucket, global_batch: the batch that it was lowered for.
+        state: the state's tree of shapes, for the size of a checkpoint.
+        train_steps: in the run.
+    """
+    facts: dict[str, Any] = {
+        "topology": where.name,
+        "chip": where.chip.name,
+        "chips": where.chips,
+        "mesh": {name: int(size) for name, size in mesh.shape.items()},
+        "bucket": bucket,
+        "global_batch": global_batch,
+        "hbm_bytes": int(where.chip.hbm_bytes / where.chip.devices),
+        "state_bytes": tree_bytes(state),
+        "train_steps": train_steps,
+        "versions": {"jax": jax.__version__, "libtpu": _libtpu_version()},
+    }
+    begin = time.perf_counter()
+    try:
+        with _no_compilation_cache():
+            compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Plan(**facts, fits=False, peak_bytes=_needed(str(error)), compile_seconds=time.perf_counter() - begin)
+    seconds = time.perf_counter() - begin
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    found = collectives(compiled.as_text())
+    flops, accessed = float(cost.get("flops", 0.0)), float(cost.get("bytes accessed", 0.0))
+    at_peaks = Roofline(where.chip, flops, accessed, sum(c.wire_bytes for c in found.values()))
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Plan(
+        **facts,
+        fits=True,
+        argument_bytes=memory.argument_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        peak_bytes=held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
+        flops=flops,
+        bytes_accessed=accessed,
+        collectives=found,
+        compute_seconds=at_peaks.times["compute"],
+        hbm_seconds=at_peaks.times["hbm"],
+        link_seconds=at_peaks.times["links"],
+        compile_seconds=seconds,
+    )
+
+
+@contextlib.contextmanager
+def _no_compilation_cache() -> Iterator[None]:
+    """A program for chips that are not here can be written to JAX's cache and not be read from it."""
+    before = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+
+
+def _needed(refusal: str) -> int:
+    """The most memory that a compiler's refusal speaks of: "(2.29T) exceeds available HBM (15.75G)"."""
+    sizes = re.findall(r"([\d.]+)([KMGT])\b", refusal)
+    return max((int(float(n) * 1024 ** ("KMGT".index(unit) + 1)) for n, unit in sizes), default=0)
+
+
+def _libtpu_version() -> str:
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        return "none"

@@ -1,0 +1,195 @@
+"""Flow matching from stored latents and text states: how a pod pretrains, where frozen encoders have run beforehand.
+
+The loss is that of `flow_matching`; the batch holds what the autoencoder and the text encoders made of images and
+captions, so that the step is the UNet alone. One player, "model", holds one network: `unet`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import PartitionSpec
+
+from snapgen_jax.diffusion.guidance import drop_condition, with_guidance
+from snapgen_jax.diffusion.samplers import Method, sample
+from snapgen_jax.diffusion.timesteps import TimestepConfig, sample_times, time_grid
+from snapgen_jax.evaluation.interfaces import EvaluationConfig
+from snapgen_jax.networks import unet
+from snapgen_jax.networks.module import Platform, build, for_platform, init
+from snapgen_jax.networks.text import TextContext
+from snapgen_jax.networks.unet import UNetConfig
+from snapgen_jax.recipes.flow_matching import FlowMatching, SamplingConfig, initial_noise
+from snapgen_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
+from snapgen_jax.training.recipe import ExportPlan
+from snapgen_jax.training.state import TrainState
+
+Tree = Any
+CONDITION = ("sequence", "mask", "pooled")
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentFlowMatchingConfig:
+    """Flow matching of a text-conditional UNet on latents.
+
+    Attributes:
+        batch_size, microbatches, train_steps: as for `flow_matching`.
+        image_sizes: (height, width) of each aspect bucket, in pixels.
+        reduction: pixels along the side of one cell of the latent; 8 for the autoencoders of Stable Diffusion.
+        context_tokens: text states in a caption. 77 of CLIP and 128 of Gemma make 205.
+        unet, timesteps, optimizer, ema_decay, sampling, evaluation: as for `flow_matching`.
+        caption_dropout: share of captions whose states are replaced by none: zeros that are masked.
+    """
+
+    batch_size: int = 256
+    microbatches: int = 1
+    train_steps: int = 100_000
+    image_sizes: tuple[tuple[int, int], ...] = ((256, 256),)
+    reduction: int = 8
+    context_tokens: int = 205
+    unet: UNetConfig = UNetConfig.preset("t2i")
+    timesteps: TimestepConfig = TimestepConfig()
+    caption_dropout: float = 0.1
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema_decay: float = 0.9999
+    sampling: SamplingConfig = SamplingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+class LatentFlowMatching(FlowMatching):
+    """See the top of this file. Implements `training.recipe.Recipe`; what it shares with pixels it inherits."""
+
+    Config = LatentFlowMatchingConfig
+
+    def __init__(self, config: LatentFlowMatchingConfig, platform: Platform):
+        """`platform` is the one compiled for; it fixes compute dtype and form of the depthwise convolution.
+
+        Raises:
+            ValueError: an image size does not divide by `reduction`.
+        """
+        self.config: Any = config
+        for size in config.image_sizes:
+            if size[0] % config.reduction or size[1] % config.reduction:
+                raise ValueError(f"image size {size} does not divide by reduction={config.reduction}; change one")
+        self.unet, self.unet_spec = build(for_platform(config.unet, platform))
+        self.optimizer: optax.GradientTransformation = make_optimizer(config.optimizer, config.train_steps)
+        self.learning_rate = learning_rate_schedule(config.optimizer, config.train_steps)
+        self.prediction, self.full_from = "velocity", 0.0
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """`(h, w, c)` of the latent of an image size."""
+        config = self.config
+        return size[0] // config.reduction, size[1] // config.reduction, config.unet.latent_channels
+
+    def batch_specs(self) -> dict[str, Tree]:
+        """One bucket per image size, all bfloat16 but the mask: `latent` `[B, h, w, c]`, scaled as the autoencoder's
+        config says; `sequence` `[B, L, D]`, `mask` float32 `[B, L]` and `pooled` `[B, P]`."""
+        config, b = self.config, self.config.batch_size
+
+        def stored(*shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((b, *shape), jnp.bfloat16)
+
+        return {
+            f"{h}x{w}": {
+                "latent": stored(*self.latent_shape((h, w))),
+                "sequence": stored(config.context_tokens, config.unet.context_width),
+                "mask": jax.ShapeDtypeStruct((b, config.context_tokens), jnp.float32),
+                "pooled": stored(config.unet.pooled_width or 0),
+            }
+            for h, w in config.image_sizes
+        }
+
+    def init(self, key: jax.Array) -> TrainState:
+        """Draws the UNet."""
+        player = self._new_player({"unet": init(self.unet, key)})
+        return TrainState(jnp.int32(0), jnp.int32(0), {"model": player}, {})
+
+    def rules(self) -> Sequence[tuple[str, PartitionSpec]]:
+        """Those of the UNet."""
+        return list(unet.RULES)
+
+    def condition(self, params: Tree, drawn: Tree) -> TextContext:
+        """The stored text states."""
+        del params
+        return TextContext(*(drawn[name].astype(jnp.float32) for name in CONDITION))
+
+    def draw(self, batch: Tree, key: jax.Array, step: int | jax.Array = 0) -> Tree:
+        """Everything random about one global batch: noise, times, dropped captions."""
+        eps_key, time_key, drop_key = jax.random.split(key, 3)
+        x_0 = batch["latent"].astype(jnp.float32)
+        condition = {name: batch[name] for name in CONDITION}
+        progress = step / self.config.train_steps
+        return {
+            "x_0": x_0,
+            "eps": jax.random.normal(eps_key, x_0.shape),
+            "t": sample_times(time_key, x_0.shape[:1], self.config.timesteps, progress),
+            **drop_condition(drop_key, condition, self._null(condition), self.config.caption_dropout),
+        }
+
+    @staticmethod
+    def _null(condition: Tree) -> Tree:
+        return jax.tree.map(lambda x: np.zeros(x.shape[1:], x.dtype), condition)
+
+    def validation_batch(self, batch: Tree) -> tuple[jax.Array, Tree]:
+        """The clean latents `[B, h, w, c]` of a batch, and its text states."""
+        return batch["latent"].astype(jnp.float32), batch
+
+    def generate(
+        self,
+        params: Tree,
+        frozen: Tree,
+        conditions: Tree,
+        key: jax.Array,
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        method: Method | None = None,
+        image_size: tuple[int, int] | None = None,
+    ) -> dict[str, jax.Array]:
+        """Latents from text states; an autoencoder turns them into images.
+
+        Args:
+            params: `{"model": {"unet"}}`.
+            frozen: unused.
+            conditions: `sequence` `[B, L, D]`, `mask` `[B, L]`, `pooled` `[B, P]`; optionally `noise`.
+            key: `[B]` keys.
+            steps, guidance, method, image_size: default to `config.sampling` and the first image size.
+
+        Returns:
+            `latent` float32 `[B, h, w, c]`, and the `noise` it began with.
+        """
+        del frozen
+        default, weights = self.config.sampling, params["model"]
+        shape = self.latent_shape(image_size or self.config.image_sizes[0])
+        noise = conditions["noise"] if "noise" in conditions else initial_noise(key, shape)
+        given = {name: conditions[name] for name in CONDITION}
+        null = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), jnp.float32), given)
+
+        def denoise(x_t: jax.Array, t: jax.Array, i: jax.Array, carry: Any, c: TextContext) -> tuple[jax.Array, Any]:
+            del i
+            return self.predict(weights, x_t, t, c), carry
+
+        scale = default.guidance if guidance is None else guidance
+        guided = with_guidance(denoise, self.condition(weights, given), self.condition(weights, null), scale)
+        times = time_grid(steps or default.steps, default.shift)
+        latent, _ = sample(guided, noise, times, method=method or default.method)
+        return {"latent": latent, "noise": noise}
+
+    def exports(self) -> ExportPlan:
+        """The UNet alone cannot draw; `export` it with its encoders and decoder.
+
+        Raises:
+            ValueError: always, with what to do instead.
+        """
+        raise ValueError(
+            "a run on stored latents holds no text encoder and no decoder, which a bundle needs; export a run of "
+            "`flow_matching`, or warm-start one from this"
+        )
+
+
+RECIPE = LatentFlowMatching

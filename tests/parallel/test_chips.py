@@ -1,0 +1,30 @@
+"""Peaks, and what follows from them."""
+
+import pytest
+
+from snapgen_jax.parallel.chips import CHIPS, Chip, Roofline, chip_of, chip_of_kind
+
+CHIP = Chip("made up", 100e12, 10e9, 1e12, 100e9, 2, ("Made Up",), "https://example.org")
+
+
+def test_every_chip_states_its_source():
+    for chip in CHIPS.values():
+        assert "https://" in chip.source
+        assert chip_of(chip.name) is chip
+        assert all(chip_of_kind(kind) is chip for kind in chip.kinds)
+
+
+def test_an_unknown_chip_is_refused_and_an_unknown_device_has_no_peaks():
+    with pytest.raises(ValueError, match="unknown chip 'v7'; known: v4, v5e"):
+        chip_of("v7")
+    assert chip_of_kind("cpu") is None
+
+
+@pytest.mark.parametrize(
+    ("needs", "bound", "seconds"),
+    [((50e12, 1e9, 0), "compute", 1.0), ((1e12, 1e12, 0), "hbm", 2.0), ((1e12, 1e9, 300e9), "links", 3.0)],
+)
+def test_the_tightest_resource_of_half_a_chip_decides(needs, bound, seconds):
+    roofline = Roofline(CHIP, *needs)
+    assert roofline.bound == bound
+    assert roofline.seconds == pytest.approx(seconds)

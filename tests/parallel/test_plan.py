@@ -1,0 +1,137 @@
+"""Plans: a step compiled for chips that are not here, read and judged. Compiling needs libtpu (Linux, x86-64)."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from snapgen_jax.cli import main
+from snapgen_jax.config import build, load_config, recipe_class
+from snapgen_jax.experiment import plan
+from snapgen_jax.parallel.mesh import MeshConfig, make_mesh
+from snapgen_jax.parallel.plan import Plan, _needed, topology, tree_bytes
+from snapgen_jax.training import loop
+from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.training.keys import key
+
+CONFIG = "configs/pretrain/t2i_256.py:runlocal"
+RECORD = pathlib.Path(__file__).with_name("plan_record.json")
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+
+
+@pytest.fixture(scope="module")
+def planned() -> Plan:
+    """The plan that CI watches: a tiny network on four chips, parameters split over two of them."""
+    config = load_config(CONFIG, ["batch_size=16", "mesh.fsdp=2"])
+    (found,) = plan(config, "v5e:2x2")
+    return found
+
+
+@needs_libtpu
+def test_a_plan_is_the_step_that_would_run(planned):
+    assert planned.fits
+    assert planned.chips == 4
+    assert planned.mesh == {"data": 2, "fsdp": 2, "tensor": 1}
+    assert planned.bound == "hbm"
+    assert set(planned.collectives) >= {"all-gather", "all-reduce"}
+    # Parameters, average and the two moments in float32, and a few counters.
+    recipe = recipe_class("latent_flow_matching")
+    made = recipe(build(recipe.Config, load_config(CONFIG)), "tpu")
+    assert planned.state_bytes == tree_bytes(jax.eval_shape(made.init, key(0, 0, "init")))
+    assert planned.peak_bytes > planned.argument_bytes + planned.temporary_bytes
+    assert planned.to_json()["chip_hours"] == pytest.approx(4 * 20 * planned.step_seconds / 3600)
+
+
+@needs_libtpu
+def test_the_step_costs_no_more_than_it_did(planned):
+    """Bytes and operations grow by at most 3% unannounced. A new jax or libtpu is recorded by
+    `UPDATE_PLAN_RECORD=1 make test PYTEST_ARGS=tests/parallel/test_plan.py`, in a commit of its own."""
+    name = f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}"
+    now = {what: getattr(planned, what) for what in ("flops", "bytes_accessed", "temporary_bytes", "argument_bytes")}
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    if os.environ.get("UPDATE_PLAN_RECORD"):
+        RECORD.write_text(json.dumps({**record, name: now}, indent=2, sort_keys=True) + "\n")
+        return
+    assert name in record, f"no record for {name}: make one, see above"
+    for what, value in now.items():
+        assert value <= 1.03 * record[name][what], f"{what} grew from {record[name][what]:,.0f} to {value:,.0f}"
+
+
+@needs_libtpu
+def test_a_step_that_does_not_fit_says_by_how_much_and_what_would_help(capsys):
+    overrides = ["--config.batch_size=8192", "--config.image_sizes=((512,512),)"]
+    assert main(["plan", f"--config={CONFIG}", "--topology=v5e:2x2", *overrides]) == 0
+    said = capsys.readouterr().out
+    assert "DOES NOT FIT" in said
+    assert "of 17.18 GB" in said
+    assert "microbatches=2" in said
+    assert "mesh.fsdp=4" in said
+    assert "at the peaks" not in said
+
+
+@pytest.mark.parametrize(
+    ("refusal", "gibibytes"),
+    [
+        ("the total memory required for HLO temporaries (2.25T) exceeds available HBM (15.75G).", 2304),
+        ("Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm. Exceeded hbm capacity by 4.25G.", 20),
+        ("no number at all", 0),
+    ],
+)
+def test_what_a_refused_step_would_need_is_read_off_the_refusal(refusal, gibibytes):
+    assert _needed(refusal) == gibibytes * 2**30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--topology=v9:4x4"], "unknown chip 'v9'; known: v4"),
+        (["--topology=v5e:2x2", "--config.mesh.fsdp=3"], "does not fit 4 devices"),
+        (["--topology=v5e:2x2", "--config.batch_size=10"], "set batch_size to 8 or 12"),
+        pytest.param(["--topology=v5e:3x7"], "no topology 'v5e:3x7'", marks=needs_libtpu),
+    ],
+)
+def test_a_plan_that_cannot_be_made_is_refused_in_one_line(arguments, says, capsys):
+    if "v9" not in arguments[0] and importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs libtpu")
+    assert main(["plan", f"--config={CONFIG}", *arguments]) == 78
+    assert says in capsys.readouterr().err
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("name", "devices", "chips"), [("v5e:4x4", 16, 16), ("v5p:2x2x2", 8, 8), ("tpu7x:2x2x1", 8, 4)]
+)
+def test_topologies_know_their_chips(name, devices, chips):
+    found = topology(name)
+    assert (len(found.devices), found.chips) == (devices, chips)
+
+
+@needs_libtpu
+def test_two_slices_make_one_mesh_with_data_between_them():
+    found = topology("2*v5e:2x2")
+    mesh = make_mesh(MeshConfig(slices=2, fsdp=4), found.devices)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    assert [set(row.ravel()) for row in slices] == [{0}, {1}]
+
+
+def test_what_is_planned_is_the_very_program_that_a_run_compiles():
+    """From shapes alone and from a run's arrays: the same text, on eight devices."""
+    recipe = recipe_class("latent_flow_matching")
+    made = recipe(build(recipe.Config, load_config(CONFIG)), "cpu")
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    abstract, _ = loop.lower_abstract_step(made, 0, mesh, "64x64")
+    run = loop.Run(made, loop.LoopConfig(mesh=MeshConfig(data=2, fsdp=4)), mesh, None)
+    state, _ = run.start(lambda state: state)
+    real = loop.lower_step(made, 0, mesh, run.shardings, state, run.load_frozen(), "64x64")
+    assert abstract.as_text() == real.as_text()
+
+
+def test_an_unknown_topology_is_a_config_error():
+    with pytest.raises(ConfigError, match="unknown chip"):
+        plan(load_config(CONFIG), "gpu:8")
