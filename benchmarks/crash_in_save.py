@@ -21,7 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -38,8 +38,7 @@ def state(step: int) -> TrainState:
     """A state whose every number is its step."""
     params = {f"kernel_{i:02d}": np.full((SIDE, SIDE), step, np.float32) for i in range(ARRAYS)}
     players = {"model": Player(params, {"count": np.int32(step)}, {k: v + 0.5 for k, v in params.items()})}
-    numbers: list[Any] = [np.int32(step), np.int32(0)]
-    return TrainState(*numbers, players, {})
+    return TrainState(cast(Any, np.int32(step)), cast(Any, np.int32(0)), players, {})
 
 
 def save_two(workdir: pathlib.Path, say: int) -> None:
