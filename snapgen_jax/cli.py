@@ -234,7 +234,10 @@ def _plan(options: argparse.Namespace) -> None:
     plans = plan(_load_experiment(options), options.topology)
     print("\n\n".join(found.table() for found in plans))
     if options.json:
-        epath.Path(options.json).write_text(json.dumps([found.to_json() for found in plans], indent=2) + "\n")
+        asked = {"config": options.config, "overrides": options.overrides}
+        epath.Path(options.json).write_text(
+            json.dumps([{**asked, **found.to_json()} for found in plans], indent=2) + "\n"
+        )
 
 
 def _show_config(options: argparse.Namespace) -> None:

@@ -3,8 +3,8 @@
     snapgen train --config=configs/shapes/night.py --workdir=runs/night
     snapgen evaluate --workdir=runs/night --names=compositional,frechet,diversity
 
-Machine: one GPU, or two CPU cores for some two hours and a half. The aim is a compositional score as close to 1 as it goes,
-position included. No run has been made to its end yet.
+Machine: one GPU, or two CPU cores for some two hours and a half. The aim is a compositional score as close to 1 as it
+goes, position included. No run has been made to its end yet.
 """
 
 import pathlib

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
-from snapgen_jax.networks import autoencoder, clip, context, gemma2, mmdit, t5, unet
+from snapgen_jax.networks import autoencoder, clip, context, gemma2, mmdit, t5, tiny_decoder, unet
 from snapgen_jax.networks.module import Preset, apply, build, count_parameters
 from snapgen_jax.networks.unet import UNetConfig
 
@@ -33,6 +33,7 @@ NETWORKS: tuple[tuple[str, type[Preset], Callable[..., tuple]], ...] = (
     ("conditioner", context.ConditionerConfig, context.input_spec),
     ("mmdit", mmdit.MMDiTConfig, _mmdit_inputs),
     ("autoencoder", autoencoder.AutoencoderConfig, autoencoder.input_spec),
+    ("tiny_decoder", tiny_decoder.TinyDecoderConfig, tiny_decoder.input_spec),
 )
 
 PIXELS_PER_LATENT = 8  # side, of the autoencoder that SnapGen works on

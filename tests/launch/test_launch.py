@@ -15,6 +15,7 @@ import time
 import pytest
 
 from launch import gke, job, local, slurm, tpu_vm
+from snapgen_jax.cli import main
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -131,11 +132,20 @@ def test_the_slurm_script_hands_on_the_signal_and_queues_the_job_again(tmp_path,
 
 
 @pytest.mark.slow
-def test_several_processes_on_this_machine_train_as_one_run(tmp_path):
+def test_several_processes_on_this_machine_train_as_one_run_from_the_stage_before(tmp_path):
+    short = ["--config.log_every_steps=2", "--config.tensorboard=False"]
+    config = "--config=configs/pretrain/t2i_256.py:runlocal"
+    assert main(["train", config, f"--workdir={tmp_path / 'first'}", "--config.train_steps=2", *short]) == 0
     arguments = ["--processes=2", "--devices=1", "--name=try", f"--workdir={tmp_path / 'run'}"]
-    command = [sys.executable, "-m", "launch.local", *arguments, "--config=configs/pretrain/t2i_256.py:runlocal"]
-    command += ["--config.train_steps=6", "--config.log_every_steps=2"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    command = [sys.executable, "-m", "launch.local", *arguments, config, "--config.train_steps=6", *short]
+    ended = subprocess.run(
+        [*command, f"--config.init_from={tmp_path / 'first'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
     assert "process 1 of 2" in ended.stdout
     assert "step 6/6" in ended.stdout
