@@ -84,7 +84,9 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--batches", type=int, default=100, help="how many (default: %(default)s)")
 
     plan = add("plan", _plan, "Whether a config fits TPUs that are not here, and what it will cost.")
-    _config(plan)
+    what = plan.add_mutually_exclusive_group(required=True)
+    _config(what, required=False)
+    what.add_argument("--from", dest="earlier", metavar="FILE", help="derive from this earlier --json, compile nothing")
     plan.add_argument("--topology", required=True, help="v5e:4x4, v5p:2x2x2, v6e:16x16, 2*v5e:4x4 ...")
     plan.add_argument("--json", metavar="FILE", help="also write all figures there")
 
@@ -102,10 +104,10 @@ def _workdir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, help="folder of the run, local or gs://")
 
 
-def _config(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+def _config(parser: Any, default: str | None = None, required: bool = True) -> None:
     parser.add_argument(
         "--config",
-        required=default is None,
+        required=required and default is None,
         default=default,
         metavar="FILE[:ARG]",
         help="config file, and the argument of its get_config; override any key with --config.KEY=VALUE"
@@ -229,12 +231,15 @@ def _data(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from snapgen_jax.experiment import plan
+    from snapgen_jax.experiment import derive, plan
 
-    plans = plan(_load_experiment(options), options.topology)
+    if options.earlier:
+        asked, plans = derive(epath.Path(options.earlier), options.topology)
+    else:
+        asked = {"config": options.config, "overrides": options.overrides}
+        plans = plan(_load_experiment(options), options.topology)
     print("\n\n".join(found.table() for found in plans))
     if options.json:
-        asked = {"config": options.config, "overrides": options.overrides}
         epath.Path(options.json).write_text(
             json.dumps([{**asked, **found.to_json()} for found in plans], indent=2) + "\n"
         )

@@ -259,6 +259,20 @@ def plan(config: ConfigDict, name: str) -> list[Plan]:
     return plans
 
 
+def derive(earlier: epath.Path, name: str) -> tuple[dict[str, Any], list[Plan]]:
+    """What earlier plans say of another topology, see `Plan.on`; with the config and overrides that they were made of.
+
+    Raises:
+        ConfigError: the file holds no plans, or plans that tell nothing of others.
+    """
+    try:
+        records = json.loads(earlier.read_text())
+        asked = {what: records[0][what] for what in ("config", "overrides")}
+        return asked, [Plan.from_json(record).on(topology(name)) for record in records]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{earlier}: {error!r}; give a file that `snapgen plan --json` wrote") from error
+
+
 def prepare_workdir(config: ConfigDict, workdir: epath.PathLike, command: list[str] | None = None) -> None:
     """Writes `config.json` and `run.json`; names what changed if the workdir had another config.
 

@@ -91,6 +91,7 @@ class Plan:
         flops, bytes_accessed: of one step on one device, as XLA estimates them.
         collectives: by kind, in one step.
         compute_seconds, hbm_seconds, link_seconds: what a step takes at the peaks, one thing at a time.
+        derived_from: the topology that the step was compiled for, where that is another; "" where it is this one.
     """
 
     topology: str
@@ -114,6 +115,52 @@ class Plan:
     compute_seconds: float = 0.0
     hbm_seconds: float = 0.0
     link_seconds: float = 0.0
+    derived_from: str = ""
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Plan:
+        """The inverse of `to_json`; other keys are passed over."""
+        own = {f.name: fields[f.name] for f in dataclasses.fields(cls) if f.name in fields}
+        return cls(**{**own, "collectives": {k: Collective(**v) for k, v in own.get("collectives", {}).items()}})
+
+    def on(self, where: Topology) -> Plan:
+        """What this step would need and cost on other chips, each with the same share of a batch; not compiled there.
+
+        A replica does the same work wherever it is, and a sum over n replicas sends 2 (n-1)/n of its size. Another
+        chip's compiler may fuse and lay out otherwise, so that its bytes are a guess.
+
+        Raises:
+            ValueError: the step does not fit, or its parameters are split: a replica's work then depends on the mesh.
+        """
+        if not self.fits or math.prod(self.mesh.values()) != self.mesh["data"]:
+            raise ValueError(
+                f"only a plan that fits, on a mesh of replicas, tells of other chips; this one is {self.mesh}"
+            )
+        devices, before = len(where.devices), self.mesh["data"]
+        grown = ((devices - 1) / devices) / ((before - 1) / before)
+        sent = {
+            kind: dataclasses.replace(found, wire_bytes=round(found.wire_bytes * grown))
+            for kind, found in self.collectives.items()
+        }
+        wire = sum(found.wire_bytes for found in sent.values())
+        at_peaks = Roofline(where.chip, self.flops, self.bytes_accessed, wire)
+        hbm = int(where.chip.hbm_bytes / where.chip.devices)
+        return dataclasses.replace(
+            self,
+            topology=where.name,
+            chip=where.chip.name,
+            chips=where.chips,
+            mesh={**self.mesh, "data": devices},
+            global_batch=self.global_batch * devices // before,
+            hbm_bytes=hbm,
+            fits=self.peak_bytes <= hbm,
+            compile_seconds=0.0,
+            collectives=sent,
+            compute_seconds=at_peaks.times["compute"],
+            hbm_seconds=at_peaks.times["hbm"],
+            link_seconds=at_peaks.times["links"],
+            derived_from=self.topology,
+        )
 
     @property
     def devices(self) -> int:
@@ -166,7 +213,9 @@ class Plan:
             ("memory", f"{verdict}: {gigabytes(self.peak_bytes)} of {gigabytes(self.hbm_bytes)} on each device"),
             *(self._cost_rows() if self.fits else [("", f"what would help: {self.advice()}")]),
             ("a checkpoint", gigabytes(self.state_bytes)),
-            ("compilation", f"{self.compile_seconds:.0f} s here"),
+            ("compilation", f"{self.compile_seconds:.0f} s here")
+            if not self.derived_from
+            else ("derived", f"from the step compiled for {self.derived_from}"),
         ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name.ljust(width)}  {text}" for name, text in rows)

@@ -135,3 +135,31 @@ def test_what_is_planned_is_the_very_program_that_a_run_compiles():
 def test_an_unknown_topology_is_a_config_error():
     with pytest.raises(ConfigError, match="unknown chip"):
         plan(load_config(CONFIG), "gpu:8")
+
+
+@needs_libtpu
+def test_a_plan_tells_of_more_chips_and_of_others(tmp_path, capsys):
+    config = load_config(CONFIG, ["batch_size=16"])
+    (four,) = plan(config, "v5e:2x2")
+    (sixteen,) = plan(load_config(CONFIG, ["batch_size=64"]), "v5e:4x4")
+    derived = four.on(topology("v5e:4x4"))
+    assert (derived.global_batch, derived.mesh) == (sixteen.global_batch, sixteen.mesh)
+    for name in ("flops", "bytes_accessed", "temporary_bytes", "argument_bytes", "link_seconds"):
+        assert getattr(derived, name) == pytest.approx(getattr(sixteen, name), rel=0.03), name
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps([{"config": CONFIG, "overrides": [], **four.to_json()}]))
+    assert main(["plan", f"--from={file}", "--topology=v6e:16x16", f"--json={tmp_path / 'other.json'}"]) == 0
+    assert "derived" in capsys.readouterr().out
+    (other,) = json.loads((tmp_path / "other.json").read_text())
+    assert (other["derived_from"], other["chips"], other["global_batch"]) == ("v5e:2x2", 256, 1024)
+    assert other["hbm_seconds"] == pytest.approx(four.hbm_seconds * 819 / 1638)
+
+
+@needs_libtpu
+def test_a_plan_with_split_parameters_tells_nothing_of_others(planned, tmp_path, capsys):
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps([{"config": CONFIG, "overrides": [], **planned.to_json()}]))
+    assert main(["plan", f"--from={file}", "--topology=v5e:4x4"]) == 78
+    assert "mesh of replicas" in capsys.readouterr().err
+    assert main(["plan", f"--from={tmp_path / 'none.json'}", "--topology=v5e:4x4"]) == 78
+    assert "snapgen plan --json" in capsys.readouterr().err
