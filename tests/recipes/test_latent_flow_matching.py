@@ -1,6 +1,7 @@
 """Pretraining on stored latents and text states: the loss is that of flow matching, and stages hand over."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -63,9 +64,8 @@ def test_it_learns_to_draw_the_latents_that_the_states_tell():
     )
     assert after < 0.8 * before
     conditions = {name: jnp.asarray(batch(7)[name][:4]) for name in CONDITION}
-    drawn = made.generate(
-        inference_weights(state), {}, conditions, example_keys(0, jnp.arange(4), "generate"), steps=2, guidance=2.0
-    )
+    draw = jax.jit(functools.partial(made.generate, steps=2, guidance=2.0))
+    drawn = draw(inference_weights(state), {}, conditions, example_keys(0, jnp.arange(4), "generate"))
     assert drawn["latent"].shape == (4, 8, 8, 4)
 
 
