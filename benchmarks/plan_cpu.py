@@ -61,7 +61,8 @@ def main() -> None:
     compiled, chip = lowered.compile(), measured_peaks()
     cost = compiled.cost_analysis() or {}
     roofline = Roofline(chip, cost["flops"], cost["bytes accessed"])
-    state = jax.device_put(recipe.init(key(0, 0, "init")), jax.tree.leaves(mesh.devices)[0])
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    state = jax.jit(recipe.init, out_shardings=replicated)(key(0, 0, "init"))
     batch = put_batch({name: np.ones(s.shape, s.dtype) for name, s in spec.items()}, mesh)
     times = []
     for _ in range(30):
