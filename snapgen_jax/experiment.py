@@ -117,12 +117,9 @@ class Experiment:
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
-    def warm_start(self, state: TrainState) -> TrainState:
-        """Starts from the stage that `init_from` names, if it names one."""
-        if not self.config.init_from:
-            return state
-        earlier = load_weights(self.config.init_from, load_recipe(self.config.init_from))
-        return self.recipe.warm_start(state, earlier)
+    def earlier_weights(self) -> Tree:
+        """`{player: weights}` of the stage that `init_from` names."""
+        return load_weights(self.config.init_from, load_recipe(self.config.init_from))
 
     def read(self, batches: int) -> dict[str, float]:
         """Draws batches and computes nothing: what the input can do, without the device.
@@ -151,7 +148,7 @@ class Experiment:
             self.config,
             workdir=self.workdir,
             evaluators=self.evaluators(),
-            warm_start=self.warm_start,
+            earlier=self.earlier_weights if self.config.init_from else None,
         )
 
 

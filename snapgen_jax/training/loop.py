@@ -199,7 +199,7 @@ class Run:
 
     # --- start ---
 
-    def start(self, warm_start: Callable[[TrainState], TrainState]) -> tuple[TrainState, int]:
+    def start(self, earlier: Callable[[], Tree] | None) -> tuple[TrainState, int]:
         """Restores the newest checkpoint, or draws a first state straight into its sharded layout."""
         abstract = jax.eval_shape(self.recipe.init, key(self.config.seed, 0, "init"))
         self.shardings = tree_shardings(abstract, self.recipe.rules(), self.mesh)
@@ -213,7 +213,10 @@ class Run:
             self.saved_step = latest
             return state, position
         state = jax.jit(self.recipe.init, out_shardings=self.shardings)(key(self.config.seed, 0, "init"))
-        return jax.device_put(warm_start(state), self.shardings), 0
+        if earlier is not None:  # compiled, since operations on the arrays of all processes are
+            weights = jax.tree.map(np.asarray, earlier())
+            state = jax.jit(self.recipe.warm_start, out_shardings=self.shardings)(state, weights)
+        return state, 0
 
     def load_frozen(self) -> Tree:
         """The recipe's frozen networks on the mesh, and their fingerprint for `meta`."""
@@ -320,7 +323,7 @@ def train(
     *,
     workdir: epath.PathLike | None = None,
     evaluators: Sequence[ScheduledEvaluator] = (),
-    warm_start: Callable[[TrainState], TrainState] = lambda state: state,
+    earlier: Callable[[], Tree] | None = None,
     mesh: Mesh | None = None,
     quiet: bool = False,
 ) -> TrainState:
@@ -331,7 +334,7 @@ def train(
         data: the batches; its stream is entered at the restored position.
         workdir: local or object-store folder; None keeps everything in memory.
         evaluators: what to measure along the way.
-        warm_start: maps the first state, once, never on resume.
+        earlier: `{player: weights}` of an earlier stage for the recipe's `warm_start`; read once, never on resume.
         mesh: overrides the mesh that `config.mesh` describes.
         quiet: prints nothing but errors.
 
@@ -352,7 +355,7 @@ def train(
     life = run.life
     with life.watch():
         frozen = run.load_frozen()
-        state, position = run.start(warm_start)
+        state, position = run.start(earlier)
         step = start = int(state.step)
         life.saved(start)
         say = progress.Reporter(config.train_steps, step, quiet or not run.first)
