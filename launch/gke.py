@@ -15,7 +15,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from launch.job import AGAIN, HOPELESS, Chips, LaunchError, Shell, add_job, flags, job_of, main_of, parser
+from launch.job import AGAIN, HOPELESS, Chips, LaunchError, Shell, add_job, flags, job_in_bucket, main_of, parser
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -60,11 +60,7 @@ def create(options: argparse.Namespace, rest: Sequence[str], shell: Shell, where
     """Builds and pushes the image, and submits the workload."""
     if not options.topology or not options.image:
         raise LaunchError("give --topology (v5e:4x4 say) and --image (us-docker.pkg.dev/PROJECT/REPOSITORY/NAME)")
-    if not options.workdir.startswith("gs://"):
-        raise LaunchError(
-            f"workdir {options.workdir!r} is on this machine; every host has to reach it: gs://BUCKET/RUN"
-        )
-    job, chips = job_of(options, rest), Chips.parse(options.topology)
+    job, chips = job_in_bucket(options, rest), Chips.parse(options.topology)
     image = f"{options.image}:{job.name}"
     shell.run(["docker", "build", f"--tag={image}", "--build-arg=EXTRAS=tpu", "."], "the image with the code")
     shell.run(["docker", "push", image])

@@ -165,6 +165,15 @@ def job_of(options: argparse.Namespace, rest: Sequence[str]) -> Job:
     return Job(options.name, options.config, options.workdir, tuple(rest))
 
 
+def job_in_bucket(options: argparse.Namespace, rest: Sequence[str]) -> Job:
+    """As `job_of`, for hosts that share no disk."""
+    if not options.workdir.startswith("gs://"):
+        raise LaunchError(
+            f"workdir {options.workdir!r} is on this machine; every host has to reach it: gs://BUCKET/RUN"
+        )
+    return job_of(options, rest)
+
+
 def main_of(run, argv: Sequence[str] | None = None) -> int:
     """Calls `run(argv)`; an impossible launch is one line and exit code 78, a failing command its own code."""
     try:

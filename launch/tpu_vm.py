@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from launch.job import AGAIN, HOPELESS, Chips, Job, LaunchError, Shell, add_job, flags, job_of, main_of, parser
+from launch.job import AGAIN, HOPELESS, Chips, Job, LaunchError, Shell, add_job, flags, job_in_bucket, main_of, parser
 
 RUNTIMES = {
     "v4": "tpu-ubuntu2204-base",
@@ -126,11 +126,7 @@ def run(argv: Sequence[str]) -> None:
     if options.action in ("create", "watch"):
         if options.topology is None:
             raise LaunchError("give --topology, v5e:4x4 say; `snapgen plan` tells whether the job fits it")
-        if not options.workdir.startswith("gs://"):
-            raise LaunchError(
-                f"workdir {options.workdir!r} is on this machine; every host has to reach it: gs://BUCKET/RUN"
-            )
-        job, chips = job_of(options, rest), Chips.parse(options.topology)
+        job, chips = job_in_bucket(options, rest), Chips.parse(options.topology)
         code = f"{options.workdir.rstrip('/')}/code/{job.name}.tar.gz"
     elif rest:
         raise LaunchError(f"unknown arguments {' '.join(rest)}")
