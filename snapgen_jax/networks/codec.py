@@ -174,5 +174,13 @@ def to_uint8(images: jax.Array) -> jax.Array:
     return jnp.round(jnp.clip(images * 127.5 + 127.5, 0, 255)).astype(jnp.uint8)
 
 
+def reduced(image_size: int | tuple[int, int], factor: int) -> tuple[int, int]:
+    """(h, w) of the latents of a square or (H, W) image, `factor` times smaller; raises if a side does not divide."""
+    height, width = _height_width(image_size)
+    if height % factor or width % factor:
+        raise ValueError(f"an image of {height} x {width} px: both sides must be multiples of {factor}; change them")
+    return height // factor, width // factor
+
+
 def _height_width(image_size: int | tuple[int, int]) -> tuple[int, int]:
     return (image_size, image_size) if isinstance(image_size, int) else image_size

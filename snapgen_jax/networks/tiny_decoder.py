@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from snapgen_jax.networks.codec import reduced
 from snapgen_jax.networks.depthwise import DepthwiseConv
 from snapgen_jax.networks.layers import Conv, GroupNorm, Init, upsample_nearest
 from snapgen_jax.networks.module import Network, Preset, Tree, apply, compute_dtype, shard
@@ -186,13 +187,8 @@ class TinyDecoderCodec:
 
     def latent_shape(self, image_size: int | tuple[int, int]) -> tuple[int, int, int]:
         """(h, w, c). Raises where a side is no multiple of the reduction."""
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        factor = self.network.config.reduction
-        if height % factor or width % factor:
-            raise ValueError(
-                f"an image of {height} x {width} px: both sides must be multiples of {factor}; change them"
-            )
-        return height // factor, width // factor, self.network.config.latent_channels
+        config = self.network.config
+        return (*reduced(image_size, config.reduction), config.latent_channels)
 
     def describe(self) -> dict[str, Any]:
         """The decoder is a network of its own; it takes normalised latents."""
