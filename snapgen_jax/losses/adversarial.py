@@ -1,0 +1,58 @@
+"""Adversarial losses: the hinge (Lim and Ye 2017, "Geometric GAN") and the gradient penalty R1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Tree = Any
+
+
+def hinge_discriminator_loss(real_logits: jax.Array, fake_logits: jax.Array) -> jax.Array:
+    """What a discriminator minimises, `max(0, 1 - D(x)) + max(0, 1 + D(x~))`, a mean over all axes but the first.
+
+    Lim and Ye 2017, section 3. It is 2 where the discriminator says 0 of everything, and 0 where it is right by a
+    margin of one.
+
+    Args:
+        real_logits, fake_logits: `[B, ...]` of examples from the data and from the generator.
+
+    Returns:
+        `[B]` float32.
+    """
+    return _mean(jax.nn.relu(1 - _float32(real_logits))) + _mean(jax.nn.relu(1 + _float32(fake_logits)))
+
+
+def hinge_generator_loss(fake_logits: jax.Array) -> jax.Array:
+    """What a generator minimises against the hinge, `-D(x~)`, a mean over all axes but the first: `[B]` float32."""
+    return -_mean(_float32(fake_logits))
+
+
+def gradient_penalty(discriminate: Callable[[Tree], jax.Array], real: Tree) -> jax.Array:
+    """R1, the squared gradient of the logits by what the discriminator sees of the data: `|| d D(x) / d x ||^2`.
+
+    Mescheder et al. 2018, "Which Training Methods for GANs do actually Converge?", eq. 9, without its factor. Where the
+    discriminator is heads on a frozen trunk, `real` are the features of the trunk (Sauer et al. 2023, "StyleGAN-T"), so
+    that the penalty does not pass through it.
+
+    Args:
+        discriminate: a tree of `[B, ...]` to logits `[B, ...]`; nothing may mix the examples.
+        real: the tree at the data.
+
+    Returns:
+        `[B]` float32: the gradient of an example's mean logit, squared and summed over all that is seen of it.
+    """
+    gradients = jax.grad(lambda seen: jnp.sum(_mean(_float32(discriminate(seen)))))(real)
+    squares = [jnp.sum(jnp.square(_float32(g)), axis=tuple(range(1, g.ndim))) for g in jax.tree.leaves(gradients)]
+    return sum(squares[1:], squares[0])
+
+
+def _mean(x: jax.Array) -> jax.Array:
+    return jnp.mean(x, axis=tuple(range(1, x.ndim)))
+
+
+def _float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)
