@@ -1,4 +1,4 @@
-"""Adversarial losses: the hinge (Lim and Ye 2017, "Geometric GAN") and the gradient penalty R1."""
+"""Adversarial losses: the hinge (Lim and Ye 2017, "Geometric GAN"), the gradient penalty R1, and a balancing weight."""
 
 from __future__ import annotations
 
@@ -48,6 +48,24 @@ def gradient_penalty(discriminate: Callable[[Tree], jax.Array], real: Tree) -> j
     gradients = jax.grad(lambda seen: jnp.sum(_mean(_float32(discriminate(seen)))))(real)
     squares = [jnp.sum(jnp.square(_float32(g)), axis=tuple(range(1, g.ndim))) for g in jax.tree.leaves(gradients)]
     return sum(squares[1:], squares[0])
+
+
+def adaptive_weight(task_norm: jax.Array, adversarial_norm: jax.Array, limit: float = 1e4) -> jax.Array:
+    """How much of the adversarial loss balances the task's, from the norms of their gradients at the last layer.
+
+        w = |grad L_task| / (|grad L_G| + 1e-4),   at most `limit`
+
+    Esser et al. 2021, "Taming Transformers for High-Resolution Image Synthesis", eq. 7; the floor and the limit are
+    those of its code. The weight is a constant to the gradient.
+
+    Args:
+        task_norm, adversarial_norm: scalars, L2 norms over the same parameters.
+
+    Returns:
+        float32 scalar.
+    """
+    weight = _float32(task_norm) / (_float32(adversarial_norm) + 1e-4)
+    return jax.lax.stop_gradient(jnp.minimum(weight, limit))
 
 
 def _mean(x: jax.Array) -> jax.Array:
