@@ -1,10 +1,14 @@
-"""The hinge and R1 against closed forms."""
+"""The hinge and R1 against closed forms, and the weight that balances two gradients."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from snapgen_jax.losses.adversarial import gradient_penalty, hinge_discriminator_loss, hinge_generator_loss
+from snapgen_jax.losses.adversarial import (
+    gradient_penalty,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+)
 
 
 def test_the_hinge_is_two_for_no_opinion_and_nothing_beyond_a_margin_of_one():
@@ -35,3 +39,9 @@ def test_the_penalty_can_be_differentiated_by_the_discriminator():
     x = jnp.ones((4, 3))
     slope = jax.grad(lambda w: gradient_penalty(lambda x: x @ w, x).mean())(jnp.array([1.0, -2.0, 3.0]))
     np.testing.assert_allclose(slope, [2.0, -4.0, 6.0])
+
+
+def test_the_adaptive_weight_makes_both_gradients_equally_long_and_is_a_constant_to_them():
+    assert float(adaptive_weight(jnp.float32(3.0), jnp.float32(0.5))) == pytest.approx(6.0, rel=1e-3)
+    assert float(adaptive_weight(jnp.float32(3.0), jnp.float32(0.0))) == 1e4
+    assert float(jax.grad(lambda norm: adaptive_weight(norm, jnp.float32(0.5)))(jnp.float32(3.0))) == 0.0
