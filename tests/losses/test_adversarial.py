@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from snapgen_jax.losses.adversarial import (
+    adaptive_weight,
     gradient_penalty,
     hinge_discriminator_loss,
     hinge_generator_loss,
