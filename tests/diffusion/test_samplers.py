@@ -108,6 +108,33 @@ def test_the_state_is_float32_whatever_the_network_computes_in(method):
     np.testing.assert_allclose(x, -1.0, atol=1e-5)  # bfloat16 steps of 1/300 would stall at 1/2
 
 
+def test_renoising_jumps_to_the_data_and_back_to_the_next_time_with_one_call_an_interval():
+    # Data ~ N(0, s): E[x_0 | x_t] = k_t x_t with k_t = (1-t) s / ((1-t)^2 s + t^2), so that three jumps are one product.
+    s, times = 0.3, np.array([1.0, 0.6, 0.25, 0.0], np.float32)
+    k = {float(t): (1 - t) * s / ((1 - t) ** 2 * s + t**2) for t in times[:-1]}
+    eps = jax.random.normal(jax.random.key(0), (4, 5, 2, 3))
+
+    def denoise(x_t, t, i, calls):
+        mean = (1 - t) * s / ((1 - t) ** 2 * s + t**2)
+        return (x_t - expand_like(mean, x_t) * x_t) / expand_like(t, x_t), calls + 1
+
+    x, calls = sample(denoise, eps[0], times, 0, method="renoise", noise=eps[1:])
+    expected = eps[0]
+    for i, (t, to) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        expected = (1 - to) * k[float(t)] * expected + to * eps[1 + i]
+    assert calls == 3
+    np.testing.assert_allclose(x, expected, atol=1e-6)
+
+    half, _ = sample(denoise, eps[0], times[:2], 0, method="renoise", noise=eps[1:2])
+    chained, _ = sample(denoise, half, times[1:], 0, method="renoise", noise=eps[1:], start=1)
+    np.testing.assert_array_equal(chained, x)
+
+
+def test_renoising_without_the_noise_it_needs_is_refused_with_the_shape():
+    with pytest.raises(ValueError, match=r"noise of shape \(2, 1, 2\).*none was given"):
+        sample(lambda x_t, t, i, carry: (x_t, carry), jnp.ones((1, 2)), time_grid(2), method="renoise")
+
+
 def test_an_unknown_method_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"'rk4'.*euler, heun"):
+    with pytest.raises(ValueError, match=r"'rk4'.*euler, heun, renoise"):
         sample(lambda x_t, t, i, carry: (x_t, carry), jnp.ones((1, 2)), time_grid(2), method="rk4")
