@@ -115,9 +115,12 @@ class ClipTextConfig(Preset):
 
 
 class ClipLayer(nnx.Module):
-    """Causal self-attention and a feed-forward network, each with a LayerNorm before and a residual."""
+    """Self-attention and a feed-forward network, each with a LayerNorm before and a residual.
 
-    def __init__(self, config: ClipTextConfig, rngs: nnx.Rngs):
+    `config` is a `ClipTextConfig` or a `clip_vision.ClipVisionConfig`.
+    """
+
+    def __init__(self, config: Any, rngs: nnx.Rngs):
         width, dtype = config.width, compute_dtype(config)
         self.norm_1 = LayerNorm(width, dtype=dtype)
         self.attention = Attention(
@@ -134,7 +137,7 @@ class ClipLayer(nnx.Module):
         self.outer = Linear(4 * width, width, dtype=dtype, rngs=rngs)
         self.activation = config.activation
 
-    def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, bias: jax.Array | None) -> jax.Array:
         x = x + self.attention(self.norm_1(x), bias=bias)
         h = self.inner(self.norm_2(x))
         h = h * jax.nn.sigmoid(1.702 * h) if self.activation == "quick_gelu" else jax.nn.gelu(h, approximate=False)

@@ -14,7 +14,18 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
-from snapgen_jax.networks import autoencoder, clip, context, gemma2, mmdit, t5, tiny_decoder, unet
+from snapgen_jax.networks import (
+    autoencoder,
+    clip,
+    clip_vision,
+    context,
+    discriminator,
+    gemma2,
+    mmdit,
+    t5,
+    tiny_decoder,
+    unet,
+)
 from snapgen_jax.networks.module import Preset, apply, build, count_parameters
 from snapgen_jax.networks.unet import UNetConfig
 
@@ -28,12 +39,14 @@ def _mmdit_inputs(config: mmdit.MMDiTConfig) -> tuple:
 NETWORKS: tuple[tuple[str, type[Preset], Callable[..., tuple]], ...] = (
     ("unet", unet.UNetConfig, unet.input_spec),
     ("clip", clip.ClipTextConfig, clip.input_spec),
+    ("clip_vision", clip_vision.ClipVisionConfig, clip_vision.input_spec),
     ("t5", t5.T5Config, t5.input_spec),
     ("gemma2", gemma2.Gemma2Config, gemma2.input_spec),
     ("conditioner", context.ConditionerConfig, context.input_spec),
     ("mmdit", mmdit.MMDiTConfig, _mmdit_inputs),
     ("autoencoder", autoencoder.AutoencoderConfig, autoencoder.input_spec),
     ("tiny_decoder", tiny_decoder.TinyDecoderConfig, tiny_decoder.input_spec),
+    ("discriminator", discriminator.DiscriminatorConfig, discriminator.input_spec),
 )
 
 PIXELS_PER_LATENT = 8  # side, of the autoencoder that SnapGen works on
