@@ -1,9 +1,10 @@
-"""Flow matching: a UNet learns the velocity of the straight path from noise to images, with its text encoder.
+"""Flow matching: a network learns the velocity of the straight path from noise to images, with its text encoder.
 
     x_t = (1 - t) x_0 + t eps,   v = eps - x_0,   L = || v_theta(x_t, t, c) - v ||^2        (Liu et al. 2022, eq. 1)
 
 t is drawn from a logit-normal density (Esser et al. 2024), captions are dropped now and then for classifier-free
-guidance (Ho and Salimans 2022). One player, "model", holds both networks: `unet` and `text`.
+guidance (Ho and Salimans 2022). One player, "model", holds both networks: `unet` or `mmdit`, and `text`, unless the text
+encoder is that of an earlier run, which stays as it is.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from snapgen_jax.diffusion.samplers import Method, sample
 from snapgen_jax.diffusion.timesteps import TimestepConfig, sample_times, time_grid
 from snapgen_jax.evaluation.interfaces import EvaluationConfig, EvaluatorSpec
 from snapgen_jax.losses.flow_matching import flow_matching_loss
-from snapgen_jax.networks import clip, unet
+from snapgen_jax.networks import clip, mmdit, unet
 from snapgen_jax.networks.clip import ClipTextConfig, null_tokens
 from snapgen_jax.networks.codec import CodecConfig, build_codec, from_uint8, to_uint8
-from snapgen_jax.networks.module import Platform, apply, build, for_platform, init
+from snapgen_jax.networks.mmdit import MMDiTConfig
+from snapgen_jax.networks.module import Network, Platform, apply, build, compute_dtype, for_platform, init
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.time_features import MAX_PERIOD, TIME_SCALE, time_features
 from snapgen_jax.networks.unet import UNetConfig
@@ -43,6 +45,7 @@ from snapgen_jax.training.optimizer import (
 )
 from snapgen_jax.training.recipe import ExportPlan, ExportUnit, Metrics
 from snapgen_jax.training.state import Player, TrainState
+from snapgen_jax.weights.frozen import load_run
 
 Tree = Any
 VALIDATION_TIMES = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
@@ -67,14 +70,19 @@ class SamplingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FlowMatchingConfig:
-    """Flow matching of a text-conditional UNet.
+    """Flow matching of a text-conditional network.
 
     Attributes:
         batch_size: images in a global batch.
         microbatches: the global batch is computed in this many parts.
         train_steps: updates in the run; where a decaying learning rate ends.
         image_sizes: (height, width) of each aspect bucket, in pixels.
-        prediction: what the UNet's output stands for: the velocity, or the image, from which the velocity follows as
+        network: which network learns: the SnapGen UNet, or the MMDiT of Stable Diffusion 3, a teacher.
+        unet, mmdit: its architecture; that of the other is passed over.
+        text: architecture of the text encoder.
+        text_workdir: a run of the recipe `contrastive` whose text encoder and tokenizer are used, the encoder frozen; ""
+            trains one beside the network.
+        prediction: what the network's output stands for: the velocity, or the image, from which the velocity follows as
             `(x_t - x_0) / t`. Where a latent has more channels than the image has degrees of freedom, as with large
             patches of pixels, the image is the easier target: the network need not carry the noise through.
         loss_full_from: time s from which the velocity's error counts in full; below it the weight is (t / s)^2. The
@@ -89,8 +97,11 @@ class FlowMatchingConfig:
     microbatches: int = 1
     train_steps: int = 1000
     image_sizes: tuple[tuple[int, int], ...] = ((32, 32),)
+    network: Literal["unet", "mmdit"] = "unet"
     unet: UNetConfig = UNetConfig.preset("shapes")
+    mmdit: MMDiTConfig = MMDiTConfig.preset("shapes")
     text: ClipTextConfig = ClipTextConfig.preset("shapes")
+    text_workdir: str = ""
     codec: CodecConfig = CodecConfig()
     prediction: Literal["velocity", "x_0"] = "velocity"
     timesteps: TimestepConfig = TimestepConfig()
@@ -112,14 +123,16 @@ class FlowMatching:
         """`platform` is the one compiled for; it fixes compute dtype and form of the depthwise convolution."""
         self.config = config
         self.codec = build_codec(config.codec)
+        self.network_name, self.network_config = config.network, getattr(config, config.network)
+        self.tokenizer_workdir = config.text_workdir  # whose tokens a batch holds; "" to train a tokenizer
         channels = {self.codec.latent_shape(size)[-1] for size in config.image_sizes}
-        if channels != {config.unet.latent_channels}:
+        if channels != {self.network_config.latent_channels}:
             raise ValueError(
-                f"the codec gives {channels.pop()} latent channels and unet.latent_channels is "
-                f"{config.unet.latent_channels}; make them equal"
+                f"the codec gives {channels.pop()} latent channels and {config.network}.latent_channels is "
+                f"{self.network_config.latent_channels}; make them equal"
             )
         self.prediction, self.full_from = config.prediction, config.loss_full_from
-        self.unet, self.unet_spec = build(for_platform(config.unet, platform))
+        self.network, self.network_spec = build(for_platform(self.network_config, platform))
         self.text, self.text_spec = build(for_platform(config.text, platform))
         self.optimizer: optax.GradientTransformation = make_optimizer(config.optimizer, config.train_steps)
         self.learning_rate = learning_rate_schedule(config.optimizer, config.train_steps)
@@ -144,47 +157,59 @@ class FlowMatching:
         }
 
     def init(self, key: jax.Array) -> TrainState:
-        """Draws both networks."""
-        unet_key, text_key = jax.random.split(key)
-        params = {"unet": init(self.unet, unet_key), "text": init(self.text, text_key)}
-        player = self._new_player(params)
-        return TrainState(jnp.int32(0), jnp.int32(0), {"model": player}, {})
+        """Draws the network, and its text encoder unless that is frozen."""
+        network_key, text_key = jax.random.split(key)
+        params = {self.network_name: init(self.network, network_key)}
+        if not self.tokenizer_workdir:
+            params["text"] = init(self.text, text_key)
+        return TrainState(jnp.int32(0), jnp.int32(0), {"model": self._new_player(params)}, {})
 
     def warm_start(self, state: TrainState, earlier: Tree) -> TrainState:
-        """Starts from `{player: weights}` of an earlier stage; optimizer, average and schedule begin anew."""
-        params = jax.tree.map(lambda new, old: old.astype(new.dtype), state.players["model"].params, earlier["model"])
-        player = self._new_player(params)
-        return state.replace(players={"model": player})
+        """Starts from `{player: weights}` of an earlier stage; optimizer, average and schedule begin anew. Of the earlier
+        networks only those are taken that are trained here too."""
+        new = state.players["model"].params
+        params = jax.tree.map(
+            lambda new, old: old.astype(new.dtype), new, {name: earlier["model"][name] for name in new}
+        )
+        return state.replace(players={"model": self._new_player(params)})
 
     def _new_player(self, params: Tree) -> Player:
         return new_player(params, self.optimizer, ema=self.config.ema_decay > 0)
 
     def frozen_spec(self) -> Tree:
-        """Nothing is frozen."""
-        return {}
+        """`{"text"}` if the text encoder is that of an earlier run."""
+        return {"text": stored(self.text, self.text_spec)} if self.tokenizer_workdir else {}
 
     def load_frozen(self, mesh: Mesh | None) -> Tree:
-        """Nothing is frozen."""
-        del mesh
-        return {}
+        """Reads the text encoder of `config.text_workdir`, if that is set."""
+        if not self.tokenizer_workdir:
+            return {}
+        return load_run(self.tokenizer_workdir, FlowMatching.frozen_spec(self), mesh=mesh, rules=clip.RULES)
 
     def rules(self) -> Sequence[tuple[str, PartitionSpec]]:
         """Those of the two networks."""
-        return [*unet.RULES, *clip.RULES]
+        return [*within("text", clip.RULES), *within("unet", unet.RULES), *within("mmdit", mmdit.RULES)]
 
     # --- training ---
 
     def encode_text(self, params: Tree, tokens: jax.Array, mask: jax.Array) -> TextContext:
-        """`[B, L]` tokens -> what the UNet attends to."""
+        """`[B, L]` tokens -> what the network attends to."""
         return apply(self.text, params["text"], tokens, mask)
 
     def predict(self, params: Tree, x_t: jax.Array, t: jax.Array, context: TextContext) -> jax.Array:
         """Velocity `[B, h, w, c]` at `x_t` `[B, h, w, c]` and `t` `[B]`."""
-        out, _ = apply(self.unet, params["unet"], x_t, time_features(t, self.config.unet.time_width), context)
-        return out if self.prediction == "velocity" else velocity_from_x0(x_t, out, t)
+        return self.predict_with_taps(params, x_t, t, context)[0]
+
+    def predict_with_taps(
+        self, params: Tree, x_t: jax.Array, t: jax.Array, context: TextContext, taps: Sequence[str] = ()
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The velocity, and the named intermediates of the network."""
+        features = time_features(t, self.network_config.time_width)
+        out, found = apply(self.network, params[self.network_name], x_t, features, context, taps=taps)
+        return (out if self.prediction == "velocity" else velocity_from_x0(x_t, out, t)), found
 
     def condition(self, params: Tree, drawn: Tree) -> TextContext:
-        """What the UNet attends to, of a batch or of drawn captions."""
+        """What the network attends to, of a batch or of drawn captions."""
         return self.encode_text(params, drawn["tokens"], drawn["mask"])
 
     def loss(self, params: Tree, drawn: Tree) -> tuple[jax.Array, Metrics]:
@@ -197,8 +222,9 @@ class FlowMatching:
             losses = losses * jnp.square(jnp.minimum(1.0, drawn["t"] / self.full_from))
         return jnp.mean(losses), {}
 
-    def draw(self, batch: Tree, key: jax.Array, step: int | jax.Array = 0) -> Tree:
+    def draw(self, frozen: Tree, batch: Tree, key: jax.Array, step: int | jax.Array = 0) -> Tree:
         """Everything random about one global batch: noise, times, dropped captions."""
+        del frozen
         progress = step / self.config.train_steps
         eps_key, time_key, drop_key = jax.random.split(key, 3)
         x_0 = self.codec.encode(from_uint8(batch["image"]))
@@ -212,10 +238,14 @@ class FlowMatching:
 
     def update(self, state: TrainState, frozen: Tree, batch: Tree, key: jax.Array) -> tuple[TrainState, Metrics]:
         """One AdamW step on the flow matching loss."""
-        del frozen
         player = state.players["model"]
-        drawn = self.draw(batch, key, state.step)
-        grads, loss, _ = accumulate_gradients(self.loss, player.params, drawn, self.config.microbatches)
+        drawn = self.draw(frozen, batch, key, state.step)
+        grads, loss, _ = accumulate_gradients(
+            lambda params, drawn: self.loss({**frozen, **params}, drawn),
+            player.params,
+            drawn,
+            self.config.microbatches,
+        )
         grads, norm = clip_by_joint_norm(grads, self.config.optimizer.clip_norm)
         player = step_player(player, grads, self.optimizer, state.step, self.config.ema_decay)
         metrics = {"loss": loss, "grad_norm": norm, "learning_rate": jnp.asarray(self.learning_rate(state.step))}
@@ -243,7 +273,7 @@ class FlowMatching:
 
         Args:
             params: `{"model": {"unet", "text"}}`.
-            frozen: unused.
+            frozen: as from `load_frozen`.
             conditions: `tokens` and `mask` `[B, L]`; optionally `noise` `[B, h, w, c]` instead of noise from the keys.
             key: `[B]` keys.
             steps, guidance, method, image_size: default to `config.sampling` and the first image size.
@@ -251,39 +281,74 @@ class FlowMatching:
         Returns:
             `image` uint8 `[B, H, W, 3]`, `latent` float32 `[B, h, w, c]`, and the `noise` it began with.
         """
-        del frozen
-        default = self.config.sampling
-        steps, method = steps or default.steps, method or default.method
-        guidance = default.guidance if guidance is None else guidance
-        weights = params["model"]
+        weights = {**frozen, **params["model"]}
         shape = self.codec.latent_shape(image_size or self.config.image_sizes[0])
-        noise = conditions["noise"] if "noise" in conditions else initial_noise(key, shape)
+        noise = conditions["noise"] if "noise" in conditions else self.noise(key, shape, steps, method)
         context = self.encode_text(weights, conditions["tokens"], conditions["mask"])
         null = self._null_caption()
         null_context = self.encode_text(weights, jnp.asarray(null["tokens"])[None], jnp.asarray(null["mask"])[None])
+        latent = self.sample(weights, noise, context, null_context, steps=steps, guidance=guidance, method=method)
+        return {"image": to_uint8(self.codec.decode(latent)), "latent": latent, "noise": noise}
+
+    def noise(
+        self, keys: jax.Array, shape: tuple[int, ...], steps: int | None = None, method: Method | None = None
+    ) -> jax.Array:
+        """What sampling begins with, `[B, *shape]`; or `[B, steps, *shape]`, the first and all that is mixed in later,
+        where the method renoises."""
+        default = self.config.sampling
+        if (method or default.method) == "renoise":
+            shape = (steps or default.steps, *shape)
+        return initial_noise(keys, shape)
+
+    def sample(
+        self,
+        params: Tree,
+        noise: jax.Array,
+        context: TextContext,
+        null_context: TextContext,
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        method: Method | None = None,
+    ) -> jax.Array:
+        """The latent `[B, h, w, c]` that noise of that shape leads to under guidance.
+
+        Args:
+            params: `{"unet", ...}`, what `predict` takes.
+            noise: float32, as `noise` gives it.
+            context: of B captions.
+            null_context: of the empty caption, one for all.
+            steps, guidance, method: default to `config.sampling`.
+        """
+        default = self.config.sampling
 
         def denoise(x_t: jax.Array, t: jax.Array, i: jax.Array, carry: Any, c: TextContext) -> tuple[jax.Array, Any]:
             del i
-            return self.predict(weights, x_t, t, c), carry
+            return self.predict(params, x_t, t, c), carry
 
-        guided = with_guidance(denoise, context, null_context, guidance)
-        latent, _ = sample(guided, noise, time_grid(steps, default.shift), method=method)
-        return {"image": to_uint8(self.codec.decode(latent)), "latent": latent, "noise": noise}
+        scale = default.guidance if guidance is None else guidance
+        guided = with_guidance(denoise, context, null_context, scale)
+        times = time_grid(steps or default.steps, default.shift)
+        if (method or default.method) == "renoise":
+            later = jnp.moveaxis(jnp.roll(noise, -1, axis=1), 1, 0)  # the last interval ends in data and uses none
+            return sample(guided, noise[:, 0], times, method="renoise", noise=later)[0]
+        return sample(guided, noise, times, method=method or default.method)[0]
 
-    def validation_batch(self, batch: Tree) -> tuple[jax.Array, Tree]:
+    def validation_batch(self, frozen: Tree, batch: Tree) -> tuple[jax.Array, Tree]:
         """The clean latents `[B, h, w, c]` of a batch, and its captions."""
+        del frozen
         return self.codec.encode(from_uint8(batch["image"])), batch
 
     def validation_loss(self, params: Tree, frozen: Tree, batch: Tree, key: jax.Array) -> dict[str, jax.Array]:
         """Per-example loss `[B]` at each of `VALIDATION_TIMES`, with the same noise at each; and their mean."""
-        del frozen
-        x_0, captions = self.validation_batch(batch)
+        weights = {**frozen, **params["model"]}
+        x_0, captions = self.validation_batch(frozen, batch)
         eps = jax.random.normal(key, x_0.shape)
-        context = self.condition(params["model"], captions)
+        context = self.condition(weights, captions)
 
         def at(t: jax.Array) -> jax.Array:
             times = jnp.full(x_0.shape[:1], t)
-            v = self.predict(params["model"], interpolate(x_0, eps, times), times, context)
+            v = self.predict(weights, interpolate(x_0, eps, times), times, context)
             return flow_matching_loss(v, velocity(x_0, eps))
 
         losses = jax.lax.map(at, jnp.asarray(VALIDATION_TIMES))  # [T, B]
@@ -308,9 +373,10 @@ class FlowMatching:
         ]
 
     def exports(self) -> ExportPlan:
-        """The UNet and the text encoder at the first image size, in float32 with real depthwise convolutions."""
+        """The network and the text encoder at the first image size, in float32 with real depthwise convolutions."""
         config, b = self.config, 1
-        unet_network, _ = build(dataclasses.replace(config.unet, dtype="float32", depthwise="grouped"))
+        form = {"depthwise": "grouped"} if self.network_name == "unet" else {}
+        network, _ = build(dataclasses.replace(self.network_config, dtype="float32", **form))
         text_network, _ = build(dataclasses.replace(config.text, dtype="float32"))
         latent_shape, length = self.codec.latent_shape(config.image_sizes[0]), config.text.max_tokens
         context = jax.eval_shape(
@@ -323,7 +389,7 @@ class FlowMatching:
         def denoise(
             params: Tree, *, latent: Any, time: Any, sequence: Any, mask: Any, pooled: Any
         ) -> dict[str, jax.Array]:
-            out, _ = apply(unet_network, params, latent, time, TextContext(sequence, mask, pooled))
+            out, _ = apply(network, params, latent, time, TextContext(sequence, mask, pooled))
             return {"prediction": out}
 
         def encode_text(params: Tree, *, tokens: Any, mask: Any) -> dict[str, jax.Array]:
@@ -335,12 +401,12 @@ class FlowMatching:
 
         units = [
             ExportUnit(
-                "unet",
+                self.network_name,
                 denoise,
-                lambda players: players["model"]["unet"],
+                lambda weights: weights["model"][self.network_name],
                 {
                     "latent": f32(b, *latent_shape),
-                    "time": f32(b, config.unet.time_width),
+                    "time": f32(b, self.network_config.time_width),
                     "sequence": f32(*context.sequence.shape),
                     "mask": f32(b, length),
                     "pooled": f32(*context.pooled.shape),
@@ -349,7 +415,7 @@ class FlowMatching:
             ExportUnit(
                 "text_encoder",
                 encode_text,
-                lambda players: players["model"]["text"],
+                lambda weights: {**weights["frozen"], **weights["model"]}["text"],
                 {"tokens": jax.ShapeDtypeStruct((b, length), jnp.int32), "mask": f32(b, length)},
             ),
         ]
@@ -368,7 +434,7 @@ class FlowMatching:
                 "latent_shape": list(latent_shape),
                 "image_shape": [*config.image_sizes[0], 3],
                 "time_features": {
-                    "dim": config.unet.time_width,
+                    "dim": self.network_config.time_width,
                     "scale": TIME_SCALE,
                     "max_period": MAX_PERIOD,
                     "order": "cos,sin",
@@ -379,9 +445,20 @@ class FlowMatching:
                     "null_tokens": [int(i) for i in null["tokens"]],
                     "null_mask": [float(i) for i in null["mask"]],
                 },
-                "units": {"denoiser": "unet", "text_encoder": "text_encoder"},
+                "units": {"denoiser": self.network_name, "text_encoder": "text_encoder"},
             },
         )
+
+
+def stored(network: Network, spec: Tree) -> Tree:
+    """Shapes of a frozen network's parameters, in the dtype in which it computes."""
+    dtype = compute_dtype(network.config)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), spec)
+
+
+def within(name: str, rules: Sequence[tuple[str, PartitionSpec]]) -> list[tuple[str, PartitionSpec]]:
+    """The sharding rules of a network, for the parameters below `name` alone."""
+    return [(rf"(^|/){name}/(.*/)?({pattern})", spec) for pattern, spec in rules]
 
 
 def initial_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:

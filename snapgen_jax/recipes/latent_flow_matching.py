@@ -16,15 +16,15 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
-from snapgen_jax.diffusion.guidance import drop_condition, with_guidance
-from snapgen_jax.diffusion.samplers import Method, sample
-from snapgen_jax.diffusion.timesteps import TimestepConfig, sample_times, time_grid
+from snapgen_jax.diffusion.guidance import drop_condition
+from snapgen_jax.diffusion.samplers import Method
+from snapgen_jax.diffusion.timesteps import TimestepConfig, sample_times
 from snapgen_jax.evaluation.interfaces import EvaluationConfig
 from snapgen_jax.networks import unet
 from snapgen_jax.networks.module import Platform, build, for_platform, init
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.unet import UNetConfig
-from snapgen_jax.recipes.flow_matching import FlowMatching, SamplingConfig, initial_noise
+from snapgen_jax.recipes.flow_matching import FlowMatching, SamplingConfig
 from snapgen_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 from snapgen_jax.training.recipe import ExportPlan
 from snapgen_jax.training.state import TrainState
@@ -76,7 +76,8 @@ class LatentFlowMatching(FlowMatching):
         for size in config.image_sizes:
             if size[0] % config.reduction or size[1] % config.reduction:
                 raise ValueError(f"image size {size} does not divide by reduction={config.reduction}; change one")
-        self.unet, self.unet_spec = build(for_platform(config.unet, platform))
+        self.network_name, self.network_config, self.tokenizer_workdir = "unet", config.unet, ""
+        self.network, self.network_spec = build(for_platform(config.unet, platform))
         self.optimizer: optax.GradientTransformation = make_optimizer(config.optimizer, config.train_steps)
         self.learning_rate = learning_rate_schedule(config.optimizer, config.train_steps)
         self.prediction, self.full_from = "velocity", 0.0
@@ -106,7 +107,7 @@ class LatentFlowMatching(FlowMatching):
 
     def init(self, key: jax.Array) -> TrainState:
         """Draws the UNet."""
-        player = self._new_player({"unet": init(self.unet, key)})
+        player = self._new_player({"unet": init(self.network, key)})
         return TrainState(jnp.int32(0), jnp.int32(0), {"model": player}, {})
 
     def rules(self) -> Sequence[tuple[str, PartitionSpec]]:
@@ -118,8 +119,9 @@ class LatentFlowMatching(FlowMatching):
         del params
         return TextContext(*(drawn[name].astype(jnp.float32) for name in CONDITION))
 
-    def draw(self, batch: Tree, key: jax.Array, step: int | jax.Array = 0) -> Tree:
+    def draw(self, frozen: Tree, batch: Tree, key: jax.Array, step: int | jax.Array = 0) -> Tree:
         """Everything random about one global batch: noise, times, dropped captions."""
+        del frozen
         eps_key, time_key, drop_key = jax.random.split(key, 3)
         x_0 = batch["latent"].astype(jnp.float32)
         condition = {name: batch[name] for name in CONDITION}
@@ -135,8 +137,9 @@ class LatentFlowMatching(FlowMatching):
     def _null(condition: Tree) -> Tree:
         return jax.tree.map(lambda x: np.zeros(x.shape[1:], x.dtype), condition)
 
-    def validation_batch(self, batch: Tree) -> tuple[jax.Array, Tree]:
+    def validation_batch(self, frozen: Tree, batch: Tree) -> tuple[jax.Array, Tree]:
         """The clean latents `[B, h, w, c]` of a batch, and its text states."""
+        del frozen
         return batch["latent"].astype(jnp.float32), batch
 
     def generate(
@@ -155,7 +158,7 @@ class LatentFlowMatching(FlowMatching):
 
         Args:
             params: `{"model": {"unet"}}`.
-            frozen: unused.
+            frozen: as from `load_frozen`.
             conditions: `sequence` `[B, L, D]`, `mask` `[B, L]`, `pooled` `[B, P]`; optionally `noise`.
             key: `[B]` keys.
             steps, guidance, method, image_size: default to `config.sampling` and the first image size.
@@ -163,21 +166,13 @@ class LatentFlowMatching(FlowMatching):
         Returns:
             `latent` float32 `[B, h, w, c]`, and the `noise` it began with.
         """
-        del frozen
-        default, weights = self.config.sampling, params["model"]
+        weights = {**frozen, **params["model"]}
         shape = self.latent_shape(image_size or self.config.image_sizes[0])
-        noise = conditions["noise"] if "noise" in conditions else initial_noise(key, shape)
+        noise = conditions["noise"] if "noise" in conditions else self.noise(key, shape, steps, method)
         given = {name: conditions[name] for name in CONDITION}
         null = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), jnp.float32), given)
-
-        def denoise(x_t: jax.Array, t: jax.Array, i: jax.Array, carry: Any, c: TextContext) -> tuple[jax.Array, Any]:
-            del i
-            return self.predict(weights, x_t, t, c), carry
-
-        scale = default.guidance if guidance is None else guidance
-        guided = with_guidance(denoise, self.condition(weights, given), self.condition(weights, null), scale)
-        times = time_grid(steps or default.steps, default.shift)
-        latent, _ = sample(guided, noise, times, method=method or default.method)
+        contexts = self.condition(weights, given), self.condition(weights, null)
+        latent = self.sample(weights, noise, *contexts, steps=steps, guidance=guidance, method=method)
         return {"latent": latent, "noise": noise}
 
     def exports(self) -> ExportPlan:
