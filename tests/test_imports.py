@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "training": ["parallel", "evaluation.interfaces"],
     "parallel": [],
     "weights": ["networks", "parallel"],
+    "weights.frozen": ["weights", "networks", "parallel", "training.checkpoint", "training.exits"],
     "systems": ["networks", "diffusion", "weights", "parallel"],
     "data": [],
     # from a trained run to images, numbers and files

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from snapgen_jax.networks.codec import reduced
 from snapgen_jax.networks.layers import Conv, GroupNorm, Linear, upsample_nearest
 from snapgen_jax.networks.long_attention import attend_long
-from snapgen_jax.networks.module import Network, Preset, Tree, apply, compute_dtype, shard
+from snapgen_jax.networks.module import Network, Preset, Tree, apply, compute_dtype, frozen_spec, shard
+from snapgen_jax.networks.sizes import reduced
 from snapgen_jax.networks.tiling import decode_tiled
 
 __all__ = ["RULES", "Autoencoder", "AutoencoderCodec", "AutoencoderConfig", "input_spec"]
@@ -42,6 +42,8 @@ class AutoencoderConfig(Preset):
         latent_channels: channels of a latent.
         groups: groups of every GroupNorm.
         scale, shift: latents are `(mean - shift) * scale`, which gives them about zero mean and unit variance.
+        normalisation: "constant" for that; "measured" for mean and deviation of each channel, parameters that whoever
+            trains the autoencoder measures and no gradient moves (as in FLUX.2).
         tile: side of the largest latent that is decoded whole; larger ones are decoded in tiles of this side.
         tile_overlap: least overlap of neighbouring tiles, in latent pixels.
         attention_chunk: queries at a time in the attention at the lowest resolution.
@@ -54,6 +56,7 @@ class AutoencoderConfig(Preset):
     groups: int = 32
     scale: float = 1.5305
     shift: float = 0.0609
+    normalisation: Literal["constant", "measured"] = "constant"
     tile: int = 128
     tile_overlap: int = 32
     attention_chunk: int = 2048
@@ -76,6 +79,13 @@ class AutoencoderConfig(Preset):
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {"channels": (8, 16), "layers": 1, "latent_channels": 4, "groups": 4, "tile": 8, "tile_overlap": 2},
+        "shapes": {
+            "channels": (32, 48, 64),
+            "layers": 1,
+            "latent_channels": 8,
+            "groups": 16,
+            "normalisation": "measured",
+        },
         "sd3": {},
     }
 
@@ -214,6 +224,19 @@ class Decoder(nnx.Module):
         return self.conv_out(jax.nn.silu(self.norm_out(x))).astype(jnp.float32)
 
 
+class Statistics(nnx.Module):
+    """Mean and standard deviation of each channel of the latents, which `encode` takes out and `decode` puts back."""
+
+    def __init__(self, width: int):
+        self.bias, self.scale = nnx.Param(jnp.zeros(width)), nnx.Param(jnp.ones(width))
+
+    def encode(self, z: jax.Array) -> jax.Array:
+        return (z - self.bias[...]) / self.scale[...]
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        return latents * self.scale[...] + self.bias[...]
+
+
 class Autoencoder(nnx.Module):
     """Encoder and decoder. Build it through `networks.module.build`; `AutoencoderCodec` makes it a `Codec`."""
 
@@ -221,6 +244,7 @@ class Autoencoder(nnx.Module):
         self.config = config
         self.encoder = Encoder(config, rngs)
         self.decoder = Decoder(config, rngs)
+        self.statistics = Statistics(config.latent_channels) if config.normalisation == "measured" else None
 
     def moments(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Mean and log variance of the latents of `[B, H, W, 3]` images in [-1, 1], before normalisation."""
@@ -231,16 +255,19 @@ class Autoencoder(nnx.Module):
         z, logvar = self.moments(images)
         if key is not None:
             z = z + jnp.exp(0.5 * logvar) * jax.random.normal(key, z.shape)
+        if self.statistics is not None:
+            return self.statistics.encode(z)
         return (z - self.config.shift) * self.config.scale
 
     def decode(self, latents: jax.Array) -> jax.Array:
         """Images `[B, H, W, 3]` of normalised latents `[B, h, w, c]`; in tiles where a side exceeds `config.tile`."""
         config = self.config
-        z = latents / config.scale + config.shift
+        z = latents / config.scale + config.shift if self.statistics is None else self.statistics.decode(latents)
         return decode_tiled(self.decoder, z, tile=config.tile, overlap=config.tile_overlap)
 
     def __call__(self, images: jax.Array, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """What training needs of `[B, H, W, 3]` images: the reconstruction, the mean and the log variance."""
+        """What training needs of `[B, H, W, 3]` images: the reconstruction, the mean and the log variance; the latents
+        are not normalised on the way."""
         mean, logvar = self.moments(images)
         z = mean if key is None else mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
         return self.decoder(z), mean, logvar
@@ -252,7 +279,7 @@ class AutoencoderCodec:
     """A `Codec` of an autoencoder and its parameters; a pytree, so that the parameters stay arguments of a step."""
 
     network: Network = dataclasses.field(metadata={"static": True})
-    params: Tree
+    params: Tree = None
 
     def encode(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """`[..., H, W, 3]` -> `[..., h, w, c]`: the mean, or with a key a draw from the posterior.
@@ -276,16 +303,18 @@ class AutoencoderCodec:
         config = self.network.config
         return (*reduced(image_size, config.reduction), config.latent_channels)
 
+    def spec(self) -> Tree:
+        """Shapes of the autoencoder's parameters, in the dtype in which it computes."""
+        return frozen_spec(self.network)
+
+    def bind(self, params: Tree) -> AutoencoderCodec:
+        """The codec with these parameters."""
+        return dataclasses.replace(self, params=params)
+
     def describe(self) -> dict[str, Any]:
-        """The decoder is a network of its own; it takes `latents / scale + shift`."""
+        """The decoder is a network of its own, which takes normalised latents."""
         config = self.network.config
-        return {
-            "kind": "autoencoder",
-            "reduction": config.reduction,
-            "latent_channels": config.latent_channels,
-            "scale": config.scale,
-            "shift": config.shift,
-        }
+        return {"kind": "network", "reduction": config.reduction, "latent_channels": config.latent_channels}
 
 
 def input_spec(config: AutoencoderConfig, batch: int = 1, height: int = 256, width: int = 256) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Images to latents and back: the interface, and the two codecs that need no training.
+"""Images to latents and back: the interface, the codecs by config, and the two codecs that need no training.
 
 `PatchCodec` turns each p x p patch of each colour channel by the orthonormal two-dimensional DCT-II. An image becomes p
 times smaller on each side and 3 p^2 channels deep without loss. The transform is a rotation of the pixels: white noise
@@ -14,11 +14,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from snapgen_jax.networks.autoencoder import AutoencoderCodec, AutoencoderConfig
+from snapgen_jax.networks.module import Platform, Tree, build, for_platform
+from snapgen_jax.networks.sizes import height_width
+from snapgen_jax.networks.tiny_decoder import TinyDecoderCodec, TinyDecoderConfig
+
 COLOURS = 3
 
 
 class Codec(Protocol):
-    """Between images, float32 `[..., H, W, 3]` in [-1, 1], and latents of about unit variance, `[..., h, w, c]`."""
+    """Between images, float32 `[..., H, W, 3]` in [-1, 1], and latents of about unit variance, `[..., h, w, c]`.
+
+    A codec that is a network has parameters, which are an argument of every step: it is built without them, says their
+    shapes by `spec`, and codes after `bind`. The others have none, `{}`.
+    """
 
     def encode(self, images: jax.Array) -> jax.Array:
         """Images to latents."""
@@ -36,37 +45,76 @@ class Codec(Protocol):
         """What a client needs to decode without this library, as plain JSON."""
         ...
 
+    def spec(self) -> Tree:
+        """Shapes of the parameters that `bind` takes."""
+        ...
+
+    def bind(self, params: Tree) -> Codec:
+        """The codec with its parameters."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class CodecConfig:
     """Which codec, and its normalisation `latents = scale * transform(images - shift)`.
 
     Attributes:
-        kind: "identity" (latents are pixels) or "patch" (orthonormal patch transform).
+        kind: "identity" (latents are pixels), "patch" (orthonormal patch transform), or "autoencoder" (a network, which
+            normalises as it was trained to).
         patch: side p of a patch in pixels; "patch" only.
         scale: 1 / standard deviation of the pixels, which the transform keeps. The defaults are those of the rendered
             shapes on their light background; photographs are near 2 and 0.
         shift: mean of the pixels, in [-1, 1].
         frequency_scale: further factors, one for each of the p^2 frequencies in row-major order (vertical, horizontal),
             to weigh detail against layout; empty means all one. "patch" only.
+        autoencoder: the network of the kind "autoencoder".
+        workdir: where its weights are: a run of the recipe `autoencoder`, or a folder of published weights.
+        decoder: what decodes: the autoencoder's own decoder, or a tiny one.
+        tiny_decoder: the network of the decoder "tiny".
+        decoder_workdir: where its weights are: a run of the recipe `decoder_distillation`.
     """
 
-    kind: Literal["identity", "patch"] = "patch"
+    kind: Literal["identity", "patch", "autoencoder"] = "patch"
     patch: int = 4
     scale: float = 2.25
     shift: float = 0.7
     frequency_scale: tuple[float, ...] = ()
+    autoencoder: AutoencoderConfig = AutoencoderConfig.preset("shapes")
+    workdir: str = ""
+    decoder: Literal["autoencoder", "tiny"] = "autoencoder"
+    tiny_decoder: TinyDecoderConfig = TinyDecoderConfig.preset("shapes")
+    decoder_workdir: str = ""
 
 
-def build_codec(config: CodecConfig) -> Codec:
-    """The codec that a config describes."""
+def build_codec(config: CodecConfig, platform: Platform = "cpu") -> Codec:
+    """The codec that a config describes, without parameters; `platform` is the one that its networks run on.
+
+    Raises:
+        ValueError: the kind is unknown, or the two networks of a codec do not fit each other.
+    """
     match config.kind:
         case "identity":
             return IdentityCodec(config)
         case "patch":
             return PatchCodec(config)
+        case "autoencoder":
+            return _learned(config, platform)
         case other:
-            raise ValueError(f"unknown codec {other!r}; expected 'identity' or 'patch'")
+            raise ValueError(f"unknown codec {other!r}; expected 'identity', 'patch' or 'autoencoder'")
+
+
+def _learned(config: CodecConfig, platform: Platform) -> Codec:
+    large, tiny = config.autoencoder, config.tiny_decoder
+    encoder = AutoencoderCodec(build(for_platform(large, platform))[0])
+    if config.decoder == "autoencoder":
+        return encoder
+    for name in ("latent_channels", "reduction"):
+        if getattr(large, name) != getattr(tiny, name):
+            raise ValueError(
+                f"the codec's autoencoder has {name} {getattr(large, name)} and its tiny_decoder {getattr(tiny, name)};"
+                " a decoder takes the latents of the autoencoder that it was trained with: make them equal"
+            )
+    return TinyDecoderCodec(build(for_platform(tiny, platform))[0], encoder=encoder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,11 +133,20 @@ class IdentityCodec:
 
     def latent_shape(self, image_size: int | tuple[int, int]) -> tuple[int, int, int]:
         """(H, W, 3)."""
-        return (*_height_width(image_size), COLOURS)
+        return (*height_width(image_size), COLOURS)
 
     def describe(self) -> dict[str, Any]:
         """`images = latents / scale + shift`."""
         return {"kind": "identity", "scale": self.config.scale, "shift": self.config.shift}
+
+    def spec(self) -> Tree:
+        """It has no parameters."""
+        return {}
+
+    def bind(self, params: Tree) -> IdentityCodec:
+        """Itself: it has no parameters."""
+        del params
+        return self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +181,7 @@ class PatchCodec:
 
     def latent_shape(self, image_size: int | tuple[int, int]) -> tuple[int, int, int]:
         """(H/p, W/p, 3 p^2). Raises if p does not divide H and W."""
-        height, width = _height_width(image_size)
+        height, width = height_width(image_size)
         p = self.config.patch
         if height % p or width % p:
             raise ValueError(f"an image of {height} x {width} px does not divide into patches of {p}; change either")
@@ -144,6 +201,15 @@ class PatchCodec:
             "shift": self.config.shift,
             "frequency_scale": list(self.config.frequency_scale or (1.0,) * p**2),
         }
+
+    def spec(self) -> Tree:
+        """It has no parameters."""
+        return {}
+
+    def bind(self, params: Tree) -> PatchCodec:
+        """Itself: it has no parameters."""
+        del params
+        return self
 
     def _analysis(self) -> np.ndarray:
         """`[3 p^2, 3 p^2]` orthonormal, coefficients from pixels."""
@@ -172,15 +238,3 @@ def from_uint8(images: jax.Array) -> jax.Array:
 def to_uint8(images: jax.Array) -> jax.Array:
     """[-1, 1] to the nearest of the grey levels 0..255; values outside are clipped. The inverse of `from_uint8`."""
     return jnp.round(jnp.clip(images * 127.5 + 127.5, 0, 255)).astype(jnp.uint8)
-
-
-def reduced(image_size: int | tuple[int, int], factor: int) -> tuple[int, int]:
-    """(h, w) of the latents of a square or (H, W) image, `factor` times smaller; raises if a side does not divide."""
-    height, width = _height_width(image_size)
-    if height % factor or width % factor:
-        raise ValueError(f"an image of {height} x {width} px: both sides must be multiples of {factor}; change them")
-    return height // factor, width // factor
-
-
-def _height_width(image_size: int | tuple[int, int]) -> tuple[int, int]:
-    return (image_size, image_size) if isinstance(image_size, int) else image_size

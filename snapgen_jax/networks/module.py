@@ -180,6 +180,12 @@ def _difference(network: Network, given: Mapping[Path, Any]) -> str:
     return "\n".join(lines)
 
 
+def frozen_spec(network: Network) -> Tree:
+    """Shapes of the parameters of a network that is used and not trained: in the dtype in which it computes."""
+    _, spec = build(network.config)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, compute_dtype(network.config)), spec)
+
+
 def take_apart(module: nnx.Module) -> tuple[Callable[[Tree], nnx.Module], Tree]:
     """Splits a module into its parameters, as a pytree for jax transformations, and the function that joins them again.
 

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from snapgen_jax.networks.codec import reduced
 from snapgen_jax.networks.depthwise import DepthwiseConv
 from snapgen_jax.networks.layers import Conv, GroupNorm, Init, upsample_nearest
-from snapgen_jax.networks.module import Network, Preset, Tree, apply, compute_dtype, shard
+from snapgen_jax.networks.module import Network, Preset, Tree, apply, compute_dtype, frozen_spec, shard
+from snapgen_jax.networks.sizes import reduced
 
 __all__ = ["RULES", "TinyDecoder", "TinyDecoderCodec", "TinyDecoderConfig", "input_spec"]
 
@@ -77,7 +77,14 @@ class TinyDecoderConfig(Preset):
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {"channels": (16, 8), "blocks": (1, 1), "middle_blocks": 1, "latent_channels": 4, "groups": 4},
-        "shapes": {"channels": (64, 32, 32), "blocks": (2, 2, 1), "latent_channels": 8, "groups": 16},
+        "shapes": {
+            "channels": (64, 32, 32),
+            "blocks": (2, 2, 1),
+            "latent_channels": 8,
+            "groups": 16,
+            "scale": 1.0,  # the autoencoder of the shapes world measures what it needs
+            "shift": 0.0,
+        },
         "sd3": {},
     }
 
@@ -166,7 +173,7 @@ class TinyDecoderCodec:
     """
 
     network: Network = dataclasses.field(metadata={"static": True})
-    params: Tree
+    params: Tree = None
     encoder: Any = None
 
     def encode(self, images: jax.Array) -> jax.Array:
@@ -190,10 +197,20 @@ class TinyDecoderCodec:
         config = self.network.config
         return (*reduced(image_size, config.reduction), config.latent_channels)
 
+    def spec(self) -> Tree:
+        """`{"decoder", "encoder"}`: shapes of this decoder's parameters and of the other codec's."""
+        encoder = {} if self.encoder is None else {"encoder": self.encoder.spec()}
+        return {"decoder": frozen_spec(self.network), **encoder}
+
+    def bind(self, params: Tree) -> TinyDecoderCodec:
+        """The codec with these parameters, a tree like `spec`; without "encoder" it only decodes."""
+        encoder = self.encoder.bind(params["encoder"]) if self.encoder and "encoder" in params else None
+        return TinyDecoderCodec(self.network, params["decoder"], encoder)
+
     def describe(self) -> dict[str, Any]:
         """The decoder is a network of its own; it takes normalised latents."""
         config = self.network.config
-        return {"kind": "tiny_decoder", "reduction": config.reduction, "latent_channels": config.latent_channels}
+        return {"kind": "network", "reduction": config.reduction, "latent_channels": config.latent_channels}
 
 
 def input_spec(config: TinyDecoderConfig, batch: int = 1, height: int = 32, width: int = 32) -> tuple[Any, ...]:

@@ -1,5 +1,6 @@
 """The autoencoder is that of Stable Diffusion 3, and a codec."""
 
+import dataclasses
 import gzip
 import json
 import pathlib
@@ -111,15 +112,23 @@ def test_the_codec_takes_any_leading_axes_and_says_its_shapes(codec):
     assert latents.shape == (2, 3, *codec.latent_shape((8, 12))) == (2, 3, 2, 3, 4)
     assert decode(latents).shape == images.shape
     np.testing.assert_allclose(latents[1], encode(images[1]), rtol=1e-4, atol=1e-5)
-    assert json.loads(json.dumps(codec.describe())) == {
-        "kind": "autoencoder",
-        "reduction": 4,
-        "latent_channels": 4,
-        "scale": 1.5305,
-        "shift": 0.0609,
-    }
+    assert json.loads(json.dumps(codec.describe())) == {"kind": "network", "reduction": 4, "latent_channels": 4}
     with pytest.raises(ValueError, match="8 x 10 px: both sides must be multiples of 4"):
         codec.encode(images[..., :10, :])
+
+
+def test_measured_statistics_are_taken_out_of_the_latents_and_put_back_and_stay_out_of_training(codec):
+    network, spec = build(dataclasses.replace(codec.network.config, normalisation="measured"))
+    moved = {"bias": jnp.arange(4.0), "scale": jnp.arange(1.0, 5.0)}
+    measured = AutoencoderCodec(network).bind({**codec.params, "statistics": moved})
+    assert jax.tree.map(jnp.shape, measured.params) == jax.tree.map(jnp.shape, spec)
+    example = np.load(GOLDENS / "autoencoder" / "tall.npz")
+    latents = measured.encode(example["images"])
+    np.testing.assert_allclose(latents * moved["scale"] + moved["bias"], example["mean"], rtol=1e-4, atol=1e-4)
+    z = (example["latents"] / 1.5305 + 0.0609 - moved["bias"]) / moved["scale"]
+    assert relative_error(measured.decode(z), example["decoded"]) <= 1e-5
+    trained = jax.grad(lambda params: jnp.sum(jnp.square(apply(network, params, example["images"])[0])))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(trained(measured.params)["statistics"]))
 
 
 def test_draws_with_a_key_have_the_moments_of_the_posterior(codec):

@@ -97,7 +97,7 @@ def test_as_a_codec_it_decodes_what_another_encodes(tiny):
     np.testing.assert_array_equal(latents, encoder.encode(pictures))
     assert latents.shape[2:] == codec.latent_shape((16, 8))
     assert codec.decode(latents).shape == pictures.shape
-    assert codec.describe() == {"kind": "tiny_decoder", "reduction": 2, "latent_channels": 4}
+    assert codec.describe() == {"kind": "network", "reduction": 2, "latent_channels": 4}
 
 
 def test_a_decoder_alone_does_not_encode(tiny):

@@ -1,0 +1,134 @@
+"""Networks that a recipe uses and does not train: their weights, from an earlier run or from published files."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from snapgen_jax.networks import autoencoder, tiny_decoder
+from snapgen_jax.networks.codec import Codec, CodecConfig
+from snapgen_jax.networks.module import flatten, unflatten
+from snapgen_jax.parallel.sharding import Rules, tree_shardings
+from snapgen_jax.training.checkpoint import Checkpointer
+from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.weights.loader import load
+from snapgen_jax.weights.maps import sd3_autoencoder
+from snapgen_jax.weights.sources import source
+
+Tree = Any
+Path = tuple[str, ...]
+
+
+def load_run(
+    workdir: epath.PathLike,
+    spec: Tree,
+    *,
+    player: str = "model",
+    step: int | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules = (),
+) -> Tree:
+    """Weights of a trained run, the averaged ones where it keeps an average, in the dtypes that are asked for.
+
+    Args:
+        workdir: of the run.
+        spec: nested dict of `ShapeDtypeStruct`: which of the player's weights are wanted; the others are left out.
+        player: whose.
+        step: which checkpoint; the newest by default.
+        mesh: where the weights go; without one onto one device.
+        rules: how they are split over the mesh.
+
+    Raises:
+        ConfigError: there is no checkpoint, or it does not hold these weights; names those that differ.
+    """
+    checkpointer = Checkpointer(workdir)
+    try:
+        found = checkpointer.latest_step() if step is None else step
+        if found is None:
+            raise ConfigError(
+                f"{str(workdir)!r} is no trained run: it has no complete checkpoint; train it first, or name another"
+            )
+        saved = {
+            tuple(name.split("/")[1:]): jax.ShapeDtypeStruct(shape, np.dtype(dtype))
+            for name, (shape, dtype) in checkpointer.meta(found)["shapes"].items()
+            if name.startswith("ema/")
+        }
+        wanted = flatten(spec)
+        _check(str(workdir), wanted, {path[1:]: leaf for path, leaf in saved.items() if path[0] == player})
+        held = flatten(checkpointer.restore_weights(unflatten(saved), found))
+    finally:
+        checkpointer.close()
+    weights = {path: np.asarray(held[player, *path]).astype(leaf.dtype) for path, leaf in wanted.items()}
+    return jax.device_put(unflatten(weights), _places(spec, mesh, rules))
+
+
+def _check(workdir: str, wanted: dict[Path, Any], held: dict[Path, Any]) -> None:
+    """Raises where a run does not hold what is wanted of it."""
+    lines = [
+        f"  {'/'.join(path)}: {list(held[path].shape) if path in held else 'none'}, the config says {list(leaf.shape)}"
+        for path, leaf in wanted.items()
+        if path not in held or held[path].shape != leaf.shape
+    ]
+    if lines:
+        more = [f"  ... and {len(lines) - 10} more"] if len(lines) > 10 else []
+        message = f"the run {workdir!r} holds another network than the config describes; make their sections equal:"
+        raise ConfigError("\n".join([message, *lines[:10], *more]))
+
+
+def load_codec(config: CodecConfig, codec: Codec, mesh: Mesh | None = None) -> Tree:
+    """The parameters of a codec, a tree like `codec.spec()`; `{}` for a codec without any.
+
+    Args:
+        config: names the runs, or the folders of published weights, that hold them.
+        codec: `build_codec(config, ...)`.
+        mesh: where the parameters go; without one onto one device.
+
+    Raises:
+        ConfigError: a run or folder is not named, is not there, or holds another network.
+    """
+    if config.kind != "autoencoder":
+        return {}
+    spec: Tree = codec.spec()
+    if config.decoder == "autoencoder":
+        return _load_autoencoder(config, spec, mesh)
+    if not config.decoder_workdir:
+        raise ConfigError("the tiny decoder has no weights: set codec.decoder_workdir to a run that trained one")
+    tiny = load_run(config.decoder_workdir, {"decoder": spec["decoder"]}, mesh=mesh, rules=tiny_decoder.RULES)
+    return {**tiny, "encoder": _load_autoencoder(config, spec["encoder"], mesh)}
+
+
+def _load_autoencoder(config: CodecConfig, spec: Tree, mesh: Mesh | None) -> Tree:
+    if not config.workdir:
+        raise ConfigError(
+            "the autoencoder has no weights: set codec.workdir to a run of the recipe 'autoencoder', or to a folder of "
+            f"published weights.\n{source('sd3_vae').advice}"
+        )
+    folder = epath.Path(config.workdir)
+    if not _is_published(folder):
+        held = load_run(folder, {"autoencoder": spec}, mesh=mesh, rules=autoencoder.RULES)
+        return held["autoencoder"]
+    weight_map = sd3_autoencoder.weight_map(config.autoencoder)
+    dtype = jax.tree.leaves(spec)[0].dtype
+    places = _places(spec, mesh, autoencoder.RULES)
+    try:
+        return load(pathlib.Path(folder), weight_map, spec, places, dtype=dtype, source=source("sd3_vae"))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _is_published(folder: epath.Path) -> bool:
+    """A folder with a network's `config.json`, and not the workdir of a run, whose config names a recipe."""
+    path = folder / "config.json"
+    return path.exists() and "recipe" not in json.loads(path.read_text())
+
+
+def _places(spec: Tree, mesh: Mesh | None, rules: Rules) -> Tree:
+    if mesh is None:
+        return jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), spec)
+    return tree_shardings(spec, rules, mesh)
