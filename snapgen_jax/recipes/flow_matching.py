@@ -3,8 +3,8 @@
     x_t = (1 - t) x_0 + t eps,   v = eps - x_0,   L = || v_theta(x_t, t, c) - v ||^2        (Liu et al. 2022, eq. 1)
 
 t is drawn from a logit-normal density (Esser et al. 2024), captions are dropped now and then for classifier-free
-guidance (Ho and Salimans 2022). One player, "model", holds both networks: `unet` or `mmdit`, and `text`, unless the text
-encoder is that of an earlier run, which stays as it is.
+guidance (Ho and Salimans 2022). One player, "model", holds both networks: `unet` or `mmdit`, and `text`, unless the
+text encoder is that of an earlier run, which stays as it is.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from snapgen_jax.evaluation.interfaces import EvaluationConfig, EvaluatorSpec
 from snapgen_jax.losses.flow_matching import flow_matching_loss
 from snapgen_jax.networks import clip, mmdit, unet
 from snapgen_jax.networks.clip import ClipTextConfig, null_tokens
-from snapgen_jax.networks.codec import CodecConfig, build_codec, from_uint8, to_uint8
+from snapgen_jax.networks.codec import Codec, CodecConfig, build_codec, from_uint8, to_uint8
 from snapgen_jax.networks.mmdit import MMDiTConfig
 from snapgen_jax.networks.module import Network, Platform, apply, build, compute_dtype, for_platform, init
+from snapgen_jax.networks.rules import within
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.time_features import MAX_PERIOD, TIME_SCALE, time_features
 from snapgen_jax.networks.unet import UNetConfig
@@ -45,7 +46,7 @@ from snapgen_jax.training.optimizer import (
 )
 from snapgen_jax.training.recipe import ExportPlan, ExportUnit, Metrics
 from snapgen_jax.training.state import Player, TrainState
-from snapgen_jax.weights.frozen import load_run
+from snapgen_jax.weights.frozen import load_codec, load_run
 
 Tree = Any
 VALIDATION_TIMES = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
@@ -80,8 +81,8 @@ class FlowMatchingConfig:
         network: which network learns: the SnapGen UNet, or the MMDiT of Stable Diffusion 3, a teacher.
         unet, mmdit: its architecture; that of the other is passed over.
         text: architecture of the text encoder.
-        text_workdir: a run of the recipe `contrastive` whose text encoder and tokenizer are used, the encoder frozen; ""
-            trains one beside the network.
+        text_workdir: a run of the recipe `contrastive` whose text encoder, frozen, and tokenizer are used; "" trains
+            both beside the network.
         prediction: what the network's output stands for: the velocity, or the image, from which the velocity follows as
             `(x_t - x_0) / t`. Where a latent has more channels than the image has degrees of freedom, as with large
             patches of pixels, the image is the easier target: the network need not carry the noise through.
@@ -122,7 +123,7 @@ class FlowMatching:
     def __init__(self, config: FlowMatchingConfig, platform: Platform):
         """`platform` is the one compiled for; it fixes compute dtype and form of the depthwise convolution."""
         self.config = config
-        self.codec = build_codec(config.codec)
+        self.codec = build_codec(config.codec, platform)  # without parameters: see `codec_of`
         self.network_name, self.network_config = config.network, getattr(config, config.network)
         self.tokenizer_workdir = config.text_workdir  # whose tokens a batch holds; "" to train a tokenizer
         channels = {self.codec.latent_shape(size)[-1] for size in config.image_sizes}
@@ -165,8 +166,8 @@ class FlowMatching:
         return TrainState(jnp.int32(0), jnp.int32(0), {"model": self._new_player(params)}, {})
 
     def warm_start(self, state: TrainState, earlier: Tree) -> TrainState:
-        """Starts from `{player: weights}` of an earlier stage; optimizer, average and schedule begin anew. Of the earlier
-        networks only those are taken that are trained here too."""
+        """Starts from `{player: weights}` of an earlier stage; optimizer, average and schedule begin anew. What the
+        earlier stage trained beside these networks is left."""
         new = state.players["model"].params
         params = jax.tree.map(
             lambda new, old: old.astype(new.dtype), new, {name: earlier["model"][name] for name in new}
@@ -177,17 +178,27 @@ class FlowMatching:
         return new_player(params, self.optimizer, ema=self.config.ema_decay > 0)
 
     def frozen_spec(self) -> Tree:
-        """`{"text"}` if the text encoder is that of an earlier run."""
-        return {"text": stored(self.text, self.text_spec)} if self.tokenizer_workdir else {}
+        """`{"text"}` if the text encoder is that of an earlier run, and `{"codec"}` if the codec is a network."""
+        text = {"text": stored(self.text, self.text_spec)} if self.tokenizer_workdir else {}
+        codec = self.codec.spec()
+        return {**text, **({"codec": codec} if codec else {})}
 
     def load_frozen(self, mesh: Mesh | None) -> Tree:
-        """Reads the text encoder of `config.text_workdir`, if that is set."""
-        if not self.tokenizer_workdir:
-            return {}
-        return load_run(self.tokenizer_workdir, FlowMatching.frozen_spec(self), mesh=mesh, rules=clip.RULES)
+        """Reads the text encoder of `config.text_workdir` and the codec of `config.codec`, where there are such."""
+        spec = FlowMatching.frozen_spec(self)
+        frozen = {}
+        if "text" in spec:
+            frozen = load_run(self.tokenizer_workdir, {"text": spec["text"]}, mesh=mesh, rules=clip.RULES)
+        if "codec" in spec:
+            frozen["codec"] = load_codec(self.config.codec, self.codec, mesh)
+        return frozen
+
+    def codec_of(self, frozen: Tree) -> Codec:
+        """The codec, with its parameters where it is a network."""
+        return self.codec.bind(frozen.get("codec", {}))
 
     def rules(self) -> Sequence[tuple[str, PartitionSpec]]:
-        """Those of the two networks."""
+        """Those of the networks."""
         return [*within("text", clip.RULES), *within("unet", unet.RULES), *within("mmdit", mmdit.RULES)]
 
     # --- training ---
@@ -224,10 +235,9 @@ class FlowMatching:
 
     def draw(self, frozen: Tree, batch: Tree, key: jax.Array, step: int | jax.Array = 0) -> Tree:
         """Everything random about one global batch: noise, times, dropped captions."""
-        del frozen
         progress = step / self.config.train_steps
         eps_key, time_key, drop_key = jax.random.split(key, 3)
-        x_0 = self.codec.encode(from_uint8(batch["image"]))
+        x_0 = self.codec_of(frozen).encode(from_uint8(batch["image"]))
         caption = {"tokens": batch["tokens"], "mask": batch["mask"]}
         return {
             "x_0": x_0,
@@ -288,7 +298,7 @@ class FlowMatching:
         null = self._null_caption()
         null_context = self.encode_text(weights, jnp.asarray(null["tokens"])[None], jnp.asarray(null["mask"])[None])
         latent = self.sample(weights, noise, context, null_context, steps=steps, guidance=guidance, method=method)
-        return {"image": to_uint8(self.codec.decode(latent)), "latent": latent, "noise": noise}
+        return {"image": to_uint8(self.codec_of(frozen).decode(latent)), "latent": latent, "noise": noise}
 
     def noise(
         self, keys: jax.Array, shape: tuple[int, ...], steps: int | None = None, method: Method | None = None
@@ -336,8 +346,7 @@ class FlowMatching:
 
     def validation_batch(self, frozen: Tree, batch: Tree) -> tuple[jax.Array, Tree]:
         """The clean latents `[B, h, w, c]` of a batch, and its captions."""
-        del frozen
-        return self.codec.encode(from_uint8(batch["image"])), batch
+        return self.codec_of(frozen).encode(from_uint8(batch["image"])), batch
 
     def validation_loss(self, params: Tree, frozen: Tree, batch: Tree, key: jax.Array) -> dict[str, jax.Array]:
         """Per-example loss `[B]` at each of `VALIDATION_TIMES`, with the same noise at each; and their mean."""
@@ -419,10 +428,11 @@ class FlowMatching:
                 {"tokens": jax.ShapeDtypeStruct((b, length), jnp.int32), "mask": f32(b, length)},
             ),
         ]
+        decoder = self._decoder_unit(latent_shape)
         null = self._null_caption()
         velocity_is_predicted = config.prediction == "velocity"
         return ExportPlan(
-            units,
+            [*units, *decoder],
             {
                 "schema": 1,
                 "kind": "flow_matching",
@@ -445,20 +455,42 @@ class FlowMatching:
                     "null_tokens": [int(i) for i in null["tokens"]],
                     "null_mask": [float(i) for i in null["mask"]],
                 },
-                "units": {"denoiser": self.network_name, "text_encoder": "text_encoder"},
+                "units": {
+                    "denoiser": self.network_name,
+                    "text_encoder": "text_encoder",
+                    **{unit.name: unit.name for unit in decoder},
+                },
             },
         )
+
+    def _decoder_unit(self, latent_shape: tuple[int, ...]) -> list[ExportUnit]:
+        """The decoder, where it is a network."""
+        if not self.codec.spec():
+            return []
+        config = self.config.codec
+        codec = build_codec(
+            dataclasses.replace(
+                config,
+                autoencoder=dataclasses.replace(config.autoencoder, dtype="float32"),
+                tiny_decoder=dataclasses.replace(config.tiny_decoder, dtype="float32", depthwise="grouped"),
+            )
+        )
+
+        def decode(params: Tree, *, latent: Any) -> dict[str, jax.Array]:
+            return {"image": codec.bind(params).decode(latent)}
+
+        def select(weights: Tree) -> Tree:
+            params = weights["frozen"]["codec"]
+            return {"decoder": params["decoder"]} if config.decoder == "tiny" else params
+
+        inputs = {"latent": jax.ShapeDtypeStruct((1, *latent_shape), jnp.float32)}
+        return [ExportUnit("decoder", decode, select, inputs)]
 
 
 def stored(network: Network, spec: Tree) -> Tree:
     """Shapes of a frozen network's parameters, in the dtype in which it computes."""
     dtype = compute_dtype(network.config)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), spec)
-
-
-def within(name: str, rules: Sequence[tuple[str, PartitionSpec]]) -> list[tuple[str, PartitionSpec]]:
-    """The sharding rules of a network, for the parameters below `name` alone."""
-    return [(rf"(^|/){name}/(.*/)?({pattern})", spec) for pattern, spec in rules]
 
 
 def initial_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -21,6 +21,7 @@ from snapgen_jax.diffusion.samplers import Method
 from snapgen_jax.diffusion.timesteps import TimestepConfig, sample_times
 from snapgen_jax.evaluation.interfaces import EvaluationConfig
 from snapgen_jax.networks import unet
+from snapgen_jax.networks.codec import CodecConfig, build_codec
 from snapgen_jax.networks.module import Platform, build, for_platform, init
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.unet import UNetConfig
@@ -77,6 +78,7 @@ class LatentFlowMatching(FlowMatching):
             if size[0] % config.reduction or size[1] % config.reduction:
                 raise ValueError(f"image size {size} does not divide by reduction={config.reduction}; change one")
         self.network_name, self.network_config, self.tokenizer_workdir = "unet", config.unet, ""
+        self.codec = build_codec(CodecConfig("identity"))  # the latents are coded already
         self.network, self.network_spec = build(for_platform(config.unet, platform))
         self.optimizer: optax.GradientTransformation = make_optimizer(config.optimizer, config.train_steps)
         self.learning_rate = learning_rate_schedule(config.optimizer, config.train_steps)
