@@ -86,7 +86,10 @@ class Experiment:
         return Tokenizer.load(path)
 
     def _make_tokenizer(self, source: Any, path: epath.Path) -> None:
-        tokenizer = build_tokenizer(self.config.data, source)
+        # A text encoder of an earlier run goes with the tokenizer of that run.
+        earlier = getattr(self.recipe, "tokenizer_workdir", "") or self.config.init_from
+        kept = epath.Path(earlier) / "tokenizer.json"
+        tokenizer = Tokenizer.load(kept) if earlier and kept.exists() else build_tokenizer(self.config.data, source)
         room = getattr(self.recipe, "vocab_size", tokenizer.vocab_size)
         if tokenizer.vocab_size > room:
             raise ConfigError(

@@ -23,7 +23,7 @@ class ExportUnit:
     Attributes:
         name: file stem and signature name, "unet".
         function: `function(params, **inputs) -> {name: array}`, pure, static shapes, float32 and int32 only.
-        select: picks the tree that `function` takes out of `{player: params}`.
+        select: picks the tree that `function` takes out of `{player: params, "frozen": frozen}`.
         inputs: named input shapes, batch 1.
     """
 

@@ -151,7 +151,7 @@ def smoke(tmp_path_factory, tokenizer_json) -> Exported:
     )
     recipe = FlowMatching(config, "cpu")
     rng = np.random.default_rng(0)
-    spec = {"unet": recipe.unet_spec, "text": recipe.text_spec}  # drawn here: a fresh UNet's output is zero
+    spec = {"unet": recipe.network_spec, "text": recipe.text_spec}  # drawn here: a fresh UNet's output is zero
     params = {"model": jax.tree.map(lambda leaf: _draw(rng, leaf.shape), spec)}
     folder = tmp_path_factory.mktemp("smoke") / "bundle"
     report = export_bundle(

@@ -174,7 +174,7 @@ def test_an_image_depends_on_its_own_key_alone():
 def test_times_below_the_bound_count_by_the_square_of_the_time():
     made, bounded = recipe(prediction="x_0"), recipe(prediction="x_0", loss_full_from=0.5)
     params = jax.jit(made.init)(key(0, 0, "init")).players["model"].params
-    drawn = made.draw(batch(), jax.random.key(0))
+    drawn = made.draw({}, batch(), jax.random.key(0))
 
     def losses(recipe, t):
         return float(jax.jit(recipe.loss)(params, {**drawn, "t": jnp.full(16, t)})[0])

@@ -111,7 +111,7 @@ def test_the_first_loss_of_a_stage_is_that_of_the_averaged_weights_of_the_one_be
     made = second.recipe
     arrays = next(second.data.batches(0)).arrays
     assert arrays["latent"].shape == (8, 16, 16, 16)
-    drawn = made.draw(arrays, key(second.config.seed, 0, "update"), 0)
+    drawn = made.draw({}, arrays, key(second.config.seed, 0, "update"), 0)
     assert first_loss(root / "second") == pytest.approx(float(jax.jit(made.loss)(weights, drawn)[0]), rel=1e-5)
     fresh = made.init(key(second.config.seed, 0, "init")).players["model"].params
     assert first_loss(root / "second") != pytest.approx(float(jax.jit(made.loss)(fresh, drawn)[0]), rel=1e-3)
