@@ -90,7 +90,6 @@ class Plan:
         temporary_bytes: what the step allots beside them.
         flops, bytes_accessed: of one step on one device, as XLA estimates them.
         collectives: by kind, in one step.
-        compute_seconds, hbm_seconds, link_seconds: what a step takes at the peaks, one thing at a time.
         derived_from: the topology that the step was compiled for, where that is another; "" where it is this one.
     """
 
@@ -112,9 +111,6 @@ class Plan:
     flops: float = 0.0
     bytes_accessed: float = 0.0
     collectives: Mapping[str, Collective] = dataclasses.field(default_factory=dict)
-    compute_seconds: float = 0.0
-    hbm_seconds: float = 0.0
-    link_seconds: float = 0.0
     derived_from: str = ""
 
     @classmethod
@@ -142,8 +138,6 @@ class Plan:
             kind: dataclasses.replace(found, wire_bytes=round(found.wire_bytes * grown))
             for kind, found in self.collectives.items()
         }
-        wire = sum(found.wire_bytes for found in sent.values())
-        at_peaks = Roofline(where.chip, self.flops, self.bytes_accessed, wire)
         hbm = int(where.chip.hbm_bytes / where.chip.devices)
         return dataclasses.replace(
             self,
@@ -156,9 +150,6 @@ class Plan:
             fits=self.peak_bytes <= hbm,
             compile_seconds=0.0,
             collectives=sent,
-            compute_seconds=at_peaks.times["compute"],
-            hbm_seconds=at_peaks.times["hbm"],
-            link_seconds=at_peaks.times["links"],
             derived_from=self.topology,
         )
 
@@ -168,20 +159,15 @@ class Plan:
         return math.prod(self.mesh.values())
 
     @property
-    def bound(self) -> str:
-        """What the step waits for: "compute", "hbm" or "links"."""
-        times = {"compute": self.compute_seconds, "hbm": self.hbm_seconds, "links": self.link_seconds}
-        return max(times, key=lambda name: times[name])
-
-    @property
-    def step_seconds(self) -> float:
-        """The roofline's: no step is faster."""
-        return max(self.compute_seconds, self.hbm_seconds, self.link_seconds)
+    def roofline(self) -> Roofline:
+        """What the step needs of one device, and the time that this takes at the chip's peaks: no step is faster."""
+        wire_bytes = sum(found.wire_bytes for found in self.collectives.values())
+        return Roofline(chip_of(self.chip), self.flops, self.bytes_accessed, wire_bytes)
 
     @property
     def examples_per_second(self) -> float:
         """Of the whole mesh, at most."""
-        return self.global_batch / self.step_seconds
+        return self.global_batch / self.roofline.seconds
 
     def to_json(self) -> dict[str, Any]:
         """All fields, and what follows from them; of a step that does not fit, what is known."""
@@ -189,18 +175,22 @@ class Plan:
         if not self.fits:
             defaults = {f.name for f in dataclasses.fields(self) if f.default is not dataclasses.MISSING}
             return {name: value for name, value in fields.items() if name not in {*defaults, "collectives"}}
-        per_example = self.devices / self.global_batch
+        per_example, at_peaks = self.devices / self.global_batch, self.roofline
+        days = self.train_steps * at_peaks.seconds / 86400
         return {
             **fields,
-            "bound": self.bound,
-            "step_seconds": self.step_seconds,
+            "compute_seconds": at_peaks.times["compute"],
+            "hbm_seconds": at_peaks.times["hbm"],
+            "link_seconds": at_peaks.times["links"],
+            "bound": at_peaks.bound,
+            "step_seconds": at_peaks.seconds,
             "flops_per_example": self.flops * per_example,
             "bytes_per_example": self.bytes_accessed * per_example,
             "intensity": self.flops / max(self.bytes_accessed, 1.0),
             "examples_per_second": self.examples_per_second,
             "examples_per_second_per_chip": self.examples_per_second / self.chips,
-            "days": self.train_steps * self.step_seconds / 86400,
-            "chip_hours": self.train_steps * self.step_seconds / 3600 * self.chips,
+            "days": days,
+            "chip_hours": 24 * days * self.chips,
         }
 
     def table(self) -> str:
@@ -234,8 +224,8 @@ class Plan:
             *sent,
             (
                 "at the peaks",
-                f"compute {1000 * self.compute_seconds:.1f} ms, HBM {1000 * self.hbm_seconds:.1f} ms, links "
-                f"{1000 * self.link_seconds:.1f} ms: bound by {self.bound}",
+                f"compute {1000 * j['compute_seconds']:.1f} ms, HBM {1000 * j['hbm_seconds']:.1f} ms, links "
+                f"{1000 * j['link_seconds']:.1f} ms: bound by {j['bound']}",
             ),
             ("at best", f"{j['examples_per_second']:,.0f} examples/s, {j['examples_per_second_per_chip']:.2f} a chip"),
             ("the run", f"{self.train_steps:,} steps: {j['days']:.2f} days, {j['chip_hours']:,.0f} chip-hours at best"),
@@ -305,9 +295,6 @@ def plan_step(
         return Plan(**facts, fits=False, peak_bytes=_needed(str(error)), compile_seconds=time.perf_counter() - begin)
     seconds = time.perf_counter() - begin
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    found = collectives(compiled.as_text())
-    flops, accessed = float(cost.get("flops", 0.0)), float(cost.get("bytes accessed", 0.0))
-    at_peaks = Roofline(where.chip, flops, accessed, sum(c.wire_bytes for c in found.values()))
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Plan(
         **facts,
@@ -315,12 +302,9 @@ def plan_step(
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         peak_bytes=held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
-        flops=flops,
-        bytes_accessed=accessed,
-        collectives=found,
-        compute_seconds=at_peaks.times["compute"],
-        hbm_seconds=at_peaks.times["hbm"],
-        link_seconds=at_peaks.times["links"],
+        flops=float(cost.get("flops", 0.0)),
+        bytes_accessed=float(cost.get("bytes accessed", 0.0)),
+        collectives=collectives(compiled.as_text()),
         compile_seconds=seconds,
     )
 

@@ -21,6 +21,7 @@ from snapgen_jax.training.keys import key
 
 CONFIG = "configs/pretrain/t2i_256.py:runlocal"
 RECORD = pathlib.Path(__file__).with_name("plan_record.json")
+STORED = pathlib.Path(__file__).parents[2] / "benchmarks/results/plan"
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 
 
@@ -37,14 +38,14 @@ def test_a_plan_is_the_step_that_would_run(planned):
     assert planned.fits
     assert planned.chips == 4
     assert planned.mesh == {"data": 2, "fsdp": 2, "tensor": 1}
-    assert planned.bound == "hbm"
+    assert planned.roofline.bound == "hbm"
     assert set(planned.collectives) >= {"all-gather", "all-reduce"}
     # Parameters, average and the two moments in float32, and a few counters.
     recipe = recipe_class("latent_flow_matching")
     made = recipe(build(recipe.Config, load_config(CONFIG)), "tpu")
     assert planned.state_bytes == tree_bytes(jax.eval_shape(made.init, key(0, 0, "init")))
     assert planned.peak_bytes > planned.argument_bytes + planned.temporary_bytes
-    assert planned.to_json()["chip_hours"] == pytest.approx(4 * 20 * planned.step_seconds / 3600)
+    assert planned.to_json()["chip_hours"] == pytest.approx(4 * 20 * planned.roofline.seconds / 3600)
 
 
 @needs_libtpu
@@ -144,15 +145,25 @@ def test_a_plan_tells_of_more_chips_and_of_others(tmp_path, capsys):
     (sixteen,) = plan(load_config(CONFIG, ["batch_size=64"]), "v5e:4x4")
     derived = four.on(topology("v5e:4x4"))
     assert (derived.global_batch, derived.mesh) == (sixteen.global_batch, sixteen.mesh)
+    derived_json, sixteen_json = derived.to_json(), sixteen.to_json()
     for name in ("flops", "bytes_accessed", "temporary_bytes", "argument_bytes", "link_seconds"):
-        assert getattr(derived, name) == pytest.approx(getattr(sixteen, name), rel=0.03), name
+        assert derived_json[name] == pytest.approx(sixteen_json[name], rel=0.03), name
     file = tmp_path / "plan.json"
     file.write_text(json.dumps([{"config": CONFIG, "overrides": [], **four.to_json()}]))
     assert main(["plan", f"--from={file}", "--topology=v6e:16x16", f"--json={tmp_path / 'other.json'}"]) == 0
     assert "derived" in capsys.readouterr().out
     (other,) = json.loads((tmp_path / "other.json").read_text())
     assert (other["derived_from"], other["chips"], other["global_batch"]) == ("v5e:2x2", 256, 1024)
-    assert other["hbm_seconds"] == pytest.approx(four.hbm_seconds * 819 / 1638)
+    assert other["hbm_seconds"] == pytest.approx(four.roofline.times["hbm"] * 819 / 1638)
+
+
+@pytest.mark.parametrize("file", sorted(STORED.glob("*.json")), ids=lambda file: file.stem)
+def test_a_stored_plan_says_what_follows_from_its_fields(file):
+    """Its times and rates are those at the peaks that the table of chips has now."""
+    for record in json.loads(file.read_text()):
+        again = Plan.from_json(record).to_json()
+        for name in again.keys() & record.keys():
+            assert record[name] == (pytest.approx(again[name]) if isinstance(again[name], float) else again[name]), name
 
 
 @needs_libtpu
