@@ -141,7 +141,8 @@ class _Export:
                 raise ValueError(
                     f"the scheduler's units are {dict(self.scheduler.units)}; the plan has {list(self.units)}"
                 )
-        self.params, self.folder, self.precisions = params, folder, precisions
+        self.params = {**params, "frozen": recipe.load_frozen(None)}
+        self.folder, self.precisions = folder, precisions
         self.backend: Backend = backend
         self.inputs = {name: tuple(unit.inputs) for name, unit in self.units.items()}
         self.numbers: dict[str, float] = {}
@@ -185,7 +186,7 @@ class _Export:
     def _convert(self, unit: ExportUnit) -> Description:
         """Writes every precision of a unit and holds each file to what phones take."""
         # An embedding table is read by a gather, which no GPU runs: a text encoder is for the CPU.
-        wanted = Requirements(gpu=unit.name == self.scheduler.units["denoiser"])
+        wanted = Requirements(gpu=unit.name != self.scheduler.units["text_encoder"])
         f32 = self._path(unit.name, "f32")
         log.info("converting %s by %s", unit.name, self.backend)
         start = time.perf_counter()
@@ -206,6 +207,8 @@ class _Export:
     def _cases(self, name: str, arrays: Arrays) -> dict[str, Arrays]:
         if name == self.scheduler.units["denoiser"]:
             return golden.denoiser_cases(arrays, self.scheduler)
+        if name == self.scheduler.units.get("decoder"):
+            return golden.decoder_cases(arrays)
         return golden.text_cases(arrays)
 
     def _compare(self, unit: ExportUnit, reference: Unit, cases: Mapping[str, Arrays]) -> None:

@@ -18,12 +18,15 @@ scheduler.json, schema 1 (all arithmetic in float32, arrays channels last):
     latent_shape    [h, w, c]
     image_shape     [H, W, 3]
     time_features   {"dim", "scale", "max_period", "order": "cos,sin"}: the denoiser's input "time", see `time_features`
-    codec           {"kind": "identity" | "patch", "scale", "shift", ...}: latents to pixels in [-1, 1], see `decode`
+    codec           {"kind": "identity" | "patch", "scale", "shift", ...}: latents to pixels in [-1, 1], see `decode`;
+                    or {"kind": "network"}, where the unit "decoder" does it
     text            {"length", "null_tokens" [L], "null_mask" [L]}: token ids of a prompt and of the empty prompt
-    units           {"denoiser": name, "text_encoder": name}: which `.tflite` files play which part
+    units           {"denoiser": name, "text_encoder": name, and maybe "decoder": name}: which `.tflite` files play
+                    which part
 
 The denoiser takes "latent" [1, h, w, c] and "time" [1, dim], and those of "sequence", "mask" and "pooled" that it
-names; it gives "prediction". The text encoder takes "tokens" and "mask" [1, L], and gives "sequence" and "pooled".
+names; it gives "prediction". The text encoder takes "tokens" and "mask" [1, L], and gives "sequence" and "pooled". The
+decoder takes "latent" and gives "image" [1, H, W, 3], pixels in [-1, 1] that may leave them a little.
 """
 
 from __future__ import annotations
@@ -82,8 +85,10 @@ class Scheduler:
         prediction = data["prediction"].get("kind")
         if prediction not in PREDICTIONS:
             raise BundleError(f"scheduler.json: the prediction is {prediction!r}; this client knows {PREDICTIONS}")
-        if kind not in CODECS:
-            raise BundleError(f"scheduler.json: the codec is {kind!r}; this client knows {tuple(CODECS)}")
+        if kind not in CODECS and kind != "network":
+            raise BundleError(f"scheduler.json: the codec is {kind!r}; this client knows {(*CODECS, 'network')}")
+        if kind == "network" and "decoder" not in data["units"]:
+            raise BundleError("scheduler.json: the codec is a network, and `units` names no decoder")
         if order != "cos,sin":
             raise BundleError(f"scheduler.json: time features in the order {order!r}; this client knows 'cos,sin'")
         if len(data["times"]) < 2 or len(data["text"]["null_tokens"]) != data["text"]["length"]:
@@ -135,8 +140,12 @@ def step(velocity: Callable[[np.ndarray, np.float32], np.ndarray], x: np.ndarray
 
 
 def decode(latents: np.ndarray, codec: Mapping[str, Any]) -> np.ndarray:
-    """Latents `[h, w, c]` to an image `uint8 [H, W, 3]`."""
-    pixels = CODECS[codec["kind"]](latents.astype(np.float32), codec)
+    """Latents `[h, w, c]` to an image `uint8 [H, W, 3]`, by a codec that is no network."""
+    return grey_levels(CODECS[codec["kind"]](latents.astype(np.float32), codec))
+
+
+def grey_levels(pixels: np.ndarray) -> np.ndarray:
+    """Pixels in [-1, 1] to the nearest of 0..255, those outside clipped."""
     return np.round(np.clip(pixels * 127.5 + 127.5, 0, 255)).astype(np.uint8)
 
 
@@ -232,6 +241,12 @@ class Sampler:
             x = step(velocity, x, t, s, method)
             latents.append(x)
         return np.stack(latents)
+
+    def decode(self, latent: np.ndarray) -> np.ndarray:
+        """A latent `[h, w, c]` to an image `uint8 [H, W, 3]`."""
+        if self.scheduler.codec["kind"] != "network":
+            return decode(latent, self.scheduler.codec)
+        return grey_levels(self.run("decoder", {"latent": latent[None].astype(np.float32)})["image"][0])
 
 
 # --- the bundle ------------------------------------------------------------------------------------------------------
@@ -367,5 +382,5 @@ class LiteRTGenerator:
         for ids, kept, x in zip(tokens, mask, noise, strict=True):
             context = self.sampler.encode(ids, kept)
             latents = self.sampler.trajectory(x, context, self._null, **options)
-            images.append(decode(latents[-1], self.scheduler.codec))
+            images.append(self.sampler.decode(latents[-1]))
         return np.stack(images) if images else np.zeros((0, *self.scheduler.image_shape), np.uint8)

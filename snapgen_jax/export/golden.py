@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from snapgen_jax.export.client import Arrays, Sampler, Scheduler, Unit, decode, time_features
+from snapgen_jax.export.client import Arrays, Sampler, Scheduler, Unit, time_features
 from snapgen_jax.export.compare import LIMITS
 from snapgen_jax.export.precision import Precision
 from snapgen_jax.export.verify import grey_levels, relative_l2
@@ -19,7 +19,7 @@ def run(sampler: Sampler, tokens: np.ndarray, mask: np.ndarray, noise: np.ndarra
     """Runs N examples and keeps all that a client should see on the way.
 
     Returns:
-        tokens int32 and mask `[N, L]`, noise `[N, h, w, c]`, sequence `[N, L, D]`, pooled `[N, P]`, their null_*
+        tokens int32 and mask `[N, L]`, noise `[N, *noise_shape]`, sequence `[N, L, D]`, pooled `[N, P]`, their null_*
         counterparts `[1, ...]`, latents `[N, S, h, w, c]` after each step, image uint8 `[N, H, W, 3]`.
     """
     null = sampler.encode_null()
@@ -32,13 +32,14 @@ def run(sampler: Sampler, tokens: np.ndarray, mask: np.ndarray, noise: np.ndarra
         **{name: np.concatenate([c[name] for c in contexts]) for name in ("sequence", "pooled")},
         **{f"null_{name}": null[name] for name in ("sequence", "pooled")},
         "latents": latents,
-        "image": np.stack([decode(x[-1], sampler.scheduler.codec) for x in latents]),
+        "image": np.stack([sampler.decode(x[-1]) for x in latents]),
     }
 
 
 def denoiser_cases(golden: Arrays, scheduler: Scheduler, example: int = 0) -> dict[str, Arrays]:
     """Inputs of the denoiser at each of `TIMES`, along a golden example's path `x_t = (1 - t) x_0 + t noise`."""
     x_0, noise = golden["latents"][example, -1], golden["noise"][example]
+    noise = noise[0] if scheduler.method == "renoise" else noise
     text = {name: golden[name][example : example + 1] for name in ("sequence", "mask", "pooled")}
     return {
         f"t={t:g}": {
@@ -56,6 +57,11 @@ def text_cases(golden: Arrays) -> dict[str, Arrays]:
     return {f"prompt {i}": {"tokens": tokens[None], "mask": mask[None]} for i, (tokens, mask) in enumerate(pairs)}
 
 
+def decoder_cases(golden: Arrays) -> dict[str, Arrays]:
+    """Inputs of a decoder that is a network: the last latent of each golden prompt."""
+    return {f"prompt {i}": {"latent": latents[-1:]} for i, latents in enumerate(golden["latents"])}
+
+
 def tolerances(sampler: Sampler, golden: Arrays, precision: Precision) -> dict[str, object]:
     """How far a client may be from the golden arrays.
 
@@ -71,9 +77,10 @@ def tolerances(sampler: Sampler, golden: Arrays, precision: Precision) -> dict[s
     limit, scheduler = LIMITS[precision], sampler.scheduler
     widening = abs(scheduler.guidance) + abs(scheduler.guidance - 1)
     units = dict(sampler.units)
-    denoiser, encoder = scheduler.units["denoiser"], scheduler.units["text_encoder"]
+    denoiser = scheduler.units["denoiser"]
     units[denoiser] = _put_off(units[denoiser], limit * widening)
-    units[encoder] = _put_off(units[encoder], limit)
+    for name in units.keys() - {denoiser}:
+        units[name] = _put_off(units[name], limit)
     inputs = (golden["tokens"], golden["mask"], golden["noise"])
     exact, off = run(sampler, *inputs), run(Sampler(scheduler, units, sampler.inputs), *inputs)
     steps = range(golden["latents"].shape[1])

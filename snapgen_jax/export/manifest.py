@@ -15,7 +15,7 @@ import numpy as np
 from snapgen_jax.export.client import Unit
 from snapgen_jax.export.flatbuffer import Description, Tensor
 
-LAYOUTS = {"latent": "NHWC", "prediction": "NHWC", "sequence": "NLD"}
+LAYOUTS = {"latent": "NHWC", "prediction": "NHWC", "image": "NHWC", "sequence": "NLD"}
 LIBRARIES = (
     "snapgen-jax",
     "jax",

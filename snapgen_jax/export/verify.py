@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 if __package__:
-    from snapgen_jax.export.client import Bundle, BundleError, decode, tokenize
+    from snapgen_jax.export.client import Bundle, BundleError, tokenize
 else:  # beside its own copy of the client, in a bundle
-    from client import Bundle, BundleError, decode, tokenize  # type: ignore[import-not-found]
+    from client import Bundle, BundleError, tokenize  # type: ignore[import-not-found]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _golden(bundle: Bundle, precision: str, num_threads: int | None) -> Iterator
         errors = [relative_l2(x, y) for x, y in zip(latents, golden["latents"][i], strict=True)]
         worst = int(np.argmax(np.array(errors) / tolerances["latents"]))
         yield _below(f"{example} latent after step {worst + 1}", errors[worst], tolerances["latents"][worst])
-        levels = grey_levels(decode(latents[-1], bundle.scheduler.codec), golden["image"][i])
+        levels = grey_levels(sampler.decode(latents[-1]), golden["image"][i])
         if "image_max_grey" in tolerances:
             yield _below(f"{example} image, largest grey level difference", levels.max(), tolerances["image_max_grey"])
         else:

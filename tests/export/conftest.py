@@ -105,7 +105,7 @@ class ToyRecipe:
         null = context(jnp.array([[1, 2, 0, 0, 0, 0]]), jnp.array([[1.0, 1, 0, 0, 0, 0]]))
         guided = with_guidance(denoise, context(conditions["tokens"], conditions["mask"]), null, self.GUIDANCE)
         latent, _ = sample(guided, conditions["noise"], time_grid(self.STEPS))
-        return {"image": to_uint8(self.codec.decode(latent))}
+        return {"image": to_uint8(self.codec.decode(latent)), "latent": latent}
 
 
 @dataclasses.dataclass(frozen=True)
