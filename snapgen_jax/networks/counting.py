@@ -21,7 +21,9 @@ from snapgen_jax.networks import (
     context,
     discriminator,
     gemma2,
+    lpips,
     mmdit,
+    patch_discriminator,
     t5,
     tiny_decoder,
     unet,
@@ -46,6 +48,8 @@ NETWORKS: tuple[tuple[str, type[Preset], Callable[..., tuple]], ...] = (
     ("mmdit", mmdit.MMDiTConfig, _mmdit_inputs),
     ("autoencoder", autoencoder.AutoencoderConfig, autoencoder.input_spec),
     ("tiny_decoder", tiny_decoder.TinyDecoderConfig, tiny_decoder.input_spec),
+    ("lpips", lpips.LPIPSConfig, lpips.input_spec),
+    ("patch_discriminator", patch_discriminator.PatchDiscriminatorConfig, patch_discriminator.input_spec),
     ("discriminator", discriminator.DiscriminatorConfig, discriminator.input_spec),
 )
 

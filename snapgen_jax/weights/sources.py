@@ -54,6 +54,13 @@ SOURCES: dict[str, Source] = {
         _STABILITY,
         gated=True,
     ),
+    "lpips": Source(
+        "VGG-16, whose features LPIPS compares (`features.*`; the learnt weights `lin*` are those of the pip package "
+        "lpips, see weights/maps/lpips.py)",
+        "timm/vgg16.tv_in1k",
+        "",
+        "BSD-3-Clause",
+    ),
     "gemma2_2b": Source("Gemma-2-2b", "google/gemma-2-2b", "", "Gemma Terms of Use", gated=True),
 }
 
