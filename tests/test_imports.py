@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "weights.frozen": ["weights", "networks", "parallel", "training.checkpoint", "training.exits"],
     "systems": ["networks", "diffusion", "weights", "parallel"],
     "data": [],
+    "data.tokenizer": ["data", "training.files"],
     # from a trained run to images, numbers and files
     "generation": [
         "networks",

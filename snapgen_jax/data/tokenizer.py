@@ -8,11 +8,13 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import tokenizers
+from etils import epath
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from snapgen_jax.data.config import DataConfig
 from snapgen_jax.data.errors import DataError
 from snapgen_jax.data.sources import Source
+from snapgen_jax.training.files import write_whole
 
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 _SPECIAL = ["<pad>", "<bos>", "<eos>"]
@@ -69,17 +71,15 @@ class Tokenizer:
         """The text of a row of ids, special ones left out."""
         return self._model.decode([int(t) for t in tokens], skip_special_tokens=True).strip()
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: epath.PathLike) -> None:
         """Writes a `tokenizer.json`, whole or not at all."""
-        partial = f"{os.fspath(path)}.partial"
-        self._model.save(partial)
-        os.replace(partial, path)
+        write_whole(epath.Path(path), self._model.to_str(pretty=True))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
+    def load(cls, path: epath.PathLike) -> Tokenizer:
         """Reads a `tokenizer.json`. Raises `DataError` where it is missing or not one."""
         try:
-            model = tokenizers.Tokenizer.from_file(os.fspath(path))
+            model = tokenizers.Tokenizer.from_str(epath.Path(path).read_text())
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"{os.fspath(path)!r} is not a readable tokenizer.json: {error}") from error
         found = [model.token_to_id(name) for name in _SPECIAL]

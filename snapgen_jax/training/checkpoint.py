@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.training.files import on_object_store
 from snapgen_jax.training.state import Player, TrainState
 
 Tree = Any
@@ -37,13 +38,18 @@ class CheckpointConfig:
     keep_every_steps: int = 0
 
 
+def complete_steps(workdir: epath.PathLike) -> list[int]:
+    """Steps of the checkpoints of a workdir that are whole, in order."""
+    return sorted(ocp.utils.checkpoint_steps(epath.Path(workdir) / "checkpoints"))
+
+
 class Checkpointer:
     """Saves and restores the states of one workdir. Saving is asynchronous; `wait` blocks until it is on disk."""
 
     def __init__(self, workdir: epath.PathLike, config: CheckpointConfig | None = None):
         root = epath.Path(workdir)
         # orbax wants absolute paths, and epath takes one in an object store for a relative one.
-        self.directory = (root if "://" in str(root) else root.absolute()) / "checkpoints"
+        self.directory = (root if on_object_store(root) else root.absolute()) / "checkpoints"
         config = config or CheckpointConfig()
         self._manager = ocp.CheckpointManager(
             self.directory,

@@ -5,9 +5,17 @@ from __future__ import annotations
 from etils import epath
 
 
+def on_object_store(path: epath.PathLike) -> bool:
+    """Whether a path is an object's ("gs://...") rather than a file's."""
+    return "://" in str(path)
+
+
 def write_whole(path: epath.Path, text: str) -> None:
     """Writes a text file so that no reader, and no crash, ever sees a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if on_object_store(path):  # an object is there when all of it is, and renaming one would copy it
+        path.write_text(text)
+        return
     temporary = path.with_suffix(path.suffix + ".tmp")
     temporary.write_text(text)
     temporary.replace(path)

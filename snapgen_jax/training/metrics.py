@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from snapgen_jax.training.files import write_whole
+from snapgen_jax.training.files import on_object_store, write_whole
 
 
 def _line(record: Mapping[str, Any]) -> str:
@@ -49,7 +49,7 @@ class MetricWriter:
         for name in ("train", "evaluation"):
             self._cut_back(self._metrics / f"{name}.jsonl", start_step)
         self._board = None
-        if tensorboard and "://" not in str(self.workdir):
+        if tensorboard and not on_object_store(self.workdir):
             from tensorboardX import SummaryWriter
 
             self._board = SummaryWriter(str(self.workdir / "tensorboard"), purge_step=start_step + 1)
@@ -62,7 +62,7 @@ class MetricWriter:
 
     def _append(self, name: str, lines: str) -> None:
         path = self._metrics / f"{name}.jsonl"
-        if "://" in str(self.workdir):  # object stores cannot append
+        if on_object_store(path):  # where nothing can be appended
             path.write_text((path.read_text() if path.exists() else "") + lines)
         else:
             with path.open("a") as file:

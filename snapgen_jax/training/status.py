@@ -7,6 +7,7 @@ import time
 
 from etils import epath
 
+from snapgen_jax.training.checkpoint import complete_steps
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.lifetime import PHASES
 from snapgen_jax.training.metrics import read_lines
@@ -25,7 +26,7 @@ def status(workdir: epath.Path) -> str:
     total = json.loads(config_path.read_text())["train_steps"]
     steps = read_lines(workdir / "metrics" / "train.jsonl")
     perf = read_lines(workdir / "metrics" / "perf.jsonl")
-    saved = complete_checkpoints(workdir)
+    saved = complete_steps(workdir)
     last = steps[-1]["step"] if steps else 0
     lines = [f"step        {last:,} of {total:,} ({100 * last / total:.1f}%)"]
     lines += [f"checkpoint  {saved[-1]:,}" if saved else "checkpoint  none yet"]
@@ -46,11 +47,3 @@ def status(workdir: epath.Path) -> str:
     else:
         action = "go on with the command in run.json" + (f"; it resumes at step {saved[-1]:,}" if saved else "")
     return "\n".join([*lines, f"next        {action}"])
-
-
-def complete_checkpoints(workdir: epath.Path) -> list[int]:
-    """Steps of the committed checkpoints, in order."""
-    folder = workdir / "checkpoints"
-    if not folder.exists():
-        return []
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
