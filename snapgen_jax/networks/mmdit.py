@@ -28,14 +28,19 @@ from snapgen_jax.networks.unet_blocks import EmbeddingMLP
 
 __all__ = ["RULES", "MMDiT", "MMDiTConfig", "input_spec", "tap_names"]
 
-# First match wins. Everything of size is split, over its outputs; only the gains of the head width stay whole.
+# First match wins. Everything of size is split, over its outputs; only the gains of the head width stay whole. What
+# leads back to the stream of tokens is split over its inputs among `tensor`, so that the heads and hidden units of one
+# device need no other before their sum (Shoeybi et al. 2019, arXiv 1909.08053, section 3).
+_SPLIT = ("tensor", "fsdp")
 RULES: list[tuple[str, PartitionSpec]] = [
-    (r"patch/kernel$", PartitionSpec(None, None, None, "fsdp")),
-    (r"(dual|joint)_blocks/.*kernel$", PartitionSpec(None, None, "fsdp")),
-    (r"(dual|joint)_blocks/.*bias$", PartitionSpec(None, "fsdp")),
-    (r"position$", PartitionSpec(None, None, "fsdp")),
-    (r"kernel$", PartitionSpec(None, "fsdp")),
-    (r"bias$", PartitionSpec("fsdp")),
+    (r"patch/kernel$", PartitionSpec(None, None, None, _SPLIT)),
+    (r"(dual|joint)_blocks/.*(back|outer)/kernel$", PartitionSpec(None, "tensor", "fsdp")),
+    (r"(dual|joint)_blocks/.*kernel$", PartitionSpec(None, None, _SPLIT)),
+    (r"(dual|joint)_blocks/.*bias$", PartitionSpec(None, _SPLIT)),
+    (r"position$", PartitionSpec(None, None, _SPLIT)),
+    (r"(back|outer)/kernel$", PartitionSpec("tensor", "fsdp")),
+    (r"kernel$", PartitionSpec(None, _SPLIT)),
+    (r"bias$", PartitionSpec(_SPLIT)),
 ]
 
 _SD35_LARGE: dict[str, Any] = {"depth": 38, "heads": 38, "position_size": 192}

@@ -23,10 +23,13 @@ from snapgen_jax.networks.layers import Linear, RMSNorm
 from snapgen_jax.networks.module import Preset, compute_dtype, shard
 from snapgen_jax.networks.text import TextContext
 
-# Kernels are split along their output, which a checkpoint stores as whole rows: each host reads one run of bytes.
+# Kernels are split along their output, which a checkpoint stores as whole rows: each host reads one run of bytes. What
+# leads back to the stream of tokens is split along its input too, among `tensor` (Shoeybi et al. 2019, section 3).
+_SPLIT = ("tensor", "fsdp")
 RULES: list[tuple[str, PartitionSpec]] = [
-    (r"token_embedding$", PartitionSpec("fsdp", None)),
-    (r"blocks/.*kernel$", PartitionSpec(None, None, "fsdp")),
+    (r"token_embedding$", PartitionSpec(_SPLIT, None)),
+    (r"blocks/.*(out|outer)/kernel$", PartitionSpec(None, "tensor", "fsdp")),
+    (r"blocks/.*kernel$", PartitionSpec(None, None, _SPLIT)),
 ]
 
 

@@ -39,11 +39,12 @@ def tree_shardings(tree: Tree, rules: Rules, mesh: Mesh) -> Tree:
 
 def _fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     def keep(axes: Any, size: int) -> Any:
-        names = (axes,) if isinstance(axes, str) else tuple(axes or ())
-        parts = 1
-        for name in names:
-            parts *= mesh.shape[name]
-        return axes if names and size % parts == 0 else None
+        kept, parts = [], 1
+        for name in (axes,) if isinstance(axes, str) else axes or ():
+            if size % (parts * mesh.shape[name]) == 0:
+                kept.append(name)
+                parts *= mesh.shape[name]
+        return tuple(kept) if len(kept) > 1 else kept[0] if kept else None
 
     return PartitionSpec(*(keep(axes, size) for axes, size in zip(spec, shape, strict=False)))
 
