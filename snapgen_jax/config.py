@@ -209,6 +209,8 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return _build(hint, value, where)  # type: ignore[arg-type]
     if origin in (typing.Union, types.UnionType):
         for option in options:
             try:

@@ -15,6 +15,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from snapgen_jax.config import Config, build, from_json, recipe_class
 from snapgen_jax.data.pretrained_tokenizers import PretrainedTokenizer
@@ -26,7 +27,7 @@ from snapgen_jax.systems.sd35 import SD35, SD35Config, SD35Generator
 from snapgen_jax.training.checkpoint import Checkpointer
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.keys import example_keys, key
-from snapgen_jax.training.recipe import Recipe
+from snapgen_jax.training.recipe import Recipe, frozen_for_generation
 
 Tree = Any
 
@@ -90,8 +91,8 @@ class Generator:
             )
         if self.tokenizer is None:
             raise ConfigError(
-                "this run was trained on stored text states and holds no text encoder, so it draws nothing from "
-                "prompts; call `recipe.generate(params, frozen, states, keys)` with such states"
+                "this run takes no prompts: it was trained on stored text states, or on images alone, and it "
+                "holds no text encoder; call `recipe.generate(params, frozen, conditions, keys)` with the like of those"
             )
         length = next(iter(self.recipe.batch_specs().values()))["tokens"].shape[1]
         tokens, mask = self.tokenizer.encode(prompts, length)
@@ -116,8 +117,8 @@ def _on_every_host(params: Tree) -> jax.sharding.NamedSharding | None:
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
-def load_recipe(workdir: epath.PathLike, platform: str | None = None) -> Recipe:
-    """The recipe of a workdir, from its `config.json`.
+def load_config(workdir: epath.PathLike) -> ConfigDict:
+    """The config of a workdir, completed.
 
     Raises:
         ConfigError: the folder is no workdir.
@@ -127,29 +128,70 @@ def load_recipe(workdir: epath.PathLike, platform: str | None = None) -> Recipe:
         raise ConfigError(
             f"{workdir} is not a workdir: it has no config.json; train one with `snapgen train --workdir={workdir}`"
         )
-    config = from_json(path.read_text())
+    return from_json(path.read_text())
+
+
+def load_recipe(workdir: epath.PathLike, platform: str | None = None, decoder: epath.PathLike | None = None) -> Recipe:
+    """The recipe of a workdir, from its `config.json`.
+
+    Args:
+        workdir: of the run.
+        platform: "cpu", "gpu" or "tpu"; by default the one JAX runs on.
+        decoder: a run of `decoder_distillation` whose tiny decoder takes the place of the codec's decoder.
+
+    Raises:
+        ConfigError: a folder is no workdir, or the decoder does not fit.
+    """
+    config = load_config(workdir)
+    if decoder is not None:
+        config = _with_decoder(config, decoder)
     cls = recipe_class(str(config.recipe))
-    return cls(build(cls.Config, config), platform or jax.default_backend())
+    try:
+        return cls(build(cls.Config, config), platform or jax.default_backend())
+    except ValueError as error:
+        raise ConfigError(f"{workdir}: {error}") from error
 
 
-def load(workdir: epath.PathLike, step: int | None = None, platform: str | None = None) -> Generator:
+def _with_decoder(config: ConfigDict, decoder: epath.PathLike) -> ConfigDict:
+    """The config of a generator with the tiny decoder of another run."""
+    other = load_config(decoder)
+    if other.recipe != "decoder_distillation":
+        raise ConfigError(f"{decoder} is a run of {other.recipe!r}; a decoder is trained by 'decoder_distillation'")
+    codec: Any = config.get("codec")
+    if codec is None or codec.kind != "autoencoder":
+        raise ConfigError(
+            "this run's latents are not those of an autoencoder, so there is nothing for a trained decoder to decode; "
+            "train with codec.kind='autoencoder'"
+        )
+    with config.unlocked():
+        codec.update(decoder="tiny", decoder_workdir=str(decoder), tiny_decoder=other.decoder)
+    return config
+
+
+def load(
+    workdir: epath.PathLike,
+    step: int | None = None,
+    platform: str | None = None,
+    decoder: epath.PathLike | None = None,
+) -> Generator:
     """The generator of a trained run.
 
     Args:
         workdir: local or object-store folder of the run.
         step: which checkpoint; the newest by default.
         platform: "cpu", "gpu" or "tpu"; by default the one JAX runs on.
+        decoder: a run of `decoder_distillation` whose tiny decoder takes the place of the codec's decoder.
 
     Raises:
         ConfigError: there is no run, no checkpoint, or one of another shape.
     """
     workdir = epath.Path(workdir)
-    recipe = load_recipe(workdir, platform)
+    recipe = load_recipe(workdir, platform, decoder)
     tokenizer = workdir / "tokenizer.json"
     return Generator(
         recipe,
         load_weights(workdir, recipe, step),
-        recipe.load_frozen(None),
+        frozen_for_generation(recipe),
         Tokenizer.load(tokenizer) if tokenizer.exists() else None,
     )
 

@@ -35,7 +35,7 @@ from snapgen_jax.export.flatbuffer import Description, describe
 from snapgen_jax.export.manifest import Ranges, describe_unit, fingerprints, versions, write_json
 from snapgen_jax.export.precision import PRECISIONS, Precision, cast_float16
 from snapgen_jax.export.readme import readme
-from snapgen_jax.training.recipe import ExportUnit, Recipe
+from snapgen_jax.training.recipe import ExportUnit, Recipe, frozen_for_generation
 
 Reference = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 GOLDEN_PROMPTS = ("a red circle left of a blue square", "two green stars")
@@ -86,8 +86,8 @@ def export_bundle(
         backend: see `to_tflite`.
         prompts: of the golden examples, at least one.
         seed: of their noise.
-        reference: `(tokens [N, L], mask [N, L], noise [N, h, w, c]) -> uint8 [N, H, W, 3]`, an independent sampler over
-            the same weights; `generator_of(recipe, params)` is the recipe's own. Its images may differ by one grey
+        reference: `(tokens [N, L], mask [N, L], noise [N, *noise_shape]) -> uint8 [N, H, W, 3]`, an independent sampler
+            over the same weights; `generator_of(recipe, params)` is the recipe's own. Its images may differ by one grey
             level from those of the float32 files.
 
     Raises:
@@ -120,7 +120,7 @@ def generator_of(recipe: Recipe, params: Any) -> Reference:
             weights = jax.device_put(params, cpu)
             keys = jax.random.split(jax.random.key(0), len(tokens))
             conditions = {"tokens": tokens, "mask": mask, "noise": noise}
-            made = jax.jit(recipe.generate)(weights, recipe.load_frozen(None), conditions, keys)
+            made = jax.jit(recipe.generate)(weights, frozen_for_generation(recipe), conditions, keys)
             return np.asarray(made["image"])
 
     return run
@@ -141,7 +141,7 @@ class _Export:
                 raise ValueError(
                     f"the scheduler's units are {dict(self.scheduler.units)}; the plan has {list(self.units)}"
                 )
-        self.params = {**params, "frozen": recipe.load_frozen(None)}
+        self.params = {**params, "frozen": frozen_for_generation(recipe)}
         self.folder, self.precisions = folder, precisions
         self.backend: Backend = backend
         self.inputs = {name: tuple(unit.inputs) for name, unit in self.units.items()}
@@ -157,7 +157,7 @@ class _Export:
         write_json(self.folder / "scheduler.json", self.schedule)
 
         tokens, mask = client.tokenize(tokenizer, prompts, self.scheduler.text)
-        noise = np.stack([client.draw_noise(seed, i, self.scheduler.latent_shape) for i in range(len(prompts))])
+        noise = np.stack([client.draw_noise(seed, i, self.scheduler.noise_shape()) for i in range(len(prompts))])
         jax_units = {name: compare.jax_unit(unit, self.params) for name, unit in self.units.items()}
         ranges = Ranges()
         watched = {name: ranges.watch(name, unit) for name, unit in jax_units.items()}

@@ -11,7 +11,7 @@ scheduler.json, schema 1 (all arithmetic in float32, arrays channels last):
     kind            "flow_matching": x_t = (1 - t) x_0 + t noise, and the sampler follows v = dx/dt
     prediction      {"kind": "velocity"}: the denoiser gives v. {"kind": "x_0", "t_min"}: it gives the clean latent, and
                     v = (x_t - x_0) / max(t, t_min)
-    method          "euler" or "heun", the step rule of `step`
+    method          "euler", "heun" or "renoise", the step rule of `step`
     times           [S + 1] from 1 (noise) to 0 (data): the grid that the bundle was verified with
     shift           s of t' = s t / (1 + (s - 1) t), which makes a grid of another number of steps
     guidance        w of v = v_null + w (v_prompt - v_null); 1 needs no second call
@@ -41,7 +41,7 @@ from typing import Any
 import numpy as np
 
 SCHEMA = 1
-METHODS = ("euler", "heun")
+METHODS = ("euler", "heun", "renoise")
 PREDICTIONS = ("velocity", "x_0")
 # The function of one file: named arrays of batch 1 in, named arrays out.
 Unit = Callable[..., Mapping[str, np.ndarray]]
@@ -100,6 +100,13 @@ class Scheduler:
         values["latent_shape"], values["image_shape"] = tuple(data["latent_shape"]), tuple(data["image_shape"])
         return cls(**values)
 
+    def noise_shape(self, steps: int | None = None, method: str | None = None) -> tuple[int, ...]:
+        """Of the noise of one image: `[h, w, c]`; `[S, h, w, c]`, what is begun with and then mixed in before each
+        further step, where the method is "renoise"."""
+        if (self.method if method is None else method) != "renoise":
+            return self.latent_shape
+        return len(self.grid(steps)) - 1, *self.latent_shape
+
     def grid(self, steps: int | None = None) -> np.ndarray:
         """The times of `steps` steps; those of the bundle where none is given. float32 `[steps + 1]`."""
         if steps is None or steps == len(self.times) - 1:
@@ -126,14 +133,20 @@ def as_velocity(out: np.ndarray, x: np.ndarray, t: np.float32, prediction: Mappi
     return (x - out) / np.maximum(np.float32(t), np.float32(prediction["t_min"]))
 
 
-def step(velocity: Callable[[np.ndarray, np.float32], np.ndarray], x: np.ndarray, t, s, method: str) -> np.ndarray:
+def step(
+    velocity: Callable[[np.ndarray, np.float32], np.ndarray], x: np.ndarray, t, s, method: str, noise: np.ndarray | None
+) -> np.ndarray:
     """One step from time t to time s.
 
-    euler:  x_s = x_t + (s - t) v(x_t, t)
-    heun:   y   = x_t + (s - t) v(x_t, t),   x_s = x_t + (s - t) (v(x_t, t) + v(y, s)) / 2
+    euler:    x_s = x_t + (s - t) v(x_t, t)
+    heun:     y   = x_t + (s - t) v(x_t, t),   x_s = x_t + (s - t) (v(x_t, t) + v(y, s)) / 2
+    renoise:  x_0 = x_t - t v(x_t, t),         x_s = (1 - s) x_0 + s noise,   noise fresh; none at s = 0
     """
     h = np.float32(s - t)
     v = velocity(x, t)
+    if method == "renoise":
+        x_0 = x - np.float32(t) * v
+        return x_0 if noise is None else (1 - np.float32(s)) * x_0 + np.float32(s) * noise
     if method == "heun":
         v = (v + velocity(x + h * v, s)) / np.float32(2)
     return x + h * v
@@ -214,7 +227,7 @@ class Sampler:
         """The latent after each step, `[S, h, w, c]` float32.
 
         Args:
-            noise: `[h, w, c]` float32, standard normal.
+            noise: `noise_shape` float32, standard normal.
             context, null: of `encode` and `encode_null`.
             steps, guidance, method: in place of the bundle's own.
         """
@@ -235,10 +248,14 @@ class Sampler:
             v_null = as_velocity(out, x, t, self.scheduler.prediction)
             return v_null + w * (v - v_null)
 
-        x, latents = np.asarray(noise, np.float32), []
-        times = self.scheduler.grid(steps)
-        for t, s in itertools.pairwise(times):
-            x = step(velocity, x, t, s, method)
+        noise, latents = np.asarray(noise, np.float32), []
+        expected = self.scheduler.noise_shape(steps, method)
+        if noise.shape != expected:
+            raise ValueError(f"the noise has shape {noise.shape}; the method {method!r} takes {expected}")
+        x, *later = noise if method == "renoise" else (noise,)
+        intervals = itertools.pairwise(self.scheduler.grid(steps))
+        for (t, s), fresh in itertools.zip_longest(intervals, later):
+            x = step(velocity, x, t, s, method, fresh)
             latents.append(x)
         return np.stack(latents)
 
@@ -369,13 +386,14 @@ class LiteRTGenerator:
         """
         tokens, mask = tokenize(self.bundle.file("tokenizer.json"), prompts, self.scheduler.text)
         indices = range(len(prompts)) if indices is None else indices
-        noise = [draw_noise(seed, index, self.scheduler.latent_shape) for index in indices]
+        shape = self.scheduler.noise_shape(options.get("steps"), options.get("method"))
+        noise = [draw_noise(seed, index, shape) for index in indices]
         return self.generate_from(tokens, mask, noise, **options)
 
     def generate_from(
         self, tokens: np.ndarray, mask: np.ndarray, noise: Sequence[np.ndarray] | np.ndarray, **options: Any
     ) -> np.ndarray:
-        """The same from token ids and mask `[N, L]` and noise `[N, h, w, c]`."""
+        """The same from token ids and mask `[N, L]` and noise `[N, *noise_shape]`."""
         if self._null is None:
             self._null = self.sampler.encode_null()
         images = []

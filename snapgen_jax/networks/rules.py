@@ -11,4 +11,4 @@ Rules = Sequence[tuple[str, PartitionSpec]]
 
 def within(name: str, rules: Rules) -> list[tuple[str, PartitionSpec]]:
     """The rules of a network, for the parameters below `name` alone: "kernel$" holds for `name/conv/kernel`."""
-    return [(rf"(^|/){name}/(.*/)?({pattern})", spec) for pattern, spec in rules]
+    return [(rf"(?:^|(?<=/)){name}/(?:.*/)?(?:{pattern})", spec) for pattern, spec in rules]

@@ -125,7 +125,7 @@ class FlowMatching:
         self.config = config
         self.codec = build_codec(config.codec, platform)  # without parameters: see `codec_of`
         self.network_name, self.network_config = config.network, getattr(config, config.network)
-        self.tokenizer_workdir = config.text_workdir  # whose tokens a batch holds; "" to train a tokenizer
+        self.text_workdir = config.text_workdir
         channels = {self.codec.latent_shape(size)[-1] for size in config.image_sizes}
         if channels != {self.network_config.latent_channels}:
             raise ValueError(
@@ -139,11 +139,20 @@ class FlowMatching:
         self.learning_rate = learning_rate_schedule(config.optimizer, config.train_steps)
 
     @property
+    def tokenizer_workdir(self) -> str:
+        """The run whose tokenizer makes the tokens of a batch; "" to train one on the captions."""
+        return self.text_workdir
+
+    @property
     def vocab_size(self) -> int:
         """Token ids must be below this."""
         return self.config.text.vocab_size
 
     # --- shapes ---
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """`(h, w, c)` of the latent of an image size."""
+        return self.codec.latent_shape(size)
 
     def batch_specs(self) -> dict[str, Tree]:
         """One bucket per image size: `image` uint8 `[B, H, W, 3]`, `tokens` int32 `[B, L]`, `mask` float32 `[B, L]`."""
@@ -161,7 +170,7 @@ class FlowMatching:
         """Draws the network, and its text encoder unless that is frozen."""
         network_key, text_key = jax.random.split(key)
         params = {self.network_name: init(self.network, network_key)}
-        if not self.tokenizer_workdir:
+        if not self.text_workdir:
             params["text"] = init(self.text, text_key)
         return TrainState(jnp.int32(0), jnp.int32(0), {"model": self._new_player(params)}, {})
 
@@ -179,7 +188,7 @@ class FlowMatching:
 
     def frozen_spec(self) -> Tree:
         """`{"text"}` if the text encoder is that of an earlier run, and `{"codec"}` if the codec is a network."""
-        text = {"text": stored(self.text, self.text_spec)} if self.tokenizer_workdir else {}
+        text = {"text": stored(self.text, self.text_spec)} if self.text_workdir else {}
         codec = self.codec.spec()
         return {**text, **({"codec": codec} if codec else {})}
 
@@ -188,7 +197,7 @@ class FlowMatching:
         spec = FlowMatching.frozen_spec(self)
         frozen = {}
         if "text" in spec:
-            frozen = load_run(self.tokenizer_workdir, {"text": spec["text"]}, mesh=mesh, rules=clip.RULES)
+            frozen = load_run(self.text_workdir, {"text": spec["text"]}, mesh=mesh, rules=clip.RULES)
         if "codec" in spec:
             frozen["codec"] = load_codec(self.config.codec, self.codec, mesh)
         return frozen
@@ -196,6 +205,11 @@ class FlowMatching:
     def codec_of(self, frozen: Tree) -> Codec:
         """The codec, with its parameters where it is a network."""
         return self.codec.bind(frozen.get("codec", {}))
+
+    def trained_codec(self, params: Tree, frozen: Tree) -> Codec:
+        """What its images and latents go through."""
+        del params
+        return self.codec_of(frozen)
 
     def rules(self) -> Sequence[tuple[str, PartitionSpec]]:
         """Those of the networks."""
@@ -223,15 +237,30 @@ class FlowMatching:
         """What the network attends to, of a batch or of drawn captions."""
         return self.encode_text(params, drawn["tokens"], drawn["mask"])
 
-    def loss(self, params: Tree, drawn: Tree) -> tuple[jax.Array, Metrics]:
-        """Mean flow matching loss of examples whose noise, times and captions are drawn."""
+    def loss(self, params: Tree, drawn: Tree) -> tuple[jax.Array, Tree]:
+        """Mean flow matching loss of examples whose noise, times and captions are drawn.
+
+        Args:
+            params: the networks by name, trained and frozen ones, and what `extra` holds.
+            drawn: as from `draw`.
+
+        Returns:
+            The loss, and what `report` makes of it.
+        """
         context = self.condition(params, drawn)
         x_t = interpolate(drawn["x_0"], drawn["eps"], drawn["t"])
         v = self.predict(params, x_t, drawn["t"], context)
         losses = flow_matching_loss(v, velocity(drawn["x_0"], drawn["eps"]))
-        if self.full_from:
-            losses = losses * jnp.square(jnp.minimum(1.0, drawn["t"] / self.full_from))
-        return jnp.mean(losses), {}
+        return jnp.mean(losses * self.time_weight(drawn["t"])), {}
+
+    def time_weight(self, t: jax.Array) -> jax.Array | float:
+        """Of the velocity's squared error at times `[B]`, see `loss_full_from`."""
+        return jnp.square(jnp.minimum(1.0, t / self.full_from)) if self.full_from else 1.0
+
+    def report(self, extra: Tree, found: Tree) -> tuple[Tree, Metrics]:
+        """The next `extra`, and further metrics, from what the loss found beside its value."""
+        del found
+        return extra, {}
 
     def draw(self, frozen: Tree, batch: Tree, key: jax.Array, step: int | jax.Array = 0) -> Tree:
         """Everything random about one global batch: noise, times, dropped captions."""
@@ -250,16 +279,16 @@ class FlowMatching:
         """One AdamW step on the flow matching loss."""
         player = state.players["model"]
         drawn = self.draw(frozen, batch, key, state.step)
-        grads, loss, _ = accumulate_gradients(
-            lambda params, drawn: self.loss({**frozen, **params}, drawn),
-            player.params,
-            drawn,
-            self.config.microbatches,
+        given = {**frozen, **state.extra}
+        grads, loss, found = accumulate_gradients(
+            lambda params, drawn: self.loss({**given, **params}, drawn), player.params, drawn, self.config.microbatches
         )
         grads, norm = clip_by_joint_norm(grads, self.config.optimizer.clip_norm)
         player = step_player(player, grads, self.optimizer, state.step, self.config.ema_decay)
-        metrics = {"loss": loss, "grad_norm": norm, "learning_rate": jnp.asarray(self.learning_rate(state.step))}
-        return state.replace(players={"model": player}), metrics
+        extra, further = self.report(state.extra, found)
+        rate = jnp.asarray(self.learning_rate(state.step))
+        metrics = {"loss": loss, **further, "grad_norm": norm, "learning_rate": rate}
+        return state.replace(players={"model": player}, extra=extra), metrics
 
     def _null_caption(self) -> dict[str, np.ndarray]:
         tokens, mask = null_tokens(self.config.text, self.config.text.max_tokens)
@@ -292,7 +321,7 @@ class FlowMatching:
             `image` uint8 `[B, H, W, 3]`, `latent` float32 `[B, h, w, c]`, and the `noise` it began with.
         """
         weights = {**frozen, **params["model"]}
-        shape = self.codec.latent_shape(image_size or self.config.image_sizes[0])
+        shape = self.latent_shape(image_size or self.config.image_sizes[0])
         noise = conditions["noise"] if "noise" in conditions else self.noise(key, shape, steps, method)
         context = self.encode_text(weights, conditions["tokens"], conditions["mask"])
         null = self._null_caption()

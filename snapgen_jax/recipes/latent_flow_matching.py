@@ -66,6 +66,7 @@ class LatentFlowMatching(FlowMatching):
     """See the top of this file. Implements `training.recipe.Recipe`; what it shares with pixels it inherits."""
 
     Config = LatentFlowMatchingConfig
+    conditions: tuple[str, ...] = CONDITION  # entries of a batch that are dropped together
 
     def __init__(self, config: LatentFlowMatchingConfig, platform: Platform):
         """`platform` is the one compiled for; it fixes compute dtype and form of the depthwise convolution.
@@ -77,7 +78,7 @@ class LatentFlowMatching(FlowMatching):
         for size in config.image_sizes:
             if size[0] % config.reduction or size[1] % config.reduction:
                 raise ValueError(f"image size {size} does not divide by reduction={config.reduction}; change one")
-        self.network_name, self.network_config, self.tokenizer_workdir = "unet", config.unet, ""
+        self.network_name, self.network_config, self.text_workdir = "unet", config.unet, ""
         self.codec = build_codec(CodecConfig("identity"))  # the latents are coded already
         self.network, self.network_spec = build(for_platform(config.unet, platform))
         self.optimizer: optax.GradientTransformation = make_optimizer(config.optimizer, config.train_steps)
@@ -126,7 +127,7 @@ class LatentFlowMatching(FlowMatching):
         del frozen
         eps_key, time_key, drop_key = jax.random.split(key, 3)
         x_0 = batch["latent"].astype(jnp.float32)
-        condition = {name: batch[name] for name in CONDITION}
+        condition = {name: batch[name] for name in self.conditions}
         progress = step / self.config.train_steps
         return {
             "x_0": x_0,

@@ -101,3 +101,12 @@ class Recipe(Protocol):
     def rules(self) -> Sequence[tuple[str, PartitionSpec]]:
         """(regular expression over parameter paths, PartitionSpec); first match wins, no match is replicated."""
         ...
+
+
+def frozen_for_generation(recipe: Recipe, mesh: Mesh | None = None) -> Tree:
+    """What `recipe.generate` needs of the frozen networks.
+
+    All of `load_frozen`, unless the recipe has a method `load_for_generation`: a teacher of eight billion parameters is
+    not wanted where only the student draws.
+    """
+    return getattr(recipe, "load_for_generation", recipe.load_frozen)(mesh)

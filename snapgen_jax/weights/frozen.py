@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import pathlib
 from typing import Any
 
@@ -11,18 +12,23 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from snapgen_jax.networks import autoencoder, tiny_decoder
+from snapgen_jax.networks import autoencoder, lpips, mmdit, tiny_decoder
 from snapgen_jax.networks.codec import Codec, CodecConfig
-from snapgen_jax.networks.module import flatten, unflatten
+from snapgen_jax.networks.mmdit import MMDiTConfig
+from snapgen_jax.networks.module import Network, flatten, frozen_spec, init, unflatten
 from snapgen_jax.parallel.sharding import Rules, tree_shardings
 from snapgen_jax.training.checkpoint import Checkpointer
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.weights.loader import load
-from snapgen_jax.weights.maps import sd3_autoencoder
+from snapgen_jax.weights.maps import lpips as lpips_map
+from snapgen_jax.weights.maps import sd3_autoencoder, sd3_mmdit
 from snapgen_jax.weights.sources import source
 
 Tree = Any
 Path = tuple[str, ...]
+_STAND_IN = 2412  # the seed of the network that stands in for LPIPS
+
+log = logging.getLogger(__name__)
 
 
 def load_run(
@@ -118,6 +124,57 @@ def _load_autoencoder(config: CodecConfig, spec: Tree, mesh: Mesh | None) -> Tre
     places = _places(spec, mesh, autoencoder.RULES)
     try:
         return load(pathlib.Path(folder), weight_map, spec, places, dtype=dtype, source=source("sd3_vae"))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def load_mmdit(folder: epath.PathLike, config: MMDiTConfig, spec: Tree, mesh: Mesh | None = None) -> Tree:
+    """A published MMDiT, slice by slice onto the mesh.
+
+    Args:
+        folder: of its safetensors files, `transformer/` of a Stable Diffusion 3.5 repository.
+        config: its architecture.
+        spec: nested dict of `ShapeDtypeStruct`.
+        mesh: where the parameters go; without one onto one device.
+
+    Raises:
+        ConfigError: the folder is not there, or holds another network.
+    """
+    dtype = jax.tree.leaves(spec)[0].dtype
+    places = _places(spec, mesh, mmdit.RULES)
+    try:
+        return load(
+            pathlib.Path(folder), sd3_mmdit.weight_map(config), spec, places, dtype=dtype, source=source("sd35_large")
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def load_perceptual(network: Network, folder: str = "", mesh: Mesh | None = None) -> Tree:
+    """The parameters of a perceptual distance; without a folder of published weights they are drawn, always the same.
+
+    Args:
+        network: of `networks.lpips.PerceptualDistance`.
+        folder: of safetensors files as `weights.maps.lpips` says, or "".
+        mesh: where the parameters go; without one onto one device.
+
+    Raises:
+        ConfigError: the folder is not there, or holds another network.
+    """
+    spec = frozen_spec(network)
+    places = _places(spec, mesh, lpips.RULES)
+    if not folder:
+        log.warning(
+            "perceptual_weights is not set: a fixed random network of %d stages stands in for LPIPS, and its distances "
+            "compare with each other alone",
+            len(network.config.channels),
+        )
+        drawn = jax.jit(init, static_argnums=0)(network, jax.random.key(_STAND_IN))
+        return jax.device_put(jax.tree.map(lambda s, x: np.asarray(x).astype(s.dtype), spec, drawn), places)
+    dtype = jax.tree.leaves(spec)[0].dtype
+    try:
+        weight_map = lpips_map.weight_map(network.config)
+        return load(pathlib.Path(folder), weight_map, spec, places, dtype=dtype, source=source("lpips"))
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -1,0 +1,376 @@
+"""Multi-level knowledge distillation: a student learns from data and from a larger, different network.
+
+    L = S(L_task, L_out + L_feat)
+    L_out = || v_theta(x_t, t, c) - v_T(x_t, t, c_T) ||^2,   L_feat = || phi(f_theta) - LN(f_T) ||^2
+
+SnapGen (arXiv 2412.09619, section 3.3). v_T is the velocity of the teacher at the same point of the path, f are
+features at one or more depths and phi is a projector that is dropped afterwards; S, which weighs the data against the
+teacher at every time, is that of `losses/distillation.py`. The teacher is an argument of the step: never
+differentiated, never in a checkpoint. One player, "model", holds the student and the projectors; the running means of S
+are in `extra`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from snapgen_jax.diffusion.guidance import guided
+from snapgen_jax.diffusion.path import expand_like, interpolate, velocity, velocity_from_x0
+from snapgen_jax.diffusion.samplers import sample
+from snapgen_jax.losses.distillation import (
+    TASK,
+    ScalingConfig,
+    bin_sums,
+    feature_loss,
+    new_means,
+    scaled,
+    update_means,
+)
+from snapgen_jax.losses.flow_matching import flow_matching_loss
+from snapgen_jax.networks import clip, mmdit, unet
+from snapgen_jax.networks.clip import ClipTextConfig
+from snapgen_jax.networks.codec import CodecConfig, build_codec, from_uint8
+from snapgen_jax.networks.mmdit import MMDiTConfig
+from snapgen_jax.networks.module import Platform, apply, build, for_platform, init
+from snapgen_jax.networks.projector import ProjectorConfig
+from snapgen_jax.networks.rules import within
+from snapgen_jax.networks.text import TextContext
+from snapgen_jax.networks.time_features import time_features
+from snapgen_jax.networks.unet import UNetConfig
+from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig, stored
+from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.training.recipe import Metrics
+from snapgen_jax.training.state import TrainState
+from snapgen_jax.weights.frozen import load_codec, load_mmdit, load_run
+
+Tree = Any
+RULES = {"unet": unet.RULES, "mmdit": mmdit.RULES}
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherConfig:
+    """The network to learn from: what it is, and where its weights are.
+
+    Attributes:
+        workdir: a trained run, of which the averaged weights are taken.
+        weights: in place of a run, the folder `transformer/` of a published Stable Diffusion 3.5.
+        network, unet, mmdit, prediction: as for `flow_matching`; equal to those of the run.
+        text: the text encoder that was trained with it in its run; None where it reads the states that the student
+            reads.
+        codec: its own latents; None where they are the student's. With other latents only features can be compared: the
+            same image and the same time, each with noise of its own.
+        guidance: scale of classifier-free guidance in the target, so that the student need not be guided.
+        rollout_steps: 1 takes the velocity at x_t. More follow the teacher's flow from x_t to the data in so many Euler
+            steps, and take the velocity that leads there in one: a target that is sharp even at much noise.
+    """
+
+    workdir: str = ""
+    weights: str = ""
+    network: Literal["unet", "mmdit"] = "mmdit"
+    unet: UNetConfig = UNetConfig.preset("shapes")
+    mmdit: MMDiTConfig = MMDiTConfig.preset("shapes")
+    prediction: Literal["velocity", "x_0"] = "velocity"
+    text: ClipTextConfig | None = None
+    codec: CodecConfig | None = None
+    guidance: float = 1.0
+    rollout_steps: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TeachingConfig:
+    """What is taken from a teacher, and how much.
+
+    Attributes:
+        teacher: the teacher.
+        output_weight: of the distance of velocities; 0 leaves it out.
+        feature_weight: of the distance of features; 0 leaves it, and the projectors, out.
+        student_taps, teacher_taps: names of the features that are compared, pair by pair.
+        projector_hidden: width of a middle layer of the projectors; None for linear ones.
+        scaling: the operator S.
+        shard_student: whether the student is split over `fsdp` as the teacher is, or whole on every device.
+    """
+
+    teacher: TeacherConfig = TeacherConfig()
+    output_weight: float = 1.0
+    feature_weight: float = 1.0
+    student_taps: tuple[str, ...] = ("up_0",)
+    teacher_taps: tuple[str, ...] = ("block_05",)
+    projector_hidden: int | None = None
+    scaling: ScalingConfig = ScalingConfig()
+    shard_student: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillationConfig(TeachingConfig, FlowMatchingConfig):
+    """Distillation of a network for pixels and captions: the fields of `flow_matching` and of `TeachingConfig`."""
+
+
+class Distilled(FlowMatching):
+    """What a teacher adds to a flow matching recipe, on pixels or on stored latents. Mixed in before that recipe."""
+
+    config: Any
+
+    def __init__(self, config: Any, platform: Platform):
+        """`platform` is the one compiled for.
+
+        Raises:
+            ValueError: the teacher and what is asked of him do not fit each other or the student.
+        """
+        super().__init__(config, platform)
+        asked: TeachingConfig = config
+        teacher = asked.teacher
+        self.weights = {
+            name: weight
+            for name, weight in (("output", asked.output_weight), ("feature", asked.feature_weight))
+            if weight
+        }
+        self.teacher_config = getattr(teacher, teacher.network)
+        self.teacher, teacher_spec = build(for_platform(self.teacher_config, platform))
+        self.teacher_spec = stored(self.teacher, teacher_spec)
+        self.teacher_text = None if teacher.text is None else build(for_platform(teacher.text, platform))[0]
+        self.teacher_codec = None if teacher.codec is None else build_codec(teacher.codec, platform)
+        self._check()
+        self.projectors = {
+            f"projector_{i}": build(for_platform(config, platform))[0] for i, config in enumerate(self._projectors())
+        }
+
+    def _check(self) -> None:
+        config: TeachingConfig = self.config
+        teacher = config.teacher
+        if teacher.workdir and teacher.weights:
+            raise ValueError("teacher.workdir and teacher.weights both name a teacher; give one of them")
+        if teacher.weights and teacher.network != "mmdit":
+            raise ValueError("teacher.weights holds an MMDiT; set teacher.network to 'mmdit'")
+        if config.output_weight and self.has_own_latents:
+            raise ValueError(
+                "the teacher has latents of its own, so that velocities cannot be compared; set output_weight=0 and "
+                "distil features alone, or give the teacher the student's latents"
+            )
+        ours, his = self.network_config.latent_channels, self.teacher_config.latent_channels
+        if not self.has_own_latents and ours != his:
+            raise ValueError(
+                f"the student's latents have {ours} channels and the teacher's {his}; they must be the same latents, "
+                "or teacher.codec must say which the teacher's are"
+            )
+        if len(config.student_taps) != len(config.teacher_taps):
+            raise ValueError(
+                f"student_taps {config.student_taps} and teacher_taps {config.teacher_taps} are compared pair by pair; "
+                "give as many of one as of the other"
+            )
+
+    @property
+    def has_own_latents(self) -> bool:
+        """Whether the teacher's latents are not the student's."""
+        return self.teacher_codec is not None
+
+    def _projectors(self) -> list[ProjectorConfig]:
+        """One for each pair of features, by their shapes at the first image size."""
+        config: TeachingConfig = self.config
+        if not config.feature_weight:
+            return []
+        size = self.config.image_sizes[0]
+        ours = _tap_shapes(self.network, self.network_spec, self.latent_shape(size), config.student_taps)
+        his = _tap_shapes(self.teacher, self.teacher_spec, self.teacher_latent_shape(size), config.teacher_taps)
+        pairs = zip(config.student_taps, config.teacher_taps, strict=True)
+        return [ProjectorConfig.between(ours[a], his[b], config.projector_hidden) for a, b in pairs]
+
+    def teacher_latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """`(h, w, c)` of the teacher's latent of an image size."""
+        return self.latent_shape(size) if self.teacher_codec is None else self.teacher_codec.latent_shape(size)
+
+    # --- the state, and what is not in it ---
+
+    def init(self, key: jax.Array) -> TrainState:
+        """As without a teacher, and the projectors and running means."""
+        state = super().init(key)
+        if not self.weights:
+            return state
+        projectors = {
+            name: init(network, jax.random.fold_in(key, i)) for i, (name, network) in enumerate(self.projectors.items())
+        }
+        player = self._new_player({**state.players["model"].params, **projectors})
+        means = {"means": new_means(tuple(self.weights), self.config.scaling)} if self._has_means else {}
+        return state.replace(players={"model": player}, extra=means)
+
+    @property
+    def _has_means(self) -> bool:
+        scaling = self.config.scaling
+        return bool(self.weights) and scaling.alpha != "none" and scaling.ratio == "running"
+
+    def warm_start(self, state: TrainState, earlier: Tree) -> TrainState:
+        """As without a teacher; projectors that the earlier stage had none of begin anew."""
+        fresh = {name: state.players["model"].params[name] for name in self.projectors}
+        return super().warm_start(state, {"model": {**fresh, **earlier["model"]}})
+
+    def frozen_spec(self) -> Tree:
+        """As without a teacher, and `{"teacher": {his network, "text", "codec"}}`."""
+        if not self.weights:
+            return super().frozen_spec()
+        teacher = {self.config.teacher.network: self.teacher_spec}
+        if self.teacher_text is not None:
+            teacher["text"] = stored(self.teacher_text, build(self.teacher_text.config)[1])
+        if self.teacher_codec is not None and (codec := self.teacher_codec.spec()):
+            teacher["codec"] = codec
+        return {**super().frozen_spec(), "teacher": teacher}
+
+    def load_frozen(self, mesh: Mesh | None) -> Tree:
+        """Reads the teacher, from a run or from published files, and what is frozen beside him."""
+        frozen, spec, teacher = super().load_frozen(mesh), self.frozen_spec(), self.config.teacher
+        if "teacher" not in spec:
+            return frozen
+        wanted = dict(spec["teacher"])
+        codec = {}
+        if wanted.pop("codec", None) and self.teacher_codec is not None:
+            codec = {"codec": load_codec(teacher.codec, self.teacher_codec, mesh)}
+        if teacher.weights:
+            found = {"mmdit": load_mmdit(teacher.weights, self.teacher_config, wanted["mmdit"], mesh)}
+        elif teacher.workdir:
+            found = load_run(teacher.workdir, wanted, mesh=mesh, rules=[*_teacher_rules(), *within("text", clip.RULES)])
+        else:
+            raise ConfigError("there is no teacher: set teacher.workdir to a trained run, or teacher.weights")
+        return {**frozen, "teacher": {**found, **codec}}
+
+    def load_for_generation(self, mesh: Mesh | None) -> Tree:
+        """What is frozen beside the teacher, who is not asked when the student draws."""
+        return super().load_frozen(mesh)
+
+    @property
+    def tokenizer_workdir(self) -> str:
+        """A run's tokenizer goes with its text encoder; the teacher's, where he has one and the student's is new."""
+        return super().tokenizer_workdir or (self.config.teacher.workdir if self.teacher_text is not None else "")
+
+    def rules(self) -> Sequence[tuple[str, PartitionSpec]]:
+        """Those of the teacher and, if it is to be split, of the student."""
+        ours = super().rules() if self.config.shard_student else []
+        return [*within("teacher", [*_teacher_rules(), *within("text", clip.RULES)]), *ours]
+
+    # --- training ---
+
+    def draw(self, frozen: Tree, batch: Tree, key: jax.Array, step: int | jax.Array = 0) -> Tree:
+        """As without a teacher, and the teacher's latents and noise where they are not the student's."""
+        drawn = super().draw(frozen, batch, key, step)
+        if not self.weights or not self.has_own_latents:
+            return drawn
+        x_0 = self.teacher_latents(frozen, batch)
+        eps = jax.random.normal(jax.random.fold_in(key, 1), x_0.shape)
+        return {**drawn, "teacher_x_0": x_0, "teacher_eps": eps}
+
+    def teacher_latents(self, frozen: Tree, batch: Tree) -> jax.Array:
+        """The teacher's own clean latents of a batch."""
+        assert self.teacher_codec is not None
+        codec = self.teacher_codec.bind(frozen["teacher"].get("codec", {}))
+        return codec.encode(from_uint8(batch["image"]))
+
+    def teacher_context(self, params: Tree, drawn: Tree, context: TextContext) -> TextContext:
+        """What the teacher attends to: `context`, the student's, unless he has a text encoder."""
+        if self.teacher_text is None:
+            return context
+        return apply(self.teacher_text, params["teacher"]["text"], drawn["tokens"], drawn["mask"])
+
+    def teacher_null_context(self, params: Tree) -> TextContext:
+        """The same of the empty caption, `[1, ...]`."""
+        null = {name: jnp.asarray(x)[None] for name, x in self._null_caption().items()}
+        return self.teacher_context(params, null, self.condition(params, null))
+
+    def ask_teacher(
+        self, params: Tree, drawn: Tree, x_t: jax.Array, context: TextContext, taps: Sequence[str]
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The teacher's velocity `[B, h, w, c]` at `x_t` (at his own latents, if he has such), and his features. No
+        gradient passes."""
+        teacher, t = self.config.teacher, drawn["t"]
+        if self.has_own_latents:
+            x_t = interpolate(drawn["teacher_x_0"], drawn["teacher_eps"], t)
+        condition = self.teacher_context(params, drawn, context)
+
+        def predict(
+            x: jax.Array, t: jax.Array, c: TextContext, taps: Sequence[str] = ()
+        ) -> tuple[jax.Array, dict[str, jax.Array]]:
+            features = time_features(t, self.teacher_config.time_width)
+            out, found = apply(self.teacher, params["teacher"][teacher.network], x, features, c, taps=taps)
+            return (out if teacher.prediction == "velocity" else velocity_from_x0(x, out, t)), found
+
+        def velocity_at(x: jax.Array, t: jax.Array) -> jax.Array:
+            v = predict(x, t, condition)[0]
+            if teacher.guidance == 1:
+                return v
+            null = jax.tree.map(
+                lambda empty, c: jnp.broadcast_to(empty, c.shape), self.teacher_null_context(params), condition
+            )
+            return guided(predict(x, t, null)[0], v, teacher.guidance)
+
+        _, found = predict(x_t, t, condition, taps) if taps else (None, {})
+        if teacher.rollout_steps == 1:
+            v = velocity_at(x_t, t)
+        else:
+            # Along u in [1, 0] with time t u, an example begins at its own t: dx/du = t v.
+            x_0, _ = sample(
+                lambda x, u, i, carry: (expand_like(t, x) * velocity_at(x, t * u), carry),
+                x_t,
+                jnp.linspace(1.0, 0.0, teacher.rollout_steps + 1),
+            )
+            v = velocity_from_x0(x_t, x_0, t)
+        return jax.lax.stop_gradient((v, found))
+
+    def loss(self, params: Tree, drawn: Tree) -> tuple[jax.Array, Tree]:
+        """S of the flow matching loss and what the teacher says."""
+        if not self.weights:
+            return super().loss(params, drawn)
+        config, t = self.config, drawn["t"]
+        ours, his = (config.student_taps, config.teacher_taps) if "feature" in self.weights else ((), ())
+        context = self.condition(params, drawn)
+        x_t = interpolate(drawn["x_0"], drawn["eps"], t)
+        v, features = self.predict_with_taps(params, x_t, t, context, ours)
+        taught_v, taught = self.ask_teacher(params, drawn, x_t, context, his)
+        losses = {TASK: flow_matching_loss(v, velocity(drawn["x_0"], drawn["eps"]))}
+        if "output" in self.weights:
+            losses["output"] = flow_matching_loss(v, taught_v)
+        if "feature" in self.weights:
+            pairs = zip(self.projectors.items(), ours, his, strict=True)
+            distances = [
+                feature_loss(apply(network, params[name], features[a]), taught[b]) for (name, network), a, b in pairs
+            ]
+            losses["feature"] = sum(distances[1:], distances[0]) / len(distances)
+        losses = {name: loss * self.time_weight(t) for name, loss in losses.items()}
+        total = scaled(losses, self.weights, t, params.get("means", {}), config.scaling)
+        found: dict[str, Any] = {"metrics": {f"loss/{name}": jnp.mean(loss) for name, loss in losses.items()}}
+        if self._has_means:
+            found["sums"] = bin_sums(losses, t, config.scaling)
+        return jnp.mean(total), found
+
+    def report(self, extra: Tree, found: Tree) -> tuple[Tree, Metrics]:
+        """The running means after this batch, and each loss by itself."""
+        if self._has_means:
+            extra = {**extra, "means": update_means(extra["means"], found["sums"], self.config.scaling)}
+        return extra, found.get("metrics", {})
+
+
+class Distillation(Distilled):
+    """See the top of this file. Implements `training.recipe.Recipe`."""
+
+    Config = DistillationConfig
+
+
+def _teacher_rules() -> list[tuple[str, PartitionSpec]]:
+    return [rule for name, rules in RULES.items() for rule in within(name, rules)]
+
+
+def _tap_shapes(network: Any, spec: Tree, latent: tuple[int, ...], taps: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """`{tap: [1, h, w, C]}` of a network at a latent of shape `(h, w, c)`."""
+    config = network.config
+
+    def f32(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    context = TextContext(f32(1, 8, config.context_width), f32(1, 8), f32(1, config.pooled_width or 0))
+    inputs = f32(1, *latent), f32(1, config.time_width), context
+    _, found = jax.eval_shape(lambda params, *args: apply(network, params, *args, taps=taps), spec, *inputs)
+    return {tap: leaf.shape for tap, leaf in found.items()}
+
+
+RECIPE = Distillation

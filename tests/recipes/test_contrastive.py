@@ -1,0 +1,95 @@
+"""Contrastive learning as a recipe: it tells captions apart, and hands its text encoder to a later stage."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from snapgen_jax import inference_weights, train
+from snapgen_jax.networks.clip import ClipTextConfig
+from snapgen_jax.networks.clip_vision import ClipVisionConfig
+from snapgen_jax.networks.codec import CodecConfig
+from snapgen_jax.networks.unet import UNetConfig
+from snapgen_jax.recipes.contrastive import Contrastive, ContrastiveConfig
+from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig
+from snapgen_jax.training import loop
+from snapgen_jax.training.keys import key
+from snapgen_jax.training.loop import LoopConfig, make_step
+from snapgen_jax.training.optimizer import OptimizerConfig
+from snapgen_jax.training.recipe import Recipe
+from tests.recipes_for_tests import Drawn
+
+TEXT = ClipTextConfig.preset("smoke", max_tokens=6)
+CONFIG = ContrastiveConfig(
+    batch_size=8,
+    train_steps=60,
+    image=ClipVisionConfig.preset("smoke", image_size=8, patch=4),
+    text=TEXT,
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+    ema_decay=0.0,
+)
+
+
+def batch(seed):
+    """Eight greys, each with the grey as the caption."""
+    grey = np.random.default_rng(seed).permutation(8)
+    tokens = np.zeros((8, 6), np.int32)
+    tokens[:, :3] = np.stack([np.full(8, 1), 3 + grey, np.full(8, 2)], axis=1)
+    image = np.broadcast_to((grey * 36).astype(np.uint8)[:, None, None, None], (8, 8, 8, 3))
+    return {"image": np.ascontiguousarray(image), "tokens": tokens, "mask": (tokens > 0).astype(np.float32)}
+
+
+class Batches:
+    """Batches by position."""
+
+    def batches(self, position):
+        while True:
+            yield Drawn("8x8", batch(position), np.arange(8))
+            position += 1
+
+
+def test_it_learns_which_caption_belongs_to_which_image():
+    made = Contrastive(CONFIG, "cpu")
+    assert isinstance(made, Recipe)
+    state = train(made, (batch(n) for n in range(1000)), steps=60, quiet=True)
+    weights = inference_weights(state)
+    losses = jax.jit(made.validation_losses)(weights, {}, batch(99), jax.random.key(0))
+    assert losses["accuracy"].mean() == 1.0 and losses["mean"].mean() < 0.5 * np.log(8)
+    found = made.generate(weights, {}, batch(99), jax.random.key(0))
+    np.testing.assert_allclose(jnp.linalg.norm(found["text"], axis=-1), 1.0, rtol=1e-5)
+    similar = found["image"] @ found["text"].T
+    assert (jnp.argmax(similar, axis=1) == jnp.arange(8)).all()
+
+
+def test_a_later_stage_conditions_on_its_text_encoder_which_stays_as_it_was(tmp_path):
+    made = Contrastive(CONFIG, "cpu")
+    config = LoopConfig(train_steps=2, log_every_steps=1, tensorboard=False)
+    state = loop.train(made, Batches(), config, workdir=tmp_path, quiet=True)
+    later = FlowMatching(
+        FlowMatchingConfig(
+            batch_size=8,
+            image_sizes=((8, 8),),
+            unet=UNetConfig.preset("smoke", latent_channels=12),
+            text=TEXT,
+            text_workdir=str(tmp_path),
+            codec=CodecConfig(patch=2),
+        ),
+        "cpu",
+    )
+    frozen = later.load_frozen(None)
+    jax.tree.map(np.testing.assert_array_equal, frozen["text"], state.players["model"].params["text"])
+    assert jax.tree.map(lambda x: x.shape, frozen) == jax.tree.map(lambda x: x.shape, later.frozen_spec())
+    assert later.tokenizer_workdir == str(tmp_path)
+    first = jax.jit(later.init)(key(0, 0, "init"))
+    assert set(first.players["model"].params) == {"unet"}
+    _, metrics = jax.jit(make_step(later, 0))(first, frozen, batch(0))
+    assert bool(metrics["finite"])
+
+
+def test_widths_that_cannot_be_compared_and_parts_of_batches_are_refused():
+    with pytest.raises(ValueError, match="make them equal"):
+        Contrastive(dataclasses.replace(CONFIG, image=dataclasses.replace(CONFIG.image, projection=8)), "cpu")
+    with pytest.raises(ValueError, match="microbatches=2"):
+        Contrastive(dataclasses.replace(CONFIG, microbatches=2), "cpu")

@@ -1,0 +1,251 @@
+"""Distillation as a recipe: what the teacher adds, what he must not be touched by, and what stays without him."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from snapgen_jax.diffusion.samplers import sample
+from snapgen_jax.losses.distillation import ScalingConfig
+from snapgen_jax.networks.clip import ClipTextConfig
+from snapgen_jax.networks.codec import CodecConfig
+from snapgen_jax.networks.mmdit import MMDiTConfig
+from snapgen_jax.networks.module import flatten
+from snapgen_jax.parallel.mesh import MeshConfig, make_mesh
+from snapgen_jax.parallel.sharding import tree_shardings
+from snapgen_jax.recipes.distillation import Distillation, DistillationConfig, TeacherConfig
+from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig, SamplingConfig
+from snapgen_jax.training import loop
+from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.training.fingerprint import fingerprint
+from snapgen_jax.training.keys import key
+from snapgen_jax.training.loop import LoopConfig, make_step
+from snapgen_jax.training.optimizer import OptimizerConfig
+from snapgen_jax.training.recipe import Recipe, frozen_for_generation
+from tests.recipes_for_tests import Drawn
+
+LENGTH = 6
+MMDIT = MMDiTConfig.preset("smoke", latent_channels=12, depth=2, dual=0)  # of all networks the quickest to compile
+STUDENT = {
+    "batch_size": 8,
+    "train_steps": 40,
+    "image_sizes": ((8, 8),),
+    "network": "mmdit",
+    "mmdit": MMDIT,
+    "text": ClipTextConfig.preset("smoke", max_tokens=LENGTH, layers=1),
+    "codec": CodecConfig(patch=2),
+    "optimizer": OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
+    "sampling": SamplingConfig(steps=3, guidance=2.0),
+}
+TEACHER = TeacherConfig(mmdit=MMDIT)
+CONFIG = DistillationConfig(**STUDENT, teacher=TEACHER, student_taps=("block_00",), teacher_taps=("block_01",))
+
+
+def recipe(teacher=TEACHER, **changes):
+    return Distillation(dataclasses.replace(CONFIG, teacher=teacher, **changes), "cpu")
+
+
+def batch(seed=0, size=8):
+    rng = np.random.default_rng(seed)
+    grey = rng.integers(0, 8, size)
+    tokens = np.zeros((size, LENGTH), np.int32)
+    tokens[:, :3] = np.stack([np.full(size, 1), 3 + grey, np.full(size, 2)], axis=1)
+    image = np.broadcast_to((grey * 36).astype(np.uint8)[:, None, None, None], (size, 8, 8, 3))
+    return {"image": np.ascontiguousarray(image), "tokens": tokens, "mask": (tokens > 0).astype(np.float32)}
+
+
+def random_like(spec, seed=0):
+    """Weights away from zero: a fresh network's output is zero."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda s: jnp.asarray(0.3 * rng.normal(size=s.shape) + (len(s.shape) == 1), s.dtype), spec)
+
+
+def first_state(made):
+    """A state with weights away from zero."""
+    state = jax.eval_shape(made.init, key(0, 0, "init"))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), state)
+    player = dataclasses.replace(zeros.players["model"], params=random_like(state.players["model"].params, 1))
+    return zeros.replace(players={"model": player})
+
+
+@pytest.fixture(scope="module")
+def taught():
+    """A recipe with both losses, a teacher, a state away from the start, and drawn examples."""
+    made = recipe()
+    frozen = random_like(made.frozen_spec())
+    return made, frozen, first_state(made), jax.jit(made.draw)(frozen, batch(), jax.random.key(3), 0)
+
+
+def gradients(made, given, params, drawn):
+    return jax.jit(jax.grad(lambda params, given: made.loss({**given, **params}, drawn)[0], argnums=(0, 1)))(
+        params, given
+    )
+
+
+def test_it_fulfils_the_protocol():
+    assert isinstance(recipe(), Recipe)
+
+
+@pytest.mark.parametrize("term", ["output", "feature"])
+def test_each_loss_by_itself_reaches_the_student_and_never_the_teacher(taught, term):
+    _, frozen, state, drawn = taught
+    alone = ScalingConfig(alpha="constant", constant=0.0, alpha_bounds=(0.0, 1.0), ratio="none")
+    made = recipe(**{f"{other}_weight": 0.0 for other in ("output", "feature") if other != term}, scaling=alone)
+    params = {n: p for n, p in state.players["model"].params.items() if n in ("mmdit", "text") or n in made.projectors}
+    by_student, by_teacher = gradients(made, frozen, params, drawn)
+    assert all(not np.any(g) for g in jax.tree.leaves(by_teacher))
+    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(by_student["mmdit"])) > 1e-5
+    if term == "feature":
+        assert all(np.any(g) for g in jax.tree.leaves(by_student["projector_0"]))
+
+
+def test_without_any_weight_it_is_flow_matching_bit_for_bit():
+    plain = FlowMatching(FlowMatchingConfig(**STUDENT), "cpu")
+    bare = recipe(output_weight=0.0, feature_weight=0.0)
+    assert bare.frozen_spec() == {}
+    states = []
+    for made in (plain, bare):
+        state, _ = jax.jit(make_step(made, 0))(first_state(made), {}, batch())
+        states.append(state)
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+@pytest.fixture(scope="module")
+def updated(taught):
+    """The state after one update, and its metrics."""
+    made, frozen, state, _ = taught
+    return jax.jit(make_step(made, 0))(state, frozen, batch())
+
+
+def test_the_running_means_follow_the_losses_that_are_reported(updated):
+    new, metrics = updated
+    for name in ("task", "output", "feature"):
+        part = new.extra["means"][name]
+        mean = part["total"].sum() / part["count"].sum()
+        np.testing.assert_allclose(mean, metrics[f"loss/{name}"], rtol=1e-5)
+        assert part["count"].sum() > 0 and float(metrics[f"loss/{name}"]) > 0
+
+
+def test_accumulation_changes_nothing_but_rounding(taught, updated):
+    _, frozen, state, _ = taught
+    one, m1 = updated
+    four, m4 = jax.jit(make_step(recipe(microbatches=4), 0))(state, frozen, batch())
+    np.testing.assert_allclose(m1["grad_norm"], m4["grad_norm"], rtol=1e-5)
+    ratio = [s.extra["means"]["output"] for s in (one, four)]
+    seen = ratio[0]["count"] > 0
+    np.testing.assert_allclose(*(np.asarray(r["total"])[seen] / np.asarray(r["count"])[seen] for r in ratio), rtol=1e-4)
+
+
+def ask(made, given, drawn, x_t, context):
+    return jax.jit(lambda *args: made.ask_teacher(*args, ())[0])(given, drawn, x_t, context)
+
+
+def test_a_guided_teacher_is_followed_beyond_the_conditional_velocity(taught):
+    made, frozen, state, drawn = taught
+    given = {**frozen, **state.players["model"].params}
+    context = jax.jit(made.condition)(given, drawn)
+    guided = recipe(dataclasses.replace(TEACHER, guidance=3.0))
+    null = jax.tree.map(lambda e, c: jnp.broadcast_to(e, c.shape), made.teacher_null_context(given), context)
+    v, v_null = (ask(made, given, drawn, drawn["eps"], c) for c in (context, null))
+    w = ask(guided, given, drawn, drawn["eps"], context)
+    np.testing.assert_allclose(w, v_null + 3 * (v - v_null), rtol=1e-4, atol=1e-4)
+    assert float(jnp.abs(w - v).max()) > 1e-3
+
+
+def test_a_rollout_leads_where_the_teachers_own_sampler_does(taught):
+    made, frozen, state, drawn = taught
+    given = {**frozen, **state.players["model"].params}
+    context = jax.jit(made.condition)(given, drawn)
+    eps, t = drawn["eps"], jnp.ones(8)
+
+    def denoise(x, t, i, carry):
+        return made.ask_teacher(given, {**drawn, "t": t}, x, context, ())[0], carry
+
+    end, _ = jax.jit(lambda eps: sample(denoise, eps, jnp.linspace(1.0, 0.0, 5)))(eps)
+    v = ask(recipe(dataclasses.replace(TEACHER, rollout_steps=4)), given, {**drawn, "t": t}, eps, context)
+    np.testing.assert_allclose(eps - v, end, rtol=1e-4, atol=1e-4)
+
+
+def test_a_teacher_with_other_latents_teaches_features_from_the_same_image_with_noise_of_its_own():
+    codec = CodecConfig(patch=4)
+    teacher = TeacherConfig(mmdit=dataclasses.replace(MMDIT, latent_channels=48), codec=codec)
+    made = recipe(teacher, output_weight=0.0)
+    frozen = random_like(made.frozen_spec())
+    drawn = jax.eval_shape(made.draw, frozen, batch(), jax.random.key(0), 0)
+    assert drawn["teacher_x_0"].shape == (8, 2, 2, 48) and drawn["x_0"].shape == (8, 4, 4, 12)
+    _, metrics = jax.jit(make_step(made, 0))(first_state(made), frozen, batch())
+    assert bool(metrics["finite"]) and float(metrics["loss/feature"]) > 0
+    with pytest.raises(ValueError, match="output_weight=0"):
+        recipe(teacher)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "changes", "message"),
+    [
+        ({}, {"teacher_taps": ()}, "pair by pair"),
+        ({}, {"teacher_taps": ("block_09",)}, "block_00 to block_01"),
+        ({"mmdit": MMDiTConfig.preset("smoke")}, {}, "12 channels and the teacher's 4"),
+        ({"workdir": "a", "weights": "b"}, {}, "one of them"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_to_change(teacher, changes, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(dataclasses.replace(TEACHER, **teacher), **changes)
+
+
+def test_without_a_teacher_to_load_it_says_which_key_to_set():
+    with pytest.raises(ConfigError, match=r"teacher\.workdir"):
+        recipe().load_frozen(None)
+
+
+class Batches:
+    """Batches by position."""
+
+    def batches(self, position):
+        while True:
+            yield Drawn("8x8", batch(position), np.arange(8))
+            position += 1
+
+
+def train(made, workdir, steps):
+    config = LoopConfig(train_steps=steps, log_every_steps=1, tensorboard=False)
+    state = loop.train(made, Batches(), config, workdir=workdir, quiet=True)
+    return state, [json.loads(line) for line in (workdir / "metrics" / "train.jsonl").read_text().splitlines()]
+
+
+def test_a_run_learns_from_a_trained_teacher_and_resumes_bit_for_bit(tmp_path):
+    teacher = FlowMatching(FlowMatchingConfig(**STUDENT), "cpu")
+    train(teacher, tmp_path / "teacher", 2)
+    run = TeacherConfig(workdir=str(tmp_path / "teacher"), mmdit=MMDIT, text=STUDENT["text"])
+    made = recipe(run)
+    frozen = made.load_frozen(None)
+    assert frozen_for_generation(made) == {}, "the teacher is not loaded where the student draws"
+    before = fingerprint(frozen)
+    straight, lines = train(made, tmp_path / "straight", 4)
+    train(made, tmp_path / "stopped", 2)
+    resumed, again = train(made, tmp_path / "stopped", 4)
+    jax.tree.map(np.testing.assert_array_equal, straight, resumed)
+    assert lines == again and "loss/feature" in lines[-1]
+    assert fingerprint(made.load_frozen(None)) == before
+    other = recipe(dataclasses.replace(run, mmdit=dataclasses.replace(MMDIT, depth=3)))
+    with pytest.raises(ConfigError, match="teacher' holds another network than the config"):
+        other.load_frozen(None)
+
+
+def test_the_teacher_is_split_over_the_mesh_and_the_student_whole_where_asked():
+    made = recipe(shard_student=False)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    teacher = tree_shardings(made.frozen_spec(), made.rules(), mesh)
+    whole = [
+        "/".join(path)
+        for path, place in flatten(teacher).items()
+        if place.is_fully_replicated and np.prod(flatten(made.frozen_spec())[path].shape) > 256
+    ]
+    assert not whole
+    state = jax.eval_shape(made.init, key(0, 0, "init"))
+    assert all(s.is_fully_replicated for s in jax.tree.leaves(tree_shardings(state, made.rules(), mesh)))
+    sharded = jax.tree.leaves(tree_shardings(state, recipe().rules(), mesh))
+    assert not all(s.is_fully_replicated for s in sharded)
