@@ -26,6 +26,7 @@ CORE = [
     "scipy>=1.13",
     "pillow>=11",
     "scikit-learn>=1.5",  # the digits data set and the sample photographs
+    "scikit-image>=0.24",  # structural similarity, and photographs to test with
     "rich>=13",
 ]
 # The two converters and the quantiser are pinned together: they share one flatbuffer schema.
@@ -53,7 +54,6 @@ DEV = [
     "nbformat>=5.10",
     "ipykernel>=6.29",
     "matplotlib>=3.9",
-    "scikit-image>=0.24",  # photographs to test with
     "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",  # compiles for a pod without having one
 ]
 

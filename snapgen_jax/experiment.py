@@ -54,7 +54,7 @@ class Experiment:
         config: the whole config, as a dataclass.
         recipe: the method.
         tokenizer: captions to ids; trained on the captions of the source at first, then kept in the workdir. None for
-            synthetic batches.
+            synthetic batches, and for a recipe that reads no text.
         data: training batches.
     """
 
@@ -73,7 +73,8 @@ class Experiment:
             self.data: Batches = SyntheticBatches(specs, seed=self.config.seed, **share)
             return
         source = build_source(self.config.data, "train")
-        self.tokenizer = self._tokenizer(source)
+        if any("tokens" in spec for spec in specs.values()):
+            self.tokenizer = self._tokenizer(source)
         self.data = Pipeline(
             self.config.data, specs, self.tokenizer, seed=self.config.seed, split="train", source=source, **share
         )
@@ -102,7 +103,7 @@ class Experiment:
     def evaluators(self) -> list[ScheduledEvaluator]:
         """The recipe's evaluators, each run on a generator with the weights of the moment; none for synthetic batches,
         which show nothing."""
-        if self.tokenizer is None:
+        if self.config.data.source == "synthetic":
             return []
         generator = Generator(self.recipe, None, None, self.tokenizer)
 

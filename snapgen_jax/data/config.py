@@ -29,6 +29,8 @@ class DataConfig:
         caption_feature: "tfds": feature that holds the caption or the class label, "captions/text" for a nested one;
             empty finds it.
         class_names: "tfds": text file with one class name a line, where the data set's own names are codes.
+        captions: "folder": "needed" leaves images without a caption out; "none" takes every image, for a recipe that
+            reads no text.
         crop: which part of a training image is kept where its shape is not the bucket's; validation keeps the centre.
         flip: whether training images are mirrored at random. Mirroring makes captions that say "left" wrong.
         tokenizer: "train" trains one on the captions of this source, else the path of a `tokenizer.json`.
@@ -49,6 +51,7 @@ class DataConfig:
     image_feature: str = "image"
     caption_feature: str = ""
     class_names: str = ""
+    captions: Literal["needed", "none"] = "needed"
     crop: Crop = "random"
     flip: Flip = "none"
     tokenizer: str = "train"

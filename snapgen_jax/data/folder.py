@@ -5,6 +5,8 @@ The captions are found in the conventions of the ecosystem, at any depth below t
 * `metadata.jsonl` or `metadata.csv` (the "imagefolder" convention): rows with `file_name`, relative to the metadata
   file, and `text` or `caption`; in a `.jsonl` file the caption may be a list of several, of which each draw takes one.
 * where no metadata file exists: `name.txt` beside `name.jpg`, holding the caption.
+
+With `captions="none"` in the config every image counts, and none has a caption.
 """
 
 from __future__ import annotations
@@ -79,16 +81,25 @@ def build(config: DataConfig, split: Split) -> FolderSource:
     root = os.path.realpath(os.path.expanduser(config.path))
     if not os.path.isdir(root):
         raise DataError(f"data.path: there is no folder {config.path!r}")
-    entries = sorted(find_entries(root), key=lambda entry: entry.path)
+    found = find_images(root) if config.captions == "none" else find_entries(root)
+    entries = sorted(found, key=lambda entry: entry.path)
     chosen = hold_out(len(entries), split, config.validation_share)
     if split == "validation" and len(chosen) == len(entries):
         log.info("%s: %d images are too few to hold any out; validation uses the training images", root, len(entries))
     return FolderSource(root, [entries[i] for i in chosen])
 
 
+def find_images(root: str) -> list[Entry]:
+    """Every image at or below a folder, without captions."""
+    images = [Entry(str(path), ("",)) for path in _files(root) if path.suffix.lower() in EXTENSIONS]
+    if not images:
+        raise DataError(f"{root} holds no image ({', '.join(sorted(EXTENSIONS))})")
+    return images
+
+
 def find_entries(root: str) -> list[Entry]:
     """Every captioned image at or below a folder; see the top of this file for the conventions."""
-    files = sorted(pathlib.Path(folder, name) for folder, _, names in os.walk(root) for name in names)
+    files = _files(root)
     images = [path for path in files if path.suffix.lower() in EXTENSIONS]
     metadata = [path for path in files if path.name in _METADATA]
     if metadata:
@@ -108,6 +119,10 @@ def find_entries(root: str) -> list[Entry]:
             "%s: %d of %d images have no caption and are left out", root, len(images) - len(entries), len(images)
         )
     return entries
+
+
+def _files(root: str) -> list[pathlib.Path]:
+    return sorted(pathlib.Path(folder, name) for folder, _, names in os.walk(root) for name in names)
 
 
 def _refuse_two_in_one_folder(metadata: list[pathlib.Path]) -> None:

@@ -265,11 +265,12 @@ class Autoencoder(nnx.Module):
         z = latents / config.scale + config.shift if self.statistics is None else self.statistics.decode(latents)
         return decode_tiled(self.decoder, z, tile=config.tile, overlap=config.tile_overlap)
 
-    def __call__(self, images: jax.Array, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def __call__(self, images: jax.Array, eps: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """What training needs of `[B, H, W, 3]` images: the reconstruction, the mean and the log variance; the latents
-        are not normalised on the way."""
+        are not normalised on the way. With noise `[B, h, w, c]` it is the reconstruction of a draw, else of the mean.
+        """
         mean, logvar = self.moments(images)
-        z = mean if key is None else mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+        z = mean if eps is None else mean + jnp.exp(0.5 * logvar) * eps
         return self.decoder(z), mean, logvar
 
 

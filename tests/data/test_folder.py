@@ -134,3 +134,18 @@ def test_a_folder_too_small_to_divide_validates_on_its_training_images(photo_fol
 def test_an_unknown_source_is_refused_with_the_known_ones() -> None:
     with pytest.raises(DataError, match="'webdataset'; the sources are shapes, digits, folder, tfds"):
         build_source(DataConfig(source="webdataset"))  # type: ignore[arg-type]
+
+
+def test_images_without_captions_are_taken_where_none_is_needed(tmp_path) -> None:
+    for name in ("b.png", "deep/a.jpg"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(path)
+    source = build_source(DataConfig(source="folder", path=str(tmp_path), captions="none"))
+    assert [source.name(i) for i in range(len(source))] == ["b.png", "deep/a.jpg"]
+    assert source.example(0, np.random.default_rng(0)).caption == ""
+    with pytest.raises(DataError, match="holds no captioned image"):
+        build_source(DataConfig(source="folder", path=str(tmp_path)))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no image"):
+        build_source(DataConfig(source="folder", path=str(tmp_path / "empty"), captions="none"))
