@@ -43,7 +43,7 @@ from snapgen_jax.networks.rules import within
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.time_features import time_features
 from snapgen_jax.networks.unet import UNetConfig
-from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig, stored
+from snapgen_jax.recipes.flow_matching import Examined, FlowMatching, FlowMatchingConfig, stored
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.recipe import Metrics
 from snapgen_jax.training.state import TrainState
@@ -175,8 +175,8 @@ class Distilled(FlowMatching):
         if not config.feature_weight:
             return []
         size = self.config.image_sizes[0]
-        ours = _tap_shapes(self.network, self.network_spec, self.latent_shape(size), config.student_taps)
-        his = _tap_shapes(self.teacher, self.teacher_spec, self.teacher_latent_shape(size), config.teacher_taps)
+        ours = tap_shapes(self.network, self.network_spec, self.latent_shape(size), config.student_taps)
+        his = tap_shapes(self.teacher, self.teacher_spec, self.teacher_latent_shape(size), config.teacher_taps)
         pairs = zip(config.student_taps, config.teacher_taps, strict=True)
         return [ProjectorConfig.between(ours[a], his[b], config.projector_hidden) for a, b in pairs]
 
@@ -317,10 +317,10 @@ class Distilled(FlowMatching):
             v = velocity_from_x0(x_t, x_0, t)
         return jax.lax.stop_gradient((v, found))
 
-    def loss(self, params: Tree, drawn: Tree) -> tuple[jax.Array, Tree]:
-        """S of the flow matching loss and what the teacher says."""
+    def examine(self, params: Tree, drawn: Tree) -> tuple[jax.Array, Tree, Examined]:
+        """S of the flow matching loss and what the teacher says, `[B]`."""
         if not self.weights:
-            return super().loss(params, drawn)
+            return super().examine(params, drawn)
         config, t = self.config, drawn["t"]
         ours, his = (config.student_taps, config.teacher_taps) if "feature" in self.weights else ((), ())
         context = self.condition(params, drawn)
@@ -341,7 +341,7 @@ class Distilled(FlowMatching):
         found: dict[str, Any] = {"metrics": {f"loss/{name}": jnp.mean(loss) for name, loss in losses.items()}}
         if self._has_means:
             found["sums"] = bin_sums(losses, t, config.scaling)
-        return jnp.mean(total), found
+        return total, found, Examined(x_t, v, context)
 
     def report(self, extra: Tree, found: Tree) -> tuple[Tree, Metrics]:
         """The running means after this batch, and each loss by itself."""
@@ -360,7 +360,7 @@ def _teacher_rules() -> list[tuple[str, PartitionSpec]]:
     return [rule for name, rules in RULES.items() for rule in within(name, rules)]
 
 
-def _tap_shapes(network: Any, spec: Tree, latent: tuple[int, ...], taps: Sequence[str]) -> dict[str, tuple[int, ...]]:
+def tap_shapes(network: Any, spec: Tree, latent: tuple[int, ...], taps: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """`{tap: [1, h, w, C]}` of a network at a latent of shape `(h, w, c)`."""
     config = network.config
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +113,14 @@ class FlowMatchingConfig:
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     sample_prompts: tuple[str, ...] = ("a red circle", "a blue square", "two green stars", "a ring above a cross")
+
+
+class Examined(NamedTuple):
+    """A prediction: `v` `[B, h, w, c]` at `x_t` `[B, h, w, c]`, given `context`."""
+
+    x_t: jax.Array
+    v: jax.Array
+    context: TextContext
 
 
 class FlowMatching:
@@ -238,7 +246,7 @@ class FlowMatching:
         return self.encode_text(params, drawn["tokens"], drawn["mask"])
 
     def loss(self, params: Tree, drawn: Tree) -> tuple[jax.Array, Tree]:
-        """Mean flow matching loss of examples whose noise, times and captions are drawn.
+        """Mean loss of examples whose noise, times and captions are drawn.
 
         Args:
             params: the networks by name, trained and frozen ones, and what `extra` holds.
@@ -247,11 +255,16 @@ class FlowMatching:
         Returns:
             The loss, and what `report` makes of it.
         """
+        losses, found, _ = self.examine(params, drawn)
+        return jnp.mean(losses), found
+
+    def examine(self, params: Tree, drawn: Tree) -> tuple[jax.Array, Tree, Examined]:
+        """The flow matching loss of each example `[B]`, what `report` makes of it, and what it was computed from."""
         context = self.condition(params, drawn)
         x_t = interpolate(drawn["x_0"], drawn["eps"], drawn["t"])
         v = self.predict(params, x_t, drawn["t"], context)
-        losses = flow_matching_loss(v, velocity(drawn["x_0"], drawn["eps"]))
-        return jnp.mean(losses * self.time_weight(drawn["t"])), {}
+        losses = flow_matching_loss(v, velocity(drawn["x_0"], drawn["eps"])) * self.time_weight(drawn["t"])
+        return losses, {}, Examined(x_t, v, context)
 
     def time_weight(self, t: jax.Array) -> jax.Array | float:
         """Of the velocity's squared error at times `[B]`, see `loss_full_from`."""

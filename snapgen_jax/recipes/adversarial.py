@@ -1,0 +1,309 @@
+"""Adversarial step distillation: a generator that makes the image in four steps, or eight.
+
+    x0^ = x_t - t v_theta(x_t, t, c),   t one of the few times of sampling
+    x_s = (1-s) x_0 + s eps',   x~_s = (1-s) x0^ + s eps'',   s < t
+    min_G max_D  hinge(D(x_s, s, c), D(x~_s, s, c)) + S(L_task, L_kd)
+
+SnapGen (arXiv 2412.09619, section 3.4), as a diffusion GAN (Xu et al. 2023, "UFOGen"): the discriminator sees both
+kinds of images again with noise, and is heads on a frozen trunk, a copy of the student or the teacher. Sampling jumps
+to x0^ and back to the next time with fresh noise, without guidance. Two players step in turn within one update:
+"discriminator", which holds the heads, then "model", the generator. An optional third, "critic", follows what is
+generated for distribution matching (Yin et al. 2024, "DMD2"; K-DMD of SnapGen++, arXiv 2601.08303).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from snapgen_jax.diffusion.path import expand_like, interpolate, velocity, x0_from_velocity
+from snapgen_jax.diffusion.timesteps import sample_times, time_grid
+from snapgen_jax.losses.adversarial import gradient_penalty, hinge_discriminator_loss, hinge_generator_loss
+from snapgen_jax.losses.flow_matching import flow_matching_loss
+from snapgen_jax.networks.discriminator import DiscriminatorConfig
+from snapgen_jax.networks.module import Platform, apply, build, for_platform, init
+from snapgen_jax.networks.text import TextContext
+from snapgen_jax.networks.time_features import time_features
+from snapgen_jax.recipes.distillation import DistillationConfig, Distilled, tap_shapes
+from snapgen_jax.recipes.flow_matching import SamplingConfig, stored
+from snapgen_jax.training.accumulate import accumulate_gradients
+from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.training.optimizer import (
+    OptimizerConfig,
+    clip_by_joint_norm,
+    make_optimizer,
+    new_player,
+    step_player,
+)
+from snapgen_jax.training.recipe import Metrics
+from snapgen_jax.training.state import TrainState
+from snapgen_jax.weights.frozen import load_run
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class FewStepConfig:
+    """How a generator of few steps is trained.
+
+    Attributes:
+        trunk: what the discriminator looks through: a frozen copy of the student, or the teacher.
+        trunk_workdir: the run of that copy; as a rule `init_from`. Its network has the student's architecture.
+        discriminator: its heads; `taps` are features of the trunk.
+        discriminator_optimizer: of the heads, and of the critic.
+        adversarial_weight: of the generator's adversarial loss; 0 leaves it and the discriminator out.
+        penalty_weight: of R1 on the features of the data.
+        noise_mean, noise_std: of logit(s / t), where s < t is the noise that the discriminator looks through.
+        critic_weight: of the distribution matching loss; 0 leaves it and the critic out.
+    """
+
+    trunk: Literal["student", "teacher"] = "student"
+    trunk_workdir: str = ""
+    discriminator: DiscriminatorConfig = DiscriminatorConfig.preset("shapes")
+    discriminator_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-4, b1=0.0, b2=0.99, warmup_steps=0)
+    adversarial_weight: float = 0.1
+    penalty_weight: float = 1e-5
+    noise_mean: float = 0.0
+    noise_std: float = 1.0
+    critic_weight: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class AdversarialConfig(FewStepConfig, DistillationConfig):
+    """Step distillation on pixels and captions: the fields of `distillation` and of `FewStepConfig`.
+
+    `sampling.steps` and `sampling.shift` are the times at which the generator is trained.
+    """
+
+    feature_weight: float = 0.0
+    sampling: SamplingConfig = SamplingConfig(steps=4, guidance=1.0, method="renoise", shift=3.0)
+
+
+class FewStep(Distilled):
+    """What makes a distilled recipe one of few steps, on pixels or on stored latents. Mixed in before that recipe."""
+
+    def __init__(self, config: Any, platform: Platform):
+        """`platform` is the one compiled for.
+
+        Raises:
+            ValueError: the heads do not fit the trunk, or what is asked for has no teacher.
+        """
+        super().__init__(config, platform)
+        asked: FewStepConfig = config
+        self.times = time_grid(config.sampling.steps, config.sampling.shift)[:-1]
+        self.discriminator, _ = build(for_platform(asked.discriminator, platform))
+        self.discriminator_optimizer = make_optimizer(asked.discriminator_optimizer, config.train_steps)
+        if config.sampling.method != "renoise":
+            raise ValueError(
+                f"sampling.method={config.sampling.method!r} does not jump to the data, as this generator learns to; "
+                "set it to 'renoise'"
+            )
+        if (asked.critic_weight or (asked.adversarial_weight and asked.trunk == "teacher")) and not self.weights:
+            raise ValueError(
+                "trunk='teacher' and critic_weight need a teacher, who is loaded where output_weight or feature_weight "
+                "is not 0"
+            )
+        if self.has_own_latents:
+            raise ValueError("a generator of few steps needs a teacher with its own latents; leave teacher.codec out")
+        self._check_heads()
+
+    def _check_heads(self) -> None:
+        heads: DiscriminatorConfig = self.config.discriminator
+        network, spec = (
+            (self.teacher, self.teacher_spec) if self.config.trunk == "teacher" else (self.network, self.network_spec)
+        )
+        shapes = tap_shapes(network, spec, self.latent_shape(self.config.image_sizes[0]), heads.taps)
+        widths = tuple(shapes[tap][-1] for tap in heads.taps)
+        pooled = self.network_config.pooled_width or 0
+        if widths != heads.channels or pooled != heads.pooled_width:
+            raise ValueError(
+                f"the trunk's features {heads.taps} have widths {widths} and the pooled text has {pooled}; set "
+                f"discriminator.channels={widths} and discriminator.pooled_width={pooled}"
+            )
+
+    # --- the state, and what is not in it ---
+
+    def init(self, key: jax.Array) -> TrainState:
+        """As for the distillation, with the other players."""
+        state = super().init(key)
+        players = dict(state.players)
+        if self.config.adversarial_weight:
+            heads = init(self.discriminator, jax.random.fold_in(key, 100))
+            players["discriminator"] = new_player(heads, self.discriminator_optimizer, ema=False)
+        if self.config.critic_weight:
+            players["critic"] = self._new_critic(players["model"].params)
+        return state.replace(players=players)
+
+    def _new_critic(self, params: Tree) -> Any:
+        """The critic begins as the generator."""
+        copy = jax.tree.map(jnp.array, {self.network_name: params[self.network_name]})
+        return new_player(copy, self.discriminator_optimizer, ema=False)
+
+    def warm_start(self, state: TrainState, earlier: Tree) -> TrainState:
+        """The generator from an earlier stage, and the critic, if there is one, as it; the heads begin anew."""
+        started = super().warm_start(state, earlier)
+        players = {**state.players, **started.players}
+        if self.config.critic_weight:
+            players["critic"] = self._new_critic(players["model"].params)
+        return started.replace(players=players)
+
+    def frozen_spec(self) -> Tree:
+        """As for the distillation, and `{"trunk"}`, unless that is the teacher."""
+        spec = super().frozen_spec()
+        if self.config.adversarial_weight and self.config.trunk == "student":
+            spec = {**spec, "trunk": {self.network_name: stored(self.network, self.network_spec)}}
+        return spec
+
+    def load_frozen(self, mesh: Mesh | None) -> Tree:
+        """Reads the trunk too."""
+        frozen, spec = super().load_frozen(mesh), self.frozen_spec()
+        if "trunk" not in spec:
+            return frozen
+        if not self.config.trunk_workdir:
+            raise ConfigError("the discriminator has no trunk: set trunk_workdir to the run that init_from names")
+        return {**frozen, "trunk": load_run(self.config.trunk_workdir, spec["trunk"], mesh=mesh, rules=self.rules())}
+
+    # --- training ---
+
+    def draw(self, frozen: Tree, batch: Tree, key: jax.Array, step: int | jax.Array = 0) -> Tree:
+        """As for the distillation, at one of the few times; and the noise that the discriminator looks through."""
+        drawn = super().draw(frozen, batch, key, step)
+        size, shape = drawn["t"].shape, drawn["x_0"].shape
+        keys = (jax.random.fold_in(key, i) for i in range(100, 106))
+        t = jnp.asarray(self.times)[jax.random.randint(next(keys), size, 0, len(self.times))]
+        share = jax.nn.sigmoid(self.config.noise_mean + self.config.noise_std * jax.random.normal(next(keys), size))
+        more = {"t": t, "s": t * share}
+        for name in ("real_eps", "fake_eps"):
+            more[name] = jax.random.normal(next(keys), shape)
+        if self.config.critic_weight:
+            more["critic_t"] = sample_times(next(keys), size, self.config.timesteps)
+            more["critic_eps"] = jax.random.normal(next(keys), shape)
+        return {**drawn, **more}
+
+    def features(self, params: Tree, x_s: jax.Array, s: jax.Array, context: TextContext, drawn: Tree) -> Tree:
+        """What the trunk makes of noisy latents `[B, h, w, c]`: `{tap: [B, h, w, C]}`."""
+        taps = self.config.discriminator.taps
+        if self.config.trunk == "teacher":
+            network, config, weights = self.teacher, self.teacher_config, params["teacher"][self.config.teacher.network]
+            context = self.teacher_context(params, drawn, context)
+        else:
+            network, config, weights = self.network, self.network_config, params["trunk"][self.network_name]
+        weights, context = jax.lax.stop_gradient((weights, context))
+        return apply(network, weights, x_s, time_features(s, config.time_width), context, taps=taps)[1]
+
+    def judge(self, heads: Tree, features: Tree, s: jax.Array, context: TextContext) -> Tree:
+        """Logits of every depth, `{tap: [B, h, w]}`."""
+        time = time_features(s, self.config.discriminator.time_width)
+        return apply(self.discriminator, heads, features, time, jax.lax.stop_gradient(context.pooled))
+
+    def generated(self, params: Tree, drawn: Tree) -> tuple[jax.Array, TextContext]:
+        """What the generator makes of the drawn examples, and what it was told. No gradient passes."""
+        context = self.condition(params, drawn)
+        x_t = interpolate(drawn["x_0"], drawn["eps"], drawn["t"])
+        x_0 = x0_from_velocity(x_t, self.predict(params, x_t, drawn["t"], context), drawn["t"])
+        return jax.lax.stop_gradient((x_0, context))
+
+    def discriminator_loss(self, heads: Tree, params: Tree, drawn: Tree) -> tuple[jax.Array, Metrics]:
+        """The hinge over all depths, and R1."""
+        made, context = self.generated(params, drawn)
+        s = drawn["s"]
+        real = self.features(params, interpolate(drawn["x_0"], drawn["real_eps"], s), s, context, drawn)
+        fake = self.features(params, interpolate(made, drawn["fake_eps"], s), s, context, drawn)
+        real_logits, fake_logits = (self.judge(heads, found, s, context) for found in (real, fake))
+        hinge = jnp.mean(
+            jnp.stack([hinge_discriminator_loss(real_logits[tap], fake_logits[tap]) for tap in real_logits])
+        )
+
+        def all_logits(features: Tree) -> jax.Array:
+            means = [logits.mean(axis=(1, 2)) for logits in self.judge(heads, features, s, context).values()]
+            return jnp.stack(means, axis=1)
+
+        penalty = jnp.mean(gradient_penalty(all_logits, real)) if self.config.penalty_weight else jnp.float32(0)
+        metrics = {"loss/discriminator": hinge, "penalty": penalty}
+        for name, logits in (("real", real_logits), ("fake", fake_logits)):
+            metrics[f"logits/{name}"] = jnp.mean(jnp.stack([x.mean() for x in logits.values()]))
+        return hinge + self.config.penalty_weight * penalty, metrics
+
+    def critic_loss(self, critic: Tree, params: Tree, drawn: Tree) -> tuple[jax.Array, Metrics]:
+        """Flow matching of what is generated."""
+        made, context = self.generated(params, drawn)
+        x, t = interpolate(made, drawn["critic_eps"], drawn["critic_t"]), drawn["critic_t"]
+        v = self.predict({**params, **critic}, x, t, context)
+        loss = jnp.mean(flow_matching_loss(v, velocity(made, drawn["critic_eps"])))
+        return loss, {"loss/critic": loss}
+
+    def matching_loss(self, params: Tree, drawn: Tree, x_0: jax.Array, context: TextContext) -> jax.Array:
+        """Distribution matching, `[B]`: the gradient by x0^ is the difference of the data ends that the critic and the
+        teacher see from a noisy x0^, over the teacher's distance (Yin et al. 2024, "One-step Diffusion with
+        Distribution Matching Distillation", equations 7 and 8)."""
+        t = drawn["critic_t"]
+        x_t = interpolate(x_0, drawn["critic_eps"], t)
+        v_critic = self.predict({**params, **params["critic"]}, x_t, t, context)
+        v_teacher, _ = self.ask_teacher(params, {**drawn, "t": t}, x_t, context, ())
+        critic, teacher = (x0_from_velocity(x_t, v, t) for v in (v_critic, v_teacher))
+        axes = tuple(range(1, x_0.ndim))
+        scale = jnp.maximum(jnp.mean(jnp.abs(x_0 - teacher), axis=axes), 1e-3)
+        towards = jax.lax.stop_gradient(x_0 - (critic - teacher) / expand_like(scale, x_0))
+        return 0.5 * jnp.mean(jnp.square(x_0 - towards), axis=axes)
+
+    def loss(self, params: Tree, drawn: Tree) -> tuple[jax.Array, Tree]:
+        """What the generator minimises."""
+        losses, found, seen = self.examine(params, drawn)
+        metrics = dict(found.get("metrics", {}))
+        x_0 = x0_from_velocity(seen.x_t, seen.v, drawn["t"])
+        total = jnp.mean(losses)
+        if self.config.adversarial_weight:
+            x_s = interpolate(x_0, drawn["fake_eps"], drawn["s"])
+            features = self.features(params, x_s, drawn["s"], seen.context, drawn)
+            logits = self.judge(params["discriminator"], features, drawn["s"], seen.context)
+            adversarial = jnp.mean(jnp.stack([hinge_generator_loss(x) for x in logits.values()]))
+            metrics["loss/adversarial"] = adversarial
+            total = total + self.config.adversarial_weight * adversarial
+        if self.config.critic_weight:
+            matching = jnp.mean(self.matching_loss(params, drawn, x_0, seen.context))
+            metrics["loss/matching"] = matching
+            total = total + self.config.critic_weight * matching
+        return total, {**found, "metrics": metrics}
+
+    def update(self, state: TrainState, frozen: Tree, batch: Tree, key: jax.Array) -> tuple[TrainState, Metrics]:
+        """The discriminator steps, then the critic, then the generator against both as they now are."""
+        config, players = self.config, dict(state.players)
+        drawn = self.draw(frozen, batch, key, state.step)
+        given = {**frozen, **state.extra}
+        metrics: Metrics = {}
+        model = players["model"]
+        for name, loss in (("discriminator", self.discriminator_loss), ("critic", self.critic_loss)):
+            if name not in players:
+                continue
+            grads, _, found = accumulate_gradients(
+                lambda params, drawn, loss=loss: loss(params, {**given, **model.params}, drawn),
+                players[name].params,
+                drawn,
+                config.microbatches,
+            )
+            grads, norm = clip_by_joint_norm(grads, config.discriminator_optimizer.clip_norm)
+            players[name] = step_player(players[name], grads, self.discriminator_optimizer, state.step, 0.0)
+            metrics |= {**found, f"grad_norm/{name}": norm}
+            given[name] = players[name].params
+        grads, total, found = accumulate_gradients(
+            lambda params, drawn: self.loss({**given, **params}, drawn), model.params, drawn, config.microbatches
+        )
+        grads, norm = clip_by_joint_norm(grads, config.optimizer.clip_norm)
+        players["model"] = step_player(model, grads, self.optimizer, state.step, config.ema_decay)
+        extra, further = self.report(state.extra, found)
+        rate = jnp.asarray(self.learning_rate(state.step))
+        metrics |= {"loss": total, **further, "grad_norm/model": norm, "learning_rate": rate}
+        return state.replace(players=players, extra=extra), metrics
+
+
+class Adversarial(FewStep):
+    """See the top of this file. Implements `training.recipe.Recipe`."""
+
+    Config = AdversarialConfig
+
+
+RECIPE = Adversarial

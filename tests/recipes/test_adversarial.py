@@ -1,0 +1,216 @@
+"""Step distillation as a recipe: what each player learns from, what stays frozen, and four calls for an image."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from snapgen_jax.networks.clip import ClipTextConfig
+from snapgen_jax.networks.codec import CodecConfig
+from snapgen_jax.networks.discriminator import DiscriminatorConfig
+from snapgen_jax.networks.mmdit import MMDiTConfig
+from snapgen_jax.recipes.adversarial import Adversarial, AdversarialConfig
+from snapgen_jax.recipes.distillation import Distillation, DistillationConfig, TeacherConfig
+from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig
+from snapgen_jax.training import loop
+from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.training.keys import example_keys, key
+from snapgen_jax.training.loop import LoopConfig, make_step
+from snapgen_jax.training.optimizer import OptimizerConfig
+from snapgen_jax.training.recipe import Recipe
+from tests.recipes_for_tests import Drawn
+
+LENGTH = 6
+MMDIT = MMDiTConfig.preset("smoke", latent_channels=12, depth=2, dual=0)
+STUDENT = {
+    "batch_size": 8,
+    "train_steps": 40,
+    "image_sizes": ((8, 8),),
+    "network": "mmdit",
+    "mmdit": MMDIT,
+    "text": ClipTextConfig.preset("smoke", max_tokens=LENGTH, layers=1),
+    "codec": CodecConfig(patch=2),
+    "optimizer": OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
+}
+TEACHER = TeacherConfig(mmdit=MMDIT)
+HEADS = DiscriminatorConfig.preset("smoke", taps=("block_00", "block_01"), channels=(16, 16), time_width=16)
+CONFIG = AdversarialConfig(**STUDENT, teacher=TEACHER, discriminator=HEADS)
+
+
+def recipe(**changes):
+    return Adversarial(dataclasses.replace(CONFIG, **changes), "cpu")
+
+
+def batch(seed=0, size=8):
+    rng = np.random.default_rng(seed)
+    grey = rng.integers(0, 8, size)
+    tokens = np.zeros((size, LENGTH), np.int32)
+    tokens[:, :3] = np.stack([np.full(size, 1), 3 + grey, np.full(size, 2)], axis=1)
+    image = np.broadcast_to((grey * 36).astype(np.uint8)[:, None, None, None], (size, 8, 8, 3))
+    return {"image": np.ascontiguousarray(image), "tokens": tokens, "mask": (tokens > 0).astype(np.float32)}
+
+
+def random_like(spec, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda s: jnp.asarray(0.3 * rng.normal(size=s.shape) + (len(s.shape) == 1), s.dtype), spec)
+
+
+def first_state(made):
+    """A state with weights away from zero, for every player."""
+    state = jax.eval_shape(made.init, key(0, 0, "init"))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), state)
+    players = {
+        name: dataclasses.replace(zeros.players[name], params=random_like(player.params, 1))
+        for name, player in state.players.items()
+    }
+    return zeros.replace(players=players)
+
+
+@pytest.fixture(scope="module")
+def playing():
+    """The recipe, what is frozen, a state, drawn examples, and all networks by name."""
+    made = recipe()
+    frozen, state = random_like(made.frozen_spec()), first_state(made)
+    drawn = jax.jit(made.draw)(frozen, batch(), jax.random.key(3), 0)
+    given = {**frozen, **state.extra, "discriminator": state.players["discriminator"].params}
+    return made, frozen, state, drawn, given
+
+
+def test_it_fulfils_the_protocol():
+    assert isinstance(recipe(), Recipe)
+
+
+def test_it_trains_at_the_times_of_sampling_and_judges_at_less_noise(playing):
+    made, frozen, *_ = playing
+    drawn = [jax.jit(made.draw)(frozen, batch(), jax.random.key(i), 0) for i in range(20)]
+    t, s = (np.concatenate([d[name] for d in drawn]) for name in ("t", "s"))
+    np.testing.assert_allclose(np.unique(t), sorted([1.0, 0.9, 0.75, 0.5]))  # quarters, shifted by 3
+    assert (s < t).all() and (s > 0).all()
+
+
+def test_the_adversarial_loss_reaches_the_generator_and_no_loss_what_is_frozen(playing):
+    made, _, state, drawn, given = playing
+
+    def losses(params, given):
+        total, found = made.loss({**given, **params}, drawn)
+        return jnp.stack([found["metrics"]["loss/adversarial"], total])
+
+    by_generator, by_given = jax.jit(jax.jacrev(losses, argnums=(0, 1)))(state.players["model"].params, given)
+    assert max(float(jnp.abs(g[0]).max()) for g in jax.tree.leaves(by_generator["mmdit"])) > 1e-5
+    for name in ("trunk", "teacher"):
+        assert all(not np.any(g) for g in jax.tree.leaves(by_given[name])), name
+
+
+def test_the_discriminators_loss_reaches_every_head_and_neither_generator_nor_trunk(playing):
+    made, frozen, state, drawn, _ = playing
+    gradient = jax.grad(lambda heads, params: made.discriminator_loss(heads, params, drawn)[0], argnums=(0, 1))
+    heads, params = state.players["discriminator"].params, {**frozen, **state.players["model"].params}
+    by_heads, by_params = jax.jit(gradient)(heads, params)
+    assert all(np.any(g) for g in jax.tree.leaves(by_heads))
+    assert all(not np.any(g) for g in jax.tree.leaves(by_params))
+
+
+def test_another_prompt_changes_the_verdict(playing):
+    made, _, state, drawn, given = playing
+
+    def logits(drawn):
+        params = {**given, **state.players["model"].params}
+        context = made.condition(params, drawn)
+        features = made.features(params, drawn["x_0"], drawn["s"], context, drawn)
+        return made.judge(given["discriminator"], features, drawn["s"], context)
+
+    verdict = jax.jit(logits)
+    rolled = {**drawn, **{name: jnp.roll(drawn[name], 1, axis=0) for name in ("tokens", "mask")}}
+    for before, after in zip(*(jax.tree.leaves(verdict(d)) for d in (drawn, rolled)), strict=True):
+        assert float(jnp.abs(before - after).max()) > 1e-3
+
+
+def test_without_adversary_it_is_distillation_at_the_few_times_bit_for_bit(playing):
+    _, frozen, state, drawn, _ = playing
+    fields = {f.name: getattr(CONFIG, f.name) for f in dataclasses.fields(DistillationConfig)}
+    plain = Distillation(DistillationConfig(**fields), "cpu")
+    bare = recipe(adversarial_weight=0.0)
+    assert set(bare.frozen_spec()) == {"teacher"}
+    params = {**state.players["model"].params, **state.extra, "teacher": frozen["teacher"]}
+    one, other = (jax.jit(made.loss)(params, drawn)[0] for made in (plain, bare))
+    assert one == other
+    assert set(jax.eval_shape(bare.init, key(0, 0, "init")).players) == {"model"}
+
+
+def test_the_generator_is_called_four_times_for_an_image(playing):
+    made, _, state, *_ = playing
+    calls = []
+
+    class Counting(Adversarial):
+        def predict_with_taps(self, params, x_t, t, context, taps=()):
+            jax.debug.callback(lambda t: calls.append(np.asarray(t)), t)
+            return super().predict_with_taps(params, x_t, t, context, taps)
+
+    counting = Counting(made.config, "cpu")
+    conditions = {name: batch()[name][:2] for name in ("tokens", "mask")}
+    weights = {"model": state.players["model"].params}
+    found = jax.jit(counting.generate)(weights, {}, conditions, example_keys(0, jnp.arange(2), "generate"))
+    jax.effects_barrier()
+    assert [t.tolist() for t in calls] == [pytest.approx([t, t]) for t in (1.0, 0.9, 0.75, 0.5)]
+    assert found["image"].shape == (2, 8, 8, 3) and found["noise"].shape == (2, 4, 4, 4, 12)
+
+
+def test_the_critic_follows_what_is_generated_and_pulls_it_to_the_teacher():
+    made = recipe(critic_weight=1.0, adversarial_weight=0.0)
+    frozen, state = random_like(made.frozen_spec()), first_state(made)
+    new, metrics = jax.jit(make_step(made, 0))(state, frozen, batch())
+    assert bool(metrics["finite"]) and float(metrics["loss/critic"]) > 0 and float(metrics["loss/matching"]) > 0
+    before, after = (jax.tree.leaves(s.players["critic"].params) for s in (state, new))
+    assert any(np.any(a != b) for a, b in zip(before, after, strict=True))
+    # where critic and teacher say the same, there is nothing to match
+    params = {**frozen, **state.players["model"].params, "critic": {"mmdit": frozen["teacher"]["mmdit"]}}
+    drawn = jax.jit(made.draw)(frozen, batch(), jax.random.key(0), 0)
+    context = jax.jit(made.condition)(params, drawn)
+    matching = jax.jit(made.matching_loss)(params, drawn, drawn["x_0"], context)
+    np.testing.assert_allclose(matching, 0.0, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"discriminator": dataclasses.replace(HEADS, channels=(16, 8))}, r"channels=\(16, 16\)"),
+        ({"discriminator": dataclasses.replace(HEADS, taps=("mid", "block_00"))}, "unknown intermediate mid"),
+        ({"sampling": dataclasses.replace(CONFIG.sampling, method="euler")}, "'renoise'"),
+        ({"trunk": "teacher", "output_weight": 0.0}, "need a teacher"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_to_change(changes, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(**changes)
+
+
+class Batches:
+    """Batches by position."""
+
+    def batches(self, position):
+        while True:
+            yield Drawn("8x8", batch(position), np.arange(8))
+            position += 1
+
+
+def train(made, workdir, steps):
+    config = LoopConfig(train_steps=steps, log_every_steps=1, tensorboard=False)
+    state = loop.train(made, Batches(), config, workdir=workdir, quiet=True)
+    return state, [json.loads(line) for line in (workdir / "metrics" / "train.jsonl").read_text().splitlines()]
+
+
+def test_two_players_and_the_running_means_resume_bit_for_bit(tmp_path):
+    before = FlowMatching(FlowMatchingConfig(**STUDENT), "cpu")
+    train(before, tmp_path / "before", 1)
+    run = str(tmp_path / "before")
+    made = recipe(trunk_workdir=run, teacher=dataclasses.replace(TEACHER, workdir=run))
+    straight, lines = train(made, tmp_path / "straight", 4)
+    train(made, tmp_path / "stopped", 2)
+    resumed, again = train(made, tmp_path / "stopped", 4)
+    jax.tree.map(np.testing.assert_array_equal, straight, resumed)
+    assert lines == again and {"loss/adversarial", "loss/discriminator", "loss/output"} <= set(lines[-1])
+    with pytest.raises(ConfigError, match="trunk_workdir"):
+        recipe(teacher=made.config.teacher).load_frozen(None)
