@@ -17,7 +17,7 @@ from typing import Any
 from etils import epath
 
 from snapgen_jax.data.errors import DataError
-from snapgen_jax.process import prepare
+from snapgen_jax.process import began, prepare
 from snapgen_jax.training.exits import ConfigError, ExitCode, RunError
 
 
@@ -217,7 +217,7 @@ def _train(options: argparse.Namespace) -> None:
         raise ConfigError(str(error)) from error
     experiment = Experiment(config, options.workdir)
     prepare_workdir(config, options.workdir)
-    experiment.train()
+    experiment.train(began())
 
 
 def _data(options: argparse.Namespace) -> None:

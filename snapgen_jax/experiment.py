@@ -144,8 +144,12 @@ class Experiment:
         finally:
             progress.close(stream)
 
-    def train(self) -> TrainState:
-        """Runs the loop to the end of the config, from wherever the workdir stands."""
+    def train(self, began: float | None = None) -> TrainState:
+        """Runs the loop to the end of the config, from wherever the workdir stands.
+
+        Args:
+            began: when the process began, where it is there for this run alone; see `loop.train`.
+        """
         return loop.train(
             self.recipe,
             self.data,
@@ -153,6 +157,7 @@ class Experiment:
             workdir=self.workdir,
             evaluators=self.evaluators(),
             earlier=self.earlier_weights if self.config.init_from else None,
+            began=began,
         )
 
 

@@ -6,6 +6,7 @@ import glob
 import os
 import pathlib
 import sys
+import time
 
 # Where any of these exists an accelerator may be attached.
 DEVICES = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")
@@ -28,6 +29,13 @@ def settings(environment: dict[str, str]) -> dict[str, str]:
     if "glibc.malloc.hugetlb" not in tunables and HUGE_PAGES.exists() and "[madvise]" in HUGE_PAGES.read_text():
         wanted["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, HUGE_PAGES_TUNABLE]))
     return wanted
+
+
+def began() -> float:
+    """When this process began, on the clock of `time.monotonic`."""
+    import psutil
+
+    return time.monotonic() - (time.time() - psutil.Process().create_time())
 
 
 def prepare() -> None:

@@ -47,6 +47,7 @@ class Lifetime:
         on_idle_exit: Callable[[], None] = lambda: None,
         cluster: Cluster | None = None,
         stall_seconds: float = 0.0,
+        began: float | None = None,
     ):
         """Nothing is watched before `watch`.
 
@@ -55,6 +56,8 @@ class Lifetime:
             on_idle_exit: runs before the process ends in an idle phase.
             cluster: the processes of the run; by default those that `hosts.start` found.
             stall_seconds: report a phase that lasts longer, with the stacks of all threads; 0 reports none.
+            began: when the run's process began, on the clock of `time.monotonic`; the time since then went into "init".
+                By default, now.
         """
         self._cluster = current() if cluster is None else cluster
         self._path = path if self._cluster.index == 0 else None
@@ -69,6 +72,8 @@ class Lifetime:
         self._since = self._entered = time.monotonic()
         self._reported = False
         self._seconds: dict[str, float] = dict.fromkeys(map(str, PHASES), 0.0)
+        if began is not None:
+            self._seconds["init"] = self._since - began
         self._earlier: dict[str, float] = {}
         if path is not None and path.exists():
             self._earlier = json.loads(path.read_text())
@@ -104,13 +109,13 @@ class Lifetime:
         whole = sum(total.values())
         return {**total, "goodput": total["step"] / whole if whole else 0.0}
 
-    def charge_lost_work(self, steps: int) -> None:
-        """Moves the time of steps that a restart must repeat from `step` to `lost`."""
+    def charge_lost_work(self, restored: int) -> None:
+        """Moves the time of the updates after number `restored`, which must be made again, from `step` to `lost`."""
         done = self._earlier.get("steps_done", 0.0)
-        if steps > 0 and done > 0:
-            share = self._earlier.get("step", 0.0) * min(1.0, steps / done)
+        if done > restored:
+            share = self._earlier["step"] * (done - restored) / done
             self._earlier["step"] -= share
-            self._earlier["lost"] = self._earlier.get("lost", 0.0) + share
+            self._earlier["lost"] += share
 
     def store(self, steps_done: int) -> None:
         """Writes the account, atomically."""

@@ -171,7 +171,9 @@ def lower_abstract_step(recipe: Recipe, seed: int, mesh: Mesh, bucket: str) -> t
 class Run:
     """A run under way: a recipe, its state on the mesh, and where it writes. Use `train`."""
 
-    def __init__(self, recipe: Recipe, config: LoopConfig, mesh: Mesh, workdir: epath.Path | None):
+    def __init__(
+        self, recipe: Recipe, config: LoopConfig, mesh: Mesh, workdir: epath.Path | None, began: float | None = None
+    ):
         self.recipe, self.config, self.mesh, self.workdir = recipe, config, mesh, workdir
         self.specs = recipe.batch_specs()
         for spec in self.specs.values():
@@ -181,7 +183,7 @@ class Run:
                 raise ConfigError(str(error)) from error
         self.checkpointer = None if workdir is None else Checkpointer(workdir, config.checkpoint)
         goodput = None if workdir is None else workdir / "metrics" / "goodput.json"
-        self.life = Lifetime(goodput, self.wait_for_save, stall_seconds=config.stall_seconds)
+        self.life = Lifetime(goodput, self.wait_for_save, stall_seconds=config.stall_seconds, began=began)
         self.first = jax.process_index() == 0
         self.profiler = Profiler(config.profile_steps, None if workdir is None else workdir / "profiles")
         self._compiled: dict[str, Any] = {}
@@ -253,7 +255,7 @@ class Run:
             return
         self._on_record = (step, evaluated(self.workdir, step))
         if self.first:
-            self.life.charge_lost_work(progress.lost_steps(self.workdir, step))
+            self.life.charge_lost_work(step)
             self.writer = MetricWriter(self.workdir, step, self.config.tensorboard)
             write_whole(self.workdir / "parameters.txt", explain(state) + "\n")
 
@@ -326,6 +328,7 @@ def train(
     earlier: Callable[[], Tree] | None = None,
     mesh: Mesh | None = None,
     quiet: bool = False,
+    began: float | None = None,
 ) -> TrainState:
     """Trains from the newest checkpoint of `workdir`, or from nothing, to `config.train_steps`.
 
@@ -337,6 +340,7 @@ def train(
         earlier: `{player: weights}` of an earlier stage for the recipe's `warm_start`; read once, never on resume.
         mesh: overrides the mesh that `config.mesh` describes.
         quiet: prints nothing but errors.
+        began: when the process began that is there for this run, see `Lifetime`.
 
     Returns:
         The last state, on the mesh.
@@ -351,7 +355,7 @@ def train(
             mesh = make_mesh(config.mesh)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-    run = Run(recipe, config, mesh, None if workdir is None else epath.Path(workdir))
+    run = Run(recipe, config, mesh, None if workdir is None else epath.Path(workdir), began)
     life = run.life
     with life.watch():
         frozen = run.load_frozen()
@@ -366,6 +370,7 @@ def train(
                 run.compile(state, frozen)
                 say.peaks(list(run.rooflines.values()))
             life.together("start")
+        life.store(step)
         stream = data.batches(position)
         try:
             while True:
@@ -395,6 +400,7 @@ def train(
                         line, perf = say.interval(step, means, life.seconds(), run.saved_step)
                         if run.writer is not None and perf:
                             run.writer.perf(perf)
+                        life.store(step)
                         if line and not say.quiet:
                             print(line, flush=True)
         finally:

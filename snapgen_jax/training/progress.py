@@ -9,12 +9,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 
 from snapgen_jax.parallel.chips import Roofline
 from snapgen_jax.training.exits import ConfigError
-from snapgen_jax.training.metrics import read_lines
 
 Tree = Any
 
@@ -42,14 +40,6 @@ def check_batch_arrays(arrays: Mapping[str, np.ndarray], spec: Mapping[str, jax.
             raise ConfigError(
                 f"batch array {name!r}: the recipe expects {want or 'none'}, the data gave {have or 'none'}"
             )
-
-
-def lost_steps(workdir: epath.Path | None, restored: int) -> int:
-    """Steps on record after the restored one: work that a crash lost."""
-    if workdir is None:
-        return 0
-    lines = read_lines(workdir / "metrics" / "train.jsonl")
-    return max(0, lines[-1]["step"] - restored) if lines else 0
 
 
 def close(stream: Any) -> None:

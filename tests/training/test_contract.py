@@ -71,6 +71,23 @@ def test_the_data_stream_is_entered_at_the_restored_position(tmp_path):
     assert data.drawn == list(range(11, 30))
 
 
+def test_metrics_are_written_an_interval_late_so_that_no_update_waits_for_them(tmp_path):
+    on_record = []
+
+    class Watched(Sequences):
+        def batches(self, position):
+            for batch in super().batches(position):
+                path = tmp_path / "metrics" / "train.jsonl"
+                on_record.append(path.read_text().count("\n") if path.exists() else 0)
+                yield batch
+
+    recipe = TwoPlayers()
+    config = dataclasses.replace(CONFIG, train_steps=9, log_every_steps=3, checkpoint=CheckpointConfig(every_steps=100))
+    train(recipe, Watched(recipe), config, workdir=tmp_path, mesh=ONE, quiet=True)
+    assert on_record == [0, 0, 0, 0, 0, 0, 3, 3, 3]
+    assert len(lines(tmp_path).splitlines()) == 9
+
+
 @pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=2, fsdp=4), MeshConfig(data=1, fsdp=8)])
 def test_any_mesh_gives_the_same_losses(tmp_path, mesh):
     run(tmp_path / "one")
