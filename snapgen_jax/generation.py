@@ -51,7 +51,7 @@ class Generator:
             keys = example_keys(seed, indices, "generate")
             return self.recipe.generate(params, frozen, conditions, keys, **dict(options))
 
-        return jax.jit(generate, out_shardings=_on_every_host(self.params))
+        return jax.jit(generate, out_shardings=on_every_host(self.params))
 
     def generate(
         self,
@@ -109,7 +109,7 @@ class Generator:
         return {name: np.concatenate([part[name] for part in parts])[: len(prompts)] for name in parts[0]}
 
 
-def _on_every_host(params: Tree) -> jax.sharding.NamedSharding | None:
+def on_every_host(params: Tree) -> jax.sharding.NamedSharding | None:
     """Where results must lie for each of several processes to read them whole; None for one process alone."""
     if jax.process_count() == 1:
         return None

@@ -15,6 +15,7 @@ from snapgen_jax.evaluation.features import image_features
 from snapgen_jax.evaluation.frechet import frechet_distance
 from snapgen_jax.evaluation.interfaces import EvaluationResult, ValidationData
 from snapgen_jax.evaluation.pictures import grid
+from snapgen_jax.generation import on_every_host
 
 Tree = Any
 COLOURS = ("red", "green", "blue")
@@ -71,6 +72,7 @@ class Reconstruction:
         parts: list[dict[str, np.ndarray]] = []
         seen: set[int] = set()
         bucket = None
+        run = self._compiled(on_every_host(generator.params))
         with contextlib.closing(iter(dataset)) as batches:  # type: ignore[type-var]  # a generator
             for batch in batches:
                 bucket = bucket or batch.bucket
@@ -79,15 +81,16 @@ class Reconstruction:
                 fresh = np.array([int(index) not in seen for index in batch.source_index])
                 seen.update(map(int, batch.source_index))
                 kept = fresh & np.asarray(batch.valid)
-                given = jax.device_get(self._run(generator.params, generator.frozen, batch.arrays, jax.random.key(0)))
+                given = jax.device_get(run(generator.params, generator.frozen, batch.arrays, jax.random.key(0)))
                 parts.append({name: array[kept] for name, array in given.items()})
                 if not fresh.all() or sum(len(part["original"]) for part in parts) >= self.examples:
                     break
         return {name: np.concatenate([part[name] for part in parts])[: self.examples] for name in parts[0]}
 
     @functools.cached_property
-    def _run(self) -> Callable[..., dict[str, jax.Array]]:
-        return jax.jit(self.function)
+    def _compiled(self) -> Callable[[Any], Callable[..., dict[str, jax.Array]]]:
+        """The function with its results lying somewhere, compiled once for all evaluations of a run."""
+        return functools.cache(lambda where: jax.jit(self.function, out_shardings=where))
 
 
 def compare(original: np.ndarray, made: np.ndarray) -> dict[str, float]:

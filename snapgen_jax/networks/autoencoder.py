@@ -122,9 +122,13 @@ class PixelAttention(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         b, h, w, c = x.shape
         pixels = self.norm(x).reshape(b, h * w, c)
-        q, k, v = (part(pixels)[:, :, None, :] for part in (self.query, self.key, self.value))
-        y = attend_long(q, k, v, kernel="chunked", chunk=self.chunk)
-        return x + self.out(y.reshape(b, h, w, c))
+        q, k, v = (part(pixels) for part in (self.query, self.key, self.value))
+        if h * w <= self.chunk:  # without an axis for the one head, over which TFLite's converter stumbles
+            scores = jnp.einsum("blc,bmc->blm", q * c**-0.5, k, preferred_element_type=jnp.float32)
+            y = jnp.einsum("blm,bmc->blc", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+        else:
+            y = attend_long(*(part[:, :, None, :] for part in (q, k, v)), kernel="chunked", chunk=self.chunk)
+        return x + self.out(y.reshape(b, h * w, c)).reshape(b, h, w, c)
 
 
 class Middle(nnx.Module):
