@@ -58,6 +58,10 @@ def last_step(workdir):
     return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
 
 
+def goodput(workdir):
+    return json.loads((workdir / "metrics" / "goodput.json").read_text())
+
+
 def wait_for_step(process, workdir, step):
     deadline = time.monotonic() + 240
     while last_step(workdir) < step:
@@ -96,10 +100,14 @@ def test_a_run_killed_after_eleven_steps_resumes_to_the_same_bits(tmp_path, stra
     process.kill()
     process.wait()
     assert process.returncode == -signal.SIGKILL and last_step(tmp_path) < 30
+    told = goodput(tmp_path)
     resumed = snapgen("train", f"--workdir={tmp_path}", *SMALL)
     assert resumed.returncode == ExitCode.DONE, resumed.stderr
     assert "resuming at step" in resumed.stdout
     assert_same_run(tmp_path, straight)
+    spent = goodput(tmp_path)
+    assert told["steps_done"] > 10 and told["lost"] == 0 < spent["lost"] < told["step"]
+    assert all(spent[name] > told[name] > 0 for name in ("init", "compile", "data", "checkpoint"))
 
 
 def test_sigterm_in_training_saves_the_very_step_and_says_so(tmp_path, straight):

@@ -133,7 +133,7 @@ def test_the_shares_of_all_hosts_are_the_batch_of_one(hosts: int, tokenizer: Tok
         np.testing.assert_array_equal(indices, one.source_index)
 
 
-@pytest.mark.parametrize("hosts", [1, 2])
+@pytest.mark.parametrize("hosts", [1, 2, 8])  # eight do not divide an epoch
 def test_every_example_of_every_epoch_is_seen_once_also_after_a_restart_on_other_hosts(hosts: int) -> None:
     # 60 examples in batches of 8: epochs end inside batches. One host stops after 5 batches; `hosts` go on.
     stream = [batch.source_index for batch in _take(_numbers(60, 8, seed=3), 5)]
