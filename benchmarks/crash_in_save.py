@@ -26,7 +26,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from snapgen_jax.training.checkpoint import CheckpointConfig, Checkpointer
+from snapgen_jax.training.checkpoint import CheckpointConfig, Checkpointer, complete_steps
 from snapgen_jax.training.state import Player, TrainState
 
 RESULT = pathlib.Path(__file__).parent / "results" / "crash_in_save.json"
@@ -97,7 +97,7 @@ def kills(folder: pathlib.Path, count: int, window: float) -> Iterator[pathlib.P
 
 def is_torn(workdir: pathlib.Path) -> bool:
     """Whether the second save left a part of itself behind."""
-    return any(not p.name.isdigit() for p in (workdir / "checkpoints").iterdir())
+    return {p.name for p in (workdir / "checkpoints").iterdir()} != set(map(str, complete_steps(workdir)))
 
 
 def restore(workdir: pathlib.Path) -> tuple[int, Any]:
