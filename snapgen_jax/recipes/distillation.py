@@ -47,7 +47,7 @@ from snapgen_jax.recipes.flow_matching import Examined, FlowMatching, FlowMatchi
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.recipe import Metrics
 from snapgen_jax.training.state import TrainState
-from snapgen_jax.weights.frozen import load_codec, load_mmdit, load_run
+from snapgen_jax.weights.frozen import draw, load_codec, load_mmdit, load_run
 
 Tree = Any
 RULES = {"unet": unet.RULES, "mmdit": mmdit.RULES}
@@ -60,6 +60,7 @@ class TeacherConfig:
     Attributes:
         workdir: a trained run, of which the averaged weights are taken.
         weights: in place of a run, the folder `transformer/` of a published Stable Diffusion 3.5.
+        random: in place of either, networks as they are drawn: a run to try speed and memory with. They teach nothing.
         network, unet, mmdit, prediction: as for `flow_matching`; equal to those of the run.
         text: the text encoder that was trained with it in its run; None where it reads the states that the student
             reads.
@@ -72,6 +73,7 @@ class TeacherConfig:
 
     workdir: str = ""
     weights: str = ""
+    random: bool = False
     network: Literal["unet", "mmdit"] = "mmdit"
     unet: UNetConfig = UNetConfig.preset("shapes")
     mmdit: MMDiTConfig = MMDiTConfig.preset("shapes")
@@ -143,8 +145,10 @@ class Distilled(FlowMatching):
     def _check(self) -> None:
         config: TeachingConfig = self.config
         teacher = config.teacher
-        if teacher.workdir and teacher.weights:
-            raise ValueError("teacher.workdir and teacher.weights both name a teacher; give one of them")
+        if bool(teacher.workdir) + bool(teacher.weights) + teacher.random > 1:
+            raise ValueError(
+                "teacher.workdir, teacher.weights and teacher.random each name a teacher; give one of them"
+            )
         if teacher.weights and teacher.network != "mmdit":
             raise ValueError("teacher.weights holds an MMDiT; set teacher.network to 'mmdit'")
         if config.output_weight and self.has_own_latents:
@@ -228,10 +232,14 @@ class Distilled(FlowMatching):
         codec = {}
         if wanted.pop("codec", None) and self.teacher_codec is not None:
             codec = {"codec": load_codec(teacher.codec, self.teacher_codec, mesh)}
-        if teacher.weights:
+        rules = [*_teacher_rules(), *within("text", clip.RULES)]
+        if teacher.random:
+            networks = {teacher.network: self.teacher, "text": self.teacher_text}
+            found = draw({name: networks[name] for name in wanted}, wanted, mesh=mesh, rules=rules)
+        elif teacher.weights:
             found = {"mmdit": load_mmdit(teacher.weights, self.teacher_config, wanted["mmdit"], mesh)}
         elif teacher.workdir:
-            found = load_run(teacher.workdir, wanted, mesh=mesh, rules=[*_teacher_rules(), *within("text", clip.RULES)])
+            found = load_run(teacher.workdir, wanted, mesh=mesh, rules=rules)
         else:
             raise ConfigError("there is no teacher: set teacher.workdir to a trained run, or teacher.weights")
         return {**frozen, "teacher": {**found, **codec}}

@@ -72,7 +72,7 @@ def test_it_learns_to_draw_the_latents_that_the_states_tell():
 def test_dropped_captions_are_masked_zeros_at_the_given_rate():
     made = recipe(caption_dropout=0.25)
     big = {name: np.concatenate([array] * 128) for name, array in batch(0).items()}
-    drawn = jax.jit(made.draw)(big, jax.random.key(0))
+    drawn = jax.jit(made.draw)({}, big, jax.random.key(0))
     dropped = ~np.asarray(drawn["mask"]).any(axis=1)
     assert abs(dropped.mean() - 0.25) < 0.03
     assert not np.asarray(drawn["sequence"], np.float32)[dropped].any()

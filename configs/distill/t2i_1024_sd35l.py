@@ -1,0 +1,23 @@
+"""Distillation of the 379M UNet from Stable Diffusion 3.5 Large, at 1024 px. See `t2i_512_sd35l.py`.
+
+    snapgen plan  --config=configs/distill/t2i_1024_sd35l.py --topology=v5p:4x4x4
+    snapgen train --config=configs/distill/t2i_1024_sd35l.py --workdir=gs://BUCKET/t2i_1024_kd \
+        --config.init_from=gs://BUCKET/t2i_512_kd --config.teacher.weights=DIR/transformer --config.data...
+    snapgen train --config=configs/distill/t2i_1024_sd35l.py:runlocal --workdir=/tmp/t2i_1024_kd
+
+Machine: 64 chips of TPU v5p; runlocal, a laptop in some minutes. Metric: the fixed-noise validation loss.
+"""
+
+import pathlib
+import runpy
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """`arg`: "runlocal" for twenty steps of tiny networks on a laptop."""
+    here = pathlib.Path(__file__).parent
+    shared = runpy.run_path(str(here / "t2i_512_sd35l.py"))
+    c = runpy.run_path(str(here.parent / "pretrain" / "t2i_1024.py"))["get_config"](arg)
+    c = shared["distilled"](c, devices=64)
+    return shared["run_locally"](c) if arg else c

@@ -1,0 +1,48 @@
+"""Distillation of the 379M UNet from Stable Diffusion 3.5 Large, at 512 px.
+
+    snapgen plan  --config=configs/distill/t2i_512_sd35l.py --topology=v5p:4x4x4
+    snapgen train --config=configs/distill/t2i_512_sd35l.py --workdir=gs://BUCKET/t2i_512_kd \
+        --config.init_from=gs://BUCKET/t2i_256 --config.teacher.weights=DIR/transformer --config.data...
+    snapgen train --config=configs/distill/t2i_512_sd35l.py:runlocal --workdir=/tmp/t2i_512_kd
+
+The teacher is read from the folder `transformer/` of the published repository, in bfloat16, and split over `fsdp`; the
+student is whole on every device. Latents and the text states of both are batch inputs, synthetic ones until a source of
+stored ones is configured. The student's highest stage on the way up is compared with the teacher's last joint block.
+
+Machine: 64 chips of TPU v5p; runlocal, a laptop in some minutes. Metric: the fixed-noise validation loss. Weights, taps
+and lengths: SnapGen (arXiv 2412.09619) publishes none but the form of the loss.
+"""
+
+import pathlib
+import runpy
+
+from ml_collections import ConfigDict
+
+
+def distilled(c: ConfigDict, devices: int) -> ConfigDict:
+    """A pretraining stage with a teacher."""
+    c.recipe = "latent_distillation"
+    c.mesh = ConfigDict({"data": 1, "fsdp": devices})
+    c.shard_student = False
+    c.teacher = ConfigDict({"network": "mmdit", "mmdit": {"preset": "sd35_large"}})
+    c.student_taps = ("up_0",)
+    c.teacher_taps = ("block_36",)
+    return c
+
+
+def run_locally(c: ConfigDict) -> ConfigDict:
+    """The same with a teacher drawn at random: a tiny one, trained for no step."""
+    c.mesh = ConfigDict({})
+    c.teacher = ConfigDict(
+        {"random": True, "mmdit": {"preset": "smoke", "latent_channels": 16, "position_size": 16, "position_base": 8}}
+    )
+    c.teacher_taps = ("block_01",)
+    c.teacher_context_tokens = 12
+    return c
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """`arg`: "runlocal" for twenty steps of tiny networks on a laptop."""
+    pretrain = pathlib.Path(__file__).parent.parent / "pretrain" / "t2i_512.py"
+    c = distilled(runpy.run_path(str(pretrain))["get_config"](arg), devices=64)
+    return run_locally(c) if arg else c
