@@ -11,9 +11,11 @@ import importlib.metadata
 import itertools
 import json
 import os
+import pathlib
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -37,7 +39,7 @@ from snapgen_jax.parallel.mesh import check_batch, make_mesh
 from snapgen_jax.parallel.plan import Plan, plan_step, topology
 from snapgen_jax.training import loop, progress
 from snapgen_jax.training.exits import ConfigError
-from snapgen_jax.training.files import write_whole
+from snapgen_jax.training.files import on_object_store, write_whole
 from snapgen_jax.training.loop import Batches, LoopConfig, ScheduledEvaluator
 from snapgen_jax.training.recipe import Recipe
 from snapgen_jax.training.state import TrainState
@@ -220,20 +222,28 @@ def export(
 
     Returns:
         What was measured, `export.*`.
+
+    Raises:
+        ConfigError: `out` is in an object store, or the run cannot be exported.
     """
     from snapgen_jax.export.bundle import export_bundle, generator_of
 
+    if on_object_store(out):
+        raise ConfigError(f"a bundle is made of local files, and {out} is not; give --out a local folder, and copy it")
     generator = load(workdir, platform="cpu")
     prompts = getattr(generator.recipe.config, "sample_prompts", ())[:2] or ("",)
-    report = export_bundle(
-        generator.recipe,
-        generator.params,
-        str(epath.Path(workdir) / "tokenizer.json"),
-        str(out),
-        backend=backend,
-        prompts=prompts,
-        reference=generator_of(generator.recipe, generator.params),
-    )
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = pathlib.Path(scratch) / "tokenizer.json"
+        tokenizer.write_bytes((epath.Path(workdir) / "tokenizer.json").read_bytes())
+        report = export_bundle(
+            generator.recipe,
+            generator.params,
+            tokenizer,
+            str(out),
+            backend=backend,
+            prompts=prompts,
+            reference=generator_of(generator.recipe, generator.params),
+        )
     return report.numbers
 
 
