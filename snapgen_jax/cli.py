@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pathlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -62,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--steps", type=int, help="sampling steps (default: the run's)")
     sample.add_argument("--guidance", type=float, help="guidance scale; 1 is none (default: the run's)")
     sample.add_argument("--seed", type=int, default=0, help="of the noise")
+    sample.add_argument("--decoder", help="a run of a tiny decoder, in place of the run's own; with --workdir")
     sample.add_argument("--out", default="samples.png", help="PNG file to write (default: %(default)s)")
 
     evaluate = add("evaluate", _evaluate, "Score a trained run.")
@@ -77,6 +79,18 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--backend", choices=("jax2tf", "litert"), default="jax2tf", help="converter (default: %(default)s)"
     )
+
+    export.add_argument("--decoder", help="a run of a tiny decoder, in place of the run's own")
+
+    encode = add("encode", _encode, "Image files to latents, by a trained run or by published weights.")
+    _codec(encode)
+    encode.add_argument("images", nargs="+", help="image files")
+    encode.add_argument("--out", default="latents.safetensors", help="file to write (default: %(default)s)")
+
+    decode = add("decode", _decode, "Latents to image files, by a trained run or by published weights.")
+    _codec(decode)
+    decode.add_argument("latents", help="file that `snapgen encode` wrote")
+    decode.add_argument("--out", default="decoded", help="folder for the PNG files (default: %(default)s)")
 
     data = add("data", _data, "Draw batches and train on none: how fast the input is.")
     _workdir(data)
@@ -102,6 +116,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _workdir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, help="folder of the run, local or gs://")
+
+
+def _codec(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--workdir", help="a run of an autoencoder, of a tiny decoder, or of a generator")
+    source.add_argument("--weights", help="folder of a published autoencoder, such as vae/ of Stable Diffusion 3")
+    parser.add_argument("--decoder", help="a run of a tiny decoder, in place of a generator's own; with --workdir")
 
 
 def _config(parser: Any, default: str | None = None, required: bool = True) -> None:
@@ -257,6 +278,8 @@ def _sample(options: argparse.Namespace) -> None:
     chosen = {k: v for k in ("steps", "guidance") if (v := getattr(options, k)) is not None}
     if options.overrides and not options.weights:
         raise ConfigError("--config overrides go with --weights; a run or a bundle is sampled as it was configured")
+    if options.decoder and not options.workdir:
+        raise ConfigError("--decoder goes with --workdir; a bundle holds the decoder that it was exported with")
     if options.bundle:
         from snapgen_jax.export.client import LiteRTGenerator
 
@@ -269,7 +292,7 @@ def _sample(options: argparse.Namespace) -> None:
     else:
         from snapgen_jax.generation import load
 
-        generator = load(options.workdir)
+        generator = load(options.workdir, decoder=options.decoder)
     images = generator.generate(options.prompt, seed=options.seed, **chosen)
     out = epath.Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -288,8 +311,50 @@ def _export(options: argparse.Namespace) -> None:
     from snapgen_jax.experiment import export
 
     out = options.out or str(epath.Path(options.workdir) / "export" / "bundle")
-    report = export(options.workdir, out, backend=options.backend)
+    report = export(options.workdir, out, backend=options.backend, decoder=options.decoder)
     print(json.dumps(report, indent=2))
+
+
+def _load_codec(options: argparse.Namespace) -> Any:
+    from snapgen_jax.coding import codec_of_run, codec_of_weights
+
+    if options.weights:
+        if options.decoder:
+            raise ConfigError("--decoder goes with --workdir; a run of a tiny decoder is itself a --workdir")
+        return codec_of_weights(options.weights)
+    return codec_of_run(options.workdir, options.decoder)
+
+
+def _encode(options: argparse.Namespace) -> None:
+    from safetensors.numpy import save
+
+    from snapgen_jax.coding import encode_files
+
+    latents = encode_files(_load_codec(options), options.images)
+    epath.Path(options.out).write_bytes(save(latents))
+    shapes = ", ".join(f"{name} {'x'.join(map(str, latent.shape))}" for name, latent in latents.items())
+    print(f"wrote {shapes} to {options.out}")
+
+
+def _decode(options: argparse.Namespace) -> None:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    from snapgen_jax.coding import decode_latents
+    from snapgen_jax.evaluation.pictures import png_bytes
+
+    try:
+        latents = load(epath.Path(options.latents).read_bytes())
+    except SafetensorError as error:
+        raise ConfigError(f"{options.latents} is no file of `snapgen encode`: {error}") from error
+    images = decode_latents(_load_codec(options), latents)
+    out = epath.Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, image in images.items():
+        if pathlib.PurePath(name).name != name:
+            raise ConfigError(f"{options.latents} names an image {name!r}, which would leave the folder {out}")
+        (out / f"{name}.png").write_bytes(png_bytes(image))
+    print(f"wrote {len(images)} image{'s' * (len(images) > 1)} to {out}")
 
 
 def _status(options: argparse.Namespace) -> None:

@@ -211,7 +211,10 @@ def evaluate(workdir: epath.PathLike, names: Sequence[str], step: int | None = N
 
 
 def export(
-    workdir: epath.PathLike, out: epath.PathLike, backend: Literal["jax2tf", "litert"] = "jax2tf"
+    workdir: epath.PathLike,
+    out: epath.PathLike,
+    backend: Literal["jax2tf", "litert"] = "jax2tf",
+    decoder: epath.PathLike | None = None,
 ) -> dict[str, float]:
     """Exports a trained run as a bundle for phones, checked against JAX on the way.
 
@@ -219,6 +222,7 @@ def export(
         workdir: the run.
         out: the bundle's folder.
         backend: which converter.
+        decoder: a run of a tiny decoder that takes the place of the codec's decoder.
 
     Returns:
         What was measured, `export.*`.
@@ -230,7 +234,11 @@ def export(
 
     if on_object_store(out):
         raise ConfigError(f"a bundle is made of local files, and {out} is not; give --out a local folder, and copy it")
-    generator = load(workdir, platform="cpu")
+    generator = load(workdir, platform="cpu", decoder=decoder)
+    try:
+        generator.recipe.exports()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     prompts = getattr(generator.recipe.config, "sample_prompts", ())[:2] or ("",)
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = pathlib.Path(scratch) / "tokenizer.json"

@@ -61,6 +61,7 @@ MAY_IMPORT = {
         "training.recipe",
         "training.state",
     ],
+    "coding": ["generation", "networks", "weights", "data.images", "training.exits"],
     "evaluation": ["generation", "networks", "diffusion", "data.shapes", "data.shapes_grammar", "data.prompts"],
     "evaluation.report": ["evaluation", "data.prompts", "training.files", "training.metrics"],
     "export": ["generation", "networks", "diffusion", "training.recipe"],

@@ -1,0 +1,243 @@
+"""SnapGen's decoder beside Stable Diffusion 3's: size, compute, time and memory as TFLite, and what it learns.
+
+    python -m benchmarks.decoder --latency              # counts, and both as TFLite on this CPU, in one run
+    python -m benchmarks.decoder --train --budget=ci    # the shapes world: large, tiny, and tiny without this or that
+    python -m benchmarks.decoder --train                # the same at length
+
+Each part writes its figures into `results/decoder.json`. Latency is that of drawn weights, which cost what trained ones
+cost; the two take turns, and the fastest round of each counts, because other work on the machine can only add.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from snapgen_jax.config import load_config
+from snapgen_jax.experiment import Experiment, prepare_workdir
+from snapgen_jax.export.client import litert_unit
+from snapgen_jax.export.convert import to_tflite
+from snapgen_jax.networks.autoencoder import AutoencoderConfig
+from snapgen_jax.networks.counting import count_macs
+from snapgen_jax.networks.module import apply, build, count_parameters, init
+from snapgen_jax.networks.tiny_decoder import TinyDecoderConfig
+
+RESULT = pathlib.Path(__file__).parent / "results" / "decoder.json"
+PUBLISHED_SPEEDUP = 54  # Hu et al. 2025: on an iPhone 16 Pro Max, at 1024 px
+LATENT_CHANNELS, REDUCTION = 16, 8
+BUDGETS = {"ci": 40, "full": 3_000}  # updates
+VARIANTS = {
+    "tiny": [],
+    "no_group_norm": ["decoder.norm=none"],
+    "no_adversarial_term": ["loss.adversarial=0.0"],
+    "ordinary_convolutions": ["decoder.convolution=ordinary"],
+}
+
+
+# --- size and compute ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """A decoder as a function of its parameters and normalised latents, in float32."""
+
+    name: str
+    config: Any
+    method: str
+
+    def __call__(self, params: Any, *, latent: jax.Array) -> dict[str, jax.Array]:
+        network, _ = build(self.config)
+        return {"image": apply(network, params, latent, method=self.method)}
+
+    def spec(self) -> Any:
+        """Shapes of all parameters; the encoder's, of the large one, are not used."""
+        return build(self.config)[1]
+
+    def params(self) -> Any:
+        """Drawn."""
+        return jax.jit(lambda key: init(build(self.config)[0], key))(jax.random.key(0))
+
+
+def decoders() -> tuple[Decoder, Decoder]:
+    """The large one and the tiny one."""
+    large = AutoencoderConfig.preset("sd3", dtype="float32")
+    tiny = TinyDecoderConfig.preset("sd3", dtype="float32", depthwise="grouped")
+    return Decoder("large", large, "decode"), Decoder("tiny", tiny, "__call__")
+
+
+def latent(pixels: int) -> jax.ShapeDtypeStruct:
+    """Of a square image."""
+    side = pixels // REDUCTION
+    return jax.ShapeDtypeStruct((1, side, side, LATENT_CHANNELS), np.float32)
+
+
+def counts(pixels: int = 1024) -> dict[str, Any]:
+    """Parameters and multiply-adds of both at 1024 px, and their ratios."""
+    found: dict[str, Any] = {}
+    for decoder in decoders():
+        spec = decoder.spec()
+        macs = count_macs(lambda p, x, decoder=decoder: decoder(p, latent=x), spec, latent(pixels))
+        found[decoder.name] = {"parameters": count_parameters(spec.get("decoder", spec)), "gmac": macs / 1e9}
+    ratio = {name: found["large"][name] / found["tiny"][name] for name in ("parameters", "gmac")}
+    return {"pixels": pixels, **found, "ratio": ratio}
+
+
+# --- time and memory as TFLite ---------------------------------------------------------------------------------------
+
+
+def latency(pixels: int, rounds: int, threads: int) -> dict[str, Any]:
+    """Milliseconds and peak memory of both at a size that both can do."""
+    x = np.random.default_rng(0).standard_normal(latent(pixels).shape).astype(np.float32)
+    with tempfile.TemporaryDirectory() as scratch:
+        files = {}
+        for decoder in decoders():
+            path = pathlib.Path(scratch) / f"{decoder.name}.tflite"
+            files[decoder.name] = to_tflite(decoder, decoder.params(), {"latent": latent(pixels)}, "decoder", path)
+        units = {name: litert_unit(path, "decoder", threads) for name, path in files.items()}
+        times: dict[str, list[float]] = {name: [] for name in units}
+        for _ in range(rounds + 1):
+            for name, unit in units.items():
+                begin = time.perf_counter()
+                unit(latent=x)
+                times[name].append(1e3 * (time.perf_counter() - begin))
+        del units
+        memory = {name: _peak_memory(path, pixels) for name, path in files.items()}
+        megabytes = {name: path.stat().st_size / 1e6 for name, path in files.items()}
+    fastest = {name: min(values[1:]) for name, values in times.items()}
+    return {
+        "pixels": pixels,
+        "threads": threads,
+        "rounds": rounds,
+        "milliseconds": fastest,
+        "median_milliseconds": {name: float(np.median(values[1:])) for name, values in times.items()},
+        "speedup": fastest["large"] / fastest["tiny"],
+        "published_speedup": PUBLISHED_SPEEDUP,
+        "peak_megabytes": memory,
+        "file_megabytes": megabytes,
+    }
+
+
+def _peak_memory(path: pathlib.Path, pixels: int) -> float:
+    """Megabytes that a fresh process needs to load a file and run it, over what it needs to start."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.decoder", f"--measure={path}", f"--pixels={pixels}"],
+        cwd=pathlib.Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return float(done.stdout.split()[-1])
+
+
+def measure(path: str, pixels: int) -> None:
+    """Prints the megabytes of `_peak_memory`, in this process."""
+    import ai_edge_litert.interpreter  # noqa: F401  # its own size is not the decoder's
+
+    x = np.zeros(latent(pixels).shape, np.float32)
+    before = _high_water()
+    litert_unit(pathlib.Path(path), "decoder", 1)(latent=x)
+    print(_high_water() - before)
+
+
+def _high_water() -> float:
+    """Megabytes, the most that this process has held. Linux only: `ru_maxrss` would begin with the parent's."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1e3
+
+
+# --- what they learn -------------------------------------------------------------------------------------------------
+
+
+def train(budget: str, root: pathlib.Path) -> dict[str, Any]:
+    """The autoencoder of the shapes world, then each variant of the tiny decoder on its latents.
+
+    Returns:
+        `{variant: reconstruction.* of its "tiny" decoder}`, "large" for the autoencoder's own, parameters and seconds.
+    """
+    steps = BUDGETS[budget]
+    common = [
+        f"train_steps={steps}",
+        f"loss.adversarial_from_steps={steps // 2}",
+        "evaluation.every_steps=0",
+        "tensorboard=False",
+        f"log_every_steps={max(1, steps // 10)}",
+    ]
+    _run("autoencoder", root / "autoencoder", common)
+    found: dict[str, Any] = {"budget": budget, "steps": steps, "batch": 16, "seeds": 1}
+    for name, changes in VARIANTS.items():
+        numbers, seconds = _run(
+            "tiny_decoder", root / name, [*common, f"codec.workdir={root / 'autoencoder'}", *changes]
+        )
+        config = TinyDecoderConfig.preset("shapes", **_fields(changes))
+        found[name] = {**_of("tiny", numbers), "parameters": count_parameters(build(config)[1]), "seconds": seconds}
+        found["large"] = _of("large", numbers)
+    large = build(AutoencoderConfig.preset("shapes"))[1]["decoder"]
+    found["large"]["parameters"] = count_parameters(large)
+    return found
+
+
+def _fields(changes: list[str]) -> dict[str, Any]:
+    """`["decoder.norm=none"]` -> `{"norm": "none"}`."""
+    pairs = (change.removeprefix("decoder.").split("=") for change in changes if change.startswith("decoder."))
+    return dict(pairs)
+
+
+def _of(decoder: str, numbers: dict[str, float]) -> dict[str, float]:
+    prefix = f"reconstruction.{decoder}."
+    return {name.removeprefix(prefix): value for name, value in numbers.items() if name.startswith(prefix)}
+
+
+def _run(name: str, workdir: pathlib.Path, overrides: list[str]) -> tuple[dict[str, float], float]:
+    """Trains a config, or finds it trained; returns the last reconstruction's numbers, and seconds of training."""
+    config = load_config(f"configs/shapes/{name}.py", overrides)
+    prepare_workdir(config, workdir)
+    begin = time.perf_counter()
+    experiment = Experiment(config, workdir)
+    state = experiment.train()
+    seconds = time.perf_counter() - begin
+    (evaluator,) = experiment.evaluators()
+    weights = {player: p.params if p.ema is None else p.ema for player, p in state.players.items()}
+    return evaluator.run(weights, experiment.recipe.load_frozen(None)).numbers, seconds
+
+
+def main() -> None:
+    """Measures what is asked for, prints it, and stores it beside what was measured before."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--latency", action="store_true", help="counts, and time and memory as TFLite")
+    parser.add_argument("--train", action="store_true", help="the shapes world")
+    parser.add_argument("--budget", choices=tuple(BUDGETS), default="full")
+    parser.add_argument("--workdir", help="where the runs of --train are kept (default: a temporary folder)")
+    parser.add_argument("--pixels", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        measure(options.measure, options.pixels)
+        return
+    machine = f"{platform.machine()}, {os.cpu_count()} x {jax.devices()[0].device_kind}"
+    record = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    if options.latency:
+        record["counts"] = counts()
+        record["latency"] = {"machine": machine, **latency(options.pixels, options.rounds, options.threads)}
+    if options.train:
+        with tempfile.TemporaryDirectory() as scratch:
+            record["shapes"] = {"machine": machine, **train(options.budget, pathlib.Path(options.workdir or scratch))}
+    RESULT.write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record, indent=2))
+
+
+if __name__ == "__main__":
+    main()
