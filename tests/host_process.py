@@ -44,7 +44,7 @@ class Disturbed(Sequences):
     """Batches that come slowly, not at all, or with an error."""
 
     def __init__(self, recipe, options, host, hosts):
-        super().__init__(recipe, host, hosts)
+        super().__init__(recipe, host, hosts, options.get("rows_of", 1))
         self.options, self.here = options, options.get("disturbed", 0) == host
 
     def batches(self, position):

@@ -104,10 +104,14 @@ class Drawn:
 
 
 class Sequences:
-    """Batches as a pure function of their position, or one host's share of them; the two lengths take turns."""
+    """Batches as a pure function of their position, or one host's share of them; the two lengths take turns.
 
-    def __init__(self, recipe, host=0, hosts=1):
-        self.recipe, self.drawn, self.share = recipe, [], slice(host, None, hosts)
+    The rows of a global batch lie host after host; `rows_of` gives those of one host in the order of so many.
+    """
+
+    def __init__(self, recipe, host=0, hosts=1, rows_of=1):
+        rows = np.arange(recipe.batch_size)[host::hosts]
+        self.recipe, self.drawn, self.share = recipe, [], np.concatenate([rows[i::rows_of] for i in range(rows_of)])
 
     def batches(self, position):
         while True:

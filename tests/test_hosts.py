@@ -154,12 +154,15 @@ def test_sigterm_where_nothing_is_unsaved_ends_both_within_ten_seconds(tmp_path,
     assert lines(tmp_path) == lines(straight)
 
 
-def test_two_hosts_then_one_then_two_see_every_example_once(tmp_path):
+def test_two_hosts_then_one_then_two_see_every_example_once_and_learn_the_same(tmp_path, straight):
     drawn = collections.Counter()
     for processes, until_step in ((2, 10), (1, 20), (2, 30)):
-        run = Hosts(tmp_path, processes=processes, devices=8 // processes, train_steps=until_step).done()
+        options = {"train_steps": until_step, "rows_of": 2 // processes}
+        run = Hosts(tmp_path, processes=processes, devices=8 // processes, **options).done()
         drawn += run.examples()
     assert drawn == collections.Counter(range(30 * 16))
+    changed, unchanged = ([json.loads(line)["loss"] for line in lines(at).splitlines()] for at in (tmp_path, straight))
+    assert changed == pytest.approx(unchanged, rel=1e-5)
 
 
 def test_the_failure_of_one_host_ends_both_and_both_say_why(tmp_path):
