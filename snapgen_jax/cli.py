@@ -39,6 +39,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _workdir(quickstart)
     _config(quickstart, default="configs/shapes/quickstart.py")
+    quickstart.add_argument(
+        "--chain", action="store_true", help="the whole method in twenty minutes: configs/shapes/chain.py:quick"
+    )
+
+    chain = add("chain", _chain, "Train, or go on training, several stages that start from each other; score them.")
+    _workdir(chain)
+    _config(chain, default="configs/shapes/chain.py")
 
     train = add("train", _train, "Train, or go on training, to the end of a config.")
     _workdir(train)
@@ -72,6 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--names", default="compositional", help="evaluators, separated by commas (default: %(default)s)"
     )
     evaluate.add_argument("--step", type=int, help="checkpoint (default: the newest)")
+    evaluate.add_argument("--steps", type=int, help="sampling steps (default: the run's)")
+    evaluate.add_argument("--guidance", type=float, help="guidance scale; 1 is none (default: the run's)")
 
     export = add("export", _export, "Write a TFLite bundle of a trained run, checked against JAX.")
     _workdir(export)
@@ -224,7 +233,17 @@ def _load_experiment(options: argparse.Namespace) -> Any:
 def _quickstart(options: argparse.Namespace) -> None:
     from snapgen_jax.quickstart import quickstart
 
-    quickstart(_load_experiment(options), options.workdir)
+    if options.chain:
+        options.config = "configs/shapes/chain.py:quick"
+        _chain(options)
+    else:
+        quickstart(_load_experiment(options), options.workdir)
+
+
+def _chain(options: argparse.Namespace) -> None:
+    from snapgen_jax.chain import load_chain, run_chain
+
+    run_chain(*load_chain(options.config, options.overrides), options.workdir)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -303,7 +322,8 @@ def _sample(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from snapgen_jax.experiment import evaluate
 
-    numbers = evaluate(options.workdir, options.names.split(","), step=options.step)
+    generation = {k: v for k in ("steps", "guidance") if (v := getattr(options, k)) is not None}
+    numbers = evaluate(options.workdir, options.names.split(","), options.step, generation=generation)
     print(json.dumps(numbers, indent=2))
 
 

@@ -74,7 +74,7 @@ def _modules(package: str) -> list[str]:
 
 def _named(what: str, package: str, name: str) -> types.ModuleType:
     if name not in _modules(package):
-        raise ConfigError(f"unknown {what} {name!r}{_closest(name, _modules(package))}")
+        raise ConfigError(f"unknown {what} {name!r}{closest(name, _modules(package))}")
     return importlib.import_module(f"{package}.{name}")
 
 
@@ -83,6 +83,18 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
     Raises:
         ConfigError: the file is missing or has no `get_config`; a key is unknown; a value has the wrong type.
+    """
+    partial = read(spec)
+    if "stages" in partial:
+        raise ConfigError(f"{spec} describes a chain of runs; run it with `snapgen chain --config={spec}`")
+    return complete(partial, overrides)
+
+
+def read(spec: str) -> Config:
+    """What the `get_config` of "path/to/file.py" or "path/to/file.py:arg" returns.
+
+    Raises:
+        ConfigError: the file is missing, has no `get_config`, or does not take the argument.
     """
     path, _, arg = spec.partition(":")
     file = pathlib.Path(path)
@@ -95,10 +107,9 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     if not hasattr(module, "get_config"):
         raise ConfigError(f"{path} defines no get_config(arg=None); see configs/shapes/quickstart.py for an example")
     try:
-        partial = module.get_config(arg or None)
+        return module.get_config(arg or None)
     except (ValueError, KeyError) as error:
         raise ConfigError(f"{path}: get_config({arg!r}) failed: {error}") from error
-    return complete(partial, overrides)
 
 
 def complete(partial: Config, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -118,7 +129,7 @@ def complete(partial: Config, overrides: Sequence[str] = ()) -> ConfigDict:
     known = {field.name for cls in classes for field in dataclasses.fields(cls)}
     for name in wanted:
         if name not in known:
-            raise ConfigError(f"unknown config key {name!r}{_closest(name, known)}")
+            raise ConfigError(f"unknown config key {name!r}{closest(name, known)}")
     for cls in classes:
         chosen = {k: v for k, v in wanted.items() if k in {field.name for field in dataclasses.fields(cls)}}
         values.update(_to_dict(_build(cls, chosen, "")))
@@ -140,6 +151,15 @@ def build(cls: type, config: Config) -> Any:
     return _build(cls, {f.name: plain[f.name] for f in dataclasses.fields(cls) if f.name in plain}, "")
 
 
+def build_dataclass(cls: type, config: Config) -> Any:
+    """The dataclass `cls` from a config that is all its own: every key is checked.
+
+    Raises:
+        ConfigError: a key is unknown, or a value has the wrong type.
+    """
+    return _build(cls, _plain(config), "")
+
+
 def to_json(config: Config) -> str:
     """A completed config as JSON, for `config.json` in a workdir."""
     return json.dumps(_plain(config), indent=2, sort_keys=True) + "\n"
@@ -153,6 +173,8 @@ def from_json(text: str) -> ConfigDict:
 def _plain(node: Any) -> Any:
     if isinstance(node, ConfigDict):
         node = node.to_dict()
+    if isinstance(node, list | tuple):
+        return type(node)(_plain(v) for v in node)
     return {k: _plain(v) for k, v in node.items()} if isinstance(node, Mapping) else node
 
 
@@ -193,7 +215,7 @@ def _build(cls: type, node: Mapping[str, Any], path: str) -> Any:
     for name, value in values.items():
         where = f"{path}.{name}" if path else name
         if name not in fields:
-            raise ConfigError(f"unknown config key {where!r}{_closest(name, fields)}")
+            raise ConfigError(f"unknown config key {where!r}{closest(name, fields)}")
         if dataclasses.is_dataclass(hints[name]) and isinstance(value, Mapping):
             arguments[name] = _build(hints[name], value, where)
         else:
@@ -242,6 +264,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     raise ConfigError(f"config key {where!r} is {value!r} ({type(value).__name__}); expected {name}")
 
 
-def _closest(name: str, known: Any) -> str:
+def closest(name: str, known: Any) -> str:
+    """The end of an error about an unknown name: what it may have meant, or all there are."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(sorted(known))}"

@@ -181,13 +181,22 @@ class ValidationBatches:
         return Pipeline(data, specs, e.tokenizer, seed=0, split="validation", source=self.source).batches(0)
 
 
-def evaluate(workdir: epath.PathLike, names: Sequence[str], step: int | None = None) -> dict[str, float]:
+def evaluate(
+    workdir: epath.PathLike,
+    names: Sequence[str],
+    step: int | None = None,
+    *,
+    generation: Mapping[str, Any] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, float]:
     """Runs evaluators on a trained run; their pictures go to `samples/`.
 
     Args:
         workdir: the run.
         names: evaluators, whether or not the run's config names them.
         step: which checkpoint; the newest by default.
+        generation: options of the generator, such as `steps` and `guidance`, for the evaluators that draw.
+        options: further options of evaluators, by name.
 
     Returns:
         The numbers of all of them.
@@ -198,7 +207,7 @@ def evaluate(workdir: epath.PathLike, names: Sequence[str], step: int | None = N
     numbers: dict[str, float] = {}
     for name in names:
         try:
-            evaluator = registry.create(known.get(name, EvaluatorSpec(name)))
+            evaluator = registry.create(_with_options(known.get(name, EvaluatorSpec(name)), generation, options))
         except ValueError as error:
             raise ConfigError(str(error)) from error
         result = evaluator(generator, ValidationBatches(experiment))
@@ -208,6 +217,15 @@ def evaluate(workdir: epath.PathLike, names: Sequence[str], step: int | None = N
         for title, picture in result.pictures.items():
             (folder / f"{title}.png").write_bytes(png_bytes(picture))
     return numbers
+
+
+def _with_options(
+    spec: EvaluatorSpec, generation: Mapping[str, Any] | None, options: Mapping[str, Mapping[str, Any]] | None
+) -> EvaluatorSpec:
+    chosen = {**spec.options, **(options or {}).get(spec.name, {})}
+    if generation:
+        chosen["options"] = {**chosen.get("options", {}), **generation}
+    return dataclasses.replace(spec, options=chosen)
 
 
 def export(

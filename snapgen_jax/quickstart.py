@@ -30,10 +30,10 @@ Numbers = dict[str, float]
 
 
 class Stages:
-    """Runs each part once per workdir and config: its numbers are kept in `quickstart.json`, with the seconds spent."""
+    """Runs each part once per file and config: its numbers are kept in that file, with the seconds spent."""
 
-    def __init__(self, workdir: epath.Path, config: Mapping[str, Any]):
-        self._path = workdir / "quickstart.json"
+    def __init__(self, path: epath.Path, config: Mapping[str, Any]):
+        self._path = path
         self._done: dict[str, Any] = {"config": json.loads(json.dumps(config)), "seconds": 0.0, "numbers": {}}
         if self._path.exists():
             earlier = json.loads(self._path.read_text())
@@ -76,7 +76,7 @@ def quickstart(config: ConfigDict, workdir: epath.PathLike) -> dict[str, float |
     workdir = epath.Path(workdir)
     experiment = Experiment(config, workdir)
     experiments.prepare_workdir(config, workdir)
-    stages = Stages(workdir, json.loads(experiments.to_json(config)))
+    stages = Stages(workdir / "quickstart.json", json.loads(experiments.to_json(config)))
 
     numbers: dict[str, float] = {}
     numbers |= stages.run("train", lambda: _train(experiment, workdir))

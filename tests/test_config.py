@@ -77,6 +77,8 @@ def test_json_restores_the_very_config():
 @pytest.mark.parametrize("path", sorted(str(p) for p in pathlib.Path("configs").rglob("*.py")))
 def test_every_config_file_completes_in_both_sizes_and_says_how_to_run_it(path):
     for spec in (path, path + ":runlocal"):
+        if "stages" in configs.read(spec):
+            continue  # a chain names configs that are files of their own
         config = configs.load_config(spec)
         if "system" in config:
             configs.build(configs.system_class(config.system).Config, config)

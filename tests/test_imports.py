@@ -36,6 +36,7 @@ MAY_IMPORT = {
         "training.ema",
         "training.accumulate",
         "training.recipe",
+        "training.exits",
         "evaluation.interfaces",
     ],
     "training": ["parallel", "evaluation.interfaces"],
@@ -72,6 +73,7 @@ MAY_IMPORT = {
     "experiment": ["config", "data", "evaluation", "export", "generation", "parallel", "recipes", "training"],
     "process": [],
     "quickstart": ["*"],
+    "chain": ["*"],
     "cli": ["*"],
     "__init__": ["*"],
 }

@@ -1,0 +1,47 @@
+"""The method of SnapGen in the shapes world, from nothing: CLIP, teacher, student, distilled student, four steps.
+
+    snapgen chain --config=configs/shapes/chain.py --workdir=chain
+    snapgen chain --config=configs/shapes/chain.py --workdir=chain --config.student.train_steps=8000
+    snapgen quickstart --chain --workdir=chain        # chain.py:quick, twenty minutes
+
+Every stage is a config of its own beside this one, trained in `WORKDIR/STAGE`; a chain that was stopped goes on where
+it was. Machine: one GPU; `quick`, two CPU cores for twenty minutes. Metric: the table at the end, in which a row stands
+beside the one that it is to better.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """`arg`: None; "quick" for twenty minutes; "runlocal" for the whole chain in small."""
+    if arg not in (None, "quick", "runlocal"):
+        raise ValueError(f"unknown argument {arg!r}; the argument is quick, runlocal, or nothing")
+    text, teacher = {"text_workdir": "clip"}, {"teacher.workdir": "teacher"}
+    distilled = {"init_from": "student_distilled", "trunk_workdir": "student_distilled"}
+    unguided = {"steps": 4, "guidance": 1.0}
+
+    def stage(name: str, earlier: dict, *rows: dict) -> dict:
+        return {"name": name, "config": f"{name}.py" + (f":{arg}" if arg else ""), "earlier": earlier, "rows": rows}
+
+    return ConfigDict(
+        {
+            "stages": (
+                stage("clip", {}),
+                stage("teacher", text, {"label": "teacher"}),
+                stage("student", text, {"label": "student"}),
+                stage(
+                    "student_distilled",
+                    {**text, **teacher},
+                    {"label": "distilled", "against": "student"},
+                    {"label": "distilled, 4 steps", "options": unguided},
+                ),
+                stage(
+                    "student_few_step",
+                    {**text, **teacher, **distilled},
+                    {"label": "few-step, 4 steps", "against": "distilled, 4 steps"},
+                ),
+            ),
+            "per_category": {None: 64, "quick": 32, "runlocal": 2}[arg],
+            "examples": {None: 512, "quick": 128, "runlocal": 8}[arg],
+        }
+    )

@@ -1,0 +1,57 @@
+"""CLIP in the shapes world: the text encoder that the later stages condition on, and a score of how an image fits.
+
+    snapgen train --config=configs/shapes/clip.py --workdir=runs/clip
+
+First stage of `chain.py`. Machine: two CPU cores. Metric: `validation_loss.accuracy`, the share of images whose caption
+is told apart from the other 63 of the batch.
+"""
+
+import pathlib
+import runpy
+
+from ml_collections import ConfigDict
+
+
+def text(arg: str | None) -> ConfigDict:
+    """The text encoder of the whole chain. Of its two layers the states between them are what a network attends to."""
+    if arg == "runlocal":
+        return ConfigDict({"preset": "smoke", "vocab_size": 512, "max_tokens": 20})
+    return ConfigDict(
+        {
+            "vocab_size": 512,
+            "width": 64,
+            "heads": 2,
+            "layers": 2,
+            "max_tokens": 20,
+            "projection": 64,
+            "embedding_std": 1.0,
+            "attention": "full",
+            "neighbours": 4,
+            "output": "penultimate",
+        }
+    )
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """`arg`: None; "quick" for the chain of twenty minutes; "runlocal" for a few seconds."""
+    if arg not in (None, "quick", "runlocal"):
+        raise ValueError(f"unknown argument {arg!r}; the argument is quick, runlocal, or nothing")
+    quickstart = runpy.run_path(str(pathlib.Path(__file__).with_name("quickstart.py")))["get_config"]()
+    c = ConfigDict()
+    c.recipe = "contrastive"
+    c.train_steps = {None: 12_000, "quick": 1_000, "runlocal": 6}[arg]
+    c.batch_size = 64
+    c.log_every_steps = 100
+    c.data = quickstart.data
+    c.text = text(arg)
+    c.image = ConfigDict({"patch": 4, "width": 64, "layers": 3, "heads": 2, "projection": 64})
+    c.optimizer = ConfigDict({"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 100})
+    c.ema_decay = 0.99
+    c.checkpoint = ConfigDict({"every_steps": 1_000})
+    c.evaluation = ConfigDict({"every_steps": 2_000, "during": ("validation_loss",), "final": ("validation_loss",)})
+    if arg == "runlocal":
+        c.batch_size = 8
+        c.log_every_steps = 3
+        c.image = ConfigDict({"preset": "smoke"})
+        c.optimizer.warmup_steps = 2
+    return c

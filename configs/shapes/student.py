@@ -1,0 +1,24 @@
+"""The student of the shapes world by itself: the quickstart's UNet, conditioned on the frozen text encoder.
+
+    snapgen train --config=configs/shapes/student.py --workdir=runs/student --config.text_workdir=runs/clip
+
+Third stage of `chain.py`: what distillation has to better at as many updates. Machine: one GPU, or two CPU cores for
+an hour. Metric: `score.overall`.
+"""
+
+import pathlib
+import runpy
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """`arg`: None; "quick" for the chain of twenty minutes; "runlocal" for a few seconds."""
+    here = pathlib.Path(__file__)
+    clip = runpy.run_path(str(here.with_name("clip.py")))
+    c = runpy.run_path(str(here.with_name("quickstart.py")))["get_config"]("runlocal" if arg == "runlocal" else None)
+    c.text = clip["text"](arg)
+    c.text_workdir = "runs/clip"
+    c.train_steps = {None: 34_400, "quick": 2_000, "runlocal": 6}[arg]
+    c.evaluation.final = ("validation_loss",)
+    return c

@@ -1,0 +1,34 @@
+"""Four steps in the shapes world: the distilled student, against a discriminator and with its teacher.
+
+    snapgen train --config=configs/shapes/student_few_step.py --workdir=runs/student_few_step \
+        --config.text_workdir=runs/clip --config.teacher.workdir=runs/teacher \
+        --config.init_from=runs/student_distilled --config.trunk_workdir=runs/student_distilled
+
+Last stage of `chain.py`; `--config.sampling.steps=8` trains eight steps. The teacher is asked with guidance, since the
+generator is not guided. Machine: one GPU, or two CPU cores for some hours. Metric: `score.overall` at four steps.
+"""
+
+import pathlib
+import runpy
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """`arg`: None; "quick" for the chain of twenty minutes; "runlocal" for a few seconds."""
+    c = runpy.run_path(str(pathlib.Path(__file__).with_name("student_distilled.py")))["get_config"](arg)
+    guidance = c.sampling.guidance
+    c.recipe = "adversarial"
+    c.init_from = "runs/student_distilled"
+    c.trunk_workdir = "runs/student_distilled"
+    c.train_steps = {None: 12_000, "quick": 1_000, "runlocal": 6}[arg]
+    c.feature_weight = 0.0
+    c.teacher.guidance = guidance
+    c.sampling = ConfigDict({"steps": 4, "guidance": 1.0, "method": "renoise", "shift": 3.0})
+    c.optimizer = ConfigDict({"learning_rate": 3e-4, "b1": 0.0, "b2": 0.99, "warmup_steps": 50})
+    c.discriminator = ConfigDict({"preset": "smoke" if arg == "runlocal" else "shapes"})
+    c.ema_decay = 0.995
+    if arg == "runlocal":
+        c.optimizer.warmup_steps = 2
+        c.discriminator.time_width = c.unet.get("time_width", 256)
+    return c

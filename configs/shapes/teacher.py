@@ -1,0 +1,35 @@
+"""The teacher of the shapes world: an MMDiT, four times as large as the student, trained by flow matching.
+
+    snapgen train --config=configs/shapes/teacher.py --workdir=runs/teacher --config.text_workdir=runs/clip
+
+Second stage of `chain.py`, after `clip.py`. Machine: one GPU, or two CPU cores for some hours. Metric: `score.overall`.
+"""
+
+import pathlib
+import runpy
+
+from ml_collections import ConfigDict
+
+
+def mmdit(arg: str | None) -> ConfigDict:
+    """The architecture, which the distillation names too."""
+    shape = {"latent_channels": 48, "patch": 1, "position_size": 8, "position_base": 8, "text_mask": "attend"}
+    if arg == "runlocal":
+        return ConfigDict({"preset": "smoke", **shape, "dual": 0, "depth": 2})
+    size = {"depth": 6, "heads": 4, "head_dim": 32}
+    return ConfigDict({**shape, **size, "context_width": 64, "pooled_width": 64, "remat": "none"})
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """`arg`: None; "quick" for the chain of twenty minutes; "runlocal" for a few seconds."""
+    here = pathlib.Path(__file__)
+    clip = runpy.run_path(str(here.with_name("clip.py")))
+    c = runpy.run_path(str(here.with_name("quickstart.py")))["get_config"]("runlocal" if arg == "runlocal" else None)
+    c.network = "mmdit"
+    c.mmdit = mmdit(arg)
+    c.text = clip["text"](arg)
+    c.text_workdir = "runs/clip"
+    c.train_steps = {None: 60_000, "quick": 1_500, "runlocal": 6}[arg]
+    c.optimizer.learning_rate = 1e-3
+    c.evaluation.final = ("validation_loss",)
+    return c

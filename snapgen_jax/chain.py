@@ -1,0 +1,191 @@
+"""Several runs in a row, each of which starts from earlier ones: trained, resumed, scored and set side by side.
+
+A chain is a config file whose `get_config` names stages; each stage is a config of its own, in whose keys the workdirs
+of earlier stages are filled in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from snapgen_jax import experiment as experiments
+from snapgen_jax.config import ConfigError, build_dataclass, closest, load_config, read, to_json
+from snapgen_jax.experiment import Experiment
+from snapgen_jax.networks.module import count_parameters
+from snapgen_jax.quickstart import Stages
+from snapgen_jax.training.files import write_whole
+from snapgen_jax.training.metrics import read_lines
+
+Numbers = dict[str, float]
+SCORES = ("compositional", "frechet", "diversity")
+COLUMNS = {
+    "params": "parameters",
+    "images_seen": "images seen",
+    "score.overall": "score",
+    "score.seen": "seen",
+    "score.heldout": "held-out",
+    "frechet.distance": "Frechet",
+    "diversity.pairwise": "diversity",
+    "validation_loss.accuracy": "accuracy",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RowConfig:
+    """One row of the table: a trained stage, drawn from in one way.
+
+    Attributes:
+        label: its name.
+        options: of the generator, such as `steps` and `guidance`; the stage's own otherwise.
+        against: label of the row that it is to better.
+    """
+
+    label: str = ""
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    against: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One run of a chain.
+
+    Attributes:
+        name: of the stage, and of its workdir under the chain's.
+        config: its config file, beside the chain's, with ":arg" where it takes one.
+        earlier: {config key: name of the earlier stage whose workdir is filled in}.
+        rows: how it is drawn from; none for a stage that draws nothing.
+    """
+
+    name: str = ""
+    config: str = ""
+    earlier: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    rows: tuple[RowConfig, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ChainConfig:
+    """A chain.
+
+    Attributes:
+        stages: in the order in which they are trained.
+        per_category: prompts of each category of the compositional score.
+        examples: images of the Frechet distance.
+    """
+
+    stages: tuple[StageConfig, ...] = ()
+    per_category: int = 64
+    examples: int = 512
+
+
+def load_chain(spec: str, overrides: Sequence[str] = ()) -> tuple[ChainConfig, dict[str, list[str]]]:
+    """Reads a chain's config "path/to/file.py:arg".
+
+    Args:
+        spec: the config file.
+        overrides: "STAGE.key=value", each for the config of a stage.
+
+    Returns:
+        The chain, with paths of configs as they are from here, and the overrides of each stage.
+
+    Raises:
+        ConfigError: a key, a stage or a file that is named is not there.
+    """
+    chain: ChainConfig = build_dataclass(ChainConfig, read(spec))
+    names = [stage.name for stage in chain.stages]
+    of_stage: dict[str, list[str]] = {name: [] for name in names}
+    for override in overrides:
+        name, _, rest = override.partition(".")
+        if name not in of_stage:
+            raise ConfigError(f"--config.{override}: the chain has no stage {name!r}{closest(name, names)}")
+        of_stage[name].append(rest)
+    folder = pathlib.Path(spec.partition(":")[0]).parent
+    stages = []
+    for i, stage in enumerate(chain.stages):
+        if unknown := [name for name in stage.earlier.values() if name not in names[:i]]:
+            raise ConfigError(
+                f"stage {stage.name!r} starts from {', '.join(unknown)}; before it there are {', '.join(names[:i])}"
+            )
+        stages.append(dataclasses.replace(stage, config=str(folder / stage.config)))
+    return dataclasses.replace(chain, stages=tuple(stages)), of_stage
+
+
+def run_chain(
+    chain: ChainConfig, overrides: Mapping[str, Sequence[str]], workdir: epath.PathLike
+) -> dict[str, Numbers]:
+    """Trains every stage, or goes on with it, and scores the rows that are not on record.
+
+    Args:
+        chain, overrides: as from `load_chain`.
+        workdir: the stages lie in it, each in a folder of its name; `chain.json` and the table `chain.md` too.
+
+    Returns:
+        {row: numbers}.
+    """
+    root = epath.Path(workdir)
+    configs = {}
+    for stage in chain.stages:
+        earlier = [f"{key}={root / name}" for key, name in stage.earlier.items()]
+        configs[stage.name] = load_config(stage.config, [*earlier, *overrides.get(stage.name, ())])
+    record = {name: json.loads(to_json(config)) for name, config in configs.items()}
+    parts = Stages(root / "chain.json", {**record, "per_category": chain.per_category, "examples": chain.examples})
+    rows: dict[str, Numbers] = {}
+    for stage in chain.stages:
+        folder, config = root / stage.name, configs[stage.name]
+
+        def train(folder: epath.Path = folder, config: Any = config) -> Numbers:
+            experiment = Experiment(config, folder)
+            experiments.prepare_workdir(config, folder)
+            state = experiment.train()
+            batch = int(config.batch_size)
+            params = {name: leaf for name, leaf in state.players["model"].params.items() if "projector" not in name}
+            seen = read_lines(folder / "metrics" / "evaluation.jsonl")
+            last = seen[-1] if seen and seen[-1]["step"] == int(state.step) else {}
+            return {
+                "params": count_parameters(params),
+                "images_seen": int(state.step) * batch,
+                **{k: v for k, v in last.items() if k.startswith("validation_loss.")},
+            }
+
+        trained = parts.run(f"train {stage.name}", train)
+        rows |= {} if stage.rows else {stage.name: trained}
+        for row in stage.rows:
+
+            def score(folder: epath.Path = folder, row: RowConfig = row) -> Numbers:
+                asked = {"compositional": {"per_category": chain.per_category}, "frechet": {"examples": chain.examples}}
+                return experiments.evaluate(folder, SCORES, generation=row.options, options=asked)
+
+            rows[row.label] = {**trained, **parts.run(f"score {row.label}", score)}
+    text = f"{table(chain, rows)}\n\n{parts.minutes():.1f} minutes in all\n"
+    write_whole(root / "chain.md", text)
+    print("\n" + text)
+    return rows
+
+
+def table(chain: ChainConfig, rows: Mapping[str, Numbers]) -> str:
+    """The rows as Markdown; in a row that has another to better, differences stand in parentheses."""
+    against = {row.label: row.against for stage in chain.stages for row in stage.rows}
+    columns = {key: title for key, title in COLUMNS.items() if any(key in numbers for numbers in rows.values())}
+
+    def cell(label: str, key: str) -> str:
+        if key not in rows[label]:
+            return ""
+        value = rows[label][key]
+        if key in ("params", "images_seen"):
+            return f"{int(value):,}"
+        other = rows.get(against.get(label, ""), {}).get(key)
+        return f"{value:.3f}" + ("" if other is None else f" ({value - other:+.3f})")
+
+    def name(label: str) -> str:
+        return label + (f", against {against[label]}" if against.get(label) else "")
+
+    lines = [["stage", *columns.values()], *[[name(label), *(cell(label, key) for key in columns)] for label in rows]]
+    widths = np.max([[len(text) for text in line] for line in lines], axis=0)
+    text = ["| " + " | ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)) + " |" for line in lines]
+    return "\n".join([text[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *text[1:]])

@@ -1,0 +1,64 @@
+"""A chain of runs: what it refuses before it trains, and that a chain that was stopped goes on where it was."""
+
+import json
+import pathlib
+
+import pytest
+
+from snapgen_jax import chain as chains
+from snapgen_jax.chain import ChainConfig, RowConfig, StageConfig, load_chain, run_chain, table
+from snapgen_jax.config import load_config
+from snapgen_jax.training.exits import ConfigError
+
+SHAPES = pathlib.Path(__file__).parents[1] / "configs" / "shapes"
+
+
+@pytest.mark.parametrize("arg", ["", ":quick", ":runlocal"])
+def test_every_stage_of_the_shapes_chain_has_a_config_that_takes_the_workdirs_before_it(arg):
+    chain, overrides = load_chain(f"{SHAPES}/chain.py{arg}", ["student.train_steps=7"])
+    assert overrides["student"] == ["train_steps=7"]
+    for stage in chain.stages:
+        earlier = [f"{key}=/runs/{name}" for key, name in stage.earlier.items()]
+        values = json.dumps(load_config(stage.config, earlier).to_dict())
+        assert '"runs/' not in values, "every workdir of another run is that of a stage before"
+
+
+def test_what_is_not_in_the_chain_is_refused_by_name(tmp_path):
+    with pytest.raises(ConfigError, match="no stage 'studnet'; did you mean 'student'"):
+        load_chain(f"{SHAPES}/chain.py", ["studnet.train_steps=7"])
+    bad = tmp_path / "bad.py"
+    stages = [{"name": "b", "config": "b.py", "earlier": {"init_from": "a"}}, {"name": "a", "config": "a.py"}]
+    bad.write_text(f"def get_config(arg=None):\n    return {{'stages': {stages!r}}}\n")
+    with pytest.raises(ConfigError, match="stage 'b' starts from a"):
+        load_chain(str(bad))
+    with pytest.raises(ConfigError, match="snapgen chain"):
+        load_config(f"{SHAPES}/chain.py")
+
+
+def test_the_table_sets_a_row_beside_the_one_it_is_to_better():
+    rows = (RowConfig("student"), RowConfig("distilled", against="student"))
+    chain = ChainConfig(stages=(StageConfig("x", rows=rows),))
+    numbers = {
+        "student": {"params": 1000, "score.overall": 0.5},
+        "distilled": {"params": 1000, "score.overall": 0.625},
+    }
+    text = table(chain, numbers)
+    assert "| distilled, against student | 1,000      | 0.625 (+0.125) |" in text
+
+
+@pytest.mark.slow
+def test_two_stages_train_score_and_are_not_done_again(tmp_path, monkeypatch):
+    chain, overrides = load_chain(f"{SHAPES}/chain.py:runlocal", ["student.sampling.steps=1"])
+    first = ChainConfig((chain.stages[0], chain.stages[2]), per_category=2, examples=2)
+    rows = run_chain(first, overrides, tmp_path)
+    assert set(rows) == {"clip", "student"} and rows["student"]["images_seen"] == 6 * 8
+    assert 0 <= rows["clip"]["validation_loss.accuracy"] <= 1 and "frechet.distance" in rows["student"]
+    assert (tmp_path / "student" / "tokenizer.json").read_bytes() == (tmp_path / "clip" / "tokenizer.json").read_bytes()
+    assert "student" in (tmp_path / "chain.md").read_text()
+
+    def never(*args, **options):
+        raise AssertionError("done before")
+
+    monkeypatch.setattr(chains, "Experiment", never)
+    monkeypatch.setattr(chains.experiments, "evaluate", never)
+    assert run_chain(first, overrides, tmp_path) == rows
