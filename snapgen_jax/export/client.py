@@ -134,7 +134,12 @@ def as_velocity(out: np.ndarray, x: np.ndarray, t: np.float32, prediction: Mappi
 
 
 def step(
-    velocity: Callable[[np.ndarray, np.float32], np.ndarray], x: np.ndarray, t, s, method: str, noise: np.ndarray | None
+    velocity: Callable[[np.ndarray, np.float32], np.ndarray],
+    x: np.ndarray,
+    t,
+    s,
+    method: str,
+    noise: np.ndarray | None = None,
 ) -> np.ndarray:
     """One step from time t to time s.
 

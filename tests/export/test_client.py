@@ -55,6 +55,28 @@ def test_steps_are_those_of_the_library(method):
     np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_jumps_are_those_of_the_library_with_one_call_a_step():
+    times = time_grid(4, 3.0)
+    noise = np.random.default_rng(0).standard_normal((4, 1, 2, 5)).astype(np.float32)
+    later = jnp.asarray(np.roll(noise, -1, axis=0))
+    expected, _ = sample(lambda x, t, i, c: (jnp.sin(3 * x), c), noise[0], times, method="renoise", noise=later)
+    calls = []
+
+    def unit(**arrays):
+        calls.append(arrays["time"])
+        return {"prediction": np.sin(3 * arrays["latent"])}
+
+    few = schedule(method="renoise", guidance=1.0, times=times.tolist(), latent_shape=[1, 2, 5])
+    scheduler = Scheduler.parse({**few, "prediction": {"kind": "velocity"}})
+    name = scheduler.units["denoiser"]
+    sampler = client.Sampler(scheduler, {name: unit}, {name: ("latent", "time")})
+    latents = sampler.trajectory(noise, {}, {})
+    assert len(calls) == 4
+    np.testing.assert_allclose(latents[-1], expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"takes \(4, 1, 2, 5\)"):
+        sampler.trajectory(noise[0], {}, {})
+
+
 @pytest.mark.parametrize(
     "config",
     [
