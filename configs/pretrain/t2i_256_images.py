@@ -1,0 +1,45 @@
+"""Text-to-image pretraining of the 379M UNet at 256 px as in `t2i_256.py`, from images and captions: the autoencoder of
+Stable Diffusion 3, CLIP-L, CLIP-bigG and Gemma-2-2b run inside the step, frozen.
+
+    snapgen plan  --config=configs/pretrain/t2i_256_images.py --topology=v5e:4x4
+    snapgen train --config=configs/pretrain/t2i_256_images.py:runlocal --workdir=/tmp/t2i_256_images
+
+It costs no storage for latents and text states, and every epoch the arithmetic of the encoders. They hold 3.5e9
+parameters: no chip of 16 GB keeps them beside the state, and so all is shared out over groups of 16 chips.
+
+Machine: 256 chips of TPU v5e; runlocal, a laptop in a minute. Time: `benchmarks/results/plan/`, at best. Metric: the
+fixed-noise validation loss.
+"""
+
+import pathlib
+import runpy
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """`arg`: "runlocal" for twenty steps of tiny networks on a laptop."""
+    if arg not in (None, "runlocal"):
+        raise ValueError(f"unknown argument {arg!r}; the argument is runlocal, or nothing")
+    stage = runpy.run_path(str(pathlib.Path(__file__).with_name("t2i_256.py")))
+    c = stage["get_config"](arg)
+    c.recipe = "t2i_flow_matching"
+    c.mesh = ConfigDict({"fsdp": 16})
+    # Folders of published weights: encoders.{clip_l,clip_g,language}_folder and codec.workdir.
+    c.encoders = ConfigDict({"stand_ins": False})
+    if arg:
+        del c.context_tokens
+        c.mesh = ConfigDict({"fsdp": 1})
+        c.unet.update({"latent_channels": 4, "context_width": 32, "pooled_width": 32})
+        c.encoders = ConfigDict(
+            {
+                "clip_l": {"preset": "smoke"},
+                "clip_g": {"preset": "smoke"},
+                "language": {"preset": "smoke"},
+                "language_tokens": 6,
+                "stand_ins": True,
+            }
+        )
+        c.conditioner = ConfigDict({"width": 32, "language_width": 16})
+        c.codec = ConfigDict({"kind": "autoencoder", "autoencoder": {"preset": "smoke"}})
+    return c

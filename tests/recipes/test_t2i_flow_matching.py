@@ -1,0 +1,163 @@
+"""Pretraining from images and captions: published encoders, frozen, read onto the mesh and run inside the step."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from snapgen_jax.networks.autoencoder import AutoencoderConfig
+from snapgen_jax.networks.codec import CodecConfig
+from snapgen_jax.networks.context import ENCODERS, ConditionerConfig
+from snapgen_jax.networks.module import flatten
+from snapgen_jax.networks.unet import UNetConfig
+from snapgen_jax.parallel.mesh import MeshConfig, make_mesh
+from snapgen_jax.recipes.t2i_flow_matching import EncodersConfig, T2IFlowMatching, T2IFlowMatchingConfig
+from snapgen_jax.training.fingerprint import fingerprint
+from snapgen_jax.training.keys import example_keys, key
+from snapgen_jax.training.optimizer import OptimizerConfig
+from snapgen_jax.training.recipe import Recipe
+from snapgen_jax.weights.maps import clip, gemma2, sd3_autoencoder
+
+GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"  # tiny checkpoints, written by the reference libraries
+
+
+def published(name, maps):
+    return maps.read_config(json.loads((GOLDENS / name / "config.json").read_text()))
+
+
+CONFIG = T2IFlowMatchingConfig(
+    batch_size=8,
+    train_steps=20,
+    image_sizes=((16, 24),),
+    unet=UNetConfig.preset("smoke", context_width=48, pooled_width=40),
+    encoders=EncodersConfig(
+        clip_l=published("clip_l", clip),
+        clip_g=published("clip_g", clip),
+        language=published("gemma2", gemma2),
+        clip_l_folder=str(GOLDENS / "clip_l"),
+        clip_g_folder=str(GOLDENS / "clip_g"),
+        language_folder=str(GOLDENS / "gemma2"),
+        language_tokens=7,
+    ),
+    conditioner=ConditionerConfig(width=48, language_width=20),
+    codec=CodecConfig(
+        kind="autoencoder", autoencoder=published("autoencoder", sd3_autoencoder), workdir=str(GOLDENS / "autoencoder")
+    ),
+    optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=0),
+)
+
+
+def recipe(**changes):
+    return T2IFlowMatching(dataclasses.replace(CONFIG, **changes), "cpu")
+
+
+def batch(seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = {name: rng.integers(0, 40, (8, n)).astype(np.int32) for name, n in zip(ENCODERS, (12, 12, 7), strict=True)}
+    mask = np.ones((8, 7), np.float32)
+    mask[:, 5:] = 0
+    return {"image": rng.integers(0, 256, (8, 16, 24, 3)).astype(np.uint8), **tokens, "mask": mask}
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    return recipe().load_frozen(None)
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    made = recipe()
+    state = jax.jit(made.init)(key(0, 0, "init"))
+
+    def stirred(x):  # layers that begin at zero would hide what lies before them
+        return x + 0.05 * jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
+
+    return made.warm_start(state, {"model": jax.tree.map(stirred, state.players["model"].params)})
+
+
+def test_it_fulfils_the_protocol():
+    assert isinstance(recipe(), Recipe)
+
+
+def test_the_published_encoders_are_read_split_onto_the_mesh(frozen):
+    made, mesh = recipe(), make_mesh(MeshConfig(data=2, fsdp=4))
+    split = made.load_frozen(mesh)
+    assert fingerprint(split) == fingerprint(frozen)
+    assert jax.tree.map(lambda s: (s.shape, s.dtype), made.frozen_spec()) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), split
+    )
+    kernels = {path: leaf for path, leaf in flatten(split["language"]).items() if path[-1] == "kernel"}
+    assert kernels
+    assert all(leaf.sharding.shard_shape(leaf.shape)[-1] * 4 == leaf.shape[-1] for leaf in kernels.values())
+
+
+def test_an_update_moves_unet_and_conditioner_and_no_encoder(frozen, fresh):
+    made = recipe()
+    state, metrics = jax.jit(made.update)(fresh, frozen, batch(), key(0, 0, "update"))
+    assert np.isfinite(metrics["loss"])
+    before, after = (flatten(s.players["model"].params) for s in (fresh, state))
+    assert {path[0] for path in after} == {"unet", "conditioner"}
+    still = ["/".join(path) for path, leaf in after.items() if np.array_equal(leaf, before[path])]
+    assert not still
+
+
+def test_each_encoder_is_left_out_on_its_own_and_what_is_left_out_says_nothing(frozen, fresh):
+    made, params = recipe(encoder_dropout=0.5), fresh.players["model"].params
+    drawn = jax.jit(made.draw)(frozen, batch(), jax.random.key(3))
+    kept = np.stack([drawn["kept"][name] for name in ENCODERS])
+    assert len(np.unique(kept, axis=1).T) > 3  # of eight examples, as many combinations
+    context = jax.jit(made.condition)(params, drawn)
+    clips = np.maximum(kept[0], kept[1])
+    masks = [clips[:, None].repeat(12, axis=1), kept[2][:, None] * batch()["mask"]]
+    np.testing.assert_array_equal(context.mask, np.concatenate(masks, axis=1))
+    assert not np.asarray(context.sequence)[:, 12:][kept[2] == 0].any()
+    assert not np.asarray(context.pooled)[:, :20][kept[0] == 0].any()
+    assert np.asarray(context.pooled)[:, :20][kept[0] == 1].any(axis=1).all()
+
+
+def test_it_draws_images_that_every_encoder_has_a_say_in(frozen, fresh):
+    made, weights = recipe(), {"model": fresh.players["model"].params}
+    keys = example_keys(0, jnp.arange(2), "generate")
+    draw = jax.jit(lambda given: made.generate(weights, frozen, given, keys, steps=2, guidance=2.0))
+    given = {name: array[:2] for name, array in batch().items() if name != "image"}
+    first = draw(given)
+    assert first["image"].shape == (2, 16, 24, 3) and first["latent"].shape == (2, 4, 6, 4)
+    for name in ENCODERS:
+        other = draw({**given, name: (given[name] + 1) % 40})
+        assert not np.allclose(other["latent"], first["latent"], atol=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"conditioner": ConditionerConfig(width=40, language_width=20)}, "conditioner.width is 40"),
+        ({"unet": UNetConfig.preset("smoke", context_width=48)}, "unet.pooled_width is 16"),
+        ({"codec": CodecConfig()}, "codec.kind is 'patch'"),
+        ({"image_sizes": ((16, 18),)}, "18"),
+        (
+            {"codec": CodecConfig(kind="autoencoder", autoencoder=AutoencoderConfig.preset("shapes"))},
+            "the codec gives 8 latent channels",
+        ),
+    ],
+)
+def test_networks_that_do_not_fit_each_other_are_refused(changes, says):
+    with pytest.raises(ValueError, match=says):
+        recipe(**changes)
+
+
+def test_missing_weights_are_asked_for_with_their_source():
+    made = recipe(encoders=dataclasses.replace(CONFIG.encoders, language_folder=""))
+    with pytest.raises(ValueError, match=r"encoders.language_folder(.|\n)*google/gemma-2-2b"):
+        made.load_frozen(None)
+
+
+def test_stand_ins_have_the_shapes_of_what_they_stand_for():
+    made = recipe()
+    drawn = jax.eval_shape(made._stand_ins, jax.random.key(0))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), drawn) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), made.frozen_spec()
+    )
