@@ -24,7 +24,6 @@ from snapgen_jax.training.files import write_whole
 from snapgen_jax.training.metrics import read_lines
 
 Numbers = dict[str, float]
-SCORES = ("compositional", "frechet", "diversity")
 COLUMNS = {
     "params": "parameters",
     "images_seen": "images seen",
@@ -33,6 +32,7 @@ COLUMNS = {
     "score.heldout": "held-out",
     "frechet.distance": "Frechet",
     "diversity.pairwise": "diversity",
+    "clip.score": "CLIP",
     "validation_loss.accuracy": "accuracy",
 }
 
@@ -75,11 +75,13 @@ class ChainConfig:
 
     Attributes:
         stages: in the order in which they are trained.
+        scores: evaluators of every row.
         per_category: prompts of each category of the compositional score.
         examples: images of the Frechet distance.
     """
 
     stages: tuple[StageConfig, ...] = ()
+    scores: tuple[str, ...] = ("compositional", "frechet", "diversity")
     per_category: int = 64
     examples: int = 512
 
@@ -134,7 +136,8 @@ def run_chain(
         earlier = [f"{key}={root / name}" for key, name in stage.earlier.items()]
         configs[stage.name] = load_config(stage.config, [*earlier, *overrides.get(stage.name, ())])
     record = {name: json.loads(to_json(config)) for name, config in configs.items()}
-    parts = Stages(root / "chain.json", {**record, "per_category": chain.per_category, "examples": chain.examples})
+    asked = {name: getattr(chain, name) for name in ("scores", "per_category", "examples")}
+    parts = Stages(root / "chain.json", {**record, **asked})
     rows: dict[str, Numbers] = {}
     for stage in chain.stages:
         folder, config = root / stage.name, configs[stage.name]
@@ -159,7 +162,7 @@ def run_chain(
 
             def score(folder: epath.Path = folder, row: RowConfig = row) -> Numbers:
                 asked = {"compositional": {"per_category": chain.per_category}, "frechet": {"examples": chain.examples}}
-                return experiments.evaluate(folder, SCORES, generation=row.options, options=asked)
+                return experiments.evaluate(folder, chain.scores, generation=row.options, options=asked)
 
             rows[row.label] = {**trained, **parts.run(f"score {row.label}", score)}
     text = f"{table(chain, rows)}\n\n{parts.minutes():.1f} minutes in all\n"

@@ -1,5 +1,6 @@
 """A chain of runs: what it refuses before it trains, and that a chain that was stopped goes on where it was."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -49,10 +50,11 @@ def test_the_table_sets_a_row_beside_the_one_it_is_to_better():
 @pytest.mark.slow
 def test_two_stages_train_score_and_are_not_done_again(tmp_path, monkeypatch):
     chain, overrides = load_chain(f"{SHAPES}/chain.py:runlocal", ["student.sampling.steps=1"])
-    first = ChainConfig((chain.stages[0], chain.stages[2]), per_category=2, examples=2)
+    first = dataclasses.replace(chain, stages=(chain.stages[0], chain.stages[2]), examples=2)
     rows = run_chain(first, overrides, tmp_path)
     assert set(rows) == {"clip", "student"} and rows["student"]["images_seen"] == 6 * 8
     assert 0 <= rows["clip"]["validation_loss.accuracy"] <= 1 and "frechet.distance" in rows["student"]
+    assert -1 <= rows["student"]["clip.score"] <= 1
     assert (tmp_path / "student" / "tokenizer.json").read_bytes() == (tmp_path / "clip" / "tokenizer.json").read_bytes()
     assert "student" in (tmp_path / "chain.md").read_text()
 

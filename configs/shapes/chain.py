@@ -41,6 +41,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                     {"label": "few-step, 4 steps", "against": "distilled, 4 steps"},
                 ),
             ),
+            "scores": ("compositional", "frechet", "diversity", "clip_score"),
             "per_category": {None: 64, "quick": 32, "runlocal": 2}[arg],
             "examples": {None: 512, "quick": 128, "runlocal": 8}[arg],
         }

@@ -16,6 +16,7 @@ EVALUATORS: dict[str, str] = {
     "frechet": "snapgen_jax.evaluation.frechet_score:FrechetScore",
     "reconstruction": "snapgen_jax.evaluation.reconstruction:Reconstruction",
     "diversity": "snapgen_jax.evaluation.frechet_score:DiversityScore",
+    "clip_score": "snapgen_jax.evaluation.clip_score:ClipScore",
 }
 
 

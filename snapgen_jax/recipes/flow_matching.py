@@ -57,9 +57,9 @@ class SamplingConfig:
     """How images are made unless a call says otherwise.
 
     Attributes:
-        steps: network evaluations (Euler), or half of them (Heun).
+        steps: network evaluations, or half of them (Heun).
         guidance: scale w of classifier-free guidance; 1 is none.
-        method: "euler" or "heun".
+        method: "euler" or "heun", or "renoise" for a network that jumps to the data; see `diffusion.samplers.sample`.
         shift: of the grid of times; see `shift_time`.
     """
 

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from snapgen_jax import inference_weights, train
+from snapgen_jax.evaluation import clip_score
+from snapgen_jax.generation import Generator
 from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.clip_vision import ClipVisionConfig
 from snapgen_jax.networks.codec import CodecConfig
@@ -50,7 +52,7 @@ class Batches:
             position += 1
 
 
-def test_it_learns_which_caption_belongs_to_which_image():
+def test_it_learns_which_caption_belongs_to_which_image_and_scores_by_it(monkeypatch):
     made = Contrastive(CONFIG, "cpu")
     assert isinstance(made, Recipe)
     state = train(made, (batch(n) for n in range(1000)), steps=60, quiet=True)
@@ -61,6 +63,21 @@ def test_it_learns_which_caption_belongs_to_which_image():
     np.testing.assert_allclose(jnp.linalg.norm(found["text"], axis=-1), 1.0, rtol=1e-5)
     similar = found["image"] @ found["text"].T
     assert (jnp.argmax(similar, axis=1) == jnp.arange(8)).all()
+
+    class Words:
+        def encode(self, prompts, length):
+            order = [int(prompt) for prompt in prompts]
+            return batch(99)["tokens"][order], batch(99)["mask"][order]
+
+    class Draws:
+        def generate(self, prompts, seed):
+            return batch(99)["image"][[int(prompt) for prompt in prompts]]
+
+    clip = Generator(made, weights, {}, Words())
+    monkeypatch.setattr(clip_score, "load", lambda workdir: clip)
+    score = clip_score.ClipScore("run", prompts=tuple("01234567"))(Draws()).numbers
+    np.testing.assert_allclose(score["clip.score"], np.mean(np.diag(similar)), rtol=1e-4)
+    assert score["clip.score"] > score["clip.chance"] + 0.5
 
 
 def test_a_later_stage_conditions_on_its_text_encoder_which_stays_as_it_was(tmp_path):
