@@ -95,6 +95,7 @@ def interrupt(store, step, number):
     return process.returncode, text
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_killed_and_stopped_is_the_run_on_a_disk(store, tmp_path):
     code, text = interrupt(store, 4, signal.SIGKILL)
     assert code == -signal.SIGKILL, text
