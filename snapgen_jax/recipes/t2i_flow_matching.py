@@ -10,15 +10,13 @@ them, and without guidance from none.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Sequence
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, PartitionSpec
 
 from snapgen_jax.diffusion.samplers import Method
 from snapgen_jax.diffusion.timesteps import TimestepConfig, sample_times
@@ -34,34 +32,14 @@ from snapgen_jax.networks.module import frozen_spec as spec_of
 from snapgen_jax.networks.rules import within
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.unet import UNetConfig
-from snapgen_jax.parallel.sharding import Rules, tree_shardings
 from snapgen_jax.recipes.flow_matching import FlowMatching, SamplingConfig
 from snapgen_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 from snapgen_jax.training.recipe import ExportPlan
 from snapgen_jax.training.state import TrainState
-from snapgen_jax.weights.frozen import load_codec
-from snapgen_jax.weights.loader import load
-from snapgen_jax.weights.maps import clip as clip_map
-from snapgen_jax.weights.maps import gemma2 as gemma2_map
-from snapgen_jax.weights.sources import source
+from snapgen_jax.weights.frozen import draw_stand_ins, load_codec, load_text_encoder
 
 Tree = Any
-_STAND_IN = 2412  # the seed of the networks that stand in for the published ones
-
-
-class _Part(NamedTuple):
-    """How the weights of an encoder are read, split and named."""
-
-    maps: ModuleType
-    rules: Rules
-    source: str
-
-
-_PARTS = {
-    "clip_l": _Part(clip_map, clip.RULES, "clip_l"),
-    "clip_g": _Part(clip_map, clip.RULES, "clip_g"),
-    "language": _Part(gemma2_map, gemma2.RULES, "gemma2_2b"),
-}
+PUBLISHED = {"clip_l": "clip_l", "clip_g": "clip_g", "language": "gemma2_2b"}  # encoder -> whose weights it has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,36 +149,23 @@ class T2IFlowMatching(FlowMatching):
         Raises:
             ValueError: a folder is not named, or holds another network.
         """
-        spec, encoders = self.frozen_spec(), self.config.encoders
-        if mesh is None:
-            places = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), spec)
-        else:
-            places = tree_shardings(spec, self.rules(), mesh)
+        encoders = self.config.encoders
         if encoders.stand_ins:
-            return jax.jit(self._stand_ins, out_shardings=places)(jax.random.key(_STAND_IN))
-        frozen = {}
-        for name, part in _PARTS.items():
-            folder, published = getattr(encoders, f"{name}_folder"), source(part.source)
-            if not folder:
-                raise ValueError(f"set encoders.{name}_folder to a folder of these weights\n{published.advice}")
-            weight_map = part.maps.weight_map(self.encoders[name].config)
-            dtype = jax.tree.leaves(spec[name])[0].dtype
-            frozen[name] = load(
-                pathlib.Path(folder), weight_map, spec[name], places[name], dtype=dtype, source=published
-            )
+            return draw_stand_ins({**self.encoders, "codec": self.codec.network}, self.rules(), mesh)
+        frozen = {
+            name: load_text_encoder(network, PUBLISHED[name], getattr(encoders, f"{name}_folder"), mesh)
+            for name, network in self.encoders.items()
+        }
         return {**frozen, "codec": load_codec(self.config.codec, self.codec, mesh)}
-
-    def _stand_ins(self, key: jax.Array) -> Tree:
-        networks = {**self.encoders, "codec": self.codec.network}
-        drawn = {name: init(network, jax.random.fold_in(key, i)) for i, (name, network) in enumerate(networks.items())}
-        return jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), drawn, self.frozen_spec())
 
     def rules(self) -> Sequence[tuple[str, PartitionSpec]]:
         """Those of the networks."""
         return [
             *within("unet", unet.RULES),
             *within("conditioner", context.RULES),
-            *(rule for name, part in _PARTS.items() for rule in within(name, part.rules)),
+            *within("clip_l", clip.RULES),
+            *within("clip_g", clip.RULES),
+            *within("language", gemma2.RULES),
             *within("codec", autoencoder.RULES),
         ]
 

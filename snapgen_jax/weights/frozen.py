@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from snapgen_jax.networks import autoencoder, lpips, mmdit, tiny_decoder
+from snapgen_jax.networks import autoencoder, clip, gemma2, lpips, mmdit, tiny_decoder
 from snapgen_jax.networks.codec import Codec, CodecConfig
 from snapgen_jax.networks.mmdit import MMDiTConfig
 from snapgen_jax.networks.module import Network, flatten, frozen_spec, init, unflatten
@@ -21,13 +21,15 @@ from snapgen_jax.parallel.sharding import Rules, tree_shardings
 from snapgen_jax.training.checkpoint import Checkpointer
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.weights.loader import load
+from snapgen_jax.weights.maps import clip as clip_map
+from snapgen_jax.weights.maps import gemma2 as gemma2_map
 from snapgen_jax.weights.maps import lpips as lpips_map
 from snapgen_jax.weights.maps import sd3_autoencoder, sd3_mmdit
 from snapgen_jax.weights.sources import source
 
 Tree = Any
 Path = tuple[str, ...]
-_STAND_IN = 2412  # the seed of the network that stands in for LPIPS
+_STAND_IN = 2412  # the seed of the networks that stand in for trained ones
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +151,51 @@ def load_mmdit(folder: epath.PathLike, config: MMDiTConfig, spec: Tree, mesh: Me
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def load_text_encoder(network: Network, name: str, folder: str, mesh: Mesh | None = None) -> Tree:
+    """A published text encoder, slice by slice onto the mesh.
+
+    Args:
+        network: of `networks.clip.ClipText` or `networks.gemma2.Gemma2`.
+        name: "clip_l", "clip_g" or "gemma2_2b".
+        folder: of its safetensors files.
+        mesh: where the parameters go; without one onto one device.
+
+    Raises:
+        ConfigError: no folder is named, it is not there, or it holds another network.
+    """
+    if not folder:
+        raise ConfigError(
+            f"the text encoder {name} has no weights: set its folder among `encoders`\n{source(name).advice}"
+        )
+    maps, rules = (gemma2_map, gemma2.RULES) if name == "gemma2_2b" else (clip_map, clip.RULES)
+    spec = frozen_spec(network)
+    dtype, places = jax.tree.leaves(spec)[0].dtype, _places(spec, mesh, rules)
+    try:
+        weight_map = maps.weight_map(network.config)
+        return load(pathlib.Path(folder), weight_map, spec, places, dtype=dtype, source=source(name))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def draw_stand_ins(networks: dict[str, Network], rules: Rules = (), mesh: Mesh | None = None) -> Tree:
+    """Drawn parameters for networks whose weights are not at hand, always the same and in their dtypes: a step on them
+    shows its speed and memory.
+
+    Args:
+        networks: by name.
+        rules: how their parameters are split over the mesh.
+        mesh: where they go; without one onto one device.
+    """
+    spec = {name: frozen_spec(network) for name, network in networks.items()}
+
+    def draw(key: jax.Array) -> Tree:
+        keys = jax.random.split(key, len(networks))
+        drawn = {name: init(network, key) for (name, network), key in zip(networks.items(), keys, strict=True)}
+        return jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), drawn, spec)
+
+    return jax.jit(draw, out_shardings=_places(spec, mesh, rules))(jax.random.key(_STAND_IN))
 
 
 def load_perceptual(network: Network, folder: str = "", mesh: Mesh | None = None) -> Tree:
