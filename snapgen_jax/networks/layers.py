@@ -106,7 +106,9 @@ def _pointwise_jvp(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ..
 class GroupNorm(nnx.Module):
     """Group normalisation (Wu and He 2018, equations 1-3) of `[B, H, W, C]`.
 
-    The statistics are taken over `[B, H*W, G, C/G]`, four dimensions where the usual form has five.
+    The statistics are taken of each channel first, and put together for its group: what has the size of the image keeps
+    its channels in one axis. Split into groups they lie badly in memory; SnapGen's decoder took three times as long as
+    TFLite for it.
 
     Raises:
         ValueError: `groups` does not divide `width`.
@@ -121,11 +123,17 @@ class GroupNorm(nnx.Module):
         self.groups, self.epsilon, self.dtype = groups, epsilon, dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        b, h, w, c = x.shape
-        y = x.astype(jnp.float32).reshape(b, h * w, self.groups, c // self.groups)
-        y = y - y.mean(axis=(1, 3), keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=(1, 3), keepdims=True) + self.epsilon)
-        return (y.reshape(b, h, w, c) * self.scale[...] + self.bias[...]).astype(self.dtype)
+        b, _, _, c = x.shape
+        grouped, channels = (b, self.groups, c // self.groups), (b, 1, 1, c)
+        y = x.astype(jnp.float32)
+        mean = y.mean(axis=(1, 2))
+        y = y - mean.reshape(channels)
+        variance, mean = jnp.square(y).mean(axis=(1, 2)).reshape(grouped), mean.reshape(grouped)
+        mean = mean - mean.mean(axis=2, keepdims=True)  # of the channel, against its group
+        variance = (variance + jnp.square(mean)).mean(axis=2, keepdims=True)
+        gain = jax.lax.rsqrt(variance + self.epsilon) * self.scale[...].reshape(grouped[1:])
+        bias = mean * gain + self.bias[...].reshape(grouped[1:])
+        return (y * gain.reshape(channels) + bias.reshape(channels)).astype(self.dtype)
 
 
 class LayerNorm(nnx.Module):
