@@ -7,6 +7,8 @@ import dataclasses
 import math
 import re
 
+from snapgen_jax.parallel.traffic import repeated_lines
+
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2}
 _BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
 _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
@@ -34,12 +36,14 @@ class Collective:
 
 
 def collectives(text: str) -> dict[str, Collective]:
-    """The collectives of a program by kind, from the text of its compiled module. One in a loop is counted once.
+    """The collectives of a program by kind, from the text of its compiled module; one in a loop is counted as often as
+    the loop runs.
 
     A ring of n devices moves (n-1)/n of a gathered or scattered array past each device, and twice that for a sum.
     """
     found: dict[str, list[tuple[int, int]]] = collections.defaultdict(list)
-    for match in map(_LINE.search, text.splitlines()):
+    for line, times in repeated_lines(text):
+        match = _LINE.search(line)
         if match is None:
             continue
         kind, sizes = match["kind"], [_size(*array) for array in _ARRAY.findall(match["type"])]
@@ -51,7 +55,7 @@ def collectives(text: str) -> dict[str, Collective]:
         share = (devices - 1) / max(devices, 1)
         whole = size * devices if kind == "reduce-scatter" else size
         factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share)
-        found[kind].append((size, round(factor * whole)))
+        found[kind] += [(size, round(factor * whole))] * times
     return {
         kind: Collective(len(sizes), sum(s for s, _ in sizes), sum(w for _, w in sizes))
         for kind, sizes in sorted(found.items())

@@ -1,8 +1,9 @@
 """Whether a job fits a pod and what it will cost, known on a laptop: the very step is compiled for the real topology.
 
 XLA compiles for TPUs that are not there (`jax.experimental.topologies`), and says what the program needs. Memory is
-what the compiler allots. Operations, bytes and the time that follows are estimates: the time is what the chip needs at
-its peaks and a lower bound, since arithmetic, memory and links are taken to overlap wholly.
+what the compiler allots. Operations are XLA's estimate, and what passes through memory is read off the program it made.
+The time that follows is what the chip needs at its peaks and a lower bound, since arithmetic, memory and links are
+taken to overlap wholly.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from jax.sharding import Mesh
 
 from snapgen_jax.parallel.chips import Chip, Roofline, chip_of
 from snapgen_jax.parallel.hlo import Collective, collectives
+from snapgen_jax.parallel.traffic import traffic
 
 Tree = Any
 _LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -88,7 +90,11 @@ class Plan:
         compile_seconds: on this machine.
         argument_bytes: state, frozen networks and batch, on one device.
         temporary_bytes: what the step allots beside them.
-        flops, bytes_accessed: of one step on one device, as XLA estimates them.
+        flops: of one step on one device, as XLA estimates them, with loops counted as often as they run.
+        memory_bytes: that one step reads from and writes to the memory of one device, see `parallel.traffic`; 0 in a
+            plan that was stored without.
+        bytes_accessed: XLA's estimate of the same: of all operands and results, on the chip or not, and of the body of
+            a loop once.
         collectives: by kind, in one step.
         derived_from: the topology that the step was compiled for, where that is another; "" where it is this one.
     """
@@ -109,6 +115,7 @@ class Plan:
     argument_bytes: int = 0
     temporary_bytes: int = 0
     flops: float = 0.0
+    memory_bytes: int = 0
     bytes_accessed: float = 0.0
     collectives: Mapping[str, Collective] = dataclasses.field(default_factory=dict)
     derived_from: str = ""
@@ -162,7 +169,7 @@ class Plan:
     def roofline(self) -> Roofline:
         """What the step needs of one device, and the time that this takes at the chip's peaks: no step is faster."""
         wire_bytes = sum(found.wire_bytes for found in self.collectives.values())
-        return Roofline(chip_of(self.chip), self.flops, self.bytes_accessed, wire_bytes)
+        return Roofline(chip_of(self.chip), self.flops, self.memory_bytes or self.bytes_accessed, wire_bytes)
 
     @property
     def examples_per_second(self) -> float:
@@ -185,8 +192,8 @@ class Plan:
             "bound": at_peaks.bound,
             "step_seconds": at_peaks.seconds,
             "flops_per_example": self.flops * per_example,
-            "bytes_per_example": self.bytes_accessed * per_example,
-            "intensity": self.flops / max(self.bytes_accessed, 1.0),
+            "bytes_per_example": at_peaks.bytes_accessed * per_example,
+            "intensity": self.flops / max(at_peaks.bytes_accessed, 1.0),
             "examples_per_second": self.examples_per_second,
             "examples_per_second_per_chip": self.examples_per_second / self.chips,
             "days": days,
@@ -218,7 +225,10 @@ class Plan:
         ]
         return [
             ("", f"arguments {gigabytes(self.argument_bytes)}, temporaries {gigabytes(self.temporary_bytes)}"),
-            ("a step (XLA's estimate)", f"{tera(self.flops)}FLOP, {gigabytes(self.bytes_accessed)} on each device"),
+            (
+                "a step",
+                f"{tera(self.flops)}FLOP (XLA's estimate), {gigabytes(self.roofline.bytes_accessed)} of memory traffic",
+            ),
             ("an example", f"{tera(j['flops_per_example'])}FLOP, {gigabytes(j['bytes_per_example'])}"),
             ("intensity", f"{j['intensity']:.1f} FLOP/byte"),
             *sent,
@@ -294,7 +304,8 @@ def plan_step(
             raise
         return Plan(**facts, fits=False, peak_bytes=_needed(str(error)), compile_seconds=time.perf_counter() - begin)
     seconds = time.perf_counter() - begin
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+    found = traffic(text)
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Plan(
         **facts,
@@ -302,9 +313,10 @@ def plan_step(
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         peak_bytes=held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
-        flops=float(cost.get("flops", 0.0)),
+        flops=float(cost.get("flops", 0.0)) + found.repeated_flops,
+        memory_bytes=found.memory_bytes,
         bytes_accessed=float(cost.get("bytes accessed", 0.0)),
-        collectives=collectives(compiled.as_text()),
+        collectives=collectives(text),
         compile_seconds=seconds,
     )
 

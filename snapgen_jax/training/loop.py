@@ -22,6 +22,7 @@ from snapgen_jax.evaluation.interfaces import EvaluationResult
 from snapgen_jax.parallel.chips import Roofline, chip_of_kind
 from snapgen_jax.parallel.mesh import MeshConfig, batch_sharding, check_batch, make_mesh, put_batch
 from snapgen_jax.parallel.sharding import explain, summarize, tree_shardings
+from snapgen_jax.parallel.traffic import traffic
 from snapgen_jax.training import progress
 from snapgen_jax.training.checkpoint import CheckpointConfig, Checkpointer
 from snapgen_jax.training.exits import ConfigError, DivergedError, PreemptedError
@@ -152,7 +153,8 @@ def roofline(compiled: jax.stages.Compiled) -> Roofline | None:
     chip, cost = chip_of_kind(jax.devices()[0].device_kind), compiled.cost_analysis()
     if chip is None or not cost:
         return None
-    return Roofline(chip, float(cost.get("flops", 0.0)), float(cost.get("bytes accessed", 0.0)))
+    found = traffic(compiled.as_text() or "")
+    return Roofline(chip, float(cost.get("flops", 0.0)) + found.repeated_flops, found.memory_bytes)
 
 
 def lower_abstract_step(recipe: Recipe, seed: int, mesh: Mesh, bucket: str) -> tuple[jax.stages.Lowered, Tree]:

@@ -9,6 +9,7 @@ from snapgen_jax.parallel.hlo import Collective, collectives
 from snapgen_jax.parallel.mesh import MeshConfig, make_mesh
 
 LINES = """
+ENTRY %main (a: f32[1024,8]) -> f32[8] {
   %all-reduce.1 = f32[1024,8]{1,0} all-reduce(%a), channel_id=1, replica_groups=[1,8]<=[8], to_apply=%add
   %all-gather.1 = bf16[64,32]{1,0} all-gather(%b), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
   %ag = (bf16[16,32]{1,0}, bf16[64,32]{1,0}) all-gather-start(%b), replica_groups={{0,1,2,3},{4,5,6,7}}
@@ -17,6 +18,7 @@ LINES = """
   %cp = u32[10]{0} collective-permute(%d), source_target_pairs={{0,1},{1,0}}
   %m = f32[8]{0} all-reduce(%d), replica_groups=mesh['a'=4,'b'=2,'c'=4] {'a','c':(1)2}, to_apply=%add
   %fusion.1 = f32[8] fusion(%e), calls=%all-reduce-like
+}
 """
 
 
