@@ -23,5 +23,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if arg not in (None, "runlocal"):
         raise ValueError(f"unknown argument {arg!r}; the argument is runlocal, or nothing")
     first = runpy.run_path(str(pathlib.Path(__file__).with_name("t2i_256.py")))
-    c = first["stage"](size=1024, batch_size=1_024, train_steps=100_000, shift=3.0, remat="blocks")
+    c = first["stage"](size=1024, batch_size=1_024, train_steps=100_000, shift=3.0, microbatches=4)
     return first["run_locally"](c) if arg else c

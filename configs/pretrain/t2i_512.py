@@ -23,5 +23,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if arg not in (None, "runlocal"):
         raise ValueError(f"unknown argument {arg!r}; the argument is runlocal, or nothing")
     first = runpy.run_path(str(pathlib.Path(__file__).with_name("t2i_256.py")))
-    c = first["stage"](size=512, batch_size=2_048, train_steps=100_000, shift=1.7, remat="blocks")
+    c = first["stage"](size=512, batch_size=2_048, train_steps=100_000, shift=1.7, microbatches=2)
     return first["run_locally"](c) if arg else c
