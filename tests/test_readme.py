@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from snapgen_jax.cli import build_parser, split_overrides
+from snapgen_jax.chain import load_chain
 from snapgen_jax.config import load_config
 from snapgen_jax.training.exits import ExitCode
 
@@ -71,7 +72,8 @@ def test_a_snapgen_command_that_is_named_is_understood(command):
         return
     parsed = build_parser().parse_args(arguments)
     if overrides:
-        load_config(str(ROOT / parsed.config), overrides)
+        load = load_chain if arguments[0] == "chain" else load_config
+        load(str(ROOT / parsed.config), overrides)
 
 
 def test_the_exit_codes_are_the_documented_ones():
