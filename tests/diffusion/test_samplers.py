@@ -1,5 +1,7 @@
 """Samplers against the exact flow of Gaussian data (see conftest.py), and the contract of `sample`."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,7 +111,7 @@ def test_the_state_is_float32_whatever_the_network_computes_in(method):
 
 
 def test_renoising_jumps_to_the_data_and_back_to_the_next_time_with_one_call_an_interval():
-    # Data ~ N(0, s): E[x_0 | x_t] = k_t x_t with k_t = (1-t) s / ((1-t)^2 s + t^2), so that three jumps are one product.
+    # Data ~ N(0, s): E[x_0 | x_t] = k_t x_t with k_t = (1-t) s / ((1-t)^2 s + t^2): three jumps are one product.
     s, times = 0.3, np.array([1.0, 0.6, 0.25, 0.0], np.float32)
     k = {float(t): (1 - t) * s / ((1 - t) ** 2 * s + t**2) for t in times[:-1]}
     eps = jax.random.normal(jax.random.key(0), (4, 5, 2, 3))
@@ -120,7 +122,7 @@ def test_renoising_jumps_to_the_data_and_back_to_the_next_time_with_one_call_an_
 
     x, calls = sample(denoise, eps[0], times, 0, method="renoise", noise=eps[1:])
     expected = eps[0]
-    for i, (t, to) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for i, (t, to) in enumerate(itertools.pairwise(times)):
         expected = (1 - to) * k[float(t)] * expected + to * eps[1 + i]
     assert calls == 3
     np.testing.assert_allclose(x, expected, atol=1e-6)
