@@ -26,10 +26,11 @@ from snapgen_jax.losses.adversarial import gradient_penalty, hinge_discriminator
 from snapgen_jax.losses.flow_matching import flow_matching_loss
 from snapgen_jax.networks.discriminator import DiscriminatorConfig
 from snapgen_jax.networks.module import Platform, apply, build, for_platform, init
+from snapgen_jax.networks.module import frozen_spec as spec_of
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.time_features import time_features
 from snapgen_jax.recipes.distillation import DistillationConfig, Distilled, tap_shapes
-from snapgen_jax.recipes.flow_matching import SamplingConfig, stored
+from snapgen_jax.recipes.flow_matching import SamplingConfig
 from snapgen_jax.training.accumulate import accumulate_gradients
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.optimizer import (
@@ -155,7 +156,7 @@ class FewStep(Distilled):
         """As for the distillation, and `{"trunk"}`, unless that is the teacher."""
         spec = super().frozen_spec()
         if self.config.adversarial_weight and self.config.trunk == "student":
-            spec = {**spec, "trunk": {self.network_name: stored(self.network, self.network_spec)}}
+            spec = {**spec, "trunk": {self.network_name: spec_of(self.network)}}
         return spec
 
     def load_frozen(self, mesh: Mesh | None) -> Tree:

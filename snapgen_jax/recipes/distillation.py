@@ -38,16 +38,17 @@ from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.codec import CodecConfig, build_codec, from_uint8
 from snapgen_jax.networks.mmdit import MMDiTConfig
 from snapgen_jax.networks.module import Platform, apply, build, for_platform, init
+from snapgen_jax.networks.module import frozen_spec as spec_of
 from snapgen_jax.networks.projector import ProjectorConfig
 from snapgen_jax.networks.rules import within
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.time_features import time_features
 from snapgen_jax.networks.unet import UNetConfig
-from snapgen_jax.recipes.flow_matching import Examined, FlowMatching, FlowMatchingConfig, stored
+from snapgen_jax.recipes.flow_matching import Examined, FlowMatching, FlowMatchingConfig
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.recipe import Metrics
 from snapgen_jax.training.state import TrainState
-from snapgen_jax.weights.frozen import draw, load_codec, load_mmdit, load_run
+from snapgen_jax.weights.frozen import draw_stand_ins, load_codec, load_mmdit, load_run
 
 Tree = Any
 RULES = {"unet": unet.RULES, "mmdit": mmdit.RULES}
@@ -133,8 +134,8 @@ class Distilled(FlowMatching):
             if weight
         }
         self.teacher_config = getattr(teacher, teacher.network)
-        self.teacher, teacher_spec = build(for_platform(self.teacher_config, platform))
-        self.teacher_spec = stored(self.teacher, teacher_spec)
+        self.teacher, _ = build(for_platform(self.teacher_config, platform))
+        self.teacher_spec = spec_of(self.teacher)
         self.teacher_text = None if teacher.text is None else build(for_platform(teacher.text, platform))[0]
         self.teacher_codec = None if teacher.codec is None else build_codec(teacher.codec, platform)
         self._check()
@@ -218,7 +219,7 @@ class Distilled(FlowMatching):
             return super().frozen_spec()
         teacher = {self.config.teacher.network: self.teacher_spec}
         if self.teacher_text is not None:
-            teacher["text"] = stored(self.teacher_text, build(self.teacher_text.config)[1])
+            teacher["text"] = spec_of(self.teacher_text)
         if self.teacher_codec is not None and (codec := self.teacher_codec.spec()):
             teacher["codec"] = codec
         return {**super().frozen_spec(), "teacher": teacher}
@@ -235,7 +236,7 @@ class Distilled(FlowMatching):
         rules = [*_teacher_rules(), *within("text", clip.RULES)]
         if teacher.random:
             networks = {teacher.network: self.teacher, "text": self.teacher_text}
-            found = draw({name: networks[name] for name in wanted}, wanted, mesh=mesh, rules=rules)
+            found = draw_stand_ins({name: networks[name] for name in wanted}, rules, mesh)
         elif teacher.weights:
             found = {"mmdit": load_mmdit(teacher.weights, self.teacher_config, wanted["mmdit"], mesh)}
         elif teacher.workdir:

@@ -30,7 +30,8 @@ from snapgen_jax.networks import clip, mmdit, unet
 from snapgen_jax.networks.clip import ClipTextConfig, null_tokens
 from snapgen_jax.networks.codec import Codec, CodecConfig, build_codec, from_uint8, to_uint8
 from snapgen_jax.networks.mmdit import MMDiTConfig
-from snapgen_jax.networks.module import Network, Platform, apply, build, compute_dtype, for_platform, init
+from snapgen_jax.networks.module import Platform, apply, build, for_platform, init
+from snapgen_jax.networks.module import frozen_spec as spec_of
 from snapgen_jax.networks.rules import within
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.time_features import MAX_PERIOD, TIME_SCALE, time_features
@@ -196,7 +197,7 @@ class FlowMatching:
 
     def frozen_spec(self) -> Tree:
         """`{"text"}` if the text encoder is that of an earlier run, and `{"codec"}` if the codec is a network."""
-        text = {"text": stored(self.text, self.text_spec)} if self.text_workdir else {}
+        text = {"text": spec_of(self.text)} if self.text_workdir else {}
         codec = self.codec.spec()
         return {**text, **({"codec": codec} if codec else {})}
 
@@ -527,12 +528,6 @@ class FlowMatching:
 
         inputs = {"latent": jax.ShapeDtypeStruct((1, *latent_shape), jnp.float32)}
         return [ExportUnit("decoder", decode, select, inputs)]
-
-
-def stored(network: Network, spec: Tree) -> Tree:
-    """Shapes of a frozen network's parameters, in the dtype in which it computes."""
-    dtype = compute_dtype(network.config)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), spec)
 
 
 def initial_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -225,22 +224,6 @@ def load_perceptual(network: Network, folder: str = "", mesh: Mesh | None = None
         return load(pathlib.Path(folder), weight_map, spec, places, dtype=dtype, source=source("lpips"))
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def draw(networks: Mapping[str, Network], spec: Tree, *, mesh: Mesh | None = None, rules: Rules = ()) -> Tree:
-    """Freshly drawn networks in place of trained ones, to try a run before its weights are there.
-
-    Args:
-        networks: by name.
-        spec: `{name: nested dict of ShapeDtypeStruct}`, the dtypes that are asked for.
-        mesh, rules: where the parameters go, as for `load_run`.
-    """
-
-    def drawn() -> Tree:
-        fresh = {name: init(network, jax.random.key(i)) for i, (name, network) in enumerate(networks.items())}
-        return jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), fresh, spec)
-
-    return jax.jit(drawn, out_shardings=_places(spec, mesh, rules))()
 
 
 def _is_published(folder: epath.Path) -> bool:
