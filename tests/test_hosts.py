@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 
@@ -214,3 +215,25 @@ def test_a_cluster_that_is_not_the_expected_one_is_refused(monkeypatch, environm
     with pytest.raises(hosts.ClusterError, match=message):
         hosts.start(**arguments)
     assert hosts.current().count == 1
+
+
+def test_the_end_of_listening_takes_no_bytes_of_files_that_are_opened_after(tmp_path, monkeypatch):
+    looking, go_on = threading.Event(), threading.Event()
+
+    def select_late(*_):
+        looking.set()
+        go_on.wait(TIMEOUT)
+
+    monkeypatch.setattr(hosts, "select", types.SimpleNamespace(select=select_late))
+    cluster = hosts.Cluster()
+    with cluster.listen(lambda notes, signals: None):
+        assert looking.wait(TIMEOUT)
+        thread = cluster._thread
+    path = tmp_path / "train.jsonl"
+    path.write_text("x" * 2000)
+    files = [path.open() for _ in range(8)]  # one of them has the number of the pipe that was closed
+    go_on.set()
+    thread.join(TIMEOUT)
+    for file in files:
+        with file:
+            assert len(file.read()) == 2000

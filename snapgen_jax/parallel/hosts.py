@@ -111,9 +111,10 @@ class Cluster:
             yield
         finally:
             signal.set_wakeup_fd(before)
-            self._wakeup = None
-            os.close(writing)
-            os.close(reading)
+            with self._lock:
+                self._wakeup = None
+                os.close(writing)
+                os.close(reading)
 
     def _look(self) -> None:
         end = self._end
@@ -166,11 +167,12 @@ class Cluster:
         if pipe is None:
             time.sleep(seconds)
             return []
-        try:
+        with contextlib.suppress(OSError):  # it was closed meanwhile, or nothing came
             select.select([pipe[0]], [], [], seconds)
-            return list(os.read(pipe[0], 1024))
-        except (BlockingIOError, OSError):  # nothing came, or the pipe was closed meanwhile
-            return []
+            with self._lock:  # the number of a closed pipe is that of the next file opened, whose bytes are not ours
+                if self._wakeup == pipe:
+                    return list(os.read(pipe[0], 1024))
+        return []
 
     # --- ends ---
 
