@@ -10,21 +10,6 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
-    """When to evaluate, and what.
-
-    Attributes:
-        every_steps: cadence of `during`; 0 means only at the end.
-        during: evaluators run while training.
-        final: evaluators run once after the last step.
-    """
-
-    every_steps: int = 1000
-    during: tuple[str, ...] = ("validation_loss", "sample_grid")
-    final: tuple[str, ...] = ("validation_loss", "sample_grid")
-
-
-@dataclasses.dataclass(frozen=True)
 class EvaluatorSpec:
     """A recipe's request for one evaluator.
 
@@ -42,6 +27,30 @@ class EvaluatorSpec:
     at_end: bool = True
     function: Callable[..., dict[str, Any]] | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """When to evaluate, and what.
+
+    Attributes:
+        every_steps: cadence of `during`; 0 means only at the end.
+        during: evaluators run while training.
+        final: evaluators run once after the last step.
+    """
+
+    every_steps: int = 1000
+    during: tuple[str, ...] = ("validation_loss", "sample_grid")
+    final: tuple[str, ...] = ("validation_loss", "sample_grid")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that are named, each once."""
+        return tuple(dict.fromkeys((*self.during, *self.final)))
+
+    def spec(self, name: str, **parts: Any) -> EvaluatorSpec:
+        """The request for one evaluator at these times; `parts` are its `function` and `options`."""
+        return EvaluatorSpec(name, self.every_steps if name in self.during else 0, name in self.final, **parts)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, PartitionSpec
 from snapgen_jax.evaluation.interfaces import EvaluationConfig, EvaluatorSpec
 from snapgen_jax.losses.adversarial import adaptive_weight, hinge_discriminator_loss, hinge_generator_loss
 from snapgen_jax.networks import autoencoder, lpips, patch_discriminator, tiny_decoder
-from snapgen_jax.networks.codec import from_uint8, to_uint8
+from snapgen_jax.networks.codec import Codec, from_uint8, to_uint8
 from snapgen_jax.networks.lpips import LPIPSConfig
 from snapgen_jax.networks.module import Platform, apply, build, for_platform, frozen_spec, init
 from snapgen_jax.networks.patch_discriminator import PatchDiscriminatorConfig
@@ -95,7 +95,8 @@ class ReconstructionConfig:
 
 
 class Reconstruction:
-    """A recipe without its networks. A subclass gives `new_params`, `draw`, `make`, `last_layer` and `decoders`."""
+    """A recipe without its networks. A subclass gives `new_params`, `draw`, `make`, `last_layer`,
+    `decoders` and `trained_codec`."""
 
     last_layer: Path
 
@@ -141,6 +142,10 @@ class Reconstruction:
 
     def decoders(self, params: Tree, frozen: Tree, images: jax.Array) -> dict[str, jax.Array]:
         """`{name: [B, H, W, 3]}`: images in [-1, 1] through each decoder that the recipe knows."""
+        raise NotImplementedError
+
+    def trained_codec(self, params: Tree, frozen: Tree) -> Codec:
+        """The codec that is trained, as it is so far."""
         raise NotImplementedError
 
     # --- shapes ---
@@ -268,6 +273,13 @@ class Reconstruction:
 
     # --- use ---
 
+    def generate(self, params: Tree, frozen: Tree, conditions: Tree, key: jax.Array) -> dict[str, jax.Array]:
+        """`image` uint8 `[B, H, W, 3]` of the conditions -> its `latent` and the `image` made of that."""
+        del key
+        codec = self.trained_codec(params, frozen)
+        latent = codec.encode(from_uint8(conditions["image"]))
+        return {"image": to_uint8(codec.decode(latent)), "latent": latent}
+
     def reconstruct(self, params: Tree, frozen: Tree, batch: Tree, key: jax.Array) -> dict[str, jax.Array]:
         """What the evaluator "reconstruction" compares: `original` and the output of each decoder, uint8
         `[B, H, W, 3]`, and its perceptual distance `lpips/<decoder>` `[B]`."""
@@ -283,15 +295,8 @@ class Reconstruction:
     def evaluators(self) -> Sequence[EvaluatorSpec]:
         """Those that `config.evaluation` names."""
         when = self.config.evaluation
-        return [
-            EvaluatorSpec(
-                name,
-                every_steps=when.every_steps if name in when.during else 0,
-                at_end=name in when.final,
-                function=self.reconstruct if name == "reconstruction" else None,
-            )
-            for name in dict.fromkeys((*when.during, *when.final))
-        ]
+        parts = {"reconstruction": {"function": self.reconstruct}}
+        return [when.spec(name, **parts.get(name, {})) for name in when.names]
 
     def exports(self) -> ExportPlan:
         """A decoder draws nothing by itself.

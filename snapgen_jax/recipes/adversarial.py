@@ -30,7 +30,7 @@ from snapgen_jax.networks.module import frozen_spec as spec_of
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.time_features import time_features
 from snapgen_jax.recipes.distillation import DistillationConfig, Distilled, tap_shapes
-from snapgen_jax.recipes.flow_matching import SamplingConfig
+from snapgen_jax.recipes.flow_matching import SamplingConfig, predict
 from snapgen_jax.training.accumulate import accumulate_gradients
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.optimizer import (
@@ -187,14 +187,13 @@ class FewStep(Distilled):
 
     def features(self, params: Tree, x_s: jax.Array, s: jax.Array, context: TextContext, drawn: Tree) -> Tree:
         """What the trunk makes of noisy latents `[B, h, w, c]`: `{tap: [B, h, w, C]}`."""
-        taps = self.config.discriminator.taps
         if self.config.trunk == "teacher":
-            network, config, weights = self.teacher, self.teacher_config, params["teacher"][self.config.teacher.network]
+            network, weights = self.teacher, params["teacher"][self.config.teacher.network]
             context = self.teacher_context(params, drawn, context)
         else:
-            network, config, weights = self.network, self.network_config, params["trunk"][self.network_name]
+            network, weights = self.network, params["trunk"][self.network_name]
         weights, context = jax.lax.stop_gradient((weights, context))
-        return apply(network, weights, x_s, time_features(s, config.time_width), context, taps=taps)[1]
+        return predict(network, weights, x_s, s, context, taps=self.config.discriminator.taps)[1]
 
     def judge(self, heads: Tree, features: Tree, s: jax.Array, context: TextContext) -> Tree:
         """Logits of every depth, `{tap: [B, h, w]}`."""
@@ -275,13 +274,13 @@ class FewStep(Distilled):
         config, players = self.config, dict(state.players)
         drawn = self.draw(frozen, batch, key, state.step)
         given = {**frozen, **state.extra}
+        networks = {**given, **players["model"].params}
         metrics: Metrics = {}
-        model = players["model"]
         for name, loss in (("discriminator", self.discriminator_loss), ("critic", self.critic_loss)):
             if name not in players:
                 continue
             grads, _, found = accumulate_gradients(
-                lambda params, drawn, loss=loss: loss(params, {**given, **model.params}, drawn),
+                lambda params, drawn, loss=loss: loss(params, networks, drawn),
                 players[name].params,
                 drawn,
                 config.microbatches,
@@ -290,15 +289,9 @@ class FewStep(Distilled):
             players[name] = step_player(players[name], grads, self.discriminator_optimizer, state.step, 0.0)
             metrics |= {**found, f"grad_norm/{name}": norm}
             given[name] = players[name].params
-        grads, total, found = accumulate_gradients(
-            lambda params, drawn: self.loss({**given, **params}, drawn), model.params, drawn, config.microbatches
-        )
-        grads, norm = clip_by_joint_norm(grads, config.optimizer.clip_norm)
-        players["model"] = step_player(model, grads, self.optimizer, state.step, config.ema_decay)
-        extra, further = self.report(state.extra, found)
-        rate = jnp.asarray(self.learning_rate(state.step))
-        metrics |= {"loss": total, **further, "grad_norm/model": norm, "learning_rate": rate}
-        return state.replace(players=players, extra=extra), metrics
+        new, further = self.learn(state.replace(players=players), given, drawn)
+        norm = further.pop("grad_norm")
+        return new, {**metrics, **further, "grad_norm/model": norm}
 
 
 class Adversarial(FewStep):

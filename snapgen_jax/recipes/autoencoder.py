@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from snapgen_jax.losses.gaussian import kl_to_standard_normal
 from snapgen_jax.networks.autoencoder import AutoencoderCodec, AutoencoderConfig
-from snapgen_jax.networks.codec import from_uint8, to_uint8
+from snapgen_jax.networks.codec import from_uint8
 from snapgen_jax.networks.module import Platform, apply, build, for_platform, init
 from snapgen_jax.recipes._reconstruction import Reconstruction, ReconstructionConfig, ReconstructionLoss
 
@@ -95,13 +95,6 @@ class AutoencoderTraining(Reconstruction):
         """The autoencoder as it is trained so far."""
         del frozen
         return AutoencoderCodec(self.autoencoder, params["model"]["autoencoder"])
-
-    def generate(self, params: Tree, frozen: Tree, conditions: Tree, key: jax.Array) -> dict[str, jax.Array]:
-        """`image` uint8 `[B, H, W, 3]` of the conditions -> its `latent` and the `image` made of that."""
-        del key
-        codec = self.trained_codec(params, frozen)
-        latent = codec.encode(from_uint8(conditions["image"]))
-        return {"image": to_uint8(codec.decode(latent)), "latent": latent}
 
 
 RECIPE = AutoencoderTraining

@@ -193,13 +193,7 @@ class Contrastive:
 
     def evaluators(self) -> Sequence[EvaluatorSpec]:
         """The loss and the accuracy on the validation split."""
-        when = self.config.evaluation
-        name = "validation_loss"
-        return [
-            EvaluatorSpec(
-                name, when.every_steps if name in when.during else 0, name in when.final, self.validation_losses
-            )
-        ]
+        return [self.config.evaluation.spec("validation_loss", function=self.validation_losses)]
 
     def exports(self) -> ExportPlan:
         """There is nothing to draw with.

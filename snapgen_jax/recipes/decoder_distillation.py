@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from snapgen_jax.networks.codec import CodecConfig, build_codec, from_uint8, to_uint8
+from snapgen_jax.networks.codec import CodecConfig, build_codec, from_uint8
 from snapgen_jax.networks.module import Platform, apply, build, for_platform, init
 from snapgen_jax.networks.tiny_decoder import TinyDecoderCodec, TinyDecoderConfig
 from snapgen_jax.recipes._reconstruction import Reconstruction, ReconstructionConfig
@@ -118,13 +118,6 @@ class DecoderDistillation(Reconstruction):
     def trained_codec(self, params: Tree, frozen: Tree) -> TinyDecoderCodec:
         """Encodes as the frozen encoder does, and decodes as the tiny decoder does."""
         return TinyDecoderCodec(self.decoder, params["model"]["decoder"], self.codec.bind(frozen["codec"]))
-
-    def generate(self, params: Tree, frozen: Tree, conditions: Tree, key: jax.Array) -> dict[str, jax.Array]:
-        """`image` uint8 `[B, H, W, 3]` of the conditions -> its `latent` and the `image` made of that."""
-        del key
-        codec = self.trained_codec(params, frozen)
-        latent = codec.encode(from_uint8(conditions["image"]))
-        return {"image": to_uint8(codec.decode(latent)), "latent": latent}
 
 
 RECIPE = DecoderDistillation

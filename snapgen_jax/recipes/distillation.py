@@ -37,14 +37,13 @@ from snapgen_jax.networks import clip, mmdit, unet
 from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.codec import CodecConfig, build_codec, from_uint8
 from snapgen_jax.networks.mmdit import MMDiTConfig
-from snapgen_jax.networks.module import Platform, apply, build, for_platform, init
+from snapgen_jax.networks.module import Network, Platform, apply, build, for_platform, init
 from snapgen_jax.networks.module import frozen_spec as spec_of
 from snapgen_jax.networks.projector import ProjectorConfig
 from snapgen_jax.networks.rules import within
 from snapgen_jax.networks.text import TextContext
-from snapgen_jax.networks.time_features import time_features
 from snapgen_jax.networks.unet import UNetConfig
-from snapgen_jax.recipes.flow_matching import Examined, FlowMatching, FlowMatchingConfig
+from snapgen_jax.recipes.flow_matching import Examined, FlowMatching, FlowMatchingConfig, Prediction, predict
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.recipe import Metrics
 from snapgen_jax.training.state import TrainState
@@ -78,7 +77,7 @@ class TeacherConfig:
     network: Literal["unet", "mmdit"] = "mmdit"
     unet: UNetConfig = UNetConfig.preset("shapes")
     mmdit: MMDiTConfig = MMDiTConfig.preset("shapes")
-    prediction: Literal["velocity", "x_0"] = "velocity"
+    prediction: Prediction = "velocity"
     text: ClipTextConfig | None = None
     codec: CodecConfig | None = None
     guidance: float = 1.0
@@ -140,7 +139,7 @@ class Distilled(FlowMatching):
         self.teacher_codec = None if teacher.codec is None else build_codec(teacher.codec, platform)
         self._check()
         self.projectors = {
-            f"projector_{i}": build(for_platform(config, platform))[0] for i, config in enumerate(self._projectors())
+            f"projector_{i}": build(for_platform(pair, platform))[0] for i, pair in enumerate(self._projectors())
         }
 
     def _check(self) -> None:
@@ -297,23 +296,21 @@ class Distilled(FlowMatching):
             x_t = interpolate(drawn["teacher_x_0"], drawn["teacher_eps"], t)
         condition = self.teacher_context(params, drawn, context)
 
-        def predict(
+        def ask(
             x: jax.Array, t: jax.Array, c: TextContext, taps: Sequence[str] = ()
         ) -> tuple[jax.Array, dict[str, jax.Array]]:
-            features = time_features(t, self.teacher_config.time_width)
-            out, found = apply(self.teacher, params["teacher"][teacher.network], x, features, c, taps=taps)
-            return (out if teacher.prediction == "velocity" else velocity_from_x0(x, out, t)), found
+            return predict(self.teacher, params["teacher"][teacher.network], x, t, c, teacher.prediction, taps)
 
         def velocity_at(x: jax.Array, t: jax.Array) -> jax.Array:
-            v = predict(x, t, condition)[0]
+            v = ask(x, t, condition)[0]
             if teacher.guidance == 1:
                 return v
             null = jax.tree.map(
                 lambda empty, c: jnp.broadcast_to(empty, c.shape), self.teacher_null_context(params), condition
             )
-            return guided(predict(x, t, null)[0], v, teacher.guidance)
+            return guided(ask(x, t, null)[0], v, teacher.guidance)
 
-        _, found = predict(x_t, t, condition, taps) if taps else (None, {})
+        _, found = ask(x_t, t, condition, taps) if taps else (None, {})
         if teacher.rollout_steps == 1:
             v = velocity_at(x_t, t)
         else:
@@ -369,15 +366,12 @@ def _teacher_rules() -> list[tuple[str, PartitionSpec]]:
     return [rule for name, rules in RULES.items() for rule in within(name, rules)]
 
 
-def tap_shapes(network: Any, spec: Tree, latent: tuple[int, ...], taps: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """`{tap: [1, h, w, C]}` of a network at a latent of shape `(h, w, c)`."""
-    config = network.config
-
-    def f32(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-    context = TextContext(f32(1, 8, config.context_width), f32(1, 8), f32(1, config.pooled_width or 0))
-    inputs = f32(1, *latent), f32(1, config.time_width), context
+def tap_shapes(
+    network: Network, spec: Tree, latent: tuple[int, ...], taps: Sequence[str]
+) -> dict[str, tuple[int, ...]]:
+    """`{tap: [1, h, w, C]}` of a UNet or an MMDiT at a latent of shape `(h, w, c)`."""
+    config, size = network.config, latent[:2]
+    inputs = unet.input_spec(config, 1, *size) if isinstance(config, UNetConfig) else mmdit.input_spec(config, 1, *size)
     _, found = jax.eval_shape(lambda params, *args: apply(network, params, *args, taps=taps), spec, *inputs)
     return {tap: leaf.shape for tap, leaf in found.items()}
 

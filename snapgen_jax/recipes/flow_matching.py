@@ -30,7 +30,7 @@ from snapgen_jax.networks import clip, mmdit, unet
 from snapgen_jax.networks.clip import ClipTextConfig, null_tokens
 from snapgen_jax.networks.codec import Codec, CodecConfig, build_codec, from_uint8, to_uint8
 from snapgen_jax.networks.mmdit import MMDiTConfig
-from snapgen_jax.networks.module import Platform, apply, build, for_platform, init
+from snapgen_jax.networks.module import Network, Platform, apply, build, for_platform, init
 from snapgen_jax.networks.module import frozen_spec as spec_of
 from snapgen_jax.networks.rules import within
 from snapgen_jax.networks.text import TextContext
@@ -50,6 +50,7 @@ from snapgen_jax.training.state import Player, TrainState
 from snapgen_jax.weights.frozen import load_codec, load_run
 
 Tree = Any
+Prediction = Literal["velocity", "x_0"]
 VALIDATION_TIMES = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
 
 
@@ -105,7 +106,7 @@ class FlowMatchingConfig:
     text: ClipTextConfig = ClipTextConfig.preset("shapes")
     text_workdir: str = ""
     codec: CodecConfig = CodecConfig()
-    prediction: Literal["velocity", "x_0"] = "velocity"
+    prediction: Prediction = "velocity"
     timesteps: TimestepConfig = TimestepConfig()
     loss_full_from: float = 0.0
     caption_dropout: float = 0.1
@@ -128,6 +129,7 @@ class FlowMatching:
     """See the top of this file. Implements `training.recipe.Recipe`."""
 
     Config = FlowMatchingConfig
+    prediction: Prediction
 
     def __init__(self, config: FlowMatchingConfig, platform: Platform):
         """`platform` is the one compiled for; it fixes compute dtype and form of the depthwise convolution."""
@@ -238,9 +240,7 @@ class FlowMatching:
         self, params: Tree, x_t: jax.Array, t: jax.Array, context: TextContext, taps: Sequence[str] = ()
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The velocity, and the named intermediates of the network."""
-        features = time_features(t, self.network_config.time_width)
-        out, found = apply(self.network, params[self.network_name], x_t, features, context, taps=taps)
-        return (out if self.prediction == "velocity" else velocity_from_x0(x_t, out, t)), found
+        return predict(self.network, params[self.network_name], x_t, t, context, self.prediction, taps)
 
     def condition(self, params: Tree, drawn: Tree) -> TextContext:
         """What the network attends to, of a batch or of drawn captions."""
@@ -277,23 +277,34 @@ class FlowMatching:
         return extra, {}
 
     def draw(self, frozen: Tree, batch: Tree, key: jax.Array, step: int | jax.Array = 0) -> Tree:
-        """Everything random about one global batch: noise, times, dropped captions."""
+        """Everything random about one global batch: noise, times, what is left of the conditions."""
+        eps_key, time_key, condition_key = jax.random.split(key, 3)
+        x_0 = self.clean_latents(frozen, batch)
         progress = step / self.config.train_steps
-        eps_key, time_key, drop_key = jax.random.split(key, 3)
-        x_0 = self.codec_of(frozen).encode(from_uint8(batch["image"]))
-        caption = {"tokens": batch["tokens"], "mask": batch["mask"]}
         return {
             "x_0": x_0,
             "eps": jax.random.normal(eps_key, x_0.shape),
             "t": sample_times(time_key, x_0.shape[:1], self.config.timesteps, progress),
-            **drop_condition(drop_key, caption, self._null_caption(), self.config.caption_dropout),
+            **self.draw_condition(frozen, batch, condition_key),
         }
 
+    def clean_latents(self, frozen: Tree, batch: Tree) -> jax.Array:
+        """The latents `[B, h, w, c]` of a batch, without noise."""
+        return self.codec_of(frozen).encode(from_uint8(batch["image"]))
+
+    def draw_condition(self, frozen: Tree, batch: Tree, key: jax.Array) -> Tree:
+        """What `condition` takes of a batch: its captions, some of them dropped."""
+        del frozen
+        caption = {"tokens": batch["tokens"], "mask": batch["mask"]}
+        return drop_condition(key, caption, self._null_caption(), self.config.caption_dropout)
+
     def update(self, state: TrainState, frozen: Tree, batch: Tree, key: jax.Array) -> tuple[TrainState, Metrics]:
-        """One AdamW step on the flow matching loss."""
+        """One AdamW step on the loss."""
+        return self.learn(state, {**frozen, **state.extra}, self.draw(frozen, batch, key, state.step))
+
+    def learn(self, state: TrainState, given: Tree, drawn: Tree) -> tuple[TrainState, Metrics]:
+        """The step of the player "model", beside what else is given by name: frozen networks, `extra`."""
         player = state.players["model"]
-        drawn = self.draw(frozen, batch, key, state.step)
-        given = {**frozen, **state.extra}
         grads, loss, found = accumulate_gradients(
             lambda params, drawn: self.loss({**given, **params}, drawn), player.params, drawn, self.config.microbatches
         )
@@ -302,7 +313,7 @@ class FlowMatching:
         extra, further = self.report(state.extra, found)
         rate = jnp.asarray(self.learning_rate(state.step))
         metrics = {"loss": loss, **further, "grad_norm": norm, "learning_rate": rate}
-        return state.replace(players={"model": player}, extra=extra), metrics
+        return state.replace(players={**state.players, "model": player}, extra=extra), metrics
 
     def _null_caption(self) -> dict[str, np.ndarray]:
         tokens, mask = null_tokens(self.config.text, self.config.text.max_tokens)
@@ -337,11 +348,18 @@ class FlowMatching:
         weights = {**frozen, **params["model"]}
         shape = self.latent_shape(image_size or self.config.image_sizes[0])
         noise = conditions["noise"] if "noise" in conditions else self.noise(key, shape, steps, method)
-        context = self.encode_text(weights, conditions["tokens"], conditions["mask"])
-        null = self._null_caption()
-        null_context = self.encode_text(weights, jnp.asarray(null["tokens"])[None], jnp.asarray(null["mask"])[None])
-        latent = self.sample(weights, noise, context, null_context, steps=steps, guidance=guidance, method=method)
-        return {"image": to_uint8(self.codec_of(frozen).decode(latent)), "latent": latent, "noise": noise}
+        contexts = self.contexts(weights, conditions)
+        latent = self.sample(weights, noise, *contexts, steps=steps, guidance=guidance, method=method)
+        return {**self.pictures(frozen, latent), "latent": latent, "noise": noise}
+
+    def contexts(self, params: Tree, conditions: Tree) -> tuple[TextContext, TextContext]:
+        """What the network attends to of B conditions, and of none at all, `[1, ...]`."""
+        null = {name: jnp.asarray(x)[None] for name, x in self._null_caption().items()}
+        return self.condition(params, conditions), self.condition(params, null)
+
+    def pictures(self, frozen: Tree, latent: jax.Array) -> dict[str, jax.Array]:
+        """`image` uint8 `[B, H, W, 3]` of latents, for a recipe that decodes them."""
+        return {"image": to_uint8(self.codec_of(frozen).decode(latent))}
 
     def noise(
         self, keys: jax.Array, shape: tuple[int, ...], steps: int | None = None, method: Method | None = None
@@ -388,8 +406,8 @@ class FlowMatching:
         return sample(guided, noise, times, method=method or default.method)[0]
 
     def validation_batch(self, frozen: Tree, batch: Tree) -> tuple[jax.Array, Tree]:
-        """The clean latents `[B, h, w, c]` of a batch, and its captions."""
-        return self.codec_of(frozen).encode(from_uint8(batch["image"])), batch
+        """The clean latents `[B, h, w, c]` of a batch, and what `condition` takes of it."""
+        return self.clean_latents(frozen, batch), batch
 
     def validation_loss(self, params: Tree, frozen: Tree, batch: Tree, key: jax.Array) -> dict[str, jax.Array]:
         """Per-example loss `[B]` at each of `VALIDATION_TIMES`, with the same noise at each; and their mean."""
@@ -414,15 +432,7 @@ class FlowMatching:
             "validation_loss": {"function": self.validation_loss},
             "sample_grid": {"options": {"prompts": getattr(self.config, "sample_prompts", ())}},
         }
-        return [
-            EvaluatorSpec(
-                name,
-                every_steps=when.every_steps if name in when.during else 0,
-                at_end=name in when.final,
-                **parts.get(name, {}),
-            )
-            for name in dict.fromkeys((*when.during, *when.final))
-        ]
+        return [when.spec(name, **parts.get(name, {})) for name in when.names]
 
     def exports(self) -> ExportPlan:
         """The network and the text encoder at the first image size, in float32 with real depthwise convolutions."""
@@ -528,6 +538,21 @@ class FlowMatching:
 
         inputs = {"latent": jax.ShapeDtypeStruct((1, *latent_shape), jnp.float32)}
         return [ExportUnit("decoder", decode, select, inputs)]
+
+
+def predict(
+    network: Network,
+    params: Tree,
+    x_t: jax.Array,
+    t: jax.Array,
+    context: TextContext,
+    prediction: Prediction = "velocity",
+    taps: Sequence[str] = (),
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The velocity `[B, h, w, c]` that a network predicts at `x_t` `[B, h, w, c]` and `t` `[B]`, and its named
+    intermediates; `prediction` says what its output stands for."""
+    out, found = apply(network, params, x_t, time_features(t, network.config.time_width), context, taps=taps)
+    return (out if prediction == "velocity" else velocity_from_x0(x_t, out, t)), found
 
 
 def initial_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -17,8 +17,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from snapgen_jax.diffusion.guidance import drop_condition
-from snapgen_jax.diffusion.samplers import Method
-from snapgen_jax.diffusion.timesteps import TimestepConfig, sample_times
+from snapgen_jax.diffusion.timesteps import TimestepConfig
 from snapgen_jax.evaluation.interfaces import EvaluationConfig
 from snapgen_jax.networks import unet
 from snapgen_jax.networks.codec import CodecConfig, build_codec
@@ -122,61 +121,31 @@ class LatentFlowMatching(FlowMatching):
         del params
         return TextContext(*(drawn[name].astype(jnp.float32) for name in CONDITION))
 
-    def draw(self, frozen: Tree, batch: Tree, key: jax.Array, step: int | jax.Array = 0) -> Tree:
-        """Everything random about one global batch: noise, times, dropped captions."""
+    def clean_latents(self, frozen: Tree, batch: Tree) -> jax.Array:
+        """The stored latents."""
         del frozen
-        eps_key, time_key, drop_key = jax.random.split(key, 3)
-        x_0 = batch["latent"].astype(jnp.float32)
+        return batch["latent"].astype(jnp.float32)
+
+    def draw_condition(self, frozen: Tree, batch: Tree, key: jax.Array) -> Tree:
+        """The stored text states, some of them dropped."""
+        del frozen
         condition = {name: batch[name] for name in self.conditions}
-        progress = step / self.config.train_steps
-        return {
-            "x_0": x_0,
-            "eps": jax.random.normal(eps_key, x_0.shape),
-            "t": sample_times(time_key, x_0.shape[:1], self.config.timesteps, progress),
-            **drop_condition(drop_key, condition, self._null(condition), self.config.caption_dropout),
-        }
+        return drop_condition(key, condition, self._null(condition), self.config.caption_dropout)
 
     @staticmethod
     def _null(condition: Tree) -> Tree:
         return jax.tree.map(lambda x: np.zeros(x.shape[1:], x.dtype), condition)
 
-    def validation_batch(self, frozen: Tree, batch: Tree) -> tuple[jax.Array, Tree]:
-        """The clean latents `[B, h, w, c]` of a batch, and its text states."""
-        del frozen
-        return batch["latent"].astype(jnp.float32), batch
-
-    def generate(
-        self,
-        params: Tree,
-        frozen: Tree,
-        conditions: Tree,
-        key: jax.Array,
-        *,
-        steps: int | None = None,
-        guidance: float | None = None,
-        method: Method | None = None,
-        image_size: tuple[int, int] | None = None,
-    ) -> dict[str, jax.Array]:
-        """Latents from text states; an autoencoder turns them into images.
-
-        Args:
-            params: `{"model": {"unet"}}`.
-            frozen: as from `load_frozen`.
-            conditions: `sequence` `[B, L, D]`, `mask` `[B, L]`, `pooled` `[B, P]`; optionally `noise`.
-            key: `[B]` keys.
-            steps, guidance, method, image_size: default to `config.sampling` and the first image size.
-
-        Returns:
-            `latent` float32 `[B, h, w, c]`, and the `noise` it began with.
-        """
-        weights = {**frozen, **params["model"]}
-        shape = self.latent_shape(image_size or self.config.image_sizes[0])
-        noise = conditions["noise"] if "noise" in conditions else self.noise(key, shape, steps, method)
+    def contexts(self, params: Tree, conditions: Tree) -> tuple[TextContext, TextContext]:
+        """What the network attends to of B `sequence` `[B, L, D]`, `mask` `[B, L]`, `pooled` `[B, P]`, and of none."""
         given = {name: conditions[name] for name in CONDITION}
         null = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), jnp.float32), given)
-        contexts = self.condition(weights, given), self.condition(weights, null)
-        latent = self.sample(weights, noise, *contexts, steps=steps, guidance=guidance, method=method)
-        return {"latent": latent, "noise": noise}
+        return self.condition(params, given), self.condition(params, null)
+
+    def pictures(self, frozen: Tree, latent: jax.Array) -> dict[str, jax.Array]:
+        """None: an autoencoder turns the latents into images."""
+        del frozen, latent
+        return {}
 
     def exports(self) -> ExportPlan:
         """The UNet alone cannot draw; `export` it with its encoders and decoder.

@@ -18,13 +18,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from snapgen_jax.diffusion.samplers import Method
-from snapgen_jax.diffusion.timesteps import TimestepConfig, sample_times
+from snapgen_jax.diffusion.timesteps import TimestepConfig
 from snapgen_jax.evaluation.interfaces import EvaluationConfig
 from snapgen_jax.networks import autoencoder, clip, context, gemma2, unet
 from snapgen_jax.networks.autoencoder import AutoencoderConfig
 from snapgen_jax.networks.clip import ClipTextConfig
-from snapgen_jax.networks.codec import CodecConfig, build_codec, from_uint8, to_uint8
+from snapgen_jax.networks.codec import CodecConfig, build_codec
 from snapgen_jax.networks.context import ENCODERS, ConditionerConfig, draw_kept
 from snapgen_jax.networks.gemma2 import Gemma2Config
 from snapgen_jax.networks.module import Platform, apply, build, for_platform, init
@@ -182,59 +181,28 @@ class T2IFlowMatching(FlowMatching):
         encoded = (drawn[name] for name in ENCODERS)
         return apply(self.conditioner, params["conditioner"], *encoded, kept=drawn.get("kept"))
 
-    def draw(self, frozen: Tree, batch: Tree, key: jax.Array, step: int | jax.Array = 0) -> Tree:
-        """What the encoders make of one global batch, and everything random about it: noise, times, and which encoders
-        each example keeps."""
-        eps_key, time_key, kept_key = jax.random.split(key, 3)
-        x_0 = self.codec_of(frozen).encode(from_uint8(batch["image"])).astype(jnp.float32)
-        progress = step / self.config.train_steps
-        return {
-            "x_0": x_0,
-            "eps": jax.random.normal(eps_key, x_0.shape),
-            "t": sample_times(time_key, x_0.shape[:1], self.config.timesteps, progress),
-            "kept": draw_kept(kept_key, x_0.shape[0], self.config.encoder_dropout),
-            **self.encode(frozen, batch),
-        }
+    def clean_latents(self, frozen: Tree, batch: Tree) -> jax.Array:
+        """What the autoencoder makes of the images."""
+        return super().clean_latents(frozen, batch).astype(jnp.float32)
+
+    def draw_condition(self, frozen: Tree, batch: Tree, key: jax.Array) -> Tree:
+        """What the encoders make of the captions, and which of them each example keeps."""
+        kept = draw_kept(key, len(batch["image"]), self.config.encoder_dropout)
+        return {"kept": kept, **self.encode(frozen, batch)}
 
     def validation_batch(self, frozen: Tree, batch: Tree) -> tuple[jax.Array, Tree]:
         """The clean latents `[B, h, w, c]` of a batch, and its encoded captions."""
-        return self.codec_of(frozen).encode(from_uint8(batch["image"])).astype(jnp.float32), self.encode(frozen, batch)
+        return self.clean_latents(frozen, batch), self.encode(frozen, batch)
 
     # --- use ---
 
-    def generate(
-        self,
-        params: Tree,
-        frozen: Tree,
-        conditions: Tree,
-        key: jax.Array,
-        *,
-        steps: int | None = None,
-        guidance: float | None = None,
-        method: Method | None = None,
-        image_size: tuple[int, int] | None = None,
-    ) -> dict[str, jax.Array]:
-        """Images from captions.
-
-        Args:
-            params: `{"model": {"unet", "conditioner"}}`.
-            frozen: as from `load_frozen`.
-            conditions: `clip_l`, `clip_g`, `language` and `mask` as in `batch_specs`; optionally `noise`.
-            key: `[B]` keys.
-            steps, guidance, method, image_size: default to `config.sampling` and the first image size.
-
-        Returns:
-            `image` uint8 `[B, H, W, 3]`, `latent` float32 `[B, h, w, c]`, and the `noise` it began with.
-        """
-        weights = params["model"]
-        shape = self.latent_shape(image_size or self.config.image_sizes[0])
-        noise = conditions["noise"] if "noise" in conditions else self.noise(key, shape, steps, method)
-        encoded = self.encode(frozen, conditions)
+    def contexts(self, params: Tree, conditions: Tree) -> tuple[TextContext, TextContext]:
+        """What the UNet attends to of B captions, `clip_l`, `clip_g`, `language` and `mask` as in `batch_specs`, and of
+        one from which every encoder is left out."""
+        encoded = self.encode(params, conditions)
         first = jax.tree.map(lambda x: x[:1], encoded)
         none = {name: jnp.zeros(1) for name in ENCODERS}
-        contexts = self.condition(weights, encoded), self.condition(weights, {**first, "kept": none})
-        latent = self.sample(weights, noise, *contexts, steps=steps, guidance=guidance, method=method)
-        return {"image": to_uint8(self.codec_of(frozen).decode(latent)), "latent": latent, "noise": noise}
+        return self.condition(params, encoded), self.condition(params, {**first, "kept": none})
 
     def exports(self) -> ExportPlan:
         """A phone does not hold encoders of this size.

@@ -121,13 +121,7 @@ def _load_autoencoder(config: CodecConfig, spec: Tree, mesh: Mesh | None) -> Tre
     if not _is_published(folder):
         held = load_run(folder, {"autoencoder": spec}, mesh=mesh, rules=autoencoder.RULES)
         return held["autoencoder"]
-    weight_map = sd3_autoencoder.weight_map(config.autoencoder)
-    dtype = jax.tree.leaves(spec)[0].dtype
-    places = _places(spec, mesh, autoencoder.RULES)
-    try:
-        return load(pathlib.Path(folder), weight_map, spec, places, dtype=dtype, source=source("sd3_vae"))
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    return _load_published("sd3_vae", folder, sd3_autoencoder, config.autoencoder, spec, autoencoder.RULES, mesh)
 
 
 def load_mmdit(folder: epath.PathLike, config: MMDiTConfig, spec: Tree, mesh: Mesh | None = None) -> Tree:
@@ -142,14 +136,7 @@ def load_mmdit(folder: epath.PathLike, config: MMDiTConfig, spec: Tree, mesh: Me
     Raises:
         ConfigError: the folder is not there, or holds another network.
     """
-    dtype = jax.tree.leaves(spec)[0].dtype
-    places = _places(spec, mesh, mmdit.RULES)
-    try:
-        return load(
-            pathlib.Path(folder), sd3_mmdit.weight_map(config), spec, places, dtype=dtype, source=source("sd35_large")
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    return _load_published("sd35_large", folder, sd3_mmdit, config, spec, mmdit.RULES, mesh)
 
 
 def load_text_encoder(network: Network, name: str, folder: str, mesh: Mesh | None = None) -> Tree:
@@ -169,13 +156,7 @@ def load_text_encoder(network: Network, name: str, folder: str, mesh: Mesh | Non
             f"the text encoder {name} has no weights: set its folder among `encoders`\n{source(name).advice}"
         )
     maps, rules = (gemma2_map, gemma2.RULES) if name == "gemma2_2b" else (clip_map, clip.RULES)
-    spec = frozen_spec(network)
-    dtype, places = jax.tree.leaves(spec)[0].dtype, _places(spec, mesh, rules)
-    try:
-        weight_map = maps.weight_map(network.config)
-        return load(pathlib.Path(folder), weight_map, spec, places, dtype=dtype, source=source(name))
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    return _load_published(name, folder, maps, network.config, frozen_spec(network), rules, mesh)
 
 
 def draw_stand_ins(networks: dict[str, Network], rules: Rules = (), mesh: Mesh | None = None) -> Tree:
@@ -209,7 +190,6 @@ def load_perceptual(network: Network, folder: str = "", mesh: Mesh | None = None
         ConfigError: the folder is not there, or holds another network.
     """
     spec = frozen_spec(network)
-    places = _places(spec, mesh, lpips.RULES)
     if not folder:
         log.warning(
             "perceptual_weights is not set: a fixed random network of %d stages stands in for LPIPS, and its distances "
@@ -217,11 +197,18 @@ def load_perceptual(network: Network, folder: str = "", mesh: Mesh | None = None
             len(network.config.channels),
         )
         drawn = jax.jit(init, static_argnums=0)(network, jax.random.key(_STAND_IN))
-        return jax.device_put(jax.tree.map(lambda s, x: np.asarray(x).astype(s.dtype), spec, drawn), places)
-    dtype = jax.tree.leaves(spec)[0].dtype
+        drawn = jax.tree.map(lambda s, x: np.asarray(x).astype(s.dtype), spec, drawn)
+        return jax.device_put(drawn, _places(spec, mesh, lpips.RULES))
+    return _load_published("lpips", folder, lpips_map, network.config, spec, lpips.RULES, mesh)
+
+
+def _load_published(
+    name: str, folder: epath.PathLike, maps: Any, config: Any, spec: Tree, rules: Rules, mesh: Mesh | None
+) -> Tree:
+    """The network of `config`, published as `name`, by the map that the module `maps` makes of its tensors."""
+    dtype, places = jax.tree.leaves(spec)[0].dtype, _places(spec, mesh, rules)
     try:
-        weight_map = lpips_map.weight_map(network.config)
-        return load(pathlib.Path(folder), weight_map, spec, places, dtype=dtype, source=source("lpips"))
+        return load(pathlib.Path(folder), maps.weight_map(config), spec, places, dtype=dtype, source=source(name))
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
