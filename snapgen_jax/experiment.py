@@ -29,11 +29,11 @@ from snapgen_jax.config import Config, ExperimentConfig, build, from_json, recip
 from snapgen_jax.data.pipeline import Pipeline
 from snapgen_jax.data.sources import build_source
 from snapgen_jax.data.synthetic import SyntheticBatches
-from snapgen_jax.data.tokenizer import Tokenizer, build_tokenizer
+from snapgen_jax.data.tokenizer import CaptionTokenizer, Tokenizer, build_tokenizer
 from snapgen_jax.evaluation import registry
 from snapgen_jax.evaluation.interfaces import EvaluatorSpec
 from snapgen_jax.evaluation.pictures import png_bytes
-from snapgen_jax.generation import Generator, load, load_recipe, load_weights
+from snapgen_jax.generation import Generator, load, load_recipe, load_weights, published_tokenizer
 from snapgen_jax.parallel.hosts import current
 from snapgen_jax.parallel.mesh import check_batch, make_mesh
 from snapgen_jax.parallel.plan import Plan, plan_step, topology
@@ -55,8 +55,8 @@ class Experiment:
     Attributes:
         config: the whole config, as a dataclass.
         recipe: the method.
-        tokenizer: captions to ids; trained on the captions of the source at first, then kept in the workdir. None for
-            synthetic batches, and for a recipe that reads no text.
+        tokenizer: captions to ids: those of the recipe's published text encoders, or one trained on the captions of the
+            source at first, then kept in the workdir. None for synthetic batches, and for a recipe that reads no text.
         data: training batches.
     """
 
@@ -69,12 +69,13 @@ class Experiment:
             self.recipe: Recipe = cls(build(cls.Config, config), backend or jax.default_backend())
         except ValueError as error:
             raise ConfigError(f"recipe {self.config.recipe!r}: {error}") from error
-        self.tokenizer: Tokenizer | None = None
+        self.tokenizer: CaptionTokenizer | None = None
         specs, share = self.recipe.batch_specs(), {"host_index": jax.process_index(), "host_count": jax.process_count()}
         if self.config.data.source == "synthetic":
             self.data: Batches = SyntheticBatches(specs, seed=self.config.seed, **share)
             return
         source = build_source(self.config.data, "train")
+        self.tokenizer = published_tokenizer(self.recipe)
         if any("tokens" in spec for spec in specs.values()):
             self.tokenizer = self._tokenizer(source)
         self.data = Pipeline(

@@ -18,8 +18,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from snapgen_jax.config import Config, build, from_json, recipe_class
-from snapgen_jax.data.pretrained_tokenizers import PretrainedTokenizer
-from snapgen_jax.data.tokenizer import Tokenizer
+from snapgen_jax.data.pretrained_tokenizers import PretrainedTokenizer, PretrainedTokenizers
+from snapgen_jax.data.tokenizer import CaptionTokenizer, Tokenizer
 from snapgen_jax.networks.module import Platform
 from snapgen_jax.parallel.mesh import make_mesh
 from snapgen_jax.systems import sd35
@@ -42,7 +42,7 @@ class Generator:
         tokenizer: prompts to ids; None for a recipe that takes stored text states, which draws nothing from prompts.
     """
 
-    def __init__(self, recipe: Recipe, params: Tree, frozen: Tree, tokenizer: Tokenizer | None):
+    def __init__(self, recipe: Recipe, params: Tree, frozen: Tree, tokenizer: CaptionTokenizer | None):
         self.recipe, self.params, self.frozen, self.tokenizer = recipe, params, frozen, tokenizer
         self._jitted = functools.lru_cache(maxsize=16)(self._jit)
 
@@ -94,8 +94,7 @@ class Generator:
                 "this run takes no prompts: it was trained on stored text states, or on images alone, and it "
                 "holds no text encoder; call `recipe.generate(params, frozen, conditions, keys)` with the like of those"
             )
-        length = next(iter(self.recipe.batch_specs().values()))["tokens"].shape[1]
-        tokens, mask = self.tokenizer.encode(prompts, length)
+        arrays = prompt_arrays(self.recipe, self.tokenizer, prompts)
         jitted = self._jitted(tuple(sorted(options.items())))
         size = min(batch_size, len(prompts))
         parts = []
@@ -103,10 +102,26 @@ class Generator:
             rows = np.arange(start, start + size) % len(
                 prompts
             )  # the last batch is filled up, so that one program serves
-            conditions = {"tokens": tokens[rows], "mask": mask[rows]}
+            conditions = {name: array[rows] for name, array in arrays.items()}
             drawn = jitted(self.params, self.frozen, conditions, np.int32(seed), where[rows].astype(np.int32))
             parts.append(jax.device_get(drawn))
         return {name: np.concatenate([part[name] for part in parts])[: len(prompts)] for name in parts[0]}
+
+
+def prompt_arrays(recipe: Recipe, tokenizer: CaptionTokenizer, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    """The arrays `[N, L]` that stand for N prompts in a recipe's batches."""
+    specs = next(iter(recipe.batch_specs().values()))
+    return tokenizer.arrays(prompts, {name: specs[name].shape[1] for name in tokenizer.names if name in specs})
+
+
+def published_tokenizer(recipe: Recipe) -> PretrainedTokenizers | None:
+    """The tokenizers of the published text encoders that a recipe uses; None where it uses none.
+
+    Raises:
+        DataError: one is missing, or is that of another encoder.
+    """
+    folders = getattr(recipe, "tokenizer_folders", {})
+    return PretrainedTokenizers.load(folders, getattr(recipe, "vocab_sizes", {})) if folders else None
 
 
 def on_every_host(params: Tree) -> jax.sharding.NamedSharding | None:
@@ -187,13 +202,16 @@ def load(
     """
     workdir = epath.Path(workdir)
     recipe = load_recipe(workdir, platform, decoder)
-    tokenizer = workdir / "tokenizer.json"
     return Generator(
-        recipe,
-        load_weights(workdir, recipe, step),
-        frozen_for_generation(recipe),
-        Tokenizer.load(tokenizer) if tokenizer.exists() else None,
+        recipe, load_weights(workdir, recipe, step), frozen_for_generation(recipe), _tokenizer(recipe, workdir)
     )
+
+
+def _tokenizer(recipe: Recipe, workdir: epath.Path) -> CaptionTokenizer | None:
+    if any(getattr(recipe, "tokenizer_folders", {}).values()):
+        return published_tokenizer(recipe)
+    own = workdir / "tokenizer.json"
+    return Tokenizer.load(own) if own.exists() else None
 
 
 def load_weights(workdir: epath.PathLike, recipe: Recipe, step: int | None = None) -> Tree:

@@ -3,6 +3,11 @@ Stable Diffusion 3, CLIP-L, CLIP-bigG and Gemma-2-2b run inside the step, frozen
 
     snapgen plan  --config=configs/pretrain/t2i_256_images.py --topology=v5e:4x4
     snapgen train --config=configs/pretrain/t2i_256_images.py:runlocal --workdir=/tmp/t2i_256_images
+    snapgen train --config=configs/pretrain/t2i_256_images.py:folder --workdir=gs://BUCKET/t2i_256 \
+        --config.data.path=PHOTOS --config.encoders.language_folder=gemma --config.encoders.language_tokenizer=gemma
+
+The last one reads captioned images, the repository of Stable Diffusion 3.5 in `sd35/` and that of Gemma 2 in `gemma/`;
+every caption goes through the tokenizer of each encoder. "tfds" in place of "folder" takes COCO's images by TFDS.
 
 It costs no storage for latents and text states, and every epoch the arithmetic of the encoders. They hold 3.5e9
 parameters: no chip of 16 GB keeps them beside the state, and so all is shared out over groups of 16 chips.
@@ -18,16 +23,30 @@ from ml_collections import ConfigDict
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """`arg`: "runlocal" for twenty steps of tiny networks on a laptop."""
-    if arg not in (None, "runlocal"):
-        raise ValueError(f"unknown argument {arg!r}; the argument is runlocal, or nothing")
+    """`arg`: "folder" or "tfds" for the source of images and captions, "runlocal" for twenty steps of tiny networks on
+    a laptop; None for random batches."""
+    if arg not in (None, "folder", "tfds", "runlocal"):
+        raise ValueError(f"unknown argument {arg!r}; the arguments are folder, tfds and runlocal, or nothing")
     stage = runpy.run_path(str(pathlib.Path(__file__).with_name("t2i_256.py")))
-    c = stage["get_config"](arg)
+    c = stage["get_config"]("runlocal" if arg == "runlocal" else None)
     c.recipe = "t2i_flow_matching"
     c.mesh = ConfigDict({"fsdp": 16})
-    # Folders of published weights: encoders.{clip_l,clip_g,language}_folder and codec.workdir.
-    c.encoders = ConfigDict({"stand_ins": False})
-    if arg:
+    c.encoders = ConfigDict(
+        {
+            "clip_l_folder": "sd35/text_encoder",
+            "clip_g_folder": "sd35/text_encoder_2",
+            "language_folder": "",
+            "clip_l_tokenizer": "sd35/tokenizer",
+            "clip_g_tokenizer": "sd35/tokenizer_2",
+            "language_tokenizer": "",
+        }
+    )
+    c.codec = ConfigDict({"kind": "autoencoder", "autoencoder": {"preset": "sd3"}, "workdir": "sd35/vae"})
+    if arg == "folder":
+        c.data = ConfigDict({"source": "folder", "path": "", "workers": 8})
+    if arg == "tfds":
+        c.data = ConfigDict({"source": "tfds", "name": "coco_captions", "validation_split": "val", "workers": 8})
+    if arg == "runlocal":
         del c.context_tokens
         c.mesh = ConfigDict({"fsdp": 1})
         c.unet.update({"latent_channels": 4, "context_width": 32, "pooled_width": 32})

@@ -13,7 +13,6 @@ from snapgen_jax.data.errors import DataError
 from snapgen_jax.data.sources import Source
 
 Specs = Mapping[str, Any]  # name -> anything with a shape, the global batch first
-_ARRAYS = ("image", "tokens", "mask")
 
 log = logging.getLogger(__name__)
 
@@ -24,24 +23,37 @@ class Bucket:
 
     Attributes:
         name: what the recipe calls it.
-        arrays: which of "image", "tokens" and "mask" its batches hold.
+        arrays: what its batches hold: "image", and what the tokenizer makes of captions.
         size: image height and width; None without images.
-        length: tokens in a caption; 0 without text.
+        lengths: {array of the tokenizer's: tokens in a caption}.
         local_batch: examples in one host's share of a global batch.
     """
 
     name: str
     arrays: tuple[str, ...]
     size: tuple[int, int] | None
-    length: int
+    lengths: Mapping[str, int]
     local_batch: int
 
     @classmethod
-    def of(cls, name: str, specs: Specs, host_count: int) -> Bucket:
-        """Reads a bucket off its specs. Raises `DataError` where they disagree or do not divide by the hosts."""
+    def of(cls, name: str, specs: Specs, host_count: int, text: Sequence[str] = ()) -> Bucket:
+        """Reads a bucket off its specs.
+
+        Args:
+            name: what the recipe calls it.
+            specs: its arrays.
+            host_count: into how many shares a global batch is split.
+            text: names of the arrays that the tokenizer gives.
+
+        Raises:
+            DataError: there is no such array, or the specs disagree or do not divide by the hosts.
+        """
         shapes = {array: tuple(spec.shape) for array, spec in specs.items()}
-        if unknown := sorted(shapes.keys() - set(_ARRAYS)):
-            raise DataError(f"bucket {name!r} asks for {', '.join(unknown)}; image data has {', '.join(_ARRAYS)}")
+        if unknown := sorted(shapes.keys() - {"image", *text}):
+            raise DataError(
+                f"bucket {name!r} asks for {', '.join(unknown)}; the data has {', '.join(('image', *text))}"
+                + ("" if text else ", and captions for a tokenizer, of which there is none")
+            )
         batches = {shape[0] for shape in shapes.values()}
         if len(batches) != 1:
             raise DataError(f"bucket {name!r}: the arrays differ in their global batch, {sorted(batches)}")
@@ -50,11 +62,9 @@ class Bucket:
             below, above = batch // host_count * host_count, -(-batch // host_count) * host_count
             near = f"{below} or {above}" if below else f"{above}"
             raise DataError(f"the global batch of {batch} does not divide by the {host_count} hosts; use {near}")
-        lengths = {shapes[array][1] for array in ("tokens", "mask") if array in shapes}
-        if len(lengths) > 1:
-            raise DataError(f"bucket {name!r}: tokens and mask differ in length, {sorted(lengths)}")
+        lengths = {array: shape[1] for array, shape in shapes.items() if array != "image"}
         size = shapes["image"][1:3] if "image" in shapes else None
-        return cls(name, tuple(shapes), size, lengths.pop() if lengths else 0, batch // host_count)
+        return cls(name, tuple(shapes), size, lengths, batch // host_count)
 
 
 def assign(source: Source, buckets: Sequence[Bucket]) -> dict[str, np.ndarray | range]:

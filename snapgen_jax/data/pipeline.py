@@ -28,7 +28,7 @@ from snapgen_jax.data.config import Crop, DataConfig, Flip, Split
 from snapgen_jax.data.errors import DataError, UnreadableExampleError
 from snapgen_jax.data.images import fit
 from snapgen_jax.data.sources import Example, Source, build_source
-from snapgen_jax.data.tokenizer import Tokenizer
+from snapgen_jax.data.tokenizer import CaptionTokenizer
 
 _REPLACEMENTS_TRIED = 100
 _JUDGED_AFTER = 200  # examples; a share of fewer says little
@@ -43,8 +43,8 @@ class Batch:
 
     Attributes:
         bucket: the bucket of this step, the same on all hosts.
-        arrays: "image" uint8 `[b, H, W, 3]`, "tokens" int32 `[b, L]`, "mask" float32 `[b, L]`: those that the bucket's
-            specs name.
+        arrays: "image" uint8 `[b, H, W, 3]`, and what the tokenizer makes of captions, such as "tokens" int32 `[b, L]`
+            and "mask" float32 `[b, L]`: those that the bucket's specs name.
         valid: bool `[b]`, False where an unreadable example was replaced by the next good one.
         source_index: int64 `[b]`, the example drawn from the source, the unreadable one where it was replaced.
     """
@@ -62,7 +62,7 @@ class Pipeline:
         self,
         config: DataConfig,
         batch_specs: Mapping[str, Specs],
-        tokenizer: Tokenizer | None = None,
+        tokenizer: CaptionTokenizer | None = None,
         *,
         seed: int = 0,
         host_index: int = 0,
@@ -74,10 +74,10 @@ class Pipeline:
 
         Args:
             config: the data config.
-            batch_specs: {bucket: {"image" | "tokens" | "mask": spec with the global batch in `shape[0]`}}. Each
-                example goes to the bucket of the nearest aspect ratio, and the share of a bucket's batches follows
+            batch_specs: {bucket: {"image", or an array of the tokenizer's: spec with the global batch in `shape[0]`}}.
+                Each example goes to the bucket of the nearest aspect ratio, and the share of a bucket's batches follows
                 its share of examples.
-            tokenizer: needed where a spec names tokens or mask.
+            tokenizer: needed where a spec names more than images.
             seed: of the order, and with epoch and index of every draw.
             host_index: which share this process reads.
             host_count: into how many shares a global batch is split.
@@ -90,10 +90,12 @@ class Pipeline:
         """
         self.source = build_source(config, split) if source is None else source
         self._config = config
-        buckets = {name: Bucket.of(name, specs, host_count) for name, specs in batch_specs.items()}
-        if tokenizer is None and any(bucket.length for bucket in buckets.values()):
-            raise DataError("the batches hold tokens, so the pipeline needs a tokenizer")
+        text = () if tokenizer is None else tokenizer.names
+        buckets = {name: Bucket.of(name, specs, host_count, text) for name, specs in batch_specs.items()}
         crop, flip = (config.crop, config.flip) if split == "train" else ("centre", "none")
+        for bucket in buckets.values():
+            if tokenizer is not None and bucket.lengths:
+                tokenizer.arrays([""], bucket.lengths)  # what it cannot give is refused here
         members = assign(self.source, list(buckets.values()))
         self._buckets = [bucket for bucket in buckets.values() if len(members[bucket.name])]
         parts = []
@@ -197,20 +199,18 @@ class _Collate:
 
     number: int
     bucket: Bucket
-    tokenizer: Tokenizer | None
+    tokenizer: CaptionTokenizer | None
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         arrays = {}
         if "image" in self.bucket.arrays:
             arrays["image"] = np.stack([example["image"] for example in examples])
-        if self.bucket.length:
-            assert self.tokenizer is not None
-            captions = [example["caption"] for example in examples]
-            arrays["tokens"], arrays["mask"] = self.tokenizer.encode(captions, self.bucket.length)
+        if self.tokenizer is not None and self.bucket.lengths:
+            arrays |= self.tokenizer.arrays([example["caption"] for example in examples], self.bucket.lengths)
         problems = [example["problem"] for example in examples]
         return {
             "bucket": self.number,
-            "arrays": {name: arrays[name] for name in self.bucket.arrays},
+            "arrays": arrays,
             "valid": np.array([not problem for problem in problems]),
             "source_index": np.array([example["source_index"] for example in examples], np.int64),
             "problems": [problem for problem in problems if problem],

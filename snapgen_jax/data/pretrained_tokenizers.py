@@ -16,12 +16,13 @@ from __future__ import annotations
 import logging
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
 
 from snapgen_jax.data.errors import DataError
+from snapgen_jax.data.tokenizer import encode_with, mask_name
 
 log = logging.getLogger(__name__)
 _WARNINGS = 10
@@ -103,3 +104,46 @@ class PretrainedTokenizer:
                     further,
                     self._model.decode(ids[room:]),
                 )
+
+
+class PretrainedTokenizers:
+    """One caption for several encoders, each with its own tokenizer."""
+
+    def __init__(self, tokenizers: Mapping[str, PretrainedTokenizer]):
+        """`tokenizers`: {array of token ids: that which encodes it}."""
+        self._tokenizers = dict(tokenizers)
+        self.names = tuple(name for tokens in tokenizers for name in (tokens, mask_name(tokens)))
+
+    @classmethod
+    def load(cls, folders: Mapping[str, str], vocab_sizes: Mapping[str, int]) -> Self:
+        """Reads the tokenizers' folders.
+
+        Args:
+            folders: {array of token ids: folder}.
+            vocab_sizes: {array of token ids: how many its encoder knows}.
+
+        Raises:
+            DataError: a folder is not named, is no tokenizer's, or is that of another encoder.
+        """
+        tokenizers = {}
+        for name, folder in folders.items():
+            if not folder:
+                raise DataError(
+                    f"the text encoder {name} has no tokenizer: set encoders.{name}_tokenizer to the local folder that "
+                    "was published with it"
+                )
+            tokenizers[name] = PretrainedTokenizer.load(folder)
+            if tokenizers[name].vocab_size > vocab_sizes[name]:
+                raise DataError(
+                    f"the tokenizer in {folder!r} has {tokenizers[name].vocab_size} ids and the text encoder {name} "
+                    f"takes {vocab_sizes[name]}; set encoders.{name}_tokenizer to its own"
+                )
+        return cls(tokenizers)
+
+    def arrays(self, texts: Sequence[str], lengths: Mapping[str, int]) -> dict[str, np.ndarray]:
+        """Token ids int32 and masks float32 `[N, L]`, those that `lengths` names; the mask of "x" is "x_mask".
+
+        Raises:
+            DataError: ids and mask are not of one length.
+        """
+        return encode_with(self._tokenizers, texts, lengths)

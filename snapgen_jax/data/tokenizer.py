@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import tokenizers
@@ -22,8 +23,23 @@ _SPECIAL = ["<pad>", "<bos>", "<eos>"]
 log = logging.getLogger(__name__)
 
 
+class CaptionTokenizer(Protocol):
+    """What makes arrays of captions: one tokenizer, or several."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The arrays that it can give."""
+        ...
+
+    def arrays(self, texts: Sequence[str], lengths: Mapping[str, int]) -> dict[str, np.ndarray]:
+        """The arrays `[N, L]` of N texts, those that `lengths` names with their L."""
+        ...
+
+
 class Tokenizer:
     """A `tokenizers` model framed by BOS and EOS. Holds no state but its vocabulary."""
+
+    names = ("tokens", "mask")
 
     def __init__(self, model: tokenizers.Tokenizer):
         self._model = model
@@ -34,6 +50,14 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of ids, the special ones included."""
         return self._model.get_vocab_size()
+
+    def arrays(self, texts: Sequence[str], lengths: Mapping[str, int]) -> dict[str, np.ndarray]:
+        """`{"tokens", "mask"}`, as from `encode`, those that `lengths` names.
+
+        Raises:
+            DataError: the two are not of one length.
+        """
+        return encode_with({"tokens": self}, texts, lengths)
 
     def encode(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Encodes texts as `BOS tokens EOS PAD...`; a text that is too long loses its end, not its EOS.
@@ -86,6 +110,35 @@ class Tokenizer:
         if found != [PAD_ID, BOS_ID, EOS_ID]:
             raise DataError(f"{os.fspath(path)!r}: expected {_SPECIAL} to have the ids 0, 1, 2 and found {found}")
         return cls(model)
+
+
+def mask_name(tokens: str) -> str:
+    """The array that masks the padding of an array of token ids: "mask" of "tokens", "x_mask" of any other "x"."""
+    return "mask" if tokens == "tokens" else f"{tokens}_mask"
+
+
+def encode_with(
+    tokenizers: Mapping[str, Any], texts: Sequence[str], lengths: Mapping[str, int]
+) -> dict[str, np.ndarray]:
+    """The token ids and masks that `lengths` names.
+
+    Args:
+        tokenizers: {array of token ids: that which encodes it}, each with `encode(texts, length)`.
+        texts: N texts.
+        lengths: {array of ids or mask: L}.
+
+    Raises:
+        DataError: ids and mask are not of one length.
+    """
+    arrays = {}
+    for name, tokenizer in tokenizers.items():
+        mask = mask_name(name)
+        asked = {lengths[array] for array in (name, mask) if array in lengths}
+        if len(asked) > 1:
+            raise DataError(f"{name} and {mask} differ in length: {lengths[name]} and {lengths[mask]}")
+        if asked:
+            arrays[name], arrays[mask] = tokenizer.encode(texts, asked.pop())
+    return {array: arrays[array] for array in lengths}
 
 
 def train(captions: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -11,7 +11,7 @@ import numpy as np
 
 from snapgen_jax.evaluation.fixed_prompts import fixed_prompts
 from snapgen_jax.evaluation.interfaces import EvaluationResult, ValidationData
-from snapgen_jax.generation import Generator, load
+from snapgen_jax.generation import Generator, load, prompt_arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +58,6 @@ class ClipScore:
 def embeddings(clip: Generator, images: np.ndarray, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Unit vectors `[N, D]` of images `uint8 [N, H, W, 3]` and of their prompts, by a contrastive run."""
     assert clip.tokenizer is not None
-    length = next(iter(clip.recipe.batch_specs().values()))["tokens"].shape[1]
-    tokens, mask = clip.tokenizer.encode(list(prompts), length)
-    conditions = {"image": images, "tokens": tokens, "mask": mask}
+    conditions = {"image": images, **prompt_arrays(clip.recipe, clip.tokenizer, list(prompts))}
     found = jax.jit(clip.recipe.generate)(clip.params, clip.frozen, conditions, jax.random.key(0))
     return np.asarray(found["image"]), np.asarray(found["text"])

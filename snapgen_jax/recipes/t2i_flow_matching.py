@@ -48,6 +48,7 @@ class EncodersConfig:
     Attributes:
         clip_l, clip_g, language: the networks.
         clip_l_folder, clip_g_folder, language_folder: local folders of their safetensors files.
+        clip_l_tokenizer, clip_g_tokenizer, language_tokenizer: local folders of their tokenizers.
         language_tokens: length of a caption for the language model.
         stand_ins: draws the encoders and the autoencoder instead of reading them. A run then shows speed and memory,
             and trains nothing of use.
@@ -59,6 +60,9 @@ class EncodersConfig:
     clip_l_folder: str = ""
     clip_g_folder: str = ""
     language_folder: str = ""
+    clip_l_tokenizer: str = ""
+    clip_g_tokenizer: str = ""
+    language_tokenizer: str = ""
     language_tokens: int = 128
     stand_ins: bool = False
 
@@ -120,7 +124,7 @@ class T2IFlowMatching(FlowMatching):
 
     def batch_specs(self) -> dict[str, Tree]:
         """One bucket per image size: `image` uint8 `[B, H, W, 3]`; token ids int32 `clip_l` and `clip_g` `[B, 77]` and
-        `language` `[B, M]`, each by the tokenizer of its encoder; `mask` float32 `[B, M]` of the language model's."""
+        `language` `[B, M]`, each by the tokenizer of its encoder; `language_mask` float32 `[B, M]`."""
         config, b = self.config, self.config.batch_size
         encoders = config.encoders
         lengths = (encoders.clip_l.max_tokens, encoders.clip_g.max_tokens, encoders.language_tokens)
@@ -129,8 +133,22 @@ class T2IFlowMatching(FlowMatching):
         specs = {}
         for h, w in config.image_sizes:
             self.codec.latent_shape((h, w))
-            specs[f"{h}x{w}"] = {"image": jax.ShapeDtypeStruct((b, h, w, 3), jnp.uint8), **tokens, "mask": mask}
+            specs[f"{h}x{w}"] = {
+                "image": jax.ShapeDtypeStruct((b, h, w, 3), jnp.uint8),
+                **tokens,
+                "language_mask": mask,
+            }
         return specs
+
+    @property
+    def tokenizer_folders(self) -> dict[str, str]:
+        """{array of a batch: folder of the tokenizer that makes it}, of `config.encoders`."""
+        return {name: getattr(self.config.encoders, f"{name}_tokenizer") for name in ENCODERS}
+
+    @property
+    def vocab_sizes(self) -> dict[str, int]:
+        """{array of a batch: how many token ids its encoder knows}."""
+        return {name: getattr(self.config.encoders, name).vocab_size for name in ENCODERS}
 
     def init(self, key: jax.Array) -> TrainState:
         """Draws the UNet and the conditioner."""
@@ -173,7 +191,7 @@ class T2IFlowMatching(FlowMatching):
     def encode(self, frozen: Tree, batch: Tree) -> dict[str, TextContext]:
         """What each encoder makes of its tokens. Every position of a CLIP counts: it was trained to see 77."""
         masks = {name: jnp.ones(batch[name].shape, jnp.float32) for name in ("clip_l", "clip_g")}
-        masks["language"] = batch["mask"]
+        masks["language"] = batch["language_mask"]
         return {name: apply(network, frozen[name], batch[name], masks[name]) for name, network in self.encoders.items()}
 
     def condition(self, params: Tree, drawn: Tree) -> TextContext:
@@ -197,8 +215,8 @@ class T2IFlowMatching(FlowMatching):
     # --- use ---
 
     def contexts(self, params: Tree, conditions: Tree) -> tuple[TextContext, TextContext]:
-        """What the UNet attends to of B captions, `clip_l`, `clip_g`, `language` and `mask` as in `batch_specs`, and of
-        one from which every encoder is left out."""
+        """What the UNet attends to of B captions, the token ids and mask of `batch_specs`, and of one from which all
+        encoders are left out."""
         encoded = self.encode(params, conditions)
         first = jax.tree.map(lambda x: x[:1], encoded)
         none = {name: jnp.zeros(1) for name in ENCODERS}

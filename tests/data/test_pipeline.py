@@ -278,11 +278,17 @@ def test_a_global_batch_that_does_not_divide_by_the_hosts_is_refused() -> None:
 
 
 def test_specs_that_image_data_cannot_fill_are_refused(tokenizer: Tokenizer) -> None:
-    with pytest.raises(DataError, match="asks for depth; image data has image, tokens, mask"):
+    with pytest.raises(DataError, match="asks for depth; the data has image, tokens, mask"):
         Pipeline(SHAPES, {"a": {"depth": specs(2)["image"]}}, tokenizer)
     with pytest.raises(DataError, match=r"differ in their global batch, \[2, 4\]"):
         Pipeline(SHAPES, {"a": {"image": specs(2)["image"], "tokens": specs(4)["tokens"]}}, tokenizer)
-    with pytest.raises(DataError, match="needs a tokenizer"):
+    longer = {"tokens": specs(2)["tokens"], "mask": np.empty((2, 99), np.float32)}
+    with pytest.raises(DataError, match=r"tokens and mask differ in length: \d+ and 99"):
+        Pipeline(SHAPES, {"a": longer}, tokenizer)
+    with pytest.raises(
+        DataError,
+        match="asks for mask, tokens; the data has image, and captions for a tokenizer, of which there is none",
+    ):
         Pipeline(SHAPES, {"a": specs(2)})
 
 

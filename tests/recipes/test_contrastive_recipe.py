@@ -65,9 +65,11 @@ def test_it_learns_which_caption_belongs_to_which_image_and_scores_by_it(monkeyp
     assert (jnp.argmax(similar, axis=1) == jnp.arange(8)).all()
 
     class Words:
-        def encode(self, prompts, length):
+        names = ("tokens", "mask")
+
+        def arrays(self, prompts, lengths):
             order = [int(prompt) for prompt in prompts]
-            return batch(99)["tokens"][order], batch(99)["mask"][order]
+            return {name: batch(99)[name][order] for name in lengths}
 
     class Draws:
         def generate(self, prompts, seed):

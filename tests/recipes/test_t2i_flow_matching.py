@@ -9,6 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from snapgen_jax.config import build, load_config
+from snapgen_jax.data.errors import DataError
+from snapgen_jax.data.pretrained_tokenizers import PretrainedTokenizer
+from snapgen_jax.experiment import Experiment, prepare_workdir
+from snapgen_jax.generation import load
 from snapgen_jax.networks.autoencoder import AutoencoderConfig
 from snapgen_jax.networks.codec import CodecConfig
 from snapgen_jax.networks.context import ENCODERS, ConditionerConfig
@@ -22,6 +27,7 @@ from snapgen_jax.training.keys import example_keys, key
 from snapgen_jax.training.optimizer import OptimizerConfig
 from snapgen_jax.training.recipe import Recipe
 from snapgen_jax.weights.maps import clip, gemma2, sd3_autoencoder
+from tests.tiny_tokenizers import write_clip, write_gemma
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"  # tiny checkpoints, written by the reference libraries
 
@@ -61,7 +67,7 @@ def batch(seed=0):
     tokens = {name: rng.integers(0, 40, (8, n)).astype(np.int32) for name, n in zip(ENCODERS, (12, 12, 7), strict=True)}
     mask = np.ones((8, 7), np.float32)
     mask[:, 5:] = 0
-    return {"image": rng.integers(0, 256, (8, 16, 24, 3)).astype(np.uint8), **tokens, "mask": mask}
+    return {"image": rng.integers(0, 256, (8, 16, 24, 3)).astype(np.uint8), **tokens, "language_mask": mask}
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +119,7 @@ def test_each_encoder_is_left_out_on_its_own_and_what_is_left_out_says_nothing(f
     assert len(np.unique(kept, axis=1).T) > 3  # of eight examples, as many combinations
     context = jax.jit(made.condition)(params, drawn)
     clips = np.maximum(kept[0], kept[1])
-    masks = [clips[:, None].repeat(12, axis=1), kept[2][:, None] * batch()["mask"]]
+    masks = [clips[:, None].repeat(12, axis=1), kept[2][:, None] * batch()["language_mask"]]
     np.testing.assert_array_equal(context.mask, np.concatenate(masks, axis=1))
     assert not np.asarray(context.sequence)[:, 12:][kept[2] == 0].any()
     assert not np.asarray(context.pooled)[:, :20][kept[0] == 0].any()
@@ -161,3 +167,64 @@ def test_stand_ins_have_the_shapes_of_what_they_stand_for():
     drawn = jax.eval_shape(lambda: made.load_frozen(None))
     spec = made.frozen_spec()
     assert jax.tree.map(lambda x: (x.shape, x.dtype), drawn) == jax.tree.map(lambda x: (x.shape, x.dtype), spec)
+
+
+def captioned(tmp_path, *overrides):
+    """The config of a laptop's run on rendered scenes, with tokenizers of the published kinds."""
+    folders = {
+        "clip_l": write_clip(tmp_path / "tokenizer"),
+        "clip_g": write_clip(tmp_path / "tokenizer_2", pad_token="!"),
+        "language": write_gemma(tmp_path / "gemma"),
+    }
+    return load_config(
+        "configs/pretrain/t2i_256_images.py:runlocal",
+        [
+            "train_steps=2",
+            "evaluation.final=()",
+            "image_sizes=((16,16),)",
+            "data.source=shapes",
+            "data.shapes.size=32",
+            *(f"encoders.{name}_tokenizer={folder}" for name, folder in folders.items()),
+            *(f"encoders.{name}.vocab_size=400" for name in folders),
+            *overrides,
+        ],
+    )
+
+
+def test_it_trains_on_captions_and_draws_from_prompts_with_the_tokenizer_of_each_encoder(tmp_path):
+    config = captioned(tmp_path)
+    prepare_workdir(config, tmp_path / "run")
+    experiment = Experiment(config, tmp_path / "run")
+    arrays = next(experiment.data.batches(0)).arrays
+    specs = experiment.recipe.batch_specs()["16x16"]
+    assert {name: array.shape for name, array in arrays.items()} == {name: spec.shape for name, spec in specs.items()}
+    begin, end = (
+        PretrainedTokenizer.load(tmp_path / "tokenizer")._model.convert_tokens_to_ids(f"<|{word}oftext|>")
+        for word in ("start", "end")
+    )
+    assert (arrays["clip_l"][:, 0] == begin).all() and (arrays["clip_l"] == end).any(axis=1).all()
+    padding = PretrainedTokenizer.load(tmp_path / "gemma").pad_id
+    np.testing.assert_array_equal(arrays["language_mask"], arrays["language"] != padding)
+    experiment.train()
+    images = load(tmp_path / "run").generate(["a red circle", "a ring above a cross"], steps=1)
+    assert images.shape == (2, 16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("encoders.clip_g_tokenizer=", "text encoder clip_g has no tokenizer: set encoders.clip_g_tokenizer"),
+        ("encoders.language.vocab_size=64", "the text encoder language takes 64"),
+    ],
+)
+def test_a_tokenizer_that_is_missing_or_of_another_encoder_is_refused(tmp_path, override, says):
+    with pytest.raises(DataError, match=says):
+        Experiment(captioned(tmp_path, override), tmp_path / "run")
+
+
+@pytest.mark.parametrize("source", ["folder", "tfds"])
+def test_the_published_run_names_weights_and_tokenizers_but_gemmas_which_lie_elsewhere(source):
+    config = build(T2IFlowMatchingConfig, load_config(f"configs/pretrain/t2i_256_images.py:{source}"))
+    folders = dataclasses.asdict(config.encoders)
+    empty = {name for name, value in folders.items() if name.endswith(("_folder", "_tokenizer")) and not value}
+    assert empty == {"language_folder", "language_tokenizer"} and config.codec.workdir == "sd35/vae"
