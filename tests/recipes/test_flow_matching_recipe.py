@@ -159,7 +159,7 @@ def test_a_later_stage_starts_with_the_loss_of_the_earlier_one():
 def test_captions_are_dropped_at_the_given_rate():
     made = recipe(caption_dropout=0.25)
     big = batch(0, 4096)
-    drawn = jax.jit(made.draw)(big, jax.random.key(0))
+    drawn = jax.jit(made.draw)({}, big, jax.random.key(0))
     dropped = np.asarray(drawn["tokens"][:, 1] == 2)
     assert abs(dropped.mean() - 0.25) < 0.03
     np.testing.assert_array_equal(drawn["mask"][dropped].sum(axis=1), 2)
@@ -189,6 +189,6 @@ def test_a_codec_that_does_not_fit_the_network_is_refused():
 
 
 def test_platform_choices_are_fixed_by_the_platform_compiled_for():
-    assert recipe().unet.config.dtype == "float32" and recipe().unet.config.depthwise == "shifted"
+    assert recipe().network.config.dtype == "float32" and recipe().network.config.depthwise == "shifted"
     tpu = FlowMatching(CONFIG, "tpu")
-    assert tpu.unet.config.dtype == "bfloat16" and tpu.unet.config.depthwise == "grouped"
+    assert tpu.network.config.dtype == "bfloat16" and tpu.network.config.depthwise == "grouped"
