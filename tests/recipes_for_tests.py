@@ -2,16 +2,21 @@
 
 Two players fit sequences `[B, L, D]`: "predictor" learns a frozen projection and steps every update, "critic" learns
 the size of the predictor's error and steps every third. Their gradients are clipped jointly, and a running mean of the
-loss lives in `extra`. Two batch shapes, no image, no time, no noise schedule.
+loss lives in `extra`. Two batch shapes, no image, no time, no noise schedule. Below it, what the tests of the real
+recipes share.
 """
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from snapgen_jax.training import loop
+from snapgen_jax.training.keys import key
+from snapgen_jax.training.loop import LoopConfig
 from snapgen_jax.training.optimizer import OptimizerConfig, clip_by_joint_norm, make_optimizer, new_player, step_player
 from snapgen_jax.training.state import TrainState
 
@@ -122,3 +127,55 @@ class Sequences:
             index = np.arange(len(x)) + position * len(x)
             yield Drawn(f"length{length}", {"sequence": x[self.share]}, index[self.share])
             position += 1
+
+
+# --- what the tests of the real recipes share ------------------------------------------------------------------------
+
+GREY_TOKENS = 6
+
+
+def greys(seed=0, size=8, side=8):
+    """Pictures of one grey each, with the grey as the caption."""
+    rng = np.random.default_rng(seed)
+    grey = rng.integers(0, 8, size)
+    tokens = np.zeros((size, GREY_TOKENS), np.int32)
+    tokens[:, :3] = np.stack([np.full(size, 1), 3 + grey, np.full(size, 2)], axis=1)
+    image = np.broadcast_to((grey * 36).astype(np.uint8)[:, None, None, None], (size, side, side, 3))
+    return {"image": np.ascontiguousarray(image), "tokens": tokens, "mask": (tokens > 0).astype(np.float32)}
+
+
+class ByPosition:
+    """Batches that a function of their position makes."""
+
+    def __init__(self, bucket, batch):
+        self.bucket, self.batch = bucket, batch
+
+    def batches(self, position):
+        while True:
+            arrays = self.batch(position)
+            yield Drawn(self.bucket, arrays, np.arange(len(next(iter(arrays.values())))))
+            position += 1
+
+
+def random_like(spec, seed=0):
+    """Weights away from zero: a fresh network's output is zero."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda s: jnp.asarray(0.3 * rng.normal(size=s.shape) + (len(s.shape) == 1), s.dtype), spec)
+
+
+def state_away_from_zero(made):
+    """A recipe's first state, with such weights for every player."""
+    state = jax.eval_shape(made.init, key(0, 0, "init"))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), state)
+    players = {
+        name: dataclasses.replace(zeros.players[name], params=random_like(player.params, 1))
+        for name, player in state.players.items()
+    }
+    return zeros.replace(players=players)
+
+
+def train_and_read(made, batches, workdir, steps):
+    """Trains, or goes on; returns the last state and the lines of `train.jsonl`."""
+    config = LoopConfig(train_steps=steps, log_every_steps=1, tensorboard=False)
+    state = loop.train(made, batches, config, workdir=workdir, quiet=True)
+    return state, [json.loads(line) for line in (workdir / "metrics" / "train.jsonl").read_text().splitlines()]

@@ -9,8 +9,8 @@ import re
 
 from snapgen_jax.parallel.traffic import repeated_lines
 
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2}
-_BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
+BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "f8e4m3fn": 8, "f8e5m2": 8, "s16": 16, "u16": 16, "f16": 16}
+BITS |= {"bf16": 16, "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64}
 _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 _LINE = re.compile(rf"= (?P<type>.+?) (?P<kind>{_KINDS})(?P<start>-start)?\((?P<rest>.*)")
 _ARRAY = re.compile(r"([a-z]+\d*(?:e\d+m\d+(?:fn)?)?)\[([\d,]*)\]")
@@ -77,4 +77,4 @@ def _ring(operands: str) -> int:
 
 
 def _size(dtype: str, dims: str) -> int:
-    return _BYTES.get(dtype, 4) * math.prod(int(d) for d in dims.split(",") if d)
+    return math.prod(int(d) for d in dims.split(",") if d) * BITS.get(dtype, 32) // 8

@@ -1,7 +1,6 @@
 """Step distillation as a recipe: what each player learns from, what stays frozen, and four calls for an image."""
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +14,14 @@ from snapgen_jax.networks.mmdit import MMDiTConfig
 from snapgen_jax.recipes.adversarial import Adversarial, AdversarialConfig
 from snapgen_jax.recipes.distillation import Distillation, DistillationConfig, TeacherConfig
 from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig
-from snapgen_jax.training import loop
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.keys import example_keys, key
-from snapgen_jax.training.loop import LoopConfig, make_step
+from snapgen_jax.training.loop import make_step
 from snapgen_jax.training.optimizer import OptimizerConfig
 from snapgen_jax.training.recipe import Recipe
-from tests.recipes_for_tests import Drawn
+from tests.recipes_for_tests import GREY_TOKENS, ByPosition, greys, random_like, state_away_from_zero, train_and_read
 
-LENGTH = 6
+GREYS = ByPosition("8x8", greys)
 MMDIT = MMDiTConfig.preset("smoke", latent_channels=12, depth=2, dual=0)
 STUDENT = {
     "batch_size": 8,
@@ -31,7 +29,7 @@ STUDENT = {
     "image_sizes": ((8, 8),),
     "network": "mmdit",
     "mmdit": MMDIT,
-    "text": ClipTextConfig.preset("smoke", max_tokens=LENGTH, layers=1),
+    "text": ClipTextConfig.preset("smoke", max_tokens=GREY_TOKENS, layers=1),
     "codec": CodecConfig(patch=2),
     "optimizer": OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
 }
@@ -44,37 +42,12 @@ def recipe(**changes):
     return Adversarial(dataclasses.replace(CONFIG, **changes), "cpu")
 
 
-def batch(seed=0, size=8):
-    rng = np.random.default_rng(seed)
-    grey = rng.integers(0, 8, size)
-    tokens = np.zeros((size, LENGTH), np.int32)
-    tokens[:, :3] = np.stack([np.full(size, 1), 3 + grey, np.full(size, 2)], axis=1)
-    image = np.broadcast_to((grey * 36).astype(np.uint8)[:, None, None, None], (size, 8, 8, 3))
-    return {"image": np.ascontiguousarray(image), "tokens": tokens, "mask": (tokens > 0).astype(np.float32)}
-
-
-def random_like(spec, seed=0):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda s: jnp.asarray(0.3 * rng.normal(size=s.shape) + (len(s.shape) == 1), s.dtype), spec)
-
-
-def first_state(made):
-    """A state with weights away from zero, for every player."""
-    state = jax.eval_shape(made.init, key(0, 0, "init"))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), state)
-    players = {
-        name: dataclasses.replace(zeros.players[name], params=random_like(player.params, 1))
-        for name, player in state.players.items()
-    }
-    return zeros.replace(players=players)
-
-
 @pytest.fixture(scope="module")
 def playing():
     """The recipe, what is frozen, a state, drawn examples, and all networks by name."""
     made = recipe()
-    frozen, state = random_like(made.frozen_spec()), first_state(made)
-    drawn = jax.jit(made.draw)(frozen, batch(), jax.random.key(3), 0)
+    frozen, state = random_like(made.frozen_spec()), state_away_from_zero(made)
+    drawn = jax.jit(made.draw)(frozen, greys(), jax.random.key(3), 0)
     given = {**frozen, **state.extra, "discriminator": state.players["discriminator"].params}
     return made, frozen, state, drawn, given
 
@@ -85,7 +58,7 @@ def test_it_fulfils_the_protocol():
 
 def test_it_trains_at_the_times_of_sampling_and_judges_at_less_noise(playing):
     made, frozen, *_ = playing
-    drawn = [jax.jit(made.draw)(frozen, batch(), jax.random.key(i), 0) for i in range(20)]
+    drawn = [jax.jit(made.draw)(frozen, greys(), jax.random.key(i), 0) for i in range(20)]
     t, s = (np.concatenate([d[name] for d in drawn]) for name in ("t", "s"))
     np.testing.assert_allclose(np.unique(t), sorted([1.0, 0.9, 0.75, 0.5]))  # quarters, shifted by 3
     assert (s < t).all() and (s > 0).all()
@@ -150,7 +123,7 @@ def test_the_generator_is_called_four_times_for_an_image(playing):
             return super().predict_with_taps(params, x_t, t, context, taps)
 
     counting = Counting(made.config, "cpu")
-    conditions = {name: batch()[name][:2] for name in ("tokens", "mask")}
+    conditions = {name: greys()[name][:2] for name in ("tokens", "mask")}
     weights = {"model": state.players["model"].params}
     found = jax.jit(counting.generate)(weights, {}, conditions, example_keys(0, jnp.arange(2), "generate"))
     jax.effects_barrier()
@@ -160,14 +133,14 @@ def test_the_generator_is_called_four_times_for_an_image(playing):
 
 def test_the_critic_follows_what_is_generated_and_pulls_it_to_the_teacher():
     made = recipe(critic_weight=1.0, adversarial_weight=0.0)
-    frozen, state = random_like(made.frozen_spec()), first_state(made)
-    new, metrics = jax.jit(make_step(made, 0))(state, frozen, batch())
+    frozen, state = random_like(made.frozen_spec()), state_away_from_zero(made)
+    new, metrics = jax.jit(make_step(made, 0))(state, frozen, greys())
     assert bool(metrics["finite"]) and float(metrics["loss/critic"]) > 0 and float(metrics["loss/matching"]) > 0
     before, after = (jax.tree.leaves(s.players["critic"].params) for s in (state, new))
     assert any(np.any(a != b) for a, b in zip(before, after, strict=True))
     # where critic and teacher say the same, there is nothing to match
     params = {**frozen, **state.players["model"].params, "critic": {"mmdit": frozen["teacher"]["mmdit"]}}
-    drawn = jax.jit(made.draw)(frozen, batch(), jax.random.key(0), 0)
+    drawn = jax.jit(made.draw)(frozen, greys(), jax.random.key(0), 0)
     context = jax.jit(made.condition)(params, drawn)
     matching = jax.jit(made.matching_loss)(params, drawn, drawn["x_0"], context)
     np.testing.assert_allclose(matching, 0.0, atol=1e-8)
@@ -187,29 +160,14 @@ def test_what_does_not_fit_is_refused_with_what_to_change(changes, message):
         recipe(**changes)
 
 
-class Batches:
-    """Batches by position."""
-
-    def batches(self, position):
-        while True:
-            yield Drawn("8x8", batch(position), np.arange(8))
-            position += 1
-
-
-def train(made, workdir, steps):
-    config = LoopConfig(train_steps=steps, log_every_steps=1, tensorboard=False)
-    state = loop.train(made, Batches(), config, workdir=workdir, quiet=True)
-    return state, [json.loads(line) for line in (workdir / "metrics" / "train.jsonl").read_text().splitlines()]
-
-
 def test_two_players_and_the_running_means_resume_bit_for_bit(tmp_path):
     before = FlowMatching(FlowMatchingConfig(**STUDENT), "cpu")
-    train(before, tmp_path / "before", 1)
+    train_and_read(before, GREYS, tmp_path / "before", 1)
     run = str(tmp_path / "before")
     made = recipe(trunk_workdir=run, teacher=dataclasses.replace(TEACHER, workdir=run))
-    straight, lines = train(made, tmp_path / "straight", 4)
-    train(made, tmp_path / "stopped", 2)
-    resumed, again = train(made, tmp_path / "stopped", 4)
+    straight, lines = train_and_read(made, GREYS, tmp_path / "straight", 4)
+    train_and_read(made, GREYS, tmp_path / "stopped", 2)
+    resumed, again = train_and_read(made, GREYS, tmp_path / "stopped", 4)
     jax.tree.map(np.testing.assert_array_equal, straight, resumed)
     assert lines == again and {"loss/adversarial", "loss/discriminator", "loss/output"} <= set(lines[-1])
     with pytest.raises(ConfigError, match="trunk_workdir"):

@@ -23,7 +23,7 @@ from snapgen_jax.training.keys import key
 from snapgen_jax.training.loop import LoopConfig, make_step
 from snapgen_jax.training.optimizer import OptimizerConfig, step_player
 from snapgen_jax.training.recipe import Recipe
-from tests.recipes_for_tests import Drawn
+from tests.recipes_for_tests import ByPosition
 
 ADAM = OptimizerConfig(learning_rate=3e-3, warmup_steps=0)
 CONFIG = AutoencoderTrainingConfig(
@@ -52,15 +52,6 @@ def batch(position, size=8):
         where = rng.integers(2, 7)
         image[:where], image[where:] = rng.integers(0, 256, (2, 3))
     return {"image": images}
-
-
-class Pictures:
-    """Batches by position."""
-
-    def batches(self, position):
-        while True:
-            yield Drawn("8x8", batch(position), np.arange(8))
-            position += 1
 
 
 @functools.cache
@@ -214,7 +205,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(tmp_path):
     def train(folder, steps):
         saves = CheckpointConfig(every_steps=3)
         config = LoopConfig(train_steps=steps, log_every_steps=1, tensorboard=False, checkpoint=saves)
-        return loop.train(made, Pictures(), config, workdir=tmp_path / folder, mesh=mesh, quiet=True)
+        return loop.train(made, ByPosition("8x8", batch), config, workdir=tmp_path / folder, mesh=mesh, quiet=True)
 
     train("broken", 3)
     straight, resumed = train("straight", 6), train("broken", 6)

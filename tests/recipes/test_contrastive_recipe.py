@@ -21,7 +21,7 @@ from snapgen_jax.training.keys import key
 from snapgen_jax.training.loop import LoopConfig, make_step
 from snapgen_jax.training.optimizer import OptimizerConfig
 from snapgen_jax.training.recipe import Recipe
-from tests.recipes_for_tests import Drawn
+from tests.recipes_for_tests import ByPosition
 
 TEXT = ClipTextConfig.preset("smoke", max_tokens=6)
 CONFIG = ContrastiveConfig(
@@ -41,15 +41,6 @@ def batch(seed):
     tokens[:, :3] = np.stack([np.full(8, 1), 3 + grey, np.full(8, 2)], axis=1)
     image = np.broadcast_to((grey * 36).astype(np.uint8)[:, None, None, None], (8, 8, 8, 3))
     return {"image": np.ascontiguousarray(image), "tokens": tokens, "mask": (tokens > 0).astype(np.float32)}
-
-
-class Batches:
-    """Batches by position."""
-
-    def batches(self, position):
-        while True:
-            yield Drawn("8x8", batch(position), np.arange(8))
-            position += 1
 
 
 def test_it_learns_which_caption_belongs_to_which_image_and_scores_by_it(monkeypatch):
@@ -85,7 +76,7 @@ def test_it_learns_which_caption_belongs_to_which_image_and_scores_by_it(monkeyp
 def test_a_later_stage_conditions_on_its_text_encoder_which_stays_as_it_was(tmp_path):
     made = Contrastive(CONFIG, "cpu")
     config = LoopConfig(train_steps=2, log_every_steps=1, tensorboard=False)
-    state = loop.train(made, Batches(), config, workdir=tmp_path, quiet=True)
+    state = loop.train(made, ByPosition("8x8", batch), config, workdir=tmp_path, quiet=True)
     later = FlowMatching(
         FlowMatchingConfig(
             batch_size=8,

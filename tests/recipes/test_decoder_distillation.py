@@ -26,7 +26,7 @@ from snapgen_jax.training.loop import LoopConfig, make_step
 from snapgen_jax.training.optimizer import OptimizerConfig
 from snapgen_jax.training.recipe import Recipe
 from tests.networks.tiny import drawn
-from tests.recipes_for_tests import Drawn
+from tests.recipes_for_tests import ByPosition
 
 OFF = ReconstructionLoss(l1=0.0, l2=0.0, perceptual=0.0, adversarial=0.0)
 ADAM = OptimizerConfig(learning_rate=3e-3, warmup_steps=0)
@@ -61,15 +61,6 @@ def batch(position):
     rng = np.random.default_rng(position)
     ramp = np.linspace(0, 1, 16)[None, :, None, None] * rng.random((4, 1, 1, 3)) * 255
     return {"image": np.broadcast_to(ramp, (4, 16, 16, 3)).astype(np.uint8)}
-
-
-class Ramps:
-    """Batches by position."""
-
-    def batches(self, position):
-        while True:
-            yield Drawn("16x16", batch(position), np.arange(4))
-            position += 1
 
 
 @functools.cache
@@ -156,7 +147,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(tmp_path):
     def train(folder, steps):
         saves = CheckpointConfig(every_steps=2)
         config = LoopConfig(train_steps=steps, log_every_steps=1, tensorboard=False, checkpoint=saves)
-        return loop.train(made, Ramps(), config, workdir=tmp_path / folder, mesh=mesh, quiet=True)
+        return loop.train(made, ByPosition("16x16", batch), config, workdir=tmp_path / folder, mesh=mesh, quiet=True)
 
     train("broken", 2)
     straight, resumed = train("straight", 4), train("broken", 4)

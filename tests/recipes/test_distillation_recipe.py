@@ -1,7 +1,6 @@
 """Distillation as a recipe: what the teacher adds, what he must not be touched by, and what stays without him."""
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +17,15 @@ from snapgen_jax.parallel.mesh import MeshConfig, make_mesh
 from snapgen_jax.parallel.sharding import tree_shardings
 from snapgen_jax.recipes.distillation import Distillation, DistillationConfig, TeacherConfig
 from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig, SamplingConfig
-from snapgen_jax.training import loop
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.fingerprint import fingerprint
 from snapgen_jax.training.keys import key
-from snapgen_jax.training.loop import LoopConfig, make_step
+from snapgen_jax.training.loop import make_step
 from snapgen_jax.training.optimizer import OptimizerConfig
 from snapgen_jax.training.recipe import Recipe, frozen_for_generation
-from tests.recipes_for_tests import Drawn
+from tests.recipes_for_tests import GREY_TOKENS, ByPosition, greys, random_like, state_away_from_zero, train_and_read
 
-LENGTH = 6
+GREYS = ByPosition("8x8", greys)
 MMDIT = MMDiTConfig.preset("smoke", latent_channels=12, depth=2, dual=0)  # of all networks the quickest to compile
 STUDENT = {
     "batch_size": 8,
@@ -35,7 +33,7 @@ STUDENT = {
     "image_sizes": ((8, 8),),
     "network": "mmdit",
     "mmdit": MMDIT,
-    "text": ClipTextConfig.preset("smoke", max_tokens=LENGTH, layers=1),
+    "text": ClipTextConfig.preset("smoke", max_tokens=GREY_TOKENS, layers=1),
     "codec": CodecConfig(patch=2),
     "optimizer": OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
     "sampling": SamplingConfig(steps=3, guidance=2.0),
@@ -48,35 +46,12 @@ def recipe(teacher=TEACHER, **changes):
     return Distillation(dataclasses.replace(CONFIG, teacher=teacher, **changes), "cpu")
 
 
-def batch(seed=0, size=8):
-    rng = np.random.default_rng(seed)
-    grey = rng.integers(0, 8, size)
-    tokens = np.zeros((size, LENGTH), np.int32)
-    tokens[:, :3] = np.stack([np.full(size, 1), 3 + grey, np.full(size, 2)], axis=1)
-    image = np.broadcast_to((grey * 36).astype(np.uint8)[:, None, None, None], (size, 8, 8, 3))
-    return {"image": np.ascontiguousarray(image), "tokens": tokens, "mask": (tokens > 0).astype(np.float32)}
-
-
-def random_like(spec, seed=0):
-    """Weights away from zero: a fresh network's output is zero."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda s: jnp.asarray(0.3 * rng.normal(size=s.shape) + (len(s.shape) == 1), s.dtype), spec)
-
-
-def first_state(made):
-    """A state with weights away from zero."""
-    state = jax.eval_shape(made.init, key(0, 0, "init"))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), state)
-    player = dataclasses.replace(zeros.players["model"], params=random_like(state.players["model"].params, 1))
-    return zeros.replace(players={"model": player})
-
-
 @pytest.fixture(scope="module")
 def taught():
     """A recipe with both losses, a teacher, a state away from the start, and drawn examples."""
     made = recipe()
     frozen = random_like(made.frozen_spec())
-    return made, frozen, first_state(made), jax.jit(made.draw)(frozen, batch(), jax.random.key(3), 0)
+    return made, frozen, state_away_from_zero(made), jax.jit(made.draw)(frozen, greys(), jax.random.key(3), 0)
 
 
 def gradients(made, given, params, drawn):
@@ -108,7 +83,7 @@ def test_without_any_weight_it_is_flow_matching_bit_for_bit():
     assert bare.frozen_spec() == {}
     states = []
     for made in (plain, bare):
-        state, _ = jax.jit(make_step(made, 0))(first_state(made), {}, batch())
+        state, _ = jax.jit(make_step(made, 0))(state_away_from_zero(made), {}, greys())
         states.append(state)
     jax.tree.map(np.testing.assert_array_equal, *states)
 
@@ -117,7 +92,7 @@ def test_without_any_weight_it_is_flow_matching_bit_for_bit():
 def updated(taught):
     """The state after one update, and its metrics."""
     made, frozen, state, _ = taught
-    return jax.jit(make_step(made, 0))(state, frozen, batch())
+    return jax.jit(make_step(made, 0))(state, frozen, greys())
 
 
 def test_the_running_means_follow_the_losses_that_are_reported(updated):
@@ -132,7 +107,7 @@ def test_the_running_means_follow_the_losses_that_are_reported(updated):
 def test_accumulation_changes_nothing_but_rounding(taught, updated):
     _, frozen, state, _ = taught
     one, m1 = updated
-    four, m4 = jax.jit(make_step(recipe(microbatches=4), 0))(state, frozen, batch())
+    four, m4 = jax.jit(make_step(recipe(microbatches=4), 0))(state, frozen, greys())
     np.testing.assert_allclose(m1["grad_norm"], m4["grad_norm"], rtol=1e-5)
     ratio = [s.extra["means"]["output"] for s in (one, four)]
     seen = ratio[0]["count"] > 0
@@ -174,9 +149,9 @@ def test_a_teacher_with_other_latents_teaches_features_from_the_same_image_with_
     teacher = TeacherConfig(mmdit=dataclasses.replace(MMDIT, latent_channels=48), codec=codec)
     made = recipe(teacher, output_weight=0.0)
     frozen = random_like(made.frozen_spec())
-    drawn = jax.eval_shape(made.draw, frozen, batch(), jax.random.key(0), 0)
+    drawn = jax.eval_shape(made.draw, frozen, greys(), jax.random.key(0), 0)
     assert drawn["teacher_x_0"].shape == (8, 2, 2, 48) and drawn["x_0"].shape == (8, 4, 4, 12)
-    _, metrics = jax.jit(make_step(made, 0))(first_state(made), frozen, batch())
+    _, metrics = jax.jit(make_step(made, 0))(state_away_from_zero(made), frozen, greys())
     assert bool(metrics["finite"]) and float(metrics["loss/feature"]) > 0
     with pytest.raises(ValueError, match="output_weight=0"):
         recipe(teacher)
@@ -201,32 +176,17 @@ def test_without_a_teacher_to_load_it_says_which_key_to_set():
         recipe().load_frozen(None)
 
 
-class Batches:
-    """Batches by position."""
-
-    def batches(self, position):
-        while True:
-            yield Drawn("8x8", batch(position), np.arange(8))
-            position += 1
-
-
-def train(made, workdir, steps):
-    config = LoopConfig(train_steps=steps, log_every_steps=1, tensorboard=False)
-    state = loop.train(made, Batches(), config, workdir=workdir, quiet=True)
-    return state, [json.loads(line) for line in (workdir / "metrics" / "train.jsonl").read_text().splitlines()]
-
-
 def test_a_run_learns_from_a_trained_teacher_and_resumes_bit_for_bit(tmp_path):
     teacher = FlowMatching(FlowMatchingConfig(**STUDENT), "cpu")
-    train(teacher, tmp_path / "teacher", 2)
+    train_and_read(teacher, GREYS, tmp_path / "teacher", 2)
     run = TeacherConfig(workdir=str(tmp_path / "teacher"), mmdit=MMDIT, text=STUDENT["text"])
     made = recipe(run)
     frozen = made.load_frozen(None)
     assert frozen_for_generation(made) == {}, "the teacher is not loaded where the student draws"
     before = fingerprint(frozen)
-    straight, lines = train(made, tmp_path / "straight", 4)
-    train(made, tmp_path / "stopped", 2)
-    resumed, again = train(made, tmp_path / "stopped", 4)
+    straight, lines = train_and_read(made, GREYS, tmp_path / "straight", 4)
+    train_and_read(made, GREYS, tmp_path / "stopped", 2)
+    resumed, again = train_and_read(made, GREYS, tmp_path / "stopped", 4)
     jax.tree.map(np.testing.assert_array_equal, straight, resumed)
     assert lines == again and "loss/feature" in lines[-1]
     assert fingerprint(made.load_frozen(None)) == before

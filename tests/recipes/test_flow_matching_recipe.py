@@ -20,15 +20,14 @@ from snapgen_jax.training.keys import example_keys, key
 from snapgen_jax.training.loop import LoopConfig, make_step
 from snapgen_jax.training.optimizer import OptimizerConfig
 from snapgen_jax.training.recipe import Recipe
-from tests.recipes_for_tests import Drawn
+from tests.recipes_for_tests import GREY_TOKENS, ByPosition, greys
 
-LENGTH = 6
 CONFIG = FlowMatchingConfig(
     batch_size=16,
     train_steps=40,
     image_sizes=((8, 8),),
     unet=UNetConfig.preset("smoke", latent_channels=12),
-    text=ClipTextConfig.preset("smoke", max_tokens=LENGTH),
+    text=ClipTextConfig.preset("smoke", max_tokens=GREY_TOKENS),
     codec=CodecConfig(patch=2),
     optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
     sampling=SamplingConfig(steps=3, guidance=2.0),
@@ -40,13 +39,7 @@ def recipe(**changes):
 
 
 def batch(seed=0, size=16):
-    """Pictures of one grey each, with the grey as the caption."""
-    rng = np.random.default_rng(seed)
-    grey = rng.integers(0, 8, size)
-    tokens = np.zeros((size, LENGTH), np.int32)
-    tokens[:, :3] = np.stack([np.full(size, 1), 3 + grey, np.full(size, 2)], axis=1)
-    image = np.broadcast_to((grey * 36).astype(np.uint8)[:, None, None, None], (size, 8, 8, 3))
-    return {"image": np.ascontiguousarray(image), "tokens": tokens, "mask": (tokens > 0).astype(np.float32)}
+    return greys(seed, size)
 
 
 def one_update(made, mesh_config=None):
@@ -104,18 +97,9 @@ MESHES = {
 def losses(workdir, mesh, **changes):
     """Five updates of one run."""
     config = LoopConfig(train_steps=5, log_every_steps=1, tensorboard=False)
-    state = loop.train(recipe(**changes), Greys(), config, workdir=workdir, mesh=mesh, quiet=True)
+    state = loop.train(recipe(**changes), ByPosition("8x8", batch), config, workdir=workdir, mesh=mesh, quiet=True)
     lines = (workdir / "metrics" / "train.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines], state
-
-
-class Greys:
-    """Batches by position."""
-
-    def batches(self, position):
-        while True:
-            yield Drawn("8x8", batch(position), np.arange(16))
-            position += 1
 
 
 @pytest.fixture(scope="module")
