@@ -269,7 +269,8 @@ def export(
             str(out),
             backend=backend,
             prompts=prompts,
-            reference=generator_of(generator.recipe, generator.params),
+            reference=generator_of(generator.recipe, generator.params, generator.frozen),
+            frozen=generator.frozen,
         )
     return report.numbers
 

@@ -73,6 +73,7 @@ def export_bundle(
     prompts: Sequence[str] = GOLDEN_PROMPTS,
     seed: int = 0,
     reference: Reference | None = None,
+    frozen: Any = None,
 ) -> BundleReport:
     """Exports a recipe's generator.
 
@@ -89,6 +90,7 @@ def export_bundle(
         reference: `(tokens [N, L], mask [N, L], noise [N, *noise_shape]) -> uint8 [N, H, W, 3]`, an independent sampler
             over the same weights; `generator_of(recipe, params)` is the recipe's own. Its images may differ by one grey
             level from those of the float32 files.
+        frozen: the recipe's frozen networks, where they are at hand; read by the recipe otherwise.
 
     Raises:
         IncompatibleModelError: a file holds what a phone does not run.
@@ -103,7 +105,8 @@ def export_bundle(
         raise FileExistsError(f"{out_dir} holds files and is no bundle; name another folder, or empty this one")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}.partial.", dir=out_dir.parent) as scratch:
-        export = _Export(recipe, params, pathlib.Path(scratch) / "bundle", tuple(precisions), backend)
+        held = {**params, "frozen": frozen_for_generation(recipe) if frozen is None else frozen}
+        export = _Export(recipe, held, pathlib.Path(scratch) / "bundle", tuple(precisions), backend)
         report = export.run(pathlib.Path(tokenizer_path), list(prompts), seed, reference)
         if out_dir.exists():
             out_dir.rename(pathlib.Path(scratch) / "before")
@@ -111,8 +114,11 @@ def export_bundle(
     return dataclasses.replace(report, folder=out_dir)
 
 
-def generator_of(recipe: Recipe, params: Any) -> Reference:
-    """The recipe's own sampler as a reference: `generate` with the noise given among its conditions."""
+def generator_of(recipe: Recipe, params: Any, frozen: Any = None) -> Reference:
+    """The recipe's own sampler as a reference: `generate` with the noise given among its conditions.
+
+    `frozen` are the recipe's frozen networks, where they are at hand.
+    """
 
     def run(tokens: np.ndarray, mask: np.ndarray, noise: np.ndarray) -> np.ndarray:
         cpu = compare.cpu_device()
@@ -120,7 +126,8 @@ def generator_of(recipe: Recipe, params: Any) -> Reference:
             weights = jax.device_put(params, cpu)
             keys = jax.random.split(jax.random.key(0), len(tokens))
             conditions = {"tokens": tokens, "mask": mask, "noise": noise}
-            made = jax.jit(recipe.generate)(weights, frozen_for_generation(recipe), conditions, keys)
+            given = jax.device_put(frozen_for_generation(recipe) if frozen is None else frozen, cpu)
+            made = jax.jit(recipe.generate)(weights, given, conditions, keys)
             return np.asarray(made["image"])
 
     return run
@@ -141,7 +148,7 @@ class _Export:
                 raise ValueError(
                     f"the scheduler's units are {dict(self.scheduler.units)}; the plan has {list(self.units)}"
                 )
-        self.params = {**params, "frozen": frozen_for_generation(recipe)}
+        self.params = params
         self.folder, self.precisions = folder, precisions
         self.backend: Backend = backend
         self.inputs = {name: tuple(unit.inputs) for name, unit in self.units.items()}
