@@ -174,8 +174,8 @@ def state_away_from_zero(made):
     return zeros.replace(players=players)
 
 
-def train_and_read(made, batches, workdir, steps):
+def train_and_read(made, batches, workdir, steps, mesh=None):
     """Trains, or goes on; returns the last state and the lines of `train.jsonl`."""
     config = LoopConfig(train_steps=steps, log_every_steps=1, tensorboard=False)
-    state = loop.train(made, batches, config, workdir=workdir, quiet=True)
+    state = loop.train(made, batches, config, workdir=workdir, mesh=mesh, quiet=True)
     return state, [json.loads(line) for line in (workdir / "metrics" / "train.jsonl").read_text().splitlines()]

@@ -10,13 +10,17 @@ import optax
 import pytest
 
 from snapgen_jax.networks.autoencoder import AutoencoderConfig
+from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.codec import CodecConfig, build_codec, from_uint8
 from snapgen_jax.networks.lpips import LPIPSConfig
+from snapgen_jax.networks.mmdit import MMDiTConfig
+from snapgen_jax.networks.module import flatten
 from snapgen_jax.networks.patch_discriminator import PatchDiscriminatorConfig
 from snapgen_jax.networks.tiny_decoder import TinyDecoderConfig
 from snapgen_jax.parallel.mesh import MeshConfig, make_mesh
 from snapgen_jax.recipes._reconstruction import Reconstruction, ReconstructionLoss
 from snapgen_jax.recipes.decoder_distillation import DecoderDistillation, DecoderDistillationConfig
+from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig, SamplingConfig
 from snapgen_jax.training import loop
 from snapgen_jax.training.checkpoint import CheckpointConfig
 from snapgen_jax.training.exits import ConfigError
@@ -26,7 +30,7 @@ from snapgen_jax.training.loop import LoopConfig, make_step
 from snapgen_jax.training.optimizer import OptimizerConfig
 from snapgen_jax.training.recipe import Recipe
 from tests.networks.tiny import drawn
-from tests.recipes_for_tests import ByPosition
+from tests.recipes_for_tests import GREY_TOKENS, ByPosition, greys, train_and_read
 
 OFF = ReconstructionLoss(l1=0.0, l2=0.0, perceptual=0.0, adversarial=0.0)
 ADAM = OptimizerConfig(learning_rate=3e-3, warmup_steps=0)
@@ -99,6 +103,61 @@ def test_what_is_to_be_made(target):
     np.testing.assert_allclose(given["latent"], latents, atol=1e-5)
     expected = images if target == "image" else jax.jit(codec.decode)(latents)
     np.testing.assert_allclose(given["image"], expected, atol=1e-4)
+
+
+GENERATOR = FlowMatchingConfig(
+    batch_size=4,
+    image_sizes=((16, 16),),
+    network="mmdit",
+    mmdit=MMDiTConfig.preset("smoke", latent_channels=4, depth=2, dual=0),
+    text=ClipTextConfig.preset("smoke", max_tokens=GREY_TOKENS, layers=1),
+    codec=CONFIG.codec,
+    sampling=SamplingConfig(steps=2, guidance=2.0),
+)
+
+
+class FrozenGenerator(FlowMatching):
+    """The same for a generator."""
+
+    def load_frozen(self, mesh):
+        return {"codec": drawn(self.codec.network)}
+
+
+def captioned(position):
+    return greys(position, 4, side=16)
+
+
+def test_latents_of_a_trained_generator_are_decoded_as_the_large_decoder_does(tmp_path):
+    one = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    train_and_read(FrozenGenerator(GENERATOR, "cpu"), ByPosition("16x16", captioned), tmp_path, steps=2, mesh=one)
+    made = recipe(target="large", crop=0, generator=GENERATOR, generator_workdir=str(tmp_path), generated_share=0.75)
+    frozen = {**recipe().load_frozen(None), "generator": made.load_generator(made.generator, None)}
+    spec = {name: leaf.shape for name, leaf in flatten(made.frozen_spec()).items()}
+    assert spec == {name: leaf.shape for name, leaf in flatten(frozen).items()}
+    assert {name: leaf.shape for name, leaf in made.batch_specs()["16x16"].items()} == {
+        name: leaf.shape for name, leaf in captioned(0).items()
+    }
+    draw = jax.jit(made.draw)
+    given, other = (draw(frozen, captioned(0), jax.random.key(n)) for n in range(2))
+    codec = made.codec.bind(frozen["codec"])
+    encoded = jax.jit(codec.encode)(from_uint8(captioned(0)["image"]))
+    np.testing.assert_allclose(given["latent"][3:], encoded[3:], atol=1e-5)
+    assert not np.allclose(given["latent"][:3], encoded[:3], atol=0.1), "three of four are drawn from the caption"
+    assert not np.allclose(given["latent"][:3], other["latent"][:3], atol=0.1), "and from noise of the moment"
+    np.testing.assert_allclose(given["image"], jax.jit(codec.decode)(given["latent"]), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"target": "image"}, "set target='large'"),
+        ({"target": "large", "generated_share": 0.1}, "0.1 of a batch of 4 is 0 latents"),
+        ({"target": "large", "generator": FlowMatchingConfig()}, "4 latent channels and unet.latent_channels is 48"),
+    ],
+)
+def test_a_generator_that_does_not_fit_is_refused(changes, says):
+    with pytest.raises(ValueError, match=says):
+        recipe(generator_workdir="somewhere", **changes)
 
 
 def test_each_term_teaches_by_itself():
