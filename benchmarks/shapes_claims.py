@@ -97,7 +97,7 @@ class Budget:
     """How much of the table is made, and how well.
 
     Attributes:
-        arg: of the configs.
+        arg: of the configs: their short forms, on patches of pixels.
         steps: updates of each group; None as the config says. A group that is not here is not run.
         seeds: of each group; 1 unless named.
         per_category: prompts of each category of the score.
@@ -128,7 +128,13 @@ BUDGETS = {
         per_category=64,
         examples=512,
     ),
-    "gpu": Budget("", FULL, {"student": 3, "few-step": 3, "ladder": 3}, per_category=64, examples=512),
+    "gpu": Budget(
+        "quick",
+        {"clip": 12_000, "teacher": 60_000, "student": 34_400, "few-step": 12_000, "ladder": 34_400},
+        {"student": 3, "few-step": 3, "ladder": 3},
+        per_category=64,
+        examples=512,
+    ),
 }
 HOURS = {"ci": 0.1, "hour": 1.5, "night": 8.0, "gpu": 24.0}  # planned
 
@@ -161,7 +167,7 @@ class Runs:
         changes += [f"{key}={self.workdir(other, seed)}" for key, other in trial.earlier.items()]
         changes += [] if steps is None else [f"train_steps={steps}"]
         changes += _ladder_changes(name, budget.arg) if trial.group == "ladder" else []
-        return load_config(f"{CONFIGS / trial.config}.py" + (f":{budget.arg}" if budget.arg else ""), changes)
+        return load_config(f"{CONFIGS / trial.config}.py:{budget.arg}", changes)
 
     def train(self, name: str, seed: int) -> pathlib.Path:
         """Trains a trial and those before it, or goes on, or finds it trained."""
@@ -219,7 +225,7 @@ def _row(name: str, draw: str) -> str:
 def ladder_networks(arg: str) -> dict[str, UNetConfig]:
     """The networks of the design steps that lead to the student's, as the paper leads to its own: attention at the
     lowest resolution, and a first stage that is conditioned."""
-    config: Any = load_config(f"{CONFIGS / 'student'}.py" + (f":{arg}" if arg else ""))
+    config: Any = load_config(f"{CONFIGS / 'student'}.py:{arg}")
     student: UNetConfig = build(UNetConfig, config.unet)
     depth = tuple(max(1, d) for d in student.down_depth)
     final = dataclasses.replace(student, first_stage="tf", down_depth=depth, self_attention=(False, True))

@@ -44,11 +44,13 @@ class RowConfig:
     Attributes:
         label: its name.
         options: of the generator, such as `steps` and `guidance`; the stage's own otherwise.
+        decoder: an earlier stage whose tiny decoder takes the place of the codec's; "" for the codec's own.
         against: label of the row that it is to better.
     """
 
     label: str = ""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    decoder: str = ""
     against: str = ""
 
 
@@ -110,7 +112,8 @@ def load_chain(spec: str, overrides: Sequence[str] = ()) -> tuple[ChainConfig, d
     folder = pathlib.Path(spec.partition(":")[0]).parent
     stages = []
     for i, stage in enumerate(chain.stages):
-        if unknown := [name for name in stage.earlier.values() if name not in names[:i]]:
+        needed = [*stage.earlier.values(), *(row.decoder for row in stage.rows if row.decoder)]
+        if unknown := [name for name in needed if name not in names[:i]]:
             raise ConfigError(
                 f"stage {stage.name!r} starts from {', '.join(unknown)}; before it there are {', '.join(names[:i])}"
             )
@@ -162,7 +165,10 @@ def run_chain(
 
             def score(folder: epath.Path = folder, row: RowConfig = row) -> Numbers:
                 asked = {"compositional": {"per_category": chain.per_category}, "frechet": {"examples": chain.examples}}
-                return experiments.evaluate(folder, chain.scores, generation=row.options, options=asked)
+                decoder = root / row.decoder if row.decoder else None
+                return experiments.evaluate(
+                    folder, chain.scores, generation=row.options, options=asked, decoder=decoder
+                )
 
             rows[row.label] = {**trained, **parts.run(f"score {row.label}", score)}
     text = f"{table(chain, rows)}\n\n{parts.minutes():.1f} minutes in all\n"

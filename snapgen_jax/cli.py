@@ -81,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--step", type=int, help="checkpoint (default: the newest)")
     evaluate.add_argument("--steps", type=int, help="sampling steps (default: the run's)")
     evaluate.add_argument("--guidance", type=float, help="guidance scale; 1 is none (default: the run's)")
+    evaluate.add_argument("--decoder", help="a run of a tiny decoder, in place of the run's own")
 
     export = add("export", _export, "Write a TFLite bundle of a trained run, checked against JAX.")
     _workdir(export)
@@ -323,7 +324,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     from snapgen_jax.experiment import evaluate
 
     generation = {k: v for k in ("steps", "guidance") if (v := getattr(options, k)) is not None}
-    numbers = evaluate(options.workdir, options.names.split(","), options.step, generation=generation)
+    numbers = evaluate(
+        options.workdir, options.names.split(","), options.step, generation=generation, decoder=options.decoder
+    )
     print(json.dumps(numbers, indent=2))
 
 

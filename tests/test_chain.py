@@ -8,7 +8,7 @@ import pytest
 
 from snapgen_jax import chain as chains
 from snapgen_jax.chain import ChainConfig, RowConfig, StageConfig, load_chain, run_chain, table
-from snapgen_jax.config import load_config
+from snapgen_jax.config import build, load_config, recipe_class
 from snapgen_jax.training.exits import ConfigError
 
 SHAPES = pathlib.Path(__file__).parents[1] / "configs" / "shapes"
@@ -20,8 +20,10 @@ def test_every_stage_of_the_shapes_chain_has_a_config_that_takes_the_workdirs_be
     assert overrides["student"] == ["train_steps=7"]
     for stage in chain.stages:
         earlier = [f"{key}=/runs/{name}" for key, name in stage.earlier.items()]
-        values = json.dumps(load_config(stage.config, earlier).to_dict())
-        assert '"runs/' not in values, "every workdir of another run is that of a stage before"
+        config = load_config(stage.config, earlier)
+        assert '"runs/' not in json.dumps(config.to_dict()), "every workdir of another run is that of a stage before"
+        cls = recipe_class(config.recipe)
+        cls(build(cls.Config, config), "cpu")  # its networks fit each other
 
 
 def test_what_is_not_in_the_chain_is_refused_by_name(tmp_path):
@@ -31,6 +33,12 @@ def test_what_is_not_in_the_chain_is_refused_by_name(tmp_path):
     stages = [{"name": "b", "config": "b.py", "earlier": {"init_from": "a"}}, {"name": "a", "config": "a.py"}]
     bad.write_text(f"def get_config(arg=None):\n    return {{'stages': {stages!r}}}\n")
     with pytest.raises(ConfigError, match="stage 'b' starts from a"):
+        load_chain(str(bad))
+    rows = [{"label": "phone", "decoder": "tiny"}]
+    bad.write_text(
+        f"def get_config(arg=None):\n    return {{'stages': [{{'name': 'a', 'config': 'a.py', 'rows': {rows!r}}}]}}\n"
+    )
+    with pytest.raises(ConfigError, match="stage 'a' starts from tiny"):
         load_chain(str(bad))
     with pytest.raises(ConfigError, match="snapgen chain"):
         load_config(f"{SHAPES}/chain.py")

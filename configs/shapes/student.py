@@ -1,15 +1,29 @@
 """The student of the shapes world by itself: the quickstart's UNet, conditioned on the frozen text encoder.
 
-    snapgen train --config=configs/shapes/student.py --workdir=runs/student --config.text_workdir=runs/clip
+    snapgen train --config=configs/shapes/student.py --workdir=runs/student --config.text_workdir=runs/clip \
+        --config.codec.workdir=runs/autoencoder
 
-Third stage of `chain.py`: what distillation has to better at as many updates. Machine: one GPU, or two CPU cores for
-an hour. Metric: `score.overall`.
+A stage of `chain.py`: what distillation has to better at as many updates. It draws latents of `autoencoder.py`; its
+short forms, patches of pixels as the quickstart does. Machine: one GPU, or two CPU cores for an hour. Metric:
+`score.overall`.
 """
 
 import pathlib
 import runpy
 
 from ml_collections import ConfigDict
+
+
+def codec(arg: str | None) -> ConfigDict:
+    """The latents of the whole chain: the autoencoder's, or in the short forms patches of pixels."""
+    if arg:
+        return ConfigDict({"kind": "patch", "patch": 4})
+    return ConfigDict({"kind": "autoencoder", "autoencoder": {"preset": "shapes"}, "workdir": "runs/autoencoder"})
+
+
+def latent_channels(arg: str | None) -> int:
+    """Of these latents; they have equally many rows and columns."""
+    return 48 if arg else 8
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -21,4 +35,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.text_workdir = "runs/clip"
     c.train_steps = {None: 34_400, "quick": 2_000, "runlocal": 6}[arg]
     c.evaluation.final = ("validation_loss",)
+    c.codec = codec(arg)
+    c.unet.latent_channels = latent_channels(arg)
     return c

@@ -1,8 +1,10 @@
 """The teacher of the shapes world: an MMDiT, four times as large as the student, trained by flow matching.
 
-    snapgen train --config=configs/shapes/teacher.py --workdir=runs/teacher --config.text_workdir=runs/clip
+    snapgen train --config=configs/shapes/teacher.py --workdir=runs/teacher --config.text_workdir=runs/clip \
+        --config.codec.workdir=runs/autoencoder
 
-Second stage of `chain.py`, after `clip.py`. Machine: one GPU, or two CPU cores for some hours. Metric: `score.overall`.
+A stage of `chain.py`, after `clip.py`; on the same latents as `student.py`. Machine: one GPU, or two CPU cores for some
+hours. Metric: `score.overall`.
 """
 
 import pathlib
@@ -11,9 +13,15 @@ import runpy
 from ml_collections import ConfigDict
 
 
+def sibling(name: str) -> dict:
+    """What another config file defines."""
+    return runpy.run_path(str(pathlib.Path(__file__).with_name(name)))
+
+
 def mmdit(arg: str | None) -> ConfigDict:
     """The architecture, which the distillation names too."""
-    shape = {"latent_channels": 48, "patch": 1, "position_size": 8, "position_base": 8, "text_mask": "attend"}
+    channels = sibling("student.py")["latent_channels"](arg)
+    shape = {"latent_channels": channels, "patch": 1, "position_size": 8, "position_base": 8, "text_mask": "attend"}
     if arg == "runlocal":
         return ConfigDict({"preset": "smoke", **shape, "dual": 0, "depth": 2})
     size = {"depth": 6, "heads": 4, "head_dim": 32}
@@ -22,14 +30,13 @@ def mmdit(arg: str | None) -> ConfigDict:
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """`arg`: None; "quick" for the chain of twenty minutes; "runlocal" for a few seconds."""
-    here = pathlib.Path(__file__)
-    clip = runpy.run_path(str(here.with_name("clip.py")))
-    c = runpy.run_path(str(here.with_name("quickstart.py")))["get_config"]("runlocal" if arg == "runlocal" else None)
+    c = sibling("quickstart.py")["get_config"]("runlocal" if arg == "runlocal" else None)
     c.network = "mmdit"
     c.mmdit = mmdit(arg)
-    c.text = clip["text"](arg)
+    c.text = sibling("clip.py")["text"](arg)
     c.text_workdir = "runs/clip"
     c.train_steps = {None: 60_000, "quick": 1_500, "runlocal": 6}[arg]
     c.optimizer.learning_rate = 1e-3
     c.evaluation.final = ("validation_loss",)
+    c.codec = sibling("student.py")["codec"](arg)
     return c
