@@ -3,6 +3,7 @@
     python -m benchmarks.decoder --latency              # counts, and both as TFLite on this CPU, in one run
     python -m benchmarks.decoder --train --budget=ci    # the shapes world: large, tiny, and tiny without this or that
     python -m benchmarks.decoder --train                # the same at length
+    python -m benchmarks.decoder --photographs          # large and tiny on real photographs, scored on others
 
 Each part writes its figures into `results/decoder.json`. Latency is that of drawn weights, which cost what trained ones
 cost; the two take turns, and the fastest round of each counts, because other work on the machine can only add.
@@ -20,15 +21,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+import skimage.data
+from PIL import Image
+from sklearn.datasets import load_sample_image
 
 from snapgen_jax.config import load_config
 from snapgen_jax.experiment import Experiment, prepare_workdir
 from snapgen_jax.export.client import litert_unit
 from snapgen_jax.export.convert import to_tflite
+from snapgen_jax.generation import load_weights
 from snapgen_jax.networks.autoencoder import AutoencoderConfig
 from snapgen_jax.networks.counting import count_macs
 from snapgen_jax.networks.module import apply, build, count_parameters, init
@@ -167,13 +173,7 @@ def train(budget: str, root: pathlib.Path) -> dict[str, Any]:
         `{variant: reconstruction.* of its "tiny" decoder}`, "large" for the autoencoder's own, parameters and seconds.
     """
     steps = BUDGETS[budget]
-    common = [
-        f"train_steps={steps}",
-        f"loss.adversarial_from_steps={steps // 2}",
-        "evaluation.every_steps=0",
-        "tensorboard=False",
-        f"log_every_steps={max(1, steps // 10)}",
-    ]
+    common = _common(steps)
     _run("autoencoder", root / "autoencoder", common)
     found: dict[str, Any] = {"budget": budget, "steps": steps, "batch": 16, "seeds": 1}
     for name, changes in VARIANTS.items():
@@ -199,6 +199,71 @@ def _of(decoder: str, numbers: dict[str, float]) -> dict[str, float]:
     return {name.removeprefix(prefix): value for name, value in numbers.items() if name.startswith(prefix)}
 
 
+# --- photographs -----------------------------------------------------------------------------------------------------
+
+TRAINED_ON = ("astronaut", "coffee", "rocket", "china")
+HELD_OUT = ("chelsea", "flower")
+TILE, STRIDE, SIDE = 64, 32, 32
+
+
+def photographs(budget: str, root: pathlib.Path) -> dict[str, Any]:
+    """The networks of the shapes world on tiles of photographs that scikit-image and scikit-learn ship, and how they do
+    on tiles of photographs that they have not seen.
+
+    Returns:
+        `{decoder: reconstruction.*}` for "large" and "tiny", and what was trained.
+    """
+    for split, names in (("train", TRAINED_ON), ("held_out", HELD_OUT)):
+        _write_tiles(names, root / split)
+    steps = BUDGETS[budget]
+    source = ["data.source=folder", "data.captions=none", "data.flip=random", f"data.path={root / 'train'}"]
+    common = [*_common(steps), *source]
+    _run("autoencoder", root / "autoencoder", common)
+    codec = f"codec.workdir={root / 'autoencoder'}"
+    _run("tiny_decoder", root / "tiny", [*common, codec])
+    apart = [f"data.path={root / 'held_out'}", "data.validation_share=0.9"]
+    config = load_config("configs/shapes/tiny_decoder.py", [*common, codec, *apart])
+    experiment = Experiment(config, root / "tiny")
+    (evaluator,) = experiment.evaluators()
+    weights = load_weights(root / "tiny", experiment.recipe)
+    numbers = evaluator.run(weights, experiment.recipe.load_frozen(None)).numbers
+    return {
+        "budget": budget,
+        "steps": steps,
+        "pixels": SIDE,
+        "trained_on": TRAINED_ON,
+        "held_out": HELD_OUT,
+        **{decoder: _of(decoder, numbers) for decoder in ("large", "tiny")},
+    }
+
+
+def _write_tiles(names: Sequence[str], folder: pathlib.Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        photo = Image.fromarray(_photograph(name))
+        for y in range(0, photo.height - TILE + 1, STRIDE):
+            for x in range(0, photo.width - TILE + 1, STRIDE):
+                tile = photo.crop((x, y, x + TILE, y + TILE)).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+                tile.save(folder / f"{name}_{y:04d}_{x:04d}.png")
+
+
+def _photograph(name: str) -> np.ndarray:
+    return load_sample_image(f"{name}.jpg") if name in ("china", "flower") else getattr(skimage.data, name)()
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def _common(steps: int) -> list[str]:
+    return [
+        f"train_steps={steps}",
+        f"loss.adversarial_from_steps={steps // 2}",
+        "evaluation.every_steps=0",
+        "tensorboard=False",
+        f"log_every_steps={max(1, steps // 10)}",
+    ]
+
+
 def _run(name: str, workdir: pathlib.Path, overrides: list[str]) -> tuple[dict[str, float], float]:
     """Trains a config, or finds it trained; returns the last reconstruction's numbers, and seconds of training."""
     config = load_config(f"configs/shapes/{name}.py", overrides)
@@ -217,8 +282,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--latency", action="store_true", help="counts, and time and memory as TFLite")
     parser.add_argument("--train", action="store_true", help="the shapes world")
+    parser.add_argument("--photographs", action="store_true", help="real photographs, split by photograph")
     parser.add_argument("--budget", choices=tuple(BUDGETS), default="full")
-    parser.add_argument("--workdir", help="where the runs of --train are kept (default: a temporary folder)")
+    parser.add_argument("--workdir", help="where the runs are kept (default: a temporary folder)")
     parser.add_argument("--pixels", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -235,6 +301,10 @@ def main() -> None:
     if options.train:
         with tempfile.TemporaryDirectory() as scratch:
             record["shapes"] = {"machine": machine, **train(options.budget, pathlib.Path(options.workdir or scratch))}
+    if options.photographs:
+        with tempfile.TemporaryDirectory() as scratch:
+            root = pathlib.Path(options.workdir or scratch) / "photographs"
+            record["photographs"] = {"machine": machine, **photographs(options.budget, root)}
     RESULT.write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))
 
