@@ -187,6 +187,12 @@ class Runs:
             write_whole(experiment.epath.Path(folder / "trained.json"), json.dumps(found))
         return folder
 
+    def seconds(self) -> float:
+        """Of training, in all runs of the budget that are finished."""
+        folders = (self.workdir(name, seed) for name in TRIALS for seed in self.seeds(name))
+        records = (folder / "trained.json" for folder in folders)
+        return sum(json.loads(record.read_text())["seconds"] for record in records if record.exists())
+
     def score(self, name: str, draw: str, seed: int) -> Numbers:
         """The numbers of a trial, drawn from in one way."""
         folder = self.train(name, seed)
@@ -384,7 +390,7 @@ def report(runs: Runs, name: str) -> dict[str, Any]:
         "claims": [claim.judge(found, HOURS["night"] if name != "gpu" else HOURS["gpu"]) for claim in CLAIMS],
         "rows": {row: _summary(numbers) for row, numbers in found.items()},
         "updates": {group: steps for group, steps in runs.budget.steps.items() if steps is not None},
-        "hours": sum(n["seconds"] for row, per_seed in found.items() if ", " not in row for n in per_seed) / 3600,
+        "hours": runs.seconds() / 3600,
     }
     if "ladder" in runs.budget.steps:
         times = milliseconds(ladder_networks(runs.budget.arg))
