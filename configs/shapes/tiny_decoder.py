@@ -3,18 +3,28 @@
     snapgen train --config=configs/shapes/autoencoder.py --workdir=runs/autoencoder
     snapgen train --config=configs/shapes/tiny_decoder.py --workdir=runs/tiny --config.codec.workdir=runs/autoencoder
     snapgen evaluate --workdir=runs/tiny --names=reconstruction
+    snapgen train --config=configs/shapes/tiny_decoder.py:generated --workdir=runs/tiny_generated \
+        --config.codec.workdir=runs/autoencoder --config.generator_workdir=runs/student \
+        --config.generator.text_workdir=runs/clip
+
+In the last one half of the latents are not encoded images, but drawn by a run of `student.py` from captions, and the
+large decoder's images are what to make of them.
 
 Machine: two CPU cores. Time: about a quarter of an hour. Metric: `reconstruction.tiny.psnr` within 2 dB of that of
 `large`.
 """
 
+import pathlib
+import runpy
+
 from ml_collections import ConfigDict
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """`arg`: None, or "runlocal" for a run of a few seconds, after that of `autoencoder.py`."""
-    if arg not in (None, "runlocal"):
-        raise ValueError(f"unknown argument {arg!r}; the argument is runlocal, or nothing")
+    """`arg`: None; "generated" for latents of a trained generator, too; "runlocal" for a run of a few seconds, after
+    that of `autoencoder.py`."""
+    if arg not in (None, "generated", "runlocal"):
+        raise ValueError(f"unknown argument {arg!r}; the arguments are generated and runlocal, or nothing")
     c = ConfigDict()
     c.recipe = "decoder_distillation"
     c.train_steps = 3_000
@@ -32,6 +42,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.ema_decay = 0.995
     c.checkpoint = ConfigDict({"every_steps": 500})
     c.evaluation = ConfigDict({"every_steps": 1_000, "during": ("reconstruction",), "final": ("reconstruction",)})
+    if arg == "generated":
+        student = runpy.run_path(str(pathlib.Path(__file__).with_name("student.py")))["get_config"]()
+        used = ("network", "unet", "text", "text_workdir", "prediction", "sampling")
+        c.generator = ConfigDict({name: student[name] for name in used if name in student})
+        c.generator_workdir = "runs/student"
+        c.target = "large"
+        c.data = student.data
     if arg == "runlocal":
         c.train_steps = 8
         c.batch_size = 4

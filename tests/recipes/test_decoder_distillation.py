@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from snapgen_jax.config import build, load_config
 from snapgen_jax.networks.autoencoder import AutoencoderConfig
 from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.codec import CodecConfig, build_codec, from_uint8
@@ -145,6 +146,15 @@ def test_latents_of_a_trained_generator_are_decoded_as_the_large_decoder_does(tm
     assert not np.allclose(given["latent"][:3], encoded[:3], atol=0.1), "three of four are drawn from the caption"
     assert not np.allclose(given["latent"][:3], other["latent"][:3], atol=0.1), "and from noise of the moment"
     np.testing.assert_allclose(given["image"], jax.jit(codec.decode)(given["latent"]), atol=1e-4)
+
+
+def test_the_config_for_generated_latents_has_the_networks_of_the_student(tmp_path):
+    config = build(DecoderDistillationConfig, load_config("configs/shapes/tiny_decoder.py:generated"))
+    student = build(FlowMatchingConfig, load_config("configs/shapes/student.py"))
+    made = DecoderDistillation(config, "cpu")
+    drawn_by = made.generator.config
+    assert (drawn_by.unet, drawn_by.text, drawn_by.codec) == (student.unet, student.text, student.codec)
+    assert made.generated == 8
 
 
 @pytest.mark.parametrize(
