@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from snapgen_jax.parallel.mesh import MeshConfig, make_mesh
 from snapgen_jax.training import loop
 from snapgen_jax.training.keys import key
 from snapgen_jax.training.loop import LoopConfig
@@ -174,8 +175,9 @@ def state_away_from_zero(made):
     return zeros.replace(players=players)
 
 
-def train_and_read(made, batches, workdir, steps, mesh=None):
-    """Trains, or goes on; returns the last state and the lines of `train.jsonl`."""
+def train_and_read(made, batches, workdir, steps):
+    """Trains on one device, or goes on; returns the last state and the lines of `train.jsonl`."""
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     config = LoopConfig(train_steps=steps, log_every_steps=1, tensorboard=False)
     state = loop.train(made, batches, config, workdir=workdir, mesh=mesh, quiet=True)
     return state, [json.loads(line) for line in (workdir / "metrics" / "train.jsonl").read_text().splitlines()]
