@@ -26,7 +26,7 @@ from tests.recipes_for_tests import ByPosition
 TEXT = ClipTextConfig.preset("smoke", max_tokens=6)
 CONFIG = ContrastiveConfig(
     batch_size=8,
-    train_steps=60,
+    train_steps=100,
     image=ClipVisionConfig.preset("smoke", image_size=8, patch=4),
     text=TEXT,
     optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
@@ -46,7 +46,7 @@ def batch(seed):
 def test_it_learns_which_caption_belongs_to_which_image_and_scores_by_it(monkeypatch):
     made = Contrastive(CONFIG, "cpu")
     assert isinstance(made, Recipe)
-    state = train(made, (batch(n) for n in range(1000)), steps=60, quiet=True)
+    state = train(made, (batch(n) for n in range(1000)), steps=100, quiet=True)
     weights = inference_weights(state)
     losses = jax.jit(made.validation_losses)(weights, {}, batch(99), jax.random.key(0))
     assert losses["accuracy"].mean() == 1.0 and losses["mean"].mean() < 0.5 * np.log(8)
