@@ -27,14 +27,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from scipy import stats
 
 from snapgen_jax import experiment
+from snapgen_jax.chain import parameters
 from snapgen_jax.config import build, load_config, to_json
 from snapgen_jax.experiment import Experiment, prepare_workdir
 from snapgen_jax.networks import unet
 from snapgen_jax.networks.counting import STEPS, ladder
-from snapgen_jax.networks.module import apply, count_parameters, for_platform, init
+from snapgen_jax.networks.module import apply, for_platform, init
 from snapgen_jax.networks.module import build as build_network
 from snapgen_jax.networks.unet import UNetConfig
 from snapgen_jax.training.files import write_whole
@@ -182,9 +184,8 @@ class Runs:
             config = self.config(name, seed)
             prepare_workdir(config, folder)
             state = Experiment(config, folder).train()
-            params = {k: leaf for k, leaf in state.players["model"].params.items() if "projector" not in k}
-            found = {"parameters": count_parameters(params), "seconds": time.perf_counter() - begin}
-            write_whole(experiment.epath.Path(folder / "trained.json"), json.dumps(found))
+            found = {"parameters": parameters(state), "seconds": time.perf_counter() - begin}
+            write_whole(epath.Path(folder / "trained.json"), json.dumps(found))
         return folder
 
     def seconds(self) -> float:
@@ -207,7 +208,7 @@ class Runs:
             numbers = experiment.evaluate(
                 folder, ("compositional", "frechet", "diversity"), generation=options, options=asked
             )
-            write_whole(experiment.epath.Path(path), json.dumps(numbers))
+            write_whole(epath.Path(path), json.dumps(numbers))
         return {**json.loads((folder / "trained.json").read_text()), **json.loads(path.read_text())}
 
     def all(self) -> dict[str, list[Numbers]]:

@@ -22,6 +22,7 @@ from snapgen_jax.networks.module import count_parameters
 from snapgen_jax.quickstart import Stages
 from snapgen_jax.training.files import write_whole
 from snapgen_jax.training.metrics import read_lines
+from snapgen_jax.training.state import TrainState
 
 Numbers = dict[str, float]
 COLUMNS = {
@@ -150,11 +151,10 @@ def run_chain(
             experiments.prepare_workdir(config, folder)
             state = experiment.train()
             batch = int(config.batch_size)
-            params = {name: leaf for name, leaf in state.players["model"].params.items() if "projector" not in name}
             seen = read_lines(folder / "metrics" / "evaluation.jsonl")
             last = seen[-1] if seen and seen[-1]["step"] == int(state.step) else {}
             return {
-                "params": count_parameters(params),
+                "params": parameters(state),
                 "images_seen": int(state.step) * batch,
                 **{k: v for k, v in last.items() if k.startswith("validation_loss.")},
             }
@@ -175,6 +175,12 @@ def run_chain(
     write_whole(root / "chain.md", text)
     print("\n" + text)
     return rows
+
+
+def parameters(state: TrainState) -> int:
+    """Of the model, without the projectors that distillation drops."""
+    params = state.players["model"].params
+    return count_parameters({name: leaf for name, leaf in params.items() if "projector" not in name})
 
 
 def table(chain: ChainConfig, rows: Mapping[str, Numbers]) -> str:

@@ -81,8 +81,8 @@ class DecoderDistillation(Reconstruction):
         self.generator, self.generated = None, round(config.generated_share * config.batch_size)
         if config.generator_workdir:
             self._check_generator()
-            fitted = dataclasses.replace(config.generator, codec=config.codec, image_sizes=config.image_sizes)
-            self.generator = FlowMatching(fitted, platform)
+            shared = {name: getattr(config, name) for name in ("codec", "image_sizes", "batch_size")}
+            self.generator = FlowMatching(dataclasses.replace(config.generator, **shared), platform)
 
     def _check_generator(self) -> None:
         config = self.config
@@ -108,12 +108,7 @@ class DecoderDistillation(Reconstruction):
 
     def batch_specs(self) -> dict[str, Tree]:
         """One bucket per image size: `image` uint8 `[B, H, W, 3]`; with a generator `tokens` and `mask` `[B, L]`."""
-        specs = super().batch_specs()
-        if self.generator is None:
-            return specs
-        captioned = dataclasses.replace(self.generator.config, batch_size=self.config.batch_size)
-        wanted = FlowMatching(captioned, "cpu").batch_specs()
-        return {bucket: wanted[bucket] for bucket in specs}
+        return (super() if self.generator is None else self.generator).batch_specs()
 
     def new_params(self, key: jax.Array) -> Tree:
         """The tiny decoder, drawn."""
