@@ -112,6 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     _config(what, required=False)
     what.add_argument("--from", dest="earlier", metavar="FILE", help="derive from this earlier --json, compile nothing")
     plan.add_argument("--topology", required=True, help="v5e:4x4, v5p:2x2x2, v6e:16x16, 2*v5e:4x4 ...")
+    plan.add_argument("--part", default="", help="a piece of the step by itself: draw (frozen encoders), or teacher")
     plan.add_argument("--json", metavar="FILE", help="also write all figures there")
 
     status = add("status", _status, "Where a run stands, and what to do next.")
@@ -275,10 +276,12 @@ def _plan(options: argparse.Namespace) -> None:
     from snapgen_jax.experiment import derive, plan
 
     if options.earlier:
+        if options.part:
+            raise ConfigError("--part compiles, and --from compiles nothing; a derived plan is of what the file is of")
         asked, plans = derive(epath.Path(options.earlier), options.topology)
     else:
         asked = {"config": options.config, "overrides": options.overrides}
-        plans = plan(_load_experiment(options), options.topology)
+        plans = plan(_load_experiment(options), options.topology, options.part)
     print("\n\n".join(found.table() for found in plans))
     if options.json:
         epath.Path(options.json).write_text(

@@ -277,15 +277,16 @@ def export(
     return report.numbers
 
 
-def plan(config: ConfigDict, name: str) -> list[Plan]:
+def plan(config: ConfigDict, name: str, part: str = "") -> list[Plan]:
     """What a config's step needs and costs on chips that are not here: one plan for each batch shape.
 
     Args:
         config: the experiment.
         name: of the topology, "v5e:4x4"; see `parallel.plan.topology`.
+        part: a piece of the step to plan by itself, see `training.recipe.parts_of`; "" for the whole.
 
     Raises:
-        ConfigError: the topology is unknown, or the mesh or the batch does not fit it.
+        ConfigError: the topology is unknown, the mesh or the batch does not fit it, or there is no such part.
     """
     experiment: ExperimentConfig = build(ExperimentConfig, config)
     cls = recipe_class(experiment.recipe)
@@ -297,8 +298,8 @@ def plan(config: ConfigDict, name: str) -> list[Plan]:
         for bucket, spec in recipe.batch_specs().items():
             batch = jax.tree.leaves(spec)[0].shape[0]
             check_batch(batch, experiment.microbatches, mesh)
-            lowered, state = loop.lower_abstract_step(recipe, experiment.seed, mesh, bucket)
-            facts = {"bucket": bucket, "global_batch": batch, "train_steps": experiment.train_steps}
+            lowered, state = loop.lower_abstract_step(recipe, experiment.seed, mesh, bucket, part)
+            facts = {"part": part, "bucket": bucket, "global_batch": batch, "train_steps": experiment.train_steps}
             plans.append(plan_step(lowered, where, mesh, state=state, **facts))
     except ValueError as error:
         raise ConfigError(str(error)) from error

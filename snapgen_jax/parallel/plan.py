@@ -96,6 +96,7 @@ class Plan:
         bytes_accessed: XLA's estimate of the same: of all operands and results, on the chip or not, and of the body of
             a loop once.
         collectives: by kind, in one step.
+        part: the piece of the step that was compiled by itself; "" for the whole.
         derived_from: the topology that the step was compiled for, where that is another; "" where it is this one.
     """
 
@@ -118,6 +119,7 @@ class Plan:
     memory_bytes: int = 0
     bytes_accessed: float = 0.0
     collectives: Mapping[str, Collective] = dataclasses.field(default_factory=dict)
+    part: str = ""
     derived_from: str = ""
 
     @classmethod
@@ -180,8 +182,8 @@ class Plan:
         """All fields, and what follows from them; of a step that does not fit, what is known."""
         fields = dataclasses.asdict(self)
         if not self.fits:
-            defaults = {f.name for f in dataclasses.fields(self) if f.default is not dataclasses.MISSING}
-            return {name: value for name, value in fields.items() if name not in {*defaults, "collectives"}}
+            unknown = {f.name for f in dataclasses.fields(self) if f.default is not dataclasses.MISSING} - {"part"}
+            return {name: value for name, value in fields.items() if name not in {*unknown, "collectives"}}
         per_example, at_peaks = self.devices / self.global_batch, self.roofline
         days = self.train_steps * at_peaks.seconds / 86400
         return {
@@ -207,6 +209,7 @@ class Plan:
         rows = [
             ("where", f"{self.topology}: {self.chips} chips, mesh {mesh}"),
             ("batch", f"{self.global_batch} examples of {self.bucket}, {self.global_batch / self.chips:g} a chip"),
+            *([("part", f"{self.part!r} alone, not the whole step")] if self.part else []),
             ("memory", f"{verdict}: {gigabytes(self.peak_bytes)} of {gigabytes(self.hbm_bytes)} on each device"),
             *(self._cost_rows() if self.fits else [("", f"what would help: {self.advice()}")]),
             ("a checkpoint", gigabytes(self.state_bytes)),
@@ -271,7 +274,15 @@ def tree_bytes(tree: Tree) -> int:
 
 
 def plan_step(
-    lowered: Any, where: Topology, mesh: Mesh, *, bucket: str, global_batch: int, state: Tree, train_steps: int
+    lowered: Any,
+    where: Topology,
+    mesh: Mesh,
+    *,
+    bucket: str,
+    global_batch: int,
+    state: Tree,
+    train_steps: int,
+    part: str = "",
 ) -> Plan:
     """Compiles a lowered step and reads what it needs and costs.
 
@@ -282,6 +293,7 @@ def plan_step(
         bucket, global_batch: the batch that it was lowered for.
         state: the state's tree of shapes, for the size of a checkpoint.
         train_steps: in the run.
+        part: what of the step it is; "" for the whole.
     """
     facts: dict[str, Any] = {
         "topology": where.name,
@@ -293,6 +305,7 @@ def plan_step(
         "hbm_bytes": int(where.chip.hbm_bytes / where.chip.devices),
         "state_bytes": tree_bytes(state),
         "train_steps": train_steps,
+        "part": part,
         "versions": {"jax": jax.__version__, "libtpu": _libtpu_version()},
     }
     begin = time.perf_counter()

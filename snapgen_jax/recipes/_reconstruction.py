@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -34,7 +34,7 @@ from snapgen_jax.training.optimizer import (
     new_player,
     step_player,
 )
-from snapgen_jax.training.recipe import ExportPlan, Metrics
+from snapgen_jax.training.recipe import ExportPlan, Metrics, Part
 from snapgen_jax.training.state import Player, TrainState
 from snapgen_jax.weights.frozen import load_perceptual
 
@@ -260,6 +260,10 @@ class Reconstruction:
             players["discriminator"] = jax.tree.map(lambda new, old: jnp.where(joined, new, old), player, other)
             metrics |= {"discriminator": loss, "adaptive_weight": weight, "grad_norm/discriminator": norm}
         return state.replace(players=players), metrics
+
+    def parts(self) -> Mapping[str, Part]:
+        """ "draw", all that comes before the losses: what frozen networks make of a batch."""
+        return {"draw": lambda state, frozen, batch, key: self.draw(frozen, batch, key)}
 
     def _step_discriminator(
         self, player: Player, real: jax.Array, made: jax.Array, step: jax.Array

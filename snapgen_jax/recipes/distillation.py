@@ -13,7 +13,7 @@ are in `extra`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -44,8 +44,9 @@ from snapgen_jax.networks.rules import within
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.unet import UNetConfig
 from snapgen_jax.recipes.flow_matching import Examined, FlowMatching, FlowMatchingConfig, Prediction, predict
+from snapgen_jax.training.accumulate import split_microbatches
 from snapgen_jax.training.exits import ConfigError
-from snapgen_jax.training.recipe import Metrics
+from snapgen_jax.training.recipe import Metrics, Part
 from snapgen_jax.training.state import TrainState
 from snapgen_jax.weights.frozen import draw_stand_ins, load_codec, load_mmdit, load_run
 
@@ -348,6 +349,23 @@ class Distilled(FlowMatching):
         if self._has_means:
             found["sums"] = bin_sums(losses, t, config.scaling)
         return total, found, Examined(x_t, v, context)
+
+    def parts(self) -> Mapping[str, Part]:
+        """Also "teacher": what he says of a batch, in as many parts as the student learns from."""
+
+        def teacher(state: TrainState, frozen: Tree, batch: Tree, key: jax.Array) -> Tree:
+            params = {**frozen, **state.extra, **state.players["model"].params}
+            taps = self.config.teacher_taps if "feature" in self.weights else ()
+
+            def ask(drawn: Tree) -> Tree:
+                x_t = interpolate(drawn["x_0"], drawn["eps"], drawn["t"])
+                said = self.ask_teacher(params, drawn, x_t, self.condition(params, drawn), taps)
+                return jax.tree.map(lambda x: jnp.mean(jnp.square(x)), said)
+
+            drawn = self.draw(frozen, batch, key, state.step)
+            return jax.lax.map(ask, split_microbatches(drawn, self.config.microbatches))
+
+        return {**super().parts(), **({"teacher": teacher} if self.weights else {})}
 
     def report(self, extra: Tree, found: Tree) -> tuple[Tree, Metrics]:
         """The running means after this batch, and each loss by itself."""

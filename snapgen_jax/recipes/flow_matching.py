@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -45,7 +45,7 @@ from snapgen_jax.training.optimizer import (
     new_player,
     step_player,
 )
-from snapgen_jax.training.recipe import ExportPlan, ExportUnit, Metrics
+from snapgen_jax.training.recipe import ExportPlan, ExportUnit, Metrics, Part
 from snapgen_jax.training.state import Player, TrainState
 from snapgen_jax.weights.frozen import load_codec, load_run
 
@@ -301,6 +301,10 @@ class FlowMatching:
     def update(self, state: TrainState, frozen: Tree, batch: Tree, key: jax.Array) -> tuple[TrainState, Metrics]:
         """One AdamW step on the loss."""
         return self.learn(state, {**frozen, **state.extra}, self.draw(frozen, batch, key, state.step))
+
+    def parts(self) -> Mapping[str, Part]:
+        """ "draw", all that comes before the loss: where there are frozen encoders, mainly what they do."""
+        return {"draw": lambda state, frozen, batch, key: self.draw(frozen, batch, key, state.step)}
 
     def learn(self, state: TrainState, given: Tree, drawn: Tree) -> tuple[TrainState, Metrics]:
         """The step of the player "model", beside what else is given by name: frozen networks, `extra`."""

@@ -32,7 +32,7 @@ from snapgen_jax.training.keys import key
 from snapgen_jax.training.lifetime import Lifetime
 from snapgen_jax.training.metrics import MetricWriter, evaluated
 from snapgen_jax.training.profile import Profiler
-from snapgen_jax.training.recipe import Metrics, Recipe
+from snapgen_jax.training.recipe import Metrics, Recipe, parts_of
 from snapgen_jax.training.state import TrainState
 
 Tree = Any
@@ -141,11 +141,14 @@ def lower_step(
         state, frozen: arrays, or `ShapeDtypeStruct`s with shardings.
         bucket: which of the recipe's batch shapes.
     """
-    where = batch_sharding(mesh)
-    batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), recipe.batch_specs()[bucket])
     jitted = jax.jit(make_step(recipe, seed), donate_argnums=0, out_shardings=(shardings, None))
     with jax.set_mesh(mesh):
-        return jitted.lower(state, frozen, batch)
+        return jitted.lower(state, frozen, _batch_spec(recipe, mesh, bucket))
+
+
+def _batch_spec(recipe: Recipe, mesh: Mesh, bucket: str) -> Tree:
+    where = batch_sharding(mesh)
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), recipe.batch_specs()[bucket])
 
 
 def roofline(compiled: jax.stages.Compiled) -> Roofline | None:
@@ -157,8 +160,17 @@ def roofline(compiled: jax.stages.Compiled) -> Roofline | None:
     return Roofline(chip, float(cost.get("flops", 0.0)) + found.repeated_flops, found.memory_bytes)
 
 
-def lower_abstract_step(recipe: Recipe, seed: int, mesh: Mesh, bucket: str) -> tuple[jax.stages.Lowered, Tree]:
-    """`lower_step` from shapes alone: no weight is read and no device touched. Returns it and the state's shapes."""
+def lower_abstract_step(
+    recipe: Recipe, seed: int, mesh: Mesh, bucket: str, part: str = ""
+) -> tuple[jax.stages.Lowered, Tree]:
+    """`lower_step` from shapes alone: no weight is read and no device touched. Returns it and the state's shapes.
+
+    Args:
+        part: one of `recipe.parts()` in place of the whole step.
+
+    Raises:
+        ValueError: the recipe has no such part.
+    """
     state = jax.eval_shape(lambda: recipe.init(key(seed, 0, "init")))
     shardings = tree_shardings(state, recipe.rules(), mesh)
     frozen = recipe.frozen_spec()
@@ -167,7 +179,18 @@ def lower_abstract_step(recipe: Recipe, seed: int, mesh: Mesh, bucket: str) -> t
         return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), tree, places)
 
     frozen_placed = placed(frozen, tree_shardings(frozen, recipe.rules(), mesh))
-    return lower_step(recipe, seed, mesh, shardings, placed(state, shardings), frozen_placed, bucket), state
+    state_placed = placed(state, shardings)
+    if not part:
+        return lower_step(recipe, seed, mesh, shardings, state_placed, frozen_placed, bucket), state
+    known = parts_of(recipe)
+    if part not in known:
+        raise ValueError(f"no part {part!r} of this recipe's step; its parts are: {', '.join(known) or 'none'}")
+
+    def run_part(state: TrainState, frozen: Tree, batch: Tree) -> Tree:
+        return known[part](state, frozen, batch, key(seed, state.step, "update"))
+
+    with jax.set_mesh(mesh):
+        return jax.jit(run_part).lower(state_placed, frozen_placed, _batch_spec(recipe, mesh, bucket)), state
 
 
 class Run:

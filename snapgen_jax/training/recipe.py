@@ -14,6 +14,8 @@ from snapgen_jax.training.state import TrainState
 
 Tree = Any
 Metrics = dict[str, jax.Array]
+Part = Callable[[TrainState, Tree, Tree, jax.Array], Tree]
+"""`part(state, frozen, batch, key)`, with the arguments of `Recipe.update`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,3 +112,12 @@ def frozen_for_generation(recipe: Recipe, mesh: Mesh | None = None) -> Tree:
     not wanted where only the student draws.
     """
     return getattr(recipe, "load_for_generation", recipe.load_frozen)(mesh)
+
+
+def parts_of(recipe: Recipe) -> Mapping[str, Part]:
+    """{name: what the step does in one piece without a gradient}, for plans of each piece by itself.
+
+    None, unless the recipe has a method `parts`. A step with frozen networks of billions of parameters may be more than
+    a laptop can compile at once, and their share of it is worth knowing in any case.
+    """
+    return getattr(recipe, "parts", dict)()

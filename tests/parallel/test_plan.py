@@ -168,6 +168,37 @@ def test_a_stored_plan_says_what_follows_from_its_fields(file):
 
 
 @needs_libtpu
+def test_a_part_of_the_step_is_planned_by_itself(tmp_path, capsys):
+    """The teacher's share of a distillation: the same work in one part or in four."""
+    config, file = "configs/distill/t2i_512_sd35l.py:runlocal", tmp_path / "teacher.json"
+    large = ["batch_size=32", "teacher.mmdit.head_dim=64", "teacher.mmdit.depth=4"]
+    command = ["plan", f"--config={config}", "--topology=v5e:2x2", "--part=teacher", f"--json={file}"]
+    assert main([*command, *(f"--config.{change}" for change in large)]) == 0
+    assert "'teacher' alone, not the whole step" in capsys.readouterr().out
+    (stored,) = json.loads(file.read_text())
+    teacher = Plan.from_json(stored)
+    (parted,) = plan(load_config(config, [*large, "microbatches=4"]), "v5e:2x2", "teacher")
+    (drawn,) = plan(load_config(config, large), "v5e:2x2", "draw")
+    assert (teacher.part, drawn.part) == ("teacher", "draw")
+    assert drawn.flops < 0.2 * teacher.flops
+    assert parted.flops == pytest.approx(teacher.flops, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([f"--config={CONFIG}", "--part=teacher"], "no part 'teacher' of this recipe's step; its parts are: draw"),
+        (["--from=plan.json", "--part=draw"], "--from compiles nothing"),
+    ],
+)
+def test_a_part_that_cannot_be_planned_is_refused_in_one_line(arguments, says, capsys):
+    if "--part=teacher" in arguments and importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs libtpu")
+    assert main(["plan", "--topology=v5e:2x2", *arguments]) == 78
+    assert says in capsys.readouterr().err
+
+
+@needs_libtpu
 def test_a_plan_with_split_parameters_tells_nothing_of_others(planned, tmp_path, capsys):
     file = tmp_path / "plan.json"
     file.write_text(json.dumps([{"config": CONFIG, "overrides": [], **planned.to_json()}]))
