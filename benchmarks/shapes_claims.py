@@ -1,7 +1,7 @@
 """What SnapGen claims of its method, put to the test in the shapes world: one table.
 
     python -m benchmarks.shapes_claims --budget=ci        # the machinery alone, in minutes; its numbers mean nothing
-    python -m benchmarks.shapes_claims --budget=hour      # one seed of the distillation and four-step rows, short
+    python -m benchmarks.shapes_claims --budget=hour      # one seed of distillation and four steps, single objects
     python -m benchmarks.shapes_claims --budget=night     # three seeds of these, one of the ladder; two CPU cores
     python -m benchmarks.shapes_claims --budget=gpu       # three seeds of everything at full length
     python -m benchmarks.shapes_claims --budget=night --hours=2     # as far as it comes in that time; run it again
@@ -33,6 +33,7 @@ from scipy import stats
 from snapgen_jax import experiment
 from snapgen_jax.chain import parameters
 from snapgen_jax.config import build, load_config, to_json
+from snapgen_jax.data.prompts import CATEGORIES
 from snapgen_jax.experiment import Experiment, prepare_workdir
 from snapgen_jax.networks import unet
 from snapgen_jax.networks.counting import STEPS, ladder
@@ -99,10 +100,11 @@ class Budget:
     """How much of the table is made, and how well.
 
     Attributes:
-        arg: of the configs: their short forms, on patches of pixels.
+        arg: of the configs: their forms on patches of pixels; "quick" has single objects only.
         steps: updates of each group; None as the config says. A group that is not here is not run.
         seeds: of each group; 1 unless named.
         per_category: prompts of each category of the score.
+        categories: of the score.
         examples: images of the Frechet distance, and twice those of the diversity.
     """
 
@@ -111,6 +113,7 @@ class Budget:
     seeds: Mapping[str, int]
     per_category: int
     examples: int
+    categories: tuple[str, ...] = CATEGORIES
 
 
 FULL: dict[str, int | None] = dict.fromkeys(("clip", "teacher", "student", "few-step", "ladder"))
@@ -121,17 +124,18 @@ BUDGETS = {
         {"clip": 1_000, "teacher": 4_000, "student": 3_000, "few-step": 1_000},
         {},
         per_category=64,
-        examples=128,
+        examples=256,
+        categories=("single_object", "colours"),
     ),
     "night": Budget(
-        "quick",
+        "patches",
         {"clip": 2_000, "teacher": 16_000, "student": 8_000, "few-step": 2_000, "ladder": 4_000},
         {"student": 3, "few-step": 3},
         per_category=64,
         examples=512,
     ),
     "gpu": Budget(
-        "quick",
+        "patches",
         {"clip": 12_000, "teacher": 60_000, "student": 34_400, "few-step": 12_000, "ladder": 34_400},
         {"student": 3, "few-step": 3, "ladder": 3},
         per_category=64,
@@ -199,7 +203,7 @@ class Runs:
         folder = self.train(name, seed)
         options = TRIALS[name].draws[draw]
         asked = {
-            "compositional": {"per_category": self.budget.per_category},
+            "compositional": {"per_category": self.budget.per_category, "categories": self.budget.categories},
             "frechet": {"examples": self.budget.examples},
         }
         label = hashlib.sha256(json.dumps([options, asked], sort_keys=True).encode()).hexdigest()[:10]

@@ -17,6 +17,7 @@ from etils import epath
 
 from snapgen_jax import experiment as experiments
 from snapgen_jax.config import ConfigError, build_dataclass, closest, load_config, read, to_json
+from snapgen_jax.data.prompts import CATEGORIES
 from snapgen_jax.experiment import Experiment
 from snapgen_jax.networks.module import count_parameters
 from snapgen_jax.quickstart import Stages
@@ -80,12 +81,14 @@ class ChainConfig:
         stages: in the order in which they are trained.
         scores: evaluators of every row.
         per_category: prompts of each category of the compositional score.
+        categories: of that score.
         examples: images of the Frechet distance.
     """
 
     stages: tuple[StageConfig, ...] = ()
     scores: tuple[str, ...] = ("compositional", "frechet", "diversity")
     per_category: int = 64
+    categories: tuple[str, ...] = CATEGORIES
     examples: int = 512
 
 
@@ -140,7 +143,7 @@ def run_chain(
         earlier = [f"{key}={root / name}" for key, name in stage.earlier.items()]
         configs[stage.name] = load_config(stage.config, [*earlier, *overrides.get(stage.name, ())])
     record = {name: json.loads(to_json(config)) for name, config in configs.items()}
-    asked = {name: getattr(chain, name) for name in ("scores", "per_category", "examples")}
+    asked = {name: getattr(chain, name) for name in ("scores", "per_category", "categories", "examples")}
     parts = Stages(root / "chain.json", {**record, **asked})
     rows: dict[str, Numbers] = {}
     for stage in chain.stages:
@@ -164,7 +167,10 @@ def run_chain(
         for row in stage.rows:
 
             def score(folder: epath.Path = folder, row: RowConfig = row) -> Numbers:
-                asked = {"compositional": {"per_category": chain.per_category}, "frechet": {"examples": chain.examples}}
+                asked = {
+                    "compositional": {"per_category": chain.per_category, "categories": chain.categories},
+                    "frechet": {"examples": chain.examples},
+                }
                 decoder = root / row.decoder if row.decoder else None
                 return experiments.evaluate(
                     folder, chain.scores, generation=row.options, options=asked, decoder=decoder

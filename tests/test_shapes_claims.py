@@ -71,7 +71,7 @@ def test_every_trial_of_a_budget_has_a_config_and_a_folder_of_its_own(budget, tm
 
 
 def test_the_ladder_of_the_shapes_world_has_eight_networks_and_ends_smaller_than_it_began(tmp_path):
-    networks = ladder_networks("quick")
+    networks = ladder_networks("patches")
     assert len(set(networks.values())) == 8
     runs = Runs(BUDGETS["night"], tmp_path)
     assert {step: build(UNetConfig, runs.config(f"ladder {step}").unet) for step in networks} == networks

@@ -19,5 +19,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     here = pathlib.Path(__file__).parent
     shared = runpy.run_path(str(here / "t2i_512_sd35l.py"))
     c = runpy.run_path(str(here.parent / "pretrain" / "t2i_1024.py"))["get_config"](arg)
-    c = shared["distilled"](c, devices=64)
+    c = shared["distilled"](c, devices=64, microbatches=4)
     return shared["run_locally"](c) if arg else c

@@ -19,9 +19,11 @@ import runpy
 from ml_collections import ConfigDict
 
 
-def distilled(c: ConfigDict, devices: int) -> ConfigDict:
-    """A pretraining stage with a teacher."""
+def distilled(c: ConfigDict, devices: int, microbatches: int) -> ConfigDict:
+    """A pretraining stage with a teacher. His weights are gathered once for each microbatch, so that there are few."""
     c.recipe = "latent_distillation"
+    c.microbatches = microbatches
+    c.unet.remat = "blocks"
     c.mesh = ConfigDict({"data": 1, "fsdp": devices})
     c.shard_student = False
     c.teacher = ConfigDict({"network": "mmdit", "mmdit": {"preset": "sd35_large"}})
@@ -33,6 +35,7 @@ def distilled(c: ConfigDict, devices: int) -> ConfigDict:
 def run_locally(c: ConfigDict) -> ConfigDict:
     """The same with a teacher drawn at random: a tiny one, trained for no step."""
     c.mesh = ConfigDict({})
+    c.microbatches = 1
     c.teacher = ConfigDict(
         {"random": True, "mmdit": {"preset": "smoke", "latent_channels": 16, "position_size": 16, "position_base": 8}}
     )
@@ -44,5 +47,5 @@ def run_locally(c: ConfigDict) -> ConfigDict:
 def get_config(arg: str | None = None) -> ConfigDict:
     """`arg`: "runlocal" for twenty steps of tiny networks on a laptop."""
     pretrain = pathlib.Path(__file__).parent.parent / "pretrain" / "t2i_512.py"
-    c = distilled(runpy.run_path(str(pretrain))["get_config"](arg), devices=64)
+    c = distilled(runpy.run_path(str(pretrain))["get_config"](arg), devices=64, microbatches=2)
     return run_locally(c) if arg else c

@@ -27,13 +27,14 @@ def latent_channels(arg: str | None) -> int:
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """`arg`: None; "quick" for the chain of twenty minutes; "runlocal" for a few seconds."""
+    """`arg`: as for `clip.py`."""
     here = pathlib.Path(__file__)
     clip = runpy.run_path(str(here.with_name("clip.py")))
     c = runpy.run_path(str(here.with_name("quickstart.py")))["get_config"]("runlocal" if arg == "runlocal" else None)
+    c.data = clip["data"](arg)
     c.text = clip["text"](arg)
     c.text_workdir = "runs/clip"
-    c.train_steps = {None: 34_400, "quick": 2_000, "runlocal": 6}[arg]
+    c.train_steps = {"quick": 1_500, "runlocal": 6}.get(arg or "", 34_400)
     c.evaluation.final = ("validation_loss",)
     c.codec = codec(arg)
     c.unet.latent_channels = latent_channels(arg)

@@ -29,14 +29,15 @@ def mmdit(arg: str | None) -> ConfigDict:
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """`arg`: None; "quick" for the chain of twenty minutes; "runlocal" for a few seconds."""
+    """`arg`: as for `clip.py`."""
     c = sibling("quickstart.py")["get_config"]("runlocal" if arg == "runlocal" else None)
     c.network = "mmdit"
     c.mmdit = mmdit(arg)
+    c.data = sibling("clip.py")["data"](arg)
     c.text = sibling("clip.py")["text"](arg)
     c.text_workdir = "runs/clip"
-    c.train_steps = {None: 60_000, "quick": 1_500, "runlocal": 6}[arg]
-    c.optimizer.learning_rate = 1e-3
+    c.train_steps = {"quick": 2_000, "runlocal": 6}.get(arg or "", 60_000)
+    c.optimizer.learning_rate = 2e-3
     c.evaluation.final = ("validation_loss",)
     c.codec = sibling("student.py")["codec"](arg)
     return c

@@ -46,17 +46,22 @@ class CompositionalScore:
 
     Attributes:
         per_category: prompts in each category, an even number up to 64; fewer are the first of the 64.
+        categories: those that are asked for and averaged. Fewer than all are for a model that was shown no others; such
+            a score compares with none of other categories.
         seed: the image of prompt n of the file comes from (seed, n), however many prompts are used.
         options: options of the generator, such as `steps` and `guidance`.
     """
 
     per_category: int = PER_CATEGORY
+    categories: Sequence[str] = CATEGORIES
     seed: int = 0
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 2 <= self.per_category <= PER_CATEGORY or self.per_category % 2:
             raise ValueError(f"per_category is {self.per_category}; choose an even number from 2 to {PER_CATEGORY}")
+        if not self.categories or not set(self.categories) <= set(CATEGORIES):
+            raise ValueError(f"categories are {tuple(self.categories)}; choose from {', '.join(CATEGORIES)}")
 
     def __call__(self, generator: Generator, dataset: ValidationData | None = None) -> EvaluationResult:
         """Numbers as in `score`; `score.chance`, and how the detector did on trial, see `validate_detector`.
@@ -65,7 +70,8 @@ class CompositionalScore:
         """
         del dataset
         half = PER_CATEGORY // 2
-        chosen = [i for i in range(len(fixed_prompts())) if i % half < self.per_category // 2]
+        asked = (i for i, prompt in enumerate(fixed_prompts()) if prompt.category in self.categories)
+        chosen = [i for i in asked if i % half < self.per_category // 2]
         prompts = [fixed_prompts()[i] for i in chosen]
         texts = [prompt.prompt for prompt in prompts]
         images = generator.generate(texts, seed=self.seed, indices=chosen, **self.options)
@@ -97,7 +103,7 @@ def score(prompts: Sequence[Prompt], passed: Sequence[bool]) -> dict[str, float]
 
 def _pictures(prompts: Sequence[Prompt], images: np.ndarray, passed: Sequence[bool]) -> dict[str, np.ndarray]:
     pictures = {}
-    for category in CATEGORIES:
+    for category in dict.fromkeys(prompt.category for prompt in prompts):
         rows = [i for i, prompt in enumerate(prompts) if prompt.category == category]
         texts = [prompts[i].prompt for i in rows]
         pictures[f"score_{category}"] = grid(images[rows], texts, [passed[i] for i in rows])

@@ -88,6 +88,15 @@ def test_fewer_prompts_keep_the_noise_of_each():
         CompositionalScore(per_category=7)
 
 
+def test_fewer_categories_are_a_score_of_their_own():
+    fails = {p.prompt for p in fixed_prompts() if p.category not in ("colours", "counting")}
+    found = CompositionalScore(categories=("colours", "counting"))(Painter(fails))
+    assert found.numbers["score.overall"] == found.numbers["score.colours"] == 1.0
+    assert set(found.pictures) == {"score_colours", "score_counting"}
+    with pytest.raises(ValueError, match="choose from single_object, two_objects"):
+        CompositionalScore(categories=("colors",))
+
+
 def test_pictures_frame_passes_green_and_failures_red():
     first = fixed_prompts()[0]
     pictures = CompositionalScore(per_category=2)(Painter({first.prompt})).pictures
