@@ -8,6 +8,9 @@
 It starts from the averaged weights of the stage before; optimizer, average and schedule begin anew, and the times are
 shifted towards noise, since at more pixels the same noise hides less (Esser et al. 2024, section 5.3.2).
 
+One image of a microbatch on a chip: what the UNet makes of it stays near the arithmetic, so that keeping all of it costs 0.41
+of the memory traffic of four images whose units are computed twice, and 0.77 of their arithmetic.
+
 Machine: 256 chips of TPU v5e; runlocal, a laptop in a minute. Time: `benchmarks/results/plan/`, at best. Metric: the
 fixed-noise validation loss.
 """
@@ -23,5 +26,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if arg not in (None, "runlocal"):
         raise ValueError(f"unknown argument {arg!r}; the argument is runlocal, or nothing")
     first = runpy.run_path(str(pathlib.Path(__file__).with_name("t2i_256.py")))
-    c = first["stage"](size=1024, batch_size=1_024, train_steps=100_000, shift=3.0, microbatches=4)
+    c = first["stage"](size=1024, batch_size=1_024, train_steps=100_000, shift=3.0)
+    c.microbatches = 4
     return first["run_locally"](c) if arg else c

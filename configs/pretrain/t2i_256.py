@@ -14,17 +14,12 @@ fixed-noise validation loss. Batch, learning rate and length: SnapGen publishes 
 from ml_collections import ConfigDict
 
 
-def stage(size: int, batch_size: int, train_steps: int, shift: float, microbatches: int = 1) -> ConfigDict:
-    """What the three stages share, and where they differ.
-
-    On 256 chips each microbatch has 2^14 pixels of latents for a chip, 16 images of 256 px: what a part of the UNet
-    makes of them fits into the chip's vector memory, and costs neither HBM traffic nor a second computation.
-    """
+def stage(size: int, batch_size: int, train_steps: int, shift: float) -> ConfigDict:
+    """What the three stages share, and where they differ."""
     c = ConfigDict()
     c.recipe = "latent_flow_matching"
     c.train_steps = train_steps
     c.batch_size = batch_size
-    c.microbatches = microbatches
     c.log_every_steps = 100
     c.image_sizes = ((size, size),)
     c.data = ConfigDict({"source": "synthetic"})
