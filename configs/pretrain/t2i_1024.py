@@ -8,8 +8,8 @@
 It starts from the averaged weights of the stage before; optimizer, average and schedule begin anew, and the times are
 shifted towards noise, since at more pixels the same noise hides less (Esser et al. 2024, section 5.3.2).
 
-One image of a microbatch on a chip: what the UNet makes of it stays near the arithmetic, so that keeping all of it costs 0.41
-of the memory traffic of four images whose units are computed twice, and 0.77 of their arithmetic.
+A microbatch is one image on a chip. What the UNet makes of it stays near the arithmetic, so that keeping all of it
+costs 0.41 of the memory traffic of four images whose units are computed twice, and 0.77 of their arithmetic.
 
 Machine: 256 chips of TPU v5e; runlocal, a laptop in a minute. Time: `benchmarks/results/plan/`, at best. Metric: the
 fixed-noise validation loss.
