@@ -30,6 +30,7 @@ from snapgen_jax.evaluation.compositional import PER_CATEGORY, CompositionalScor
 from snapgen_jax.experiment import Experiment, prepare_workdir
 from snapgen_jax.generation import load
 from snapgen_jax.networks.module import count_parameters
+from snapgen_jax.process import prepare
 
 QUICKSTART = "configs/shapes/quickstart.py"
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -78,6 +79,7 @@ def overrides(change: str) -> list[str]:
 
 def main() -> None:
     """Trains, scores and records one change."""
+    prepare()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--change", choices=CHANGES, required=True)
     parser.add_argument("--workdir", default="runs/quickstart_limits")

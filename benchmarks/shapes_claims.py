@@ -40,6 +40,7 @@ from snapgen_jax.networks.counting import STEPS, ladder
 from snapgen_jax.networks.module import apply, for_platform, init
 from snapgen_jax.networks.module import build as build_network
 from snapgen_jax.networks.unet import UNetConfig
+from snapgen_jax.process import prepare
 from snapgen_jax.training.files import write_whole
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -442,6 +443,7 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Trains, judges and stores."""
+    prepare()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", choices=tuple(BUDGETS), required=True)
     parser.add_argument("--workdir", default="runs/shapes_claims", help="where the runs are kept")
