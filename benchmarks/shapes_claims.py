@@ -122,7 +122,7 @@ BUDGETS = {
     "ci": Budget("runlocal", FULL, {}, 2, 8),
     "hour": Budget(
         "quick",
-        {"clip": 1_000, "teacher": 4_000, "student": 3_000, "few-step": 1_000},
+        {"clip": 1_000, "teacher": 12_000, "student": 2_000, "few-step": 600},
         {},
         per_category=64,
         examples=256,
