@@ -107,6 +107,7 @@ class Budget:
         per_category: prompts of each category of the score.
         categories: of the score.
         examples: images of the Frechet distance, and twice those of the diversity.
+        together: trains all seeds of a trial in one program, for a machine that one of them leaves idle.
     """
 
     arg: str
@@ -115,6 +116,7 @@ class Budget:
     per_category: int
     examples: int
     categories: tuple[str, ...] = CATEGORIES
+    together: bool = False
 
 
 FULL: dict[str, int | None] = dict.fromkeys(("clip", "teacher", "student", "few-step", "ladder"))
@@ -141,6 +143,7 @@ BUDGETS = {
         {"student": 3, "few-step": 3, "ladder": 3},
         per_category=64,
         examples=512,
+        together=True,
     ),
 }
 HOURS = {"ci": 0.1, "hour": 1.5, "night": 8.0, "gpu": 24.0}  # planned
@@ -178,20 +181,30 @@ class Runs:
 
     def train(self, name: str, seed: int) -> pathlib.Path:
         """Trains a trial and those before it, or goes on, or finds it trained."""
+        seeds = self.seeds(name) if self.budget.together else [seed]
         for other in TRIALS[name].earlier.values():
-            self.train(other, seed)
-        folder = self.workdir(name, seed)
-        if not (folder / "trained.json").exists():
+            for each in seeds:
+                self.train(other, each)
+        folders = [self.workdir(name, each) for each in seeds]
+        if not all((folder / "trained.json").exists() for folder in folders):
             if time.monotonic() > self.deadline:
                 raise TimeoutError
-            print(f"\n== {name}, seed {seed} ==", flush=True)
+            print(f"\n== {name}, seed {', '.join(map(str, seeds))} ==", flush=True)
             begin = time.perf_counter()
-            config = self.config(name, seed)
-            prepare_workdir(config, folder)
-            state = Experiment(config, folder).train()
-            found = {"parameters": parameters(state), "seconds": time.perf_counter() - begin}
-            write_whole(epath.Path(folder / "trained.json"), json.dumps(found))
-        return folder
+            experiments = []
+            for each, folder in zip(seeds, folders, strict=True):
+                config = self.config(name, each)
+                prepare_workdir(config, folder)
+                experiments.append(Experiment(config, folder))
+            if len(experiments) == 1:
+                states = [experiments[0].train()]
+            else:
+                states = experiment.train_together(experiments, folders[0].with_name(f"{folders[0].name}-together"))
+            seconds = (time.perf_counter() - begin) / len(experiments)
+            for folder, state in zip(folders, states, strict=True):
+                found = {"parameters": parameters(state), "seconds": seconds}
+                write_whole(epath.Path(folder / "trained.json"), json.dumps(found))
+        return self.workdir(name, seed)
 
     def seconds(self) -> float:
         """Of training, in all runs of the budget that are finished."""

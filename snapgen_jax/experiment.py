@@ -43,6 +43,7 @@ from snapgen_jax.training.files import on_object_store, write_whole
 from snapgen_jax.training.loop import Batches, LoopConfig, ScheduledEvaluator
 from snapgen_jax.training.recipe import Recipe
 from snapgen_jax.training.state import TrainState
+from snapgen_jax.training.together import JoinedBatches, Together, stack
 
 Tree = Any
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
@@ -162,6 +163,45 @@ class Experiment:
             earlier=self.earlier_weights if self.config.init_from else None,
             began=began,
         )
+
+
+def train_together(experiments: Sequence[Experiment], workdir: epath.PathLike) -> list[TrainState]:
+    """Trains experiments that differ in their seed, and in the earlier runs that they name, as one program.
+
+    Args:
+        experiments: as many runs. Each workdir is in the end that of a run that is finished.
+        workdir: of the training itself: checkpoints of all of them, from which it goes on, and their mean metrics.
+
+    Returns:
+        The last state of each.
+
+    Raises:
+        ConfigError: their batches are not of one shape.
+    """
+    first = experiments[0]
+    try:
+        recipe = Together([e.recipe for e in experiments], [e.config.seed for e in experiments])
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    mesh = make_mesh(first.config.mesh)
+    state = loop.train(
+        recipe,
+        JoinedBatches([e.data for e in experiments]),
+        first.config,
+        workdir=workdir,
+        earlier=(lambda: stack([e.earlier_weights() for e in experiments])) if first.config.init_from else None,
+        mesh=mesh,
+    )
+    states = [recipe.part(state, i) for i in range(len(experiments))]
+    for experiment, own in zip(experiments, states, strict=True):
+        run = loop.Run(experiment.recipe, experiment.config, mesh, experiment.workdir)
+        with run.life.watch():
+            run.load_frozen()
+            run.save(own, int(own.step), position=int(own.step))
+            run.wait_for_save()
+        if run.checkpointer is not None:
+            run.checkpointer.close()
+    return states
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,3 +92,26 @@ def test_the_table_gives_mean_and_spread_of_the_seeds():
     record["rows"]["alone"] = shapes_claims._summary(row(0.4, 0.5, 0.6))
     assert record["rows"]["alone"]["score.overall.spread"] == pytest.approx(np.std([0.4, 0.5, 0.6], ddof=1))
     assert "| alone | 1 | 0.500 ± 0.100 | 0.500 ± 0.000 |" in markdown(record)
+
+
+def test_a_budget_that_trains_together_gives_all_seeds_of_a_trial_to_one_program(tmp_path, monkeypatch):
+    programs = []
+
+    class Fake:
+        def __init__(self, config, folder):
+            self.folder = folder
+
+        def train(self):
+            return programs.append([self.folder.name.rpartition("-")[0]])
+
+    def train_together(experiments, workdir):
+        programs.append([made.folder.name.rpartition("-")[0] for made in experiments])
+        return [None] * len(experiments)
+
+    monkeypatch.setattr(shapes_claims, "Experiment", Fake)
+    monkeypatch.setattr(shapes_claims.experiment, "train_together", train_together)
+    monkeypatch.setattr(shapes_claims, "parameters", lambda state: 7)
+    runs = Runs(BUDGETS["gpu"], tmp_path)
+    folders = [runs.train("four steps", seed) for seed in runs.seeds("four steps")]
+    assert programs == [["clip"], ["teacher"], ["distilled"] * 3, ["four_steps"] * 3]
+    assert len(set(folders)) == 3 and all((folder / "trained.json").exists() for folder in folders)
