@@ -95,7 +95,7 @@ class Together:
             new, metrics = self.recipe.update(before, frozen, batch, keys.key(seed, state.step, "update"))
             return new.players, new.extra, metrics
 
-        players, extra, metrics = jax.vmap(one)(state.players, state.extra, frozen, batches, self.seeds)
+        players, extra, metrics = jax.vmap(one)(state.players, state.extra, frozen, batches, jnp.asarray(self.seeds))
         return state.replace(players=players, extra=extra), jax.tree.map(lambda x: x.mean(axis=0), metrics)
 
     def part(self, state: TrainState, i: int) -> TrainState:
