@@ -35,7 +35,7 @@ from snapgen_jax.evaluation.interfaces import EvaluatorSpec
 from snapgen_jax.evaluation.pictures import png_bytes
 from snapgen_jax.generation import Generator, load, load_recipe, load_weights, published_tokenizer
 from snapgen_jax.parallel.hosts import current
-from snapgen_jax.parallel.mesh import check_batch, make_mesh
+from snapgen_jax.parallel.mesh import MeshConfig, check_batch, make_mesh
 from snapgen_jax.parallel.plan import Plan, plan_step, topology
 from snapgen_jax.training import loop, progress
 from snapgen_jax.training.exits import ConfigError
@@ -166,7 +166,7 @@ class Experiment:
 
 
 def train_together(experiments: Sequence[Experiment], workdir: epath.PathLike) -> list[TrainState]:
-    """Trains experiments that differ in their seed, and in the earlier runs that they name, as one program.
+    """Trains experiments that differ in seed and in the earlier runs that they name, as one program on one device.
 
     Args:
         experiments: as many runs. Each workdir is in the end that of a run that is finished.
@@ -183,7 +183,7 @@ def train_together(experiments: Sequence[Experiment], workdir: epath.PathLike) -
         recipe = Together([e.recipe for e in experiments], [e.config.seed for e in experiments])
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    mesh = make_mesh(first.config.mesh)
+    mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
     state = loop.train(
         recipe,
         JoinedBatches([e.data for e in experiments]),
