@@ -40,7 +40,7 @@ from snapgen_jax.parallel.plan import Plan, plan_step, topology
 from snapgen_jax.training import loop, progress
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.files import on_object_store, write_whole
-from snapgen_jax.training.loop import Batches, LoopConfig, ScheduledEvaluator
+from snapgen_jax.training.loop import Batches, LoopConfig, PlainBatch, ScheduledEvaluator
 from snapgen_jax.training.recipe import Recipe
 from snapgen_jax.training.state import TrainState
 from snapgen_jax.training.together import JoinedBatches, Together, stack
@@ -420,26 +420,19 @@ def _version(package: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plain:
-    bucket: str
-    arrays: dict[str, np.ndarray]
-    source_index: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
 class _Stream:
     """Any iterable of `{name: array}` as batches; the bucket is found by shape."""
 
     iterable: Iterable[Mapping[str, Any]]
     specs: dict[str, Tree]
 
-    def batches(self, position: int) -> Iterator[_Plain]:
+    def batches(self, position: int) -> Iterator[PlainBatch]:
         for n, arrays in enumerate(itertools.islice(iter(self.iterable), position, None)):
             arrays = {name: np.asarray(x) for name, x in arrays.items()}
             shapes = {name: x.shape for name, x in arrays.items()}
             fits = [b for b, spec in self.specs.items() if {k: s.shape for k, s in spec.items()} == shapes]
             size = len(next(iter(arrays.values())))
-            yield _Plain(fits[0] if fits else next(iter(self.specs)), arrays, np.arange(n * size, (n + 1) * size))
+            yield PlainBatch(fits[0] if fits else next(iter(self.specs)), arrays, np.arange(n * size, (n + 1) * size))
 
 
 def train(

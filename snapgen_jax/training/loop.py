@@ -74,6 +74,15 @@ class DrawnBatch(Protocol):
     source_index: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True)
+class PlainBatch:
+    """A `DrawnBatch` and no more."""
+
+    bucket: str
+    arrays: dict[str, np.ndarray]
+    source_index: np.ndarray
+
+
 class Batches(Protocol):
     """A stream of batches whose position is one integer."""
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from snapgen_jax.evaluation.interfaces import EvaluatorSpec
 from snapgen_jax.training import keys, progress
+from snapgen_jax.training.loop import PlainBatch
 from snapgen_jax.training.recipe import ExportPlan, Metrics, Recipe
 from snapgen_jax.training.state import TrainState
 
@@ -131,15 +132,6 @@ class Together:
 
 
 @dataclasses.dataclass(frozen=True)
-class JoinedBatch:
-    """One batch of every run, one after the other."""
-
-    bucket: str
-    arrays: dict[str, np.ndarray]
-    source_index: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
 class JoinedBatches:
     """The streams of several runs as one. Implements `loop.Batches`.
 
@@ -149,14 +141,14 @@ class JoinedBatches:
 
     streams: Sequence[Any]
 
-    def batches(self, position: int) -> Iterator[JoinedBatch]:
-        """From global batch `position` of each on."""
+    def batches(self, position: int) -> Iterator[PlainBatch]:
+        """From global batch `position` of each on: one batch of every run, one after the other."""
         iterators = [stream.batches(position) for stream in self.streams]
         try:
             for parts in zip(*iterators, strict=True):
                 arrays = {name: np.concatenate([part.arrays[name] for part in parts]) for name in parts[0].arrays}
                 index = np.concatenate([part.source_index for part in parts])
-                yield JoinedBatch(parts[0].bucket, arrays, index)
+                yield PlainBatch(parts[0].bucket, arrays, index)
         finally:
             for iterator in iterators:
                 progress.close(iterator)
