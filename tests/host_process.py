@@ -7,6 +7,7 @@ It says on stdout what it does ("compiling", "evaluating", "step 3"), so that a 
 
 import json
 import os
+import signal
 import sys
 import time
 
@@ -55,6 +56,8 @@ class Disturbed(Sequences):
                 raise RuntimeError("the disk of this host is on fire")
             if self.here and step == self.options.get("die_at"):
                 os._exit(9)
+            if self.here and step == self.options.get("freeze_at"):
+                os.kill(os.getpid(), signal.SIGSTOP)
             if self.here and step == self.options.get("stall_at"):
                 time.sleep(self.options["stall_seconds"])
             say("step", step, "examples", *batch.source_index)
