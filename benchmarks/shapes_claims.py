@@ -289,13 +289,11 @@ def milliseconds(configs: Mapping[str, UNetConfig], rounds: int = 5, batch: int 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Of two rows in one number: its mean over seeds, and the lower bound that it exceeds with 95%."""
+    """Of two rows in one number: its mean over seeds, and the lower bound that it exceeds with 95%; None for a single
+    seed of a number that has no interval of its own."""
 
     mean: float
-    low: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.3f} (above {self.low:+.3f})"
+    low: float | None
 
 
 def difference(a: Sequence[Numbers], b: Sequence[Numbers], key: str, factor: float = 1.0) -> Difference:
@@ -306,7 +304,9 @@ def difference(a: Sequence[Numbers], b: Sequence[Numbers], key: str, factor: flo
     if count > 1:
         spread = stats.t.ppf(0.95, count - 1) * values.std(ddof=1) / math.sqrt(count)
     else:
-        widths = [(n.get(f"{key}.high", math.nan) - n.get(f"{key}.low", math.nan)) / 2 for n in (a[0], b[0])]
+        if not all(f"{key}.low" in numbers for numbers in (a[0], b[0])):
+            return Difference(float(values.mean()), None)
+        widths = [(numbers[f"{key}.high"] - numbers[f"{key}.low"]) / 2 for numbers in (a[0], b[0])]
         spread = stats.norm.ppf(0.95) / stats.norm.ppf(0.975) * math.hypot(widths[0], factor * widths[1])
     return Difference(float(values.mean()), float(values.mean() - spread))
 
@@ -330,7 +330,13 @@ class Claim:
         if missing := [row for row in self.rows if row not in found]:
             return {"claim": self.claim, "status": f"not run (needs {hours:g} h)", "missing": missing}
         parts = [
-            {"compared": text, "mean": d.mean, "low": d.low, "needed": least, "holds": d.low >= least}
+            {
+                "compared": text,
+                "mean": d.mean,
+                "low": d.low,
+                "needed": least,
+                "holds": d.low is not None and d.low >= least,
+            }
             for text, d, least in self.parts(found)
         ]
         shown = all(part["holds"] for part in parts)
@@ -439,7 +445,11 @@ def markdown(record: Mapping[str, Any]) -> str:
     lines = [f"Budget `{record['budget']}`, {record['machine']}, {record['hours']:.1f} h of training.", ""]
     lines += ["| claim | seen | status |", "|---|---|---|"]
     for claim in record["claims"]:
-        seen = "; ".join(f"{p['compared']} = {p['mean']:+.3f}, above {p['low']:+.3f}" for p in claim.get("parts", []))
+        seen = "; ".join(
+            f"{part['compared']} = {part['mean']:+.3f}, "
+            + ("of one seed" if part["low"] is None else f"above {part['low']:+.3f}")
+            for part in claim.get("parts", [])
+        )
         lines.append(f"| {claim['claim']} | {seen} | {claim['status']} |")
     timed = any("milliseconds" in row for row in record["rows"].values())
     titles = [*KEYS.values(), *(["ms"] if timed else []), "seeds"]

@@ -32,7 +32,12 @@ def test_a_difference_of_three_seeds_has_the_bound_of_students_t():
 def test_a_single_seed_is_judged_by_its_prompts_and_a_number_without_interval_not_at_all():
     found = difference(row(0.5), row(0.4), "score.overall")
     assert found.low == pytest.approx(0.1 - 1.644854 / 1.959964 * math.hypot(0.02, 0.02), abs=1e-5)
-    assert math.isnan(difference(row(0.5), row(0.4), "diversity.pairwise").low)
+    assert difference(row(0.5), row(0.4), "diversity.pairwise").low is None
+    found = {name: row(0.5) for name in ("four steps", "distilled, unguided")}
+    claim = judged(found)["four steps are nearly enough, without guidance"]
+    assert claim["status"] == "not shown" and [part["holds"] for part in claim["parts"]] == [True, False]
+    record = {"budget": "hour", "machine": "m", "hours": 1.0, "claims": [claim], "rows": {}}
+    assert "diversity(four steps) - 0.8 diversity(distilled, unguided) = +0.200, of one seed |" in markdown(record)
 
 
 def judged(found):
