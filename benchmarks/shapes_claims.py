@@ -2,9 +2,10 @@
 
     python -m benchmarks.shapes_claims --budget=ci        # the machinery alone, in minutes; its numbers mean nothing
     python -m benchmarks.shapes_claims --budget=hour      # one seed of distillation and four steps, single objects
-    python -m benchmarks.shapes_claims --budget=night     # three seeds of these, one of the ladder; two CPU cores
-    python -m benchmarks.shapes_claims --budget=gpu       # three seeds of everything at full length
+    python -m benchmarks.shapes_claims --budget=night     # three seeds of these, longer, and one of the ladder
+    python -m benchmarks.shapes_claims --budget=gpu       # three seeds of all, full length, the whole world
     python -m benchmarks.shapes_claims --budget=night --hours=2     # as far as it comes in that time; run it again
+    python -m benchmarks.shapes_claims --budget=night --seed=1      # one seed alone, while another process has another
 
 Everything that a row needs is trained first, each run in a folder named after the hash of its config, so that a run is
 never made twice and a stopped one goes on. A row is `shown`, `not shown`, or `not run (needs N h)`. "At equal or
@@ -85,8 +86,9 @@ TRIALS = {
         earlier=TAUGHT,
         draws={"": {}, "unguided": UNGUIDED, "4 steps": {**UNGUIDED, "steps": 4}},
     ),
-    "fixed share": Trial("student_distilled", ("scaling.alpha=constant", "scaling.ratio=none"), TAUGHT),
+    "fixed share": Trial("student_distilled", ("scaling.alpha=constant",), TAUGHT),
     "no scaling": Trial("student_distilled", ("scaling.alpha=none",), TAUGHT),
+    "with ratio": Trial("student_distilled", ("scaling.ratio=running",), TAUGHT),
     "four steps": Trial("student_few_step", earlier=FROM_DISTILLED, group="few-step"),
     "eight steps": Trial("student_few_step", ("sampling.steps=8",), FROM_DISTILLED, "few-step"),
     "no adversary": Trial("student_few_step", ("adversarial_weight=0.0",), FROM_DISTILLED, "few-step"),
@@ -131,11 +133,12 @@ BUDGETS = {
         categories=("single_object", "colours"),
     ),
     "night": Budget(
-        "patches",
-        {"clip": 2_000, "teacher": 16_000, "student": 8_000, "few-step": 2_000, "ladder": 4_000},
+        "quick",
+        {"clip": 1_000, "teacher": 12_000, "student": 4_000, "few-step": 1_000, "ladder": 4_000},
         {"student": 3, "few-step": 3},
-        per_category=64,
+        per_category=128,
         examples=512,
+        categories=("single_object", "colours"),
     ),
     "gpu": Budget(
         "patches",
@@ -152,9 +155,12 @@ HOURS = {"ci": 0.1, "hour": 1.5, "night": 8.0, "gpu": 24.0}  # planned
 class Runs:
     """The trained runs of a budget and their scores, made when they are asked for, and kept."""
 
-    def __init__(self, budget: Budget, root: pathlib.Path, deadline: float = math.inf):
-        """`deadline`: on the clock of `time.monotonic`; nothing is begun after it."""
-        self.budget, self.root, self.deadline = budget, root, deadline
+    def __init__(
+        self, budget: Budget, root: pathlib.Path, deadline: float = math.inf, only: Sequence[int] | None = None
+    ):
+        """`deadline`: on the clock of `time.monotonic`; nothing is begun after it. `only`: the seeds that are made
+        here, so that several processes may share a budget."""
+        self.budget, self.root, self.deadline, self.only = budget, root, deadline, only
 
     def seeds(self, name: str) -> range:
         """Those of a trial; none where the budget leaves it out."""
@@ -187,8 +193,7 @@ class Runs:
                 self.train(other, each)
         folders = [self.workdir(name, each) for each in seeds]
         if not all((folder / "trained.json").exists() for folder in folders):
-            if time.monotonic() > self.deadline:
-                raise TimeoutError
+            self._may_begin(seed)
             print(f"\n== {name}, seed {', '.join(map(str, seeds))} ==", flush=True)
             begin = time.perf_counter()
             experiments = []
@@ -205,6 +210,11 @@ class Runs:
                 found = {"parameters": parameters(state), "seconds": seconds}
                 write_whole(epath.Path(folder / "trained.json"), json.dumps(found))
         return self.workdir(name, seed)
+
+    def _may_begin(self, seed: int) -> None:
+        """Raises TimeoutError where it is too late, or the seed is another process's."""
+        if time.monotonic() > self.deadline or (self.only is not None and seed not in self.only):
+            raise TimeoutError
 
     def seconds(self) -> float:
         """Of training, in all runs of the budget that are finished."""
@@ -223,6 +233,7 @@ class Runs:
         label = hashlib.sha256(json.dumps([options, asked], sort_keys=True).encode()).hexdigest()[:10]
         path = folder / f"score-{label}.json"
         if not path.exists():
+            self._may_begin(seed)
             numbers = experiment.evaluate(
                 folder, ("compositional", "frechet", "diversity"), generation=options, options=asked
             )
@@ -471,10 +482,14 @@ def main() -> None:
     parser.add_argument("--budget", choices=tuple(BUDGETS), required=True)
     parser.add_argument("--workdir", default="runs/shapes_claims", help="where the runs are kept")
     parser.add_argument("--hours", type=float, default=math.inf, help="begin nothing after so many hours")
+    parser.add_argument("--seed", type=int, action="append", help="make this seed alone; the table has all there are")
     parser.add_argument("--out", default=str(RESULTS / "shapes_claims"), help="of the table: .json and .md")
     options = parser.parse_args()
     root = pathlib.Path(options.workdir).absolute()
-    runs = Runs(BUDGETS[options.budget], root, time.monotonic() + 3600 * options.hours)
+    budget = BUDGETS[options.budget]
+    if options.seed and budget.together:
+        parser.error(f"--seed: the budget {options.budget!r} trains all seeds in one program; leave it out")
+    runs = Runs(budget, root, time.monotonic() + 3600 * options.hours, options.seed)
     record = report(runs, options.budget)
     out = pathlib.Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)

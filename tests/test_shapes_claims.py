@@ -92,6 +92,28 @@ def test_nothing_is_begun_after_the_deadline_and_the_table_says_what_is_missing(
     assert markdown(record).count("not run (needs 8 h)") == len(CLAIMS)
 
 
+def test_processes_that_have_a_seed_each_make_that_alone_and_find_what_the_others_have_made(tmp_path, monkeypatch):
+    made = []
+
+    class Fake:
+        def __init__(self, config, folder):
+            self.config = config
+
+        def train(self):
+            made.append(self.config.seed)
+
+    numbers = row(0.5)[0]
+    monkeypatch.setattr(shapes_claims, "Experiment", Fake)
+    monkeypatch.setattr(shapes_claims, "parameters", lambda state: 7)
+    monkeypatch.setattr(shapes_claims.experiment, "evaluate", lambda *_, **__: numbers)
+    of_one = Runs(BUDGETS["night"], tmp_path, only=[1]).all()
+    assert set(made) == {0, 1} and made.count(0) == 2  # what all seeds share: CLIP and the teacher
+    assert len(of_one["alone"]) == len(of_one["four steps"]) == 1 and "ladder A" not in of_one
+    made.clear()
+    of_two = Runs(BUDGETS["night"], tmp_path, only=[2]).all()
+    assert set(made) == {2} and len(of_two["alone"]) == 2
+
+
 def test_the_table_gives_mean_and_spread_of_the_seeds():
     record = {"budget": "night", "machine": "m", "hours": 2.0, "claims": [], "rows": {}}
     record["rows"]["alone"] = shapes_claims._summary(row(0.4, 0.5, 0.6))

@@ -22,6 +22,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.recipe = "distillation"
     architecture = teacher["mmdit"](arg)
     c.teacher = ConfigDict({"workdir": "runs/teacher", "mmdit": architecture, "prediction": c.prediction})
+    c.scaling = ConfigDict({"ratio": "none"})  # see benchmarks/results/shapes_claims.md: "with ratio" is the other
     c.feature_weight = 0.3  # features are normalised, and differ by more than velocities do
     c.student_taps = ("up_0",)
     c.teacher_taps = (f"block_{architecture.depth - 1:02d}",)
