@@ -136,7 +136,7 @@ BUDGETS = {
         "quick",
         {"clip": 1_000, "teacher": 12_000, "student": 4_000, "few-step": 1_000, "ladder": 4_000},
         {"student": 3, "few-step": 3},
-        per_category=128,
+        per_category=64,
         examples=512,
         categories=("single_object", "colours"),
     ),

@@ -134,7 +134,7 @@ def test_the_slurm_script_hands_on_the_signal_and_queues_the_job_again(tmp_path,
 @pytest.mark.slow
 def test_several_processes_on_this_machine_train_as_one_run_from_the_stage_before(tmp_path):
     short = ["--config.log_every_steps=2", "--config.tensorboard=False"]
-    config = "--config=configs/pretrain/t2i_256.py:runlocal"
+    config = "--config=configs/shapes/clip.py:runlocal"
     assert main(["train", config, f"--workdir={tmp_path / 'first'}", "--config.train_steps=2", *short]) == 0
     arguments = ["--processes=2", "--devices=1", "--name=try", f"--workdir={tmp_path / 'run'}"]
     command = [sys.executable, "-m", "launch.local", *arguments, config, "--config.train_steps=6", *short]
