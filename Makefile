@@ -7,6 +7,8 @@
 PYTHON      ?= >=3.11,<3.14
 WORKDIR     ?= quickstart
 PYTEST_ARGS ?=
+# Files of tests that run at the same time; each process takes a core and up to 8 GB. 0 for a debugger.
+JOBS        ?= 2
 UPGRADE     ?=
 # For a machine that has no CPU build of torch: TORCH_INDEX="--extra-index-url https://download.pytorch.org/whl/cpu"
 TORCH_INDEX ?=
@@ -34,7 +36,7 @@ quickstart: $(READY) ## Train a SnapGen from nothing, sample, score, export and 
 	$(VENV)/bin/snapgen quickstart --workdir $(WORKDIR)
 
 test: $(READY) ## Run the tests (PYTEST_ARGS="tests/networks -k depthwise")
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses=$(JOBS) --dist=loadfile $(PYTEST_ARGS)
 
 lint: $(READY) ## Check style and formatting
 	$(VENV)/bin/ruff check .

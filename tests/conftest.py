@@ -12,3 +12,15 @@ PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", PATIENT]
     os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+
+import jax  # noqa: E402  # reads what is set above
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def quick_to_compile():
+    """Programs that are large and run a few times are compiled as quickly as XLA can, without most optimisations."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -21,6 +21,8 @@ from snapgen_jax.weights.loader import load
 from snapgen_jax.weights.mapping import reference_shapes
 from snapgen_jax.weights.maps.sd3_mmdit import read_config, weight_map
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 THREE_HEADS = {"num_attention_heads": 3, "attention_head_dim": 8, "caption_projection_dim": 24}

@@ -20,6 +20,7 @@ from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.keys import key
 
 CONFIG = "configs/pretrain/t2i_256.py:runlocal"
+LIGHT = "configs/shapes/teacher.py:runlocal"  # compiles in half the time
 RECORD = pathlib.Path(__file__).with_name("plan_record.json")
 STORED = pathlib.Path(__file__).parents[2] / "benchmarks/results/plan"
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
@@ -122,6 +123,7 @@ def test_two_slices_make_one_mesh_with_data_between_them():
     assert [set(row.ravel()) for row in slices] == [{0}, {1}]
 
 
+@pytest.mark.usefixtures("quick_to_compile")
 def test_what_is_planned_is_the_very_program_that_a_run_compiles():
     """From shapes alone and from a run's arrays: the same text, on eight devices."""
     recipe = recipe_class("latent_flow_matching")
@@ -141,16 +143,16 @@ def test_an_unknown_topology_is_a_config_error():
 
 @needs_libtpu
 def test_a_plan_tells_of_more_chips_and_of_others(tmp_path, capsys):
-    config = load_config(CONFIG, ["batch_size=16"])
+    config = load_config(LIGHT, ["batch_size=16"])
     (four,) = plan(config, "v5e:2x2")
-    (sixteen,) = plan(load_config(CONFIG, ["batch_size=64"]), "v5e:4x4")
+    (sixteen,) = plan(load_config(LIGHT, ["batch_size=64"]), "v5e:4x4")
     derived = four.on(topology("v5e:4x4"))
     assert (derived.global_batch, derived.mesh) == (sixteen.global_batch, sixteen.mesh)
     derived_json, sixteen_json = derived.to_json(), sixteen.to_json()
     for name in ("flops", "bytes_accessed", "temporary_bytes", "argument_bytes", "link_seconds"):
         assert derived_json[name] == pytest.approx(sixteen_json[name], rel=0.03), name
     file = tmp_path / "plan.json"
-    file.write_text(json.dumps([{"config": CONFIG, "overrides": [], **four.to_json()}]))
+    file.write_text(json.dumps([{"config": LIGHT, "overrides": [], **four.to_json()}]))
     assert main(["plan", f"--from={file}", "--topology=v6e:16x16", f"--json={tmp_path / 'other.json'}"]) == 0
     assert "derived" in capsys.readouterr().out
     (other,) = json.loads((tmp_path / "other.json").read_text())

@@ -1,11 +1,8 @@
-"""Recipes are compiled for these tests as quickly as XLA can: the programs are large, and run a few times."""
+"""The programs of the recipes are large, and run a few times."""
 
-import jax
 import pytest
 
 
-@pytest.fixture(scope="package", autouse=True)
-def quick_to_compile():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+@pytest.fixture(scope="module", autouse=True)
+def recipes_are_quick_to_compile(quick_to_compile):
+    """See `quick_to_compile`."""

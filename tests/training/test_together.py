@@ -22,6 +22,7 @@ SEEDS = (0, 5, 9)
 CONFIG = LoopConfig(
     train_steps=12, log_every_steps=4, tensorboard=False, checkpoint=CheckpointConfig(every_steps=5), seed=SEEDS[0]
 )
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 ONE = make_mesh(MeshConfig(data=1), jax.devices()[:1])
 
 
