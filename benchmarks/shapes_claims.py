@@ -16,6 +16,7 @@ seed over its prompts. Networks that all seeds share (CLIP, the teacher) are tra
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -241,17 +242,24 @@ class Runs:
         return {**json.loads((folder / "trained.json").read_text()), **json.loads(path.read_text())}
 
     def all(self) -> dict[str, list[Numbers]]:
-        """`{row: numbers of each seed}` of all that the budget pays for, before the deadline."""
-        found: dict[str, list[Numbers]] = {}
+        """`{row: numbers of each seed}` of all that the budget pays for, before the deadline. A seed that only some
+        rows have yet is left out, since rows are compared seed by seed."""
+        found: dict[str, dict[int, Numbers]] = {}
         jobs = [
             (seed, name, draw) for name, trial in TRIALS.items() for draw in trial.draws for seed in self.seeds(name)
         ]
         for seed, name, draw in sorted(jobs, key=lambda job: job[0]):  # a whole seed before the next
-            try:
-                found.setdefault(_row(name, draw), []).append(self.score(name, draw, seed))
-            except TimeoutError:
-                continue
-        return {row: numbers for row, numbers in found.items() if numbers}
+            with contextlib.suppress(TimeoutError):
+                numbers = self.score(name, draw, seed)
+                found.setdefault(_row(name, draw), {})[seed] = numbers
+        repeated = {_row(name, draw) for name in TRIALS if len(self.seeds(name)) > 1 for draw in TRIALS[name].draws}
+        everywhere = [set(found[row]) for row in repeated & set(found)]
+        common = set.intersection(*everywhere) if everywhere else set()
+        kept = {
+            row: [numbers for seed, numbers in seeds.items() if row not in repeated or seed in common]
+            for row, seeds in found.items()
+        }
+        return {row: numbers for row, numbers in kept.items() if numbers}
 
 
 def _row(name: str, draw: str) -> str:

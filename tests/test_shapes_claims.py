@@ -112,6 +112,9 @@ def test_processes_that_have_a_seed_each_make_that_alone_and_find_what_the_other
     made.clear()
     of_two = Runs(BUDGETS["night"], tmp_path, only=[2]).all()
     assert set(made) == {2} and len(of_two["alone"]) == 2
+    next(Runs(BUDGETS["night"], tmp_path).workdir("alone", 2).glob("score-*.json")).unlink()
+    later = Runs(BUDGETS["night"], tmp_path, deadline=-math.inf).all()
+    assert len(later["alone"]) == len(later["distilled"]) == 1, "rows are compared seed by seed"
 
 
 def test_the_table_gives_mean_and_spread_of_the_seeds():

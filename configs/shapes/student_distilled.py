@@ -24,6 +24,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.teacher = ConfigDict({"workdir": "runs/teacher", "mmdit": architecture, "prediction": c.prediction})
     c.scaling = ConfigDict({"ratio": "none"})  # see benchmarks/results/shapes_claims.md: "with ratio" is the other
     c.feature_weight = 0.3  # features are normalised, and differ by more than velocities do
-    c.student_taps = ("up_0",)
-    c.teacher_taps = (f"block_{architecture.depth - 1:02d}",)
+    c.student_taps = ("mid",)
+    c.teacher_taps = (f"block_{(architecture.depth - 1) // 2:02d}",)  # the last says little that its velocity does not
     return c
