@@ -11,6 +11,7 @@ from snapgen_jax.chain import ChainConfig, RowConfig, StageConfig, load_chain, r
 from snapgen_jax.config import build, load_config, recipe_class
 from snapgen_jax.training.exits import ConfigError
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 SHAPES = pathlib.Path(__file__).parents[1] / "configs" / "shapes"
 
 

@@ -23,6 +23,7 @@ from snapgen_jax.training.exits import ConfigError, ExitCode
 from snapgen_jax.training.fingerprint import fingerprint
 from snapgen_jax.weights.maps import sd3_autoencoder
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 QUIET = ["tensorboard=False", "evaluation.final=()", "train_steps=2"]
 
