@@ -119,7 +119,7 @@ def test_the_extras_that_the_readme_promises_exist(setup_arguments):
 
 
 def _make(folder: pathlib.Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
-    outer = ("MAKEFLAGS", "MAKELEVEL", "PYTHON", "WORKDIR", "PYTEST_ARGS")  # of the `make test` that runs this
+    outer = ("MAKEFLAGS", "MAKELEVEL", "PYTHON", "WORKDIR", "PYTEST_ARGS", "JOBS")  # of the `make test` that runs this
     environment = {**{k: v for k, v in os.environ.items() if k not in outer}, **variables}
     return subprocess.run([MAKE, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
 
@@ -182,7 +182,10 @@ class Clone:
 @pytest.mark.parametrize("order", [("quickstart", "test"), ("test", "quickstart")])
 def test_either_command_installs_once_on_a_fresh_clone(tmp_path, order):
     clone = Clone(tmp_path, has_uv=True)
-    commands = {"quickstart": "snapgen quickstart --workdir quickstart", "test": "python -m pytest"}
+    commands = {
+        "quickstart": "snapgen quickstart --workdir quickstart",
+        "test": "python -m pytest --numprocesses=2 --dist=loadfile",
+    }
     first = [line.strip() for line in clone.make(order[0])]
     assert [line.split(" --python")[0] for line in first[:3]] == ["uv venv", "uv pip sync", "uv pip install"]
     assert first[3:] == [commands[order[0]]]
