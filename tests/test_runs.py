@@ -37,7 +37,8 @@ def command(*arguments):
 
 
 def environment():
-    return {**os.environ, "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # to compile, which most of the time goes to
+    return {**os.environ, **quick, "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
 
 
 def snapgen(*arguments):
