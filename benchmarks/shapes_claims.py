@@ -150,7 +150,7 @@ BUDGETS = {
         together=True,
     ),
 }
-HOURS = {"ci": 0.1, "hour": 1.5, "night": 8.0, "gpu": 24.0}  # planned
+HOURS = {"ci": 0.1, "hour": 1.5, "night": 5.0, "gpu": 24.0}  # planned
 
 
 class Runs:

@@ -89,7 +89,7 @@ def test_nothing_is_begun_after_the_deadline_and_the_table_says_what_is_missing(
     runs = Runs(BUDGETS["hour"], tmp_path, deadline=-math.inf)
     record = shapes_claims.report(runs, "hour")
     assert not list(tmp_path.iterdir()) and not record["rows"]
-    assert markdown(record).count("not run (needs 8 h)") == len(CLAIMS)
+    assert markdown(record).count(f"not run (needs {shapes_claims.HOURS['night']:g} h)") == len(CLAIMS)
 
 
 def test_processes_that_have_a_seed_each_make_that_alone_and_find_what_the_others_have_made(tmp_path, monkeypatch):
