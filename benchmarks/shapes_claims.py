@@ -436,7 +436,7 @@ def report(runs: Runs, name: str) -> dict[str, Any]:
         "updates": {group: steps for group, steps in runs.budget.steps.items() if steps is not None},
         "hours": runs.seconds() / 3600,
     }
-    if "ladder" in runs.budget.steps:
+    if any(row.startswith("ladder") for row in found):
         times = milliseconds(ladder_networks(runs.budget.arg))
         for step, ms in times.items():
             if f"ladder {step}" in record["rows"]:
