@@ -302,8 +302,7 @@ class Distilled(FlowMatching):
         ) -> tuple[jax.Array, dict[str, jax.Array]]:
             return predict(self.teacher, params["teacher"][teacher.network], x, t, c, teacher.prediction, taps)
 
-        def velocity_at(x: jax.Array, t: jax.Array) -> jax.Array:
-            v = ask(x, t, condition)[0]
+        def steered(x: jax.Array, t: jax.Array, v: jax.Array) -> jax.Array:
             if teacher.guidance == 1:
                 return v
             null = jax.tree.map(
@@ -311,16 +310,16 @@ class Distilled(FlowMatching):
             )
             return guided(ask(x, t, null)[0], v, teacher.guidance)
 
-        _, found = ask(x_t, t, condition, taps) if taps else (None, {})
+        # Once for both: XLA does not see what two scans have in common.
+        v, found = ask(x_t, t, condition, taps)
         if teacher.rollout_steps == 1:
-            v = velocity_at(x_t, t)
+            v = steered(x_t, t, v)
         else:
             # Along u in [1, 0] with time t u, an example begins at its own t: dx/du = t v.
-            x_0, _ = sample(
-                lambda x, u, i, carry: (expand_like(t, x) * velocity_at(x, t * u), carry),
-                x_t,
-                jnp.linspace(1.0, 0.0, teacher.rollout_steps + 1),
-            )
+            def slope(x: jax.Array, u: jax.Array, i: jax.Array, carry: Any) -> tuple[jax.Array, Any]:
+                return expand_like(t, x) * steered(x, t * u, ask(x, t * u, condition)[0]), carry
+
+            x_0, _ = sample(slope, x_t, jnp.linspace(1.0, 0.0, teacher.rollout_steps + 1))
             v = velocity_from_x0(x_t, x_0, t)
         return jax.lax.stop_gradient((v, found))
 

@@ -11,6 +11,7 @@ from snapgen_jax.diffusion.samplers import sample
 from snapgen_jax.losses.distillation import ScalingConfig
 from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.codec import CodecConfig
+from snapgen_jax.networks.counting import count_macs
 from snapgen_jax.networks.mmdit import MMDiTConfig
 from snapgen_jax.networks.module import flatten
 from snapgen_jax.parallel.mesh import MeshConfig, make_mesh
@@ -116,6 +117,17 @@ def test_accumulation_changes_nothing_but_rounding(taught, updated):
 
 def ask(made, given, drawn, x_t, context):
     return jax.jit(lambda *args: made.ask_teacher(*args, ())[0])(given, drawn, x_t, context)
+
+
+def test_the_teacher_is_asked_once_for_velocity_and_features(taught):
+    made, frozen, state, drawn = taught
+    given = {**frozen, **state.players["model"].params}
+    context = jax.eval_shape(made.condition, given, drawn)
+
+    def work(*taps):
+        return count_macs(lambda *args: made.ask_teacher(*args, taps), given, drawn, drawn["eps"], context)
+
+    assert work("block_00", "block_01") == work() > 0
 
 
 def test_a_guided_teacher_is_followed_beyond_the_conditional_velocity(taught):
