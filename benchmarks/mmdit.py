@@ -3,6 +3,7 @@
     python benchmarks/mmdit.py compile      # forward and input gradient of 38 blocks at width 128, from shapes alone
     python benchmarks/mmdit.py torch        # forward against diffusers' module in one process (needs the oracle extra)
     python benchmarks/mmdit.py full         # bfloat16 forward of the full-size network, random weights (needs a GPU)
+    python benchmarks/mmdit.py full --torch # and diffusers' module beside it in one process
 
 Each prints one JSON line with the machine that gave it; `--out=FILE` appends the line to a file as well.
 """
@@ -73,7 +74,6 @@ def measure_compile() -> dict[str, Any]:
 def measure_torch(threads: int) -> dict[str, Any]:
     """Float32 forward of 6 blocks at width 384 over 256 image and 77 text tokens, ours and diffusers'."""
     import torch  # pyright: ignore[reportMissingImports]
-    from diffusers import SD3Transformer2DModel  # pyright: ignore[reportMissingImports]
 
     config = MMDiTConfig(depth=6, heads=6, head_dim=64, context_width=512, pooled_width=256, position_size=32)
     network, spec = build(config)
@@ -82,16 +82,7 @@ def measure_torch(threads: int) -> dict[str, Any]:
     ours = seconds(lambda: run(params, x, features, context)[0], repeats=8)
 
     torch.set_num_threads(threads)
-    module = SD3Transformer2DModel(
-        num_layers=config.depth,
-        num_attention_heads=config.heads,
-        attention_head_dim=config.head_dim,
-        joint_attention_dim=config.context_width,
-        caption_projection_dim=config.width,
-        pooled_projection_dim=config.pooled_width,
-        pos_embed_max_size=config.position_size,
-        qk_norm="rms_norm",
-    ).eval()
+    module = torch_module(config)
     assert count_parameters(spec) == sum(t.numel() for t in module.state_dict().values())
     inputs = {
         "hidden_states": torch.from_numpy(np.moveaxis(np.asarray(x), -1, 1).copy()),
@@ -104,8 +95,49 @@ def measure_torch(threads: int) -> dict[str, Any]:
     return {"ours_ms": 1e3 * ours, "torch_ms": 1e3 * theirs, "torch_over_ours": theirs / ours, "torch_threads": threads}
 
 
-def measure_full(preset: str, side: int, batch: int, attention: AttentionKernel) -> dict[str, Any]:
-    """Bfloat16 forward of a full-size network, and its share of the measured rate of an 8192^3 matrix product."""
+def torch_module(config: MMDiTConfig) -> Any:
+    """diffusers' network of a config, with random weights."""
+    from diffusers import SD3Transformer2DModel  # pyright: ignore[reportMissingImports]
+
+    return SD3Transformer2DModel(
+        num_layers=config.depth,
+        num_attention_heads=config.heads,
+        attention_head_dim=config.head_dim,
+        in_channels=config.latent_channels,
+        out_channels=config.latent_channels,
+        joint_attention_dim=config.context_width,
+        caption_projection_dim=config.width,
+        pooled_projection_dim=config.pooled_width,
+        pos_embed_max_size=config.position_size,
+        qk_norm="rms_norm",
+    ).eval()
+
+
+def measure_full_torch(config: MMDiTConfig, x: jax.Array, tokens: int, repeats: int) -> float:
+    """Seconds of diffusers' bfloat16 forward on the GPU, on inputs of the shape of ours; attention is torch's own."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"), torch.inference_mode():
+        module = torch_module(config)
+        batch, height, width, channels = x.shape
+        inputs = {
+            "hidden_states": torch.randn(batch, channels, height, width),
+            "encoder_hidden_states": torch.randn(batch, tokens, config.context_width),
+            "pooled_projections": torch.randn(batch, config.pooled_width),
+            "timestep": torch.full((batch,), 500.0),
+        }
+
+        def call() -> None:
+            module(**inputs)
+            torch.cuda.synchronize()
+
+        return seconds(call, repeats)
+
+
+def measure_full(preset: str, side: int, batch: int, attention: AttentionKernel, torch: bool) -> dict[str, Any]:
+    """Bfloat16 forward of a full-size network, and its share of the measured rate of an 8192^3 matrix product; with
+    `torch`, diffusers' too."""
     config = MMDiTConfig.preset(preset, dtype="bfloat16", attention=attention)
     network, spec = build(config)
     shapes = input_spec(config, batch=batch, height=side // 8, width=side // 8)
@@ -116,6 +148,12 @@ def measure_full(preset: str, side: int, batch: int, attention: AttentionKernel)
 
     a, product = jnp.ones((8192, 8192), jnp.bfloat16), jax.jit(jnp.dot)
     rate = 2 * 8192**3 / seconds(lambda: product(a, a), repeats=20)
+    beside = {}
+    if torch:
+        del params
+        x, _, context = inputs
+        torch_s = measure_full_torch(config, x, context.sequence.shape[1], repeats=10)
+        beside = {"torch_ms": 1e3 * torch_s, "torch_over_ours": torch_s / time_s}
     return {
         "preset": preset,
         "side_px": side,
@@ -126,6 +164,7 @@ def measure_full(preset: str, side: int, batch: int, attention: AttentionKernel)
         "tflop_s": work / time_s / 1e12,
         "matmul_tflop_s": rate / 1e12,
         "share_of_matmul": work / time_s / rate,
+        **beside,
     }
 
 
@@ -137,6 +176,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=1024, help="pixels")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--attention", choices=("whole", "chunked", "cudnn"), default="cudnn")
+    parser.add_argument("--torch", action="store_true", help="full: diffusers beside it")
     parser.add_argument("--out", type=pathlib.Path, help="JSON lines file to append to")
     args = parser.parse_args()
     match args.what:
@@ -145,7 +185,8 @@ def main() -> None:
         case "torch":
             result = measure_torch(args.threads)
         case _:
-            result = measure_full(args.preset, args.side, args.batch, args.attention)
+            os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch wants memory too
+            result = measure_full(args.preset, args.side, args.batch, args.attention, args.torch)
     device = jax.devices()[0]
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {device.device_kind}"
     rounded = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in result.items()}

@@ -112,7 +112,11 @@ def build_parser() -> argparse.ArgumentParser:
     _config(what, required=False)
     what.add_argument("--from", dest="earlier", metavar="FILE", help="derive from this earlier --json, compile nothing")
     plan.add_argument("--topology", required=True, help="v5e:4x4, v5p:2x2x2, v6e:16x16, 2*v5e:4x4 ...")
-    plan.add_argument("--part", default="", help="a piece of the step by itself: draw (frozen encoders), or teacher")
+    plan.add_argument(
+        "--part",
+        default="",
+        help="a piece of the step by itself: draw (frozen encoders), teacher, discriminator, generator",
+    )
     plan.add_argument("--json", metavar="FILE", help="also write all figures there")
 
     status = add("status", _status, "Where a run stands, and what to do next.")

@@ -230,6 +230,7 @@ def evaluate(
     generation: Mapping[str, Any] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     decoder: epath.PathLike | None = None,
+    generator: Generator | None = None,
 ) -> dict[str, float]:
     """Runs evaluators on a trained run; their pictures go to `samples/`.
 
@@ -240,11 +241,12 @@ def evaluate(
         generation: options of the generator, such as `steps` and `guidance`, for the evaluators that draw.
         options: further options of evaluators, by name.
         decoder: a run of a tiny decoder that takes the place of the codec's decoder.
+        generator: the run's, where it is loaded already; in place of `step` and `decoder`.
 
     Returns:
         The numbers of all of them.
     """
-    generator = load(workdir, step, decoder=decoder)
+    generator = generator or load(workdir, step, decoder=decoder)
     experiment = Experiment(from_json((epath.Path(workdir) / "config.json").read_text()), workdir)
     known = {spec.name: spec for spec in generator.recipe.evaluators()}
     numbers: dict[str, float] = {}

@@ -6,6 +6,7 @@ images = generator.generate(["a red circle left of a blue square"], seed=0)   # 
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import pathlib
@@ -52,6 +53,12 @@ class Generator:
             return self.recipe.generate(params, frozen, conditions, keys, **dict(options))
 
         return jax.jit(generate, out_shardings=on_every_host(self.params))
+
+    def with_weights(self, params: Tree, frozen: Tree) -> Generator:
+        """The same with other arrays of the same shapes; what was compiled for one serves both."""
+        other = copy.copy(self)
+        other.params, other.frozen = params, frozen
+        return other
 
     def generate(
         self,

@@ -1,32 +1,58 @@
-"""The table of claims: what counts as shown, and what is trained for it."""
+"""The table of claims: what counts as shown, and what the record keeps."""
 
-import dataclasses
+import json
 import math
+import sys
 
 import numpy as np
 import pytest
 
 from benchmarks import shapes_claims
-from benchmarks.shapes_claims import BUDGETS, CLAIMS, TRIALS, Runs, difference, ladder_networks, markdown, milliseconds
-from snapgen_jax.config import build
+from benchmarks.shapes_claims import CLAIMS, difference, markdown, measured, report
+from benchmarks.shapes_trials import BUDGETS, Job, Runs, make_all, multiply_adds
+from snapgen_jax.networks.counting import STEPS
 from snapgen_jax.networks.unet import UNetConfig
 
 
-def row(*scores, width=0.02, diversity=1.0, distance=1.0):
-    common = {"score.heldout": 0.5, "diversity.pairwise": diversity, "frechet.distance": distance, "parameters": 1}
+def row(*scores, width=0.02, heldout=0.5, diversity=1.0, distance=1.0, parameters=1):
+    """`{seed: numbers}`"""
+    common = {"score.heldout": heldout, "diversity.pairwise": diversity, "frechet.distance": distance}
     intervals = ({"score.overall.low": s - width, "score.overall.high": s + width} for s in scores)
-    return [
-        {"score.overall": s, **interval, **common, "seconds": 1.0}
-        for s, interval in zip(scores, intervals, strict=True)
-    ]
+    return {
+        str(seed): {"score.overall": s, **interval, **common, "parameters": parameters, "seconds": 1.0}
+        for seed, (s, interval) in enumerate(zip(scores, intervals, strict=True))
+    }
 
 
-def test_a_difference_of_three_seeds_has_the_bound_of_students_t():
+def judged(found):
+    return {claim.claim.split(":")[0]: claim.judge(found, hours=8) for claim in CLAIMS}
+
+
+def record_of(rows, claims=()):
+    summaries = {name: shapes_claims._summary(list(seeds.values())) for name, seeds in rows.items()}
+    return {"budget": "night", "machine": "m", "hours": 2.0, "claims": list(claims), "rows": summaries}
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """`{(trial, seed): score}` of what is there, however it is drawn from."""
+    scores = {}
+
+    def numbers(self, name, draw, seed):
+        return row(scores[name, seed])["0"] if (name, seed) in scores else None
+
+    monkeypatch.setattr(Runs, "numbers", numbers)
+    return scores
+
+
+# --- what is claimed -------------------------------------------------------------------------------------------------
+
+
+def test_a_difference_is_taken_seed_by_seed_and_of_three_has_the_bound_of_students_t():
     found = difference(row(0.5, 0.6, 0.7), row(0.4, 0.4, 0.4), "score.overall")
     assert found.mean == pytest.approx(0.2)
     assert found.low == pytest.approx(0.2 - 2.919986 * 0.1 / math.sqrt(3), abs=1e-5)
-    shared = difference(row(0.5, 0.6, 0.7), row(0.4), "score.overall")  # a teacher that all seeds share
-    assert shared == found
+    assert difference(row(0.5, 0.6, 0.7, 0.9), row(0.4, 0.4, 0.4), "score.overall") == found, "of seeds that both have"
 
 
 def test_a_single_seed_is_judged_by_its_prompts_and_a_number_without_interval_not_at_all():
@@ -36,112 +62,140 @@ def test_a_single_seed_is_judged_by_its_prompts_and_a_number_without_interval_no
     found = {name: row(0.5) for name in ("four steps", "distilled, unguided")}
     claim = judged(found)["four steps are nearly enough, without guidance"]
     assert claim["status"] == "not shown" and [part["holds"] for part in claim["parts"]] == [True, False]
-    record = {"budget": "hour", "machine": "m", "hours": 1.0, "claims": [claim], "rows": {}}
-    assert "diversity(four steps) - 0.8 diversity(distilled, unguided) = +0.200, of one seed |" in markdown(record)
-
-
-def judged(found):
-    return {claim.claim.split(":")[0]: claim.judge(found, hours=8) for claim in CLAIMS}
+    table = markdown(record_of({}, [claim]))
+    assert "diversity(four steps) - 0.8 diversity(distilled, unguided) = +0.200, of one seed |" in table
 
 
 def test_a_claim_is_shown_only_where_all_of_its_parts_hold_and_not_run_where_a_row_is_missing():
-    better, worse = row(0.7, 0.71, 0.72, distance=0.5), row(0.5, 0.51, 0.49)
-    found = {"distilled": better, "output only": row(0.6, 0.61, 0.6), "alone": worse}
+    found = {
+        "distilled": row(0.7, 0.71, 0.72, heldout=0.6),
+        "output only": row(0.6, 0.61, 0.6),
+        "alone": row(0.5, 0.51, 0.49, heldout=0.5),
+        "distilled, unguided": row(0.4, 0.4, 0.4, distance=0.5),
+        "alone, unguided": row(0.4, 0.4, 0.4, distance=0.7),
+    }
     assert judged(found)["distillation helps"]["status"] == "shown"
-    found["output only"] = row(0.7, 0.72, 0.71)
-    verdict = judged(found)["distillation helps"]
-    assert verdict["status"] == "not shown" and [part["holds"] for part in verdict["parts"]] == [False, True, True]
+
+    def held(**changed):
+        verdict = judged({**found, **changed})["distillation helps"]
+        assert verdict["status"] == "not shown"
+        return [part["holds"] for part in verdict["parts"]]
+
+    assert held(**{"output only": row(0.7, 0.72, 0.71)}) == [False, True, True, True]
+    assert held(distilled=row(0.7, 0.71, 0.72, heldout=0.4)) == [True, True, False, True]
+    assert held(**{"distilled, unguided": row(0.4, 0.4, 0.4, distance=0.8)}) == [True, True, True, False]
     del found["alone"]
     assert judged(found)["distillation helps"]["status"] == "not run (needs 8 h)"
     assert judged(found)["distillation helps"]["missing"] == ["alone"]
+    found["alone"] = {"3": row(0.5)["0"]}
+    assert judged(found)["distillation helps"]["status"] == "not run (needs 8 h)", "no seed has all rows"
 
 
-def test_near_the_teacher_is_nineteen_twentieths_of_his_score_less_the_margin():
-    teacher, near, far = row(0.8), row(0.78, 0.77, 0.79), row(0.70, 0.71, 0.69)
-    claim = "the student comes near to its teacher"
+def test_near_the_teacher_is_nineteen_twentieths_of_his_score_less_the_margin_at_a_third_of_his_size():
+    teacher = row(0.8, 0.8, 0.8, parameters=300)
+    near, far = row(0.78, 0.77, 0.79, parameters=90), row(0.70, 0.71, 0.69, parameters=90)
+    large = row(0.78, 0.77, 0.79, parameters=110)
+    claim = "the student comes near to a teacher several times its size"
     assert judged({"teacher": teacher, "distilled": near})[claim]["status"] == "shown"
     assert judged({"teacher": teacher, "distilled": far})[claim]["status"] == "not shown"
+    assert judged({"teacher": teacher, "distilled": large})[claim]["status"] == "not shown"
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
-def test_every_trial_of_a_budget_has_a_config_and_a_folder_of_its_own(budget, tmp_path):
-    runs = Runs(BUDGETS[budget], tmp_path)
-    trials = [(name, seed) for name in TRIALS for seed in runs.seeds(name)]
-    folders = {runs.workdir(*trial) for trial in trials}
-    assert len(folders) == len(trials)
-    moved = Runs(BUDGETS[budget], tmp_path / "elsewhere")
-    assert {folder.name for folder in folders} == {moved.workdir(*trial).name for trial in trials}
-    longer = dataclasses.replace(BUDGETS[budget], steps={**BUDGETS[budget].steps, "clip": 77})
-    assert not folders & {Runs(longer, tmp_path).workdir(*trial) for trial in trials}, "all begin with the text encoder"
+def test_the_ladder_is_shown_only_where_parameters_multiply_adds_and_milliseconds_fall_too():
+    costs = {"parameters": 90, "multiply_adds": 9.0, "milliseconds": 0.9}
+    found = {f"ladder {step.name}": {"0": {**row(0.5)["0"], **costs}} for step in STEPS}
+    found["ladder A"] = {"0": {**row(0.5)["0"], "parameters": 100, "multiply_adds": 10.0, "milliseconds": 1.0}}
+    claim = "the ladder ends at a network that is smaller and faster, with an equal or better score"
+    assert judged(found)[claim]["status"] == "shown"
+    for grown in ({"parameters": 101}, {"multiply_adds": 10.1}, {"milliseconds": 1.01}, row(0.4)["0"]):
+        verdict = judged({**found, "ladder G": {"0": {**found["ladder G"]["0"], **grown}}})[claim]
+        assert verdict["status"] == "not shown" and [part["holds"] for part in verdict["parts"]].count(False) == 1
 
 
-def test_the_ladder_of_the_shapes_world_has_eight_networks_and_ends_smaller_than_it_began(tmp_path):
-    networks = ladder_networks("patches")
-    assert len(set(networks.values())) == 8
-    runs = Runs(BUDGETS["night"], tmp_path)
-    assert {step: build(UNetConfig, runs.config(f"ladder {step}").unet) for step in networks} == networks
-    smoke = ladder_networks("runlocal")
-    times = milliseconds({step: smoke[step] for step in ("A", "G")}, rounds=1, batch=1)
-    assert set(times) == {"A", "G"} and all(ms > 0 for ms in times.values())
+# --- the table -------------------------------------------------------------------------------------------------------
 
 
 def test_nothing_is_begun_after_the_deadline_and_the_table_says_what_is_missing(tmp_path):
-    runs = Runs(BUDGETS["hour"], tmp_path, deadline=-math.inf)
-    record = shapes_claims.report(runs, "hour")
+    runs = Runs(BUDGETS["hour"], tmp_path)
+    make_all(runs, deadline=-math.inf)
+    record = report(runs, "hour")
     assert not list(tmp_path.iterdir()) and not record["rows"]
-    assert markdown(record).count(f"not run (needs {shapes_claims.HOURS['night']:g} h)") == len(CLAIMS)
+    assert markdown(record).count(f"not run (needs {BUDGETS['night'].hours:g} h)") == len(CLAIMS)
 
 
-def test_processes_that_have_a_seed_each_make_that_alone_and_find_what_the_others_have_made(tmp_path, monkeypatch):
-    made = []
-
-    class Fake:
-        def __init__(self, config, folder):
-            self.config = config
-
-        def train(self):
-            made.append(self.config.seed)
-
-    numbers = row(0.5)[0]
-    monkeypatch.setattr(shapes_claims, "Experiment", Fake)
-    monkeypatch.setattr(shapes_claims, "parameters", lambda state: 7)
-    monkeypatch.setattr(shapes_claims.experiment, "evaluate", lambda *_, **__: numbers)
-    of_one = Runs(BUDGETS["night"], tmp_path, only=[1]).all()
-    assert set(made) == {0, 1} and made.count(0) == 2  # what all seeds share: CLIP and the teacher
-    assert len(of_one["alone"]) == len(of_one["four steps"]) == 1 and "ladder A" not in of_one
-    made.clear()
-    of_two = Runs(BUDGETS["night"], tmp_path, only=[2]).all()
-    assert set(made) == {2} and len(of_two["alone"]) == 2
-    next(Runs(BUDGETS["night"], tmp_path).workdir("alone", 2).glob("score-*.json")).unlink()
-    later = Runs(BUDGETS["night"], tmp_path, deadline=-math.inf).all()
-    assert len(later["alone"]) == len(later["distilled"]) == 1, "rows are compared seed by seed"
+def test_a_row_of_the_ladder_is_measured_and_no_other(monkeypatch):
+    networks = {"A": UNetConfig.preset("smoke"), "G": UNetConfig.preset("smoke", units=2)}
+    monkeypatch.setattr(shapes_claims, "ladder_networks", lambda arg: networks)
+    monkeypatch.setattr(shapes_claims, "milliseconds", lambda configs: dict.fromkeys(configs, 2.5))
+    found = measured({"alone": row(0.5, 0.6), "ladder G": row(0.4, 0.3)}, "runlocal")
+    assert found["alone"] == row(0.5, 0.6) and set(found) == {"alone", "ladder G"}
+    costs = {"multiply_adds": multiply_adds(networks["G"]), "milliseconds": 2.5}
+    assert found["ladder G"] == {seed: {**one, **costs} for seed, one in row(0.4, 0.3).items()}
 
 
 def test_the_table_gives_mean_and_spread_of_the_seeds():
-    record = {"budget": "night", "machine": "m", "hours": 2.0, "claims": [], "rows": {}}
-    record["rows"]["alone"] = shapes_claims._summary(row(0.4, 0.5, 0.6))
+    record = record_of({"alone": row(0.4, 0.5, 0.6)})
     assert record["rows"]["alone"]["score.overall.spread"] == pytest.approx(np.std([0.4, 0.5, 0.6], ddof=1))
     assert "| alone | 1 | 0.500 ± 0.100 | 0.500 ± 0.000 |" in markdown(record)
 
 
-def test_a_budget_that_trains_together_gives_all_seeds_of_a_trial_to_one_program(tmp_path, monkeypatch):
-    programs = []
+def test_the_table_has_multiply_adds_and_milliseconds_only_where_they_are_known():
+    rows = {"alone": row(0.5)}
+    assert "| run | parameters | score | held-out | Frechet | diversity | seeds |" in markdown(record_of(rows))
+    rows["ladder G"] = {"0": {**row(0.4)["0"], "multiply_adds": 26.05, "milliseconds": 9.87}}
+    table = markdown(record_of(rows))
+    assert "| run | parameters | MMAC | ms | score | held-out | Frechet | diversity | seeds |" in table
+    assert "| alone | 1 |  |  | 0.500 |" in table and "| ladder G | 1 | 26.1 | 9.9 | 0.400 |" in table
 
-    class Fake:
-        def __init__(self, config, folder):
-            self.folder = folder
 
-        def train(self):
-            return programs.append([self.folder.name.rpartition("-")[0]])
+def test_the_record_keeps_the_numbers_of_each_seed(tmp_path, known):
+    known.update({("alone", 0): 0.5, ("alone", 1): 0.7, ("teacher", 0): 0.8})
+    record = json.loads(json.dumps(report(Runs(BUDGETS["night"], tmp_path), "night")))
+    kept = {
+        name: {seed: one["score.overall"] for seed, one in seeds.items()} for name, seeds in record["per_seed"].items()
+    }
+    assert kept["alone"] == {"0": 0.5, "1": 0.7} and kept["teacher"] == {"0": 0.8, "1": 0.8}
+    for name, summary in record["rows"].items():
+        seeds = list(record["per_seed"][name].values())
+        assert summary["seeds"] == len(seeds)
+        assert all(summary[key] == pytest.approx(np.mean([one[key] for one in seeds])) for key in seeds[0])
 
-    def train_together(experiments, workdir):
-        programs.append([made.folder.name.rpartition("-")[0] for made in experiments])
-        return [None] * len(experiments)
 
-    monkeypatch.setattr(shapes_claims, "Experiment", Fake)
-    monkeypatch.setattr(shapes_claims.experiment, "train_together", train_together)
-    monkeypatch.setattr(shapes_claims, "parameters", lambda state: 7)
-    runs = Runs(BUDGETS["gpu"], tmp_path)
-    folders = [runs.train("four steps", seed) for seed in runs.seeds("four steps")]
-    assert programs == [["clip"], ["teacher"], ["distilled"] * 3, ["four_steps"] * 3]
-    assert len(set(folders)) == 3 and all((folder / "trained.json").exists() for folder in folders)
+def test_the_seeds_of_earlier_records_count_as_further_ones_where_the_updates_are_the_same(tmp_path, known):
+    runs = Runs(BUDGETS["night"], tmp_path)
+    known.update({("alone", 0): 0.6, ("alone", 1): 0.8, ("teacher", 0): 0.9})
+    earlier = json.loads(json.dumps({**report(runs, "night"), "machine": "another", "hours": 3.0}))
+    known.clear()
+    known.update({("alone", 0): 0.4, ("distilled", 0): 0.5})
+    record = report(runs, "night", {"gpu": earlier})
+    assert record["rows"]["alone"]["seeds"] == 3 and record["rows"]["alone"]["score.overall"] == pytest.approx(0.6)
+    assert record["rows"]["distilled"]["seeds"] == 1 and record["rows"]["teacher"]["seeds"] == 2
+    assert set(record["per_seed"]) == {name for name in record["rows"] if not name.startswith("teacher")}, "its own"
+    assert record["per_seed"]["alone"].keys() == {"0"} and record["hours"] == 3.0
+    assert record["machine"].endswith("; gpu: another")
+    with pytest.raises(ValueError, match="gpu has other updates"):
+        report(Runs(BUDGETS["hour"], tmp_path), "hour", {"gpu": earlier})
+
+
+def test_a_process_that_is_given_a_job_makes_it_alone_and_with_the_choices_of_its_parent(tmp_path, monkeypatch, capsys):
+    given, made = [Job("train", "four steps", (0, 1, 2)), Job("score", "clip", (0,))], []
+    for name in ("XLA_PYTHON_CLIENT_PREALLOCATE", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))  # that they are as before in the end
+    monkeypatch.setattr(shapes_claims, "prepare", lambda: None)
+    monkeypatch.setattr(Runs, "do", lambda self, job: made.append((job, self.root, self.together, self.depthwise)))
+    commands = []
+
+    def make_at_once(runs, count, deadline, command):
+        commands.extend(command(job) for job in given)
+        return given[:1]
+
+    monkeypatch.setattr(shapes_claims, "make_at_once", make_at_once)
+    choices = ["--budget=gpu", f"--workdir={tmp_path / 'runs'}", "--together", "--depthwise=shifted"]
+    monkeypatch.setattr(sys, "argv", ["shapes_claims", *choices, "--jobs=2", f"--out={tmp_path / 'table'}"])
+    assert shapes_claims.main() == 1, "a job failed"
+    assert (tmp_path / "table.md").read_text().strip() in capsys.readouterr().out and not made
+    for command in commands:
+        assert command[:3] == [sys.executable, "-m", "benchmarks.shapes_claims"]
+        monkeypatch.setattr(sys, "argv", command[2:])
+        assert shapes_claims.main() == 0
+    assert made == [(job, tmp_path / "runs", True, "shifted") for job in given]

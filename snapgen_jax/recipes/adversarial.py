@@ -14,6 +14,7 @@ generated for distribution matching (Yin et al. 2024, "DMD2"; K-DMD of SnapGen++
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -40,8 +41,8 @@ from snapgen_jax.training.optimizer import (
     new_player,
     step_player,
 )
-from snapgen_jax.training.recipe import Metrics
-from snapgen_jax.training.state import TrainState
+from snapgen_jax.training.recipe import Metrics, Part
+from snapgen_jax.training.state import Player, TrainState
 from snapgen_jax.weights.frozen import load_run
 
 Tree = Any
@@ -271,27 +272,45 @@ class FewStep(Distilled):
 
     def update(self, state: TrainState, frozen: Tree, batch: Tree, key: jax.Array) -> tuple[TrainState, Metrics]:
         """The discriminator steps, then the critic, then the generator against both as they now are."""
-        config, players = self.config, dict(state.players)
-        drawn = self.draw(frozen, batch, key, state.step)
+        players, drawn = dict(state.players), self.draw(frozen, batch, key, state.step)
         given = {**frozen, **state.extra}
-        networks = {**given, **players["model"].params}
         metrics: Metrics = {}
-        for name, loss in (("discriminator", self.discriminator_loss), ("critic", self.critic_loss)):
-            if name not in players:
-                continue
-            grads, _, found = accumulate_gradients(
-                lambda params, drawn, loss=loss: loss(params, networks, drawn),
-                players[name].params,
-                drawn,
-                config.microbatches,
-            )
-            grads, norm = clip_by_joint_norm(grads, config.discriminator_optimizer.clip_norm)
-            players[name] = step_player(players[name], grads, self.discriminator_optimizer, state.step, 0.0)
-            metrics |= {**found, f"grad_norm/{name}": norm}
-            given[name] = players[name].params
+        for name in ("discriminator", "critic"):
+            if name in players:
+                players[name], found = self._step_opponent(name, state, given, drawn)
+                metrics |= found
+                given[name] = players[name].params
         new, further = self.learn(state.replace(players=players), given, drawn)
         norm = further.pop("grad_norm")
         return new, {**metrics, **further, "grad_norm/model": norm}
+
+    def _step_opponent(self, name: str, state: TrainState, given: Tree, drawn: Tree) -> tuple[Player, Metrics]:
+        """The step of the player "discriminator" or "critic" beside the generator as it is."""
+        config, player = self.config, state.players[name]
+        loss = {"discriminator": self.discriminator_loss, "critic": self.critic_loss}[name]
+        networks = {**given, **state.players["model"].params}
+        grads, _, found = accumulate_gradients(
+            lambda params, drawn: loss(params, networks, drawn), player.params, drawn, config.microbatches
+        )
+        grads, norm = clip_by_joint_norm(grads, config.discriminator_optimizer.clip_norm)
+        player = step_player(player, grads, self.discriminator_optimizer, state.step, 0.0)
+        return player, {**found, f"grad_norm/{name}": norm}
+
+    def parts(self) -> Mapping[str, Part]:
+        """Also "discriminator" and "generator", the steps of these players, each without the other's."""
+
+        def discriminator(state: TrainState, frozen: Tree, batch: Tree, key: jax.Array) -> Tree:
+            drawn = self.draw(frozen, batch, key, state.step)
+            return self._step_opponent("discriminator", state, {**frozen, **state.extra}, drawn)
+
+        def generator(state: TrainState, frozen: Tree, batch: Tree, key: jax.Array) -> Tree:
+            others = {name: player.params for name, player in state.players.items() if name != "model"}
+            drawn = self.draw(frozen, batch, key, state.step)
+            new, metrics = self.learn(state, {**frozen, **state.extra, **others}, drawn)
+            return new.players["model"], metrics
+
+        playing = {"discriminator": discriminator} if self.config.adversarial_weight else {}
+        return {**super().parts(), **playing, "generator": generator}
 
 
 class Adversarial(FewStep):

@@ -115,7 +115,7 @@ def frozen_for_generation(recipe: Recipe, mesh: Mesh | None = None) -> Tree:
 
 
 def parts_of(recipe: Recipe) -> Mapping[str, Part]:
-    """{name: what the step does in one piece without a gradient}, for plans of each piece by itself.
+    """{name: what the step does in one piece}, for plans of each piece by itself.
 
     None, unless the recipe has a method `parts`. A step with frozen networks of billions of parameters may be more than
     a laptop can compile at once, and their share of it is worth knowing in any case.

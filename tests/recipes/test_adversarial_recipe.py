@@ -86,6 +86,21 @@ def test_the_discriminators_loss_reaches_every_head_and_neither_generator_nor_tr
     assert all(not np.any(g) for g in jax.tree.leaves(by_params))
 
 
+def test_the_parts_of_the_step_are_the_steps_of_the_two_players(playing):
+    made, frozen, state, *_ = playing
+    given = frozen, greys(), jax.random.key(5)
+    whole, _ = jax.jit(made.update)(state, *given)
+    judge, _ = jax.jit(made.parts()["discriminator"])(state, *given)
+    after = state.replace(players={**state.players, "discriminator": judge})
+    generator, _ = jax.jit(made.parts()["generator"])(after, *given)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        whole.players,
+        {"model": generator, "discriminator": judge},
+    )
+    assert "discriminator" not in recipe(adversarial_weight=0.0).parts()
+
+
 def test_another_prompt_changes_the_verdict(playing):
     made, _, state, drawn, given = playing
 
