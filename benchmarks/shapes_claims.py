@@ -243,7 +243,7 @@ def report(runs: Runs, name: str, records: Mapping[str, Mapping[str, Any]] | Non
         "machine": "; ".join([machine(), *(f"{other}: {record['machine']}" for other, record in records.items())]),
         "claims": [claim.judge(found, hours) for claim in CLAIMS],
         "rows": {row: _summary(list(seeds.values())) for row, seeds in found.items()},
-        "per_seed": {row: {seed: _kept(one) for seed, one in seeds.items()} for row, seeds in own.items()},
+        "per_seed": {row: {seed: _with_bounds(one) for seed, one in seeds.items()} for row, seeds in own.items()},
         "updates": {group: steps for group, steps in updates.items() if steps is not None},
         "hours": runs.seconds() / 3600 + sum(record["hours"] for record in records.values()),
     }
@@ -256,6 +256,10 @@ def machine() -> str:
 
 def _kept(numbers: Numbers) -> Numbers:
     return {key: numbers[key] for key in TITLES if key in numbers}
+
+
+def _with_bounds(numbers: Numbers) -> Numbers:
+    return {key: value for key, value in numbers.items() if key.removesuffix(".low").removesuffix(".high") in TITLES}
 
 
 def _summary(per_seed: Sequence[Numbers]) -> dict[str, Any]:

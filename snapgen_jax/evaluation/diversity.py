@@ -6,8 +6,8 @@ import numpy as np
 from scipy.spatial.distance import pdist
 
 
-def mean_pairwise_distance(features: np.ndarray) -> float:
-    """Mean Euclidean distance over pairs of seeds, then over prompts.
+def pairwise_distances(features: np.ndarray) -> np.ndarray:
+    """Mean Euclidean distance over pairs of seeds, of each prompt: `[P]`.
 
     Args:
         features: `[P, S, D]`, P prompts with S seeds each.
@@ -17,4 +17,4 @@ def mean_pairwise_distance(features: np.ndarray) -> float:
     """
     if features.ndim != 3 or features.shape[0] < 1 or features.shape[1] < 2:
         raise ValueError(f"diversity is measured on features [P, S, D] with S >= 2 seeds, got {features.shape}")
-    return float(np.mean([pdist(seeds.astype(np.float64)) for seeds in features]))
+    return np.array([pdist(seeds.astype(np.float64)).mean() for seeds in features])

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from snapgen_jax.evaluation.diversity import mean_pairwise_distance
+from snapgen_jax.evaluation.diversity import pairwise_distances
 from snapgen_jax.evaluation.features import image_features
 from snapgen_jax.evaluation.fixed_prompts import captions, fixed_prompts
 from snapgen_jax.evaluation.frechet import frechet_distance
 from snapgen_jax.evaluation.interfaces import EvaluationResult, Generator, ValidationData
+from snapgen_jax.evaluation.statistics import mean_interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +92,13 @@ class DiversityScore:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __call__(self, generator: Generator, dataset: ValidationData | None = None) -> EvaluationResult:
-        """Number `diversity.pairwise`: mean feature distance over pairs of images of a prompt, then over prompts."""
+        """Number `diversity.pairwise`: mean feature distance over pairs of images of a prompt, then over prompts; with
+        its 95% interval over two prompts or more as `.low` and `.high`."""
         prompts = fixed_prompts(self.prompts, self.count, dataset, self.seed)
         repeated = [prompt for prompt in prompts for _ in range(self.images)]
         features = image_features(generator.generate(repeated, seed=self.seed, **self.options))
-        distance = mean_pairwise_distance(features.reshape(len(prompts), self.images, -1))
-        return EvaluationResult({"diversity.pairwise": distance})
+        distances = pairwise_distances(features.reshape(len(prompts), self.images, -1))
+        numbers = {"diversity.pairwise": float(distances.mean())}
+        if len(prompts) > 1:
+            numbers["diversity.pairwise.low"], numbers["diversity.pairwise.high"] = mean_interval(distances)
+        return EvaluationResult(numbers)

@@ -1,10 +1,10 @@
-"""Wilson intervals: the published formula, the behaviour at the ends, and the promised coverage."""
+"""Wilson intervals: the published formula, the behaviour at the ends, and the promised coverage; Student's interval."""
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from snapgen_jax.evaluation.statistics import wilson_interval
+from snapgen_jax.evaluation.statistics import mean_interval, wilson_interval
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 64), (1, 64), (40, 64), (64, 64), (3, 5)])
@@ -47,3 +47,11 @@ def test_more_trials_or_less_confidence_make_it_narrower():
 def test_impossible_counts_are_refused(successes, trials):
     with pytest.raises(ValueError, match=f"{successes} successes in {trials} trials"):
         wilson_interval(successes, trials)
+
+
+def test_the_interval_of_a_mean_covers_it_about_as_often_as_it_says_and_needs_two_values():
+    draws = np.random.default_rng(0).normal(3.0, 2.0, size=(2000, 5))
+    inside = [low < 3.0 < high for low, high in map(mean_interval, draws)]
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.015)
+    with pytest.raises(ValueError, match="two or more"):
+        mean_interval(draws[0, :1])
