@@ -125,18 +125,15 @@ def _less(a: str, b: str, key: str) -> Part:
     return lambda found: (f"{TITLES[key]}({b}) - {TITLES[key]}({a})", difference(found[b], found[a], key), 0.0)
 
 
-def _fewer(a: str, b: str, key: str, factor: float = 1.0) -> Part:
-    """`a` has less than `b`, or than its `factor`th part, of what is known exactly."""
+def _fewer(a: str, b: str, key: str, factor: float = 1.001) -> Part:
+    """`a` has less than the `factor`th part of `b` of what is known exactly, on one machine."""
 
     def compare(found: Rows) -> tuple[str, Difference, float]:
-        ratio = _first(found[b])[key] / _first(found[a])[key]
+        seed = min(found[a].keys() & found[b].keys())
+        ratio = found[b][seed][key] / found[a][seed][key]
         return f"{TITLES[key]}({b}) / {TITLES[key]}({a})", Difference(ratio, ratio), factor
 
     return compare
-
-
-def _first(seeds: Seeds) -> Numbers:
-    return next(iter(seeds.values()))
 
 
 def _claim(claim: str, rows: Sequence[str], *parts: Part) -> Claim:
@@ -215,26 +212,43 @@ def measured(rows: Rows, arg: str) -> Rows:
     return {row: {seed: {**one, **known.get(row, {})} for seed, one in seeds.items()} for row, seeds in rows.items()}
 
 
+def read_records(paths: Sequence[pathlib.Path], runs: Runs) -> dict[str, dict[str, Any]]:
+    """Earlier records of the runs' budget, by name.
+
+    Raises:
+        ValueError: one is no record, of other numbers of updates, or of a seed that is made here or is in another: two
+            runs of one seed begin and learn alike, and are not two.
+    """
+    records, updates = {}, runs.budget.steps
+    seen = {str(seed): "this run" for seed in runs.seeds("alone")}
+    for path in paths:
+        try:
+            record = json.loads(path.read_text())
+            other = {group: steps for group, steps in record["updates"].items() if updates.get(group) != steps}
+            seeds = {seed for seeds in record["per_seed"].values() for seed in seeds}
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{path}: {error!r}; join a .json that this command wrote") from error
+        if other:
+            raise ValueError(f"{path} has other updates than this budget: {other}; join records of one budget")
+        if twice := {seed: seen[seed] for seed in seeds & seen.keys()}:
+            raise ValueError(f"{path} has seeds that are known: {twice}; leave it out, or make others with --seed")
+        seen |= dict.fromkeys(seeds, str(path))
+        records[path.stem] = record
+    return records
+
+
 def joined(rows: Rows, records: Mapping[str, Mapping[str, Any]]) -> Rows:
-    """The rows, and as further seeds those of earlier records, by their names."""
+    """The rows, and as further seeds those of earlier records."""
     both = {row: dict(seeds) for row, seeds in rows.items()}
-    for name, record in records.items():
+    for record in records.values():
         for row, seeds in record["per_seed"].items():
-            both.setdefault(row, {}).update({f"{seed} of {name}": numbers for seed, numbers in seeds.items()})
+            both.setdefault(row, {}).update(seeds)
     return both
 
 
 def report(runs: Runs, name: str, records: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
-    """All that is known of a budget, here and in earlier records of it.
-
-    Raises:
-        ValueError: a record is of another budget or other numbers of updates, so that its seeds are no further ones.
-    """
-    records, updates = records or {}, runs.budget.steps
-    for other, record in records.items():
-        known = {group: steps for group, steps in record["updates"].items() if updates.get(group) != steps}
-        if known:
-            raise ValueError(f"{other} has other updates than the budget {name!r}: {known}; join records of one budget")
+    """All that is known of a budget, here and in earlier records of it, see `read_records`."""
+    records = records or {}
     own = measured(runs.rows(), runs.budget.arg)
     found = joined(own, records)
     hours = max(BUDGETS["night"].hours, runs.budget.hours)
@@ -244,8 +258,8 @@ def report(runs: Runs, name: str, records: Mapping[str, Mapping[str, Any]] | Non
         "claims": [claim.judge(found, hours) for claim in CLAIMS],
         "rows": {row: _summary(list(seeds.values())) for row, seeds in found.items()},
         "per_seed": {row: {seed: _with_bounds(one) for seed, one in seeds.items()} for row, seeds in own.items()},
-        "updates": {group: steps for group, steps in updates.items() if steps is not None},
-        "hours": runs.seconds() / 3600 + sum(record["hours"] for record in records.values()),
+        "updates": {group: steps for group, steps in runs.budget.steps.items() if steps is not None},
+        "hours": runs.seconds() / 3600,
     }
 
 
@@ -271,7 +285,7 @@ def _summary(per_seed: Sequence[Numbers]) -> dict[str, Any]:
 
 def markdown(record: Mapping[str, Any]) -> str:
     """The claims, and the rows that they are judged by."""
-    lines = [f"Budget `{record['budget']}`, {record['machine']}, {record['hours']:.1f} h of training.", ""]
+    lines = [f"Budget `{record['budget']}`, {record['machine']}, {record['hours']:.1f} h of training here.", ""]
     lines += ["| claim | seen | status |", "|---|---|---|"]
     for claim in record["claims"]:
         seen = "; ".join(
@@ -320,6 +334,10 @@ def main() -> int:
     if options.job:
         runs.do(options.job)
         return 0
+    try:
+        records = read_records(options.join, runs)
+    except ValueError as error:
+        parser.error(f"--join: {error}")
     failed = []
     if options.jobs > 1:
         asked = [
@@ -329,6 +347,7 @@ def main() -> int:
             str(root),
             f"--{'' if together else 'no-'}together",
             f"--depthwise={options.depthwise}",
+            *(f"--seed={seed}" for seed in options.seed or ()),
         ]
 
         def command(job: Job) -> list[str]:
@@ -337,11 +356,7 @@ def main() -> int:
         failed = make_at_once(runs, options.jobs, deadline, command)
     else:
         make_all(runs, deadline)
-    try:
-        records = {path.stem: json.loads(path.read_text()) for path in options.join}
-        record = report(runs, options.budget, records)
-    except (OSError, ValueError, KeyError) as error:
-        parser.error(f"--join: {error}")
+    record = report(runs, options.budget, records)
     out = pathlib.Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")

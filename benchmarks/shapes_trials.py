@@ -341,19 +341,23 @@ class Runs:
             progress.close(stream)
 
     def _train(self, job: Job) -> None:
-        folders = [self.workdir(job.name, seed) for seed in job.seeds]
+        missing = [seed for seed in job.seeds if not self.done(dataclasses.replace(job, seeds=(seed,)))]
+        folders = [self.workdir(job.name, seed) for seed in missing]
         begin = time.perf_counter()
         experiments = []
-        for seed, folder in zip(job.seeds, folders, strict=True):
+        for seed, folder in zip(missing, folders, strict=True):
             config = self.config(job.name, seed)
             prepare_workdir(config, folder)
             experiments.append(Experiment(config, folder))
             if self._has_kept_batches(job.name):
                 experiments[-1].data = self._kept_batches(seed)
+        if not experiments:
+            return
         if len(experiments) == 1:
             states = [experiments[0].train()]
         else:
-            states = experiment.train_together(experiments, folders[0].with_name(f"{folders[0].name}-together"))
+            together = "-".join([folders[0].name, *map(str, missing), "together"])
+            states = experiment.train_together(experiments, folders[0].with_name(together))
         seconds = (time.perf_counter() - begin) / len(experiments)
         for folder, state in zip(folders, states, strict=True):
             found = {"parameters": parameters(state), "seconds": seconds}
@@ -394,9 +398,9 @@ class Runs:
             for draw in trial.draws:
                 kept = {str(seed): numbers for seed in self.seeds(name) if (numbers := self.numbers(name, draw, seed))}
                 found |= {f"{name}, {draw}" if draw else name: kept} if kept else {}
-        everywhere = sorted({seed for seeds in found.values() for seed in seeds})
+        everywhere = sorted({seed for row, seeds in found.items() if row not in SHARED for seed in seeds})
         for name in SHARED & set(found):
-            found[name] = dict.fromkeys(everywhere, next(iter(found[name].values())))
+            found[name] = dict.fromkeys(everywhere or found[name], next(iter(found[name].values())))
         return found
 
     def seconds(self) -> float:
@@ -436,8 +440,9 @@ def make_at_once(
     while True:
         for job in [job for job in running if running[job][0].poll() is not None]:
             process, began = running.pop(job)
-            say(f"{job}: {'FAILED' if process.returncode else 'done'} in {time.monotonic() - began:.0f} s")
-            if process.returncode:
+            well = process.returncode == 0 and runs.done(job)
+            say(f"{job}: {'done' if well else 'FAILED'} in {time.monotonic() - began:.0f} s")
+            if not well:
                 failed.append(job)
                 waiting = _without(waiting, job, runs)
                 log = runs.log_file(job)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import shapes_claims
-from benchmarks.shapes_claims import CLAIMS, difference, markdown, measured, report
+from benchmarks.shapes_claims import CLAIMS, difference, markdown, measured, read_records, report
 from benchmarks.shapes_trials import BUDGETS, Job, Runs, make_all, multiply_adds
 from snapgen_jax.networks.counting import STEPS
 from snapgen_jax.networks.unet import UNetConfig
@@ -109,7 +109,13 @@ def test_the_ladder_is_shown_only_where_parameters_multiply_adds_and_millisecond
     found["ladder A"] = {"0": {**row(0.5)["0"], "parameters": 100, "multiply_adds": 10.0, "milliseconds": 1.0}}
     claim = "the ladder ends at a network that is smaller and faster, with an equal or better score"
     assert judged(found)[claim]["status"] == "shown"
-    for grown in ({"parameters": 101}, {"multiply_adds": 10.1}, {"milliseconds": 1.01}, row(0.4)["0"]):
+    for grown in (
+        {"parameters": 101},
+        {"parameters": 100},
+        {"multiply_adds": 10.1},
+        {"milliseconds": 1.01},
+        row(0.4)["0"],
+    ):
         verdict = judged({**found, "ladder G": {"0": {**found["ladder G"]["0"], **grown}}})[claim]
         assert verdict["status"] == "not shown" and [part["holds"] for part in verdict["parts"]].count(False) == 1
 
@@ -165,20 +171,37 @@ def test_the_record_keeps_the_numbers_of_each_seed(tmp_path, known):
         assert all(summary[key] == pytest.approx(np.mean([one[key] for one in seeds])) for key in means)
 
 
-def test_the_seeds_of_earlier_records_count_as_further_ones_where_the_updates_are_the_same(tmp_path, known):
-    runs = Runs(BUDGETS["night"], tmp_path)
-    known.update({("alone", 0): 0.6, ("alone", 1): 0.8, ("teacher", 0): 0.9})
-    earlier = json.loads(json.dumps({**report(runs, "night"), "machine": "another", "hours": 3.0}))
+def test_the_seeds_of_earlier_records_count_as_further_ones(tmp_path, known):
+    known.update({("alone", 1): 0.6, ("alone", 2): 0.8, ("teacher", 0): 0.9})
+    earlier = {**report(Runs(BUDGETS["night"], tmp_path, only=[1, 2]), "night"), "machine": "another"}
+    file = tmp_path / "gpu.json"
+    file.write_text(json.dumps(earlier))
     known.clear()
     known.update({("alone", 0): 0.4, ("distilled", 0): 0.5})
-    record = report(runs, "night", {"gpu": earlier})
+    runs = Runs(BUDGETS["night"], tmp_path, only=[0])
+    record = report(runs, "night", read_records([file], runs))
     assert record["rows"]["alone"]["seeds"] == 3 and record["rows"]["alone"]["score.overall"] == pytest.approx(0.6)
     assert record["rows"]["distilled"]["seeds"] == 1 and record["rows"]["teacher"]["seeds"] == 2
     assert set(record["per_seed"]) == {name for name in record["rows"] if not name.startswith("teacher")}, "its own"
-    assert record["per_seed"]["alone"].keys() == {"0"} and record["hours"] == 3.0
+    assert record["per_seed"]["alone"].keys() == {"0"}
     assert record["machine"].endswith("; gpu: another")
-    with pytest.raises(ValueError, match="gpu has other updates"):
-        report(Runs(BUDGETS["hour"], tmp_path), "hour", {"gpu": earlier})
+
+
+def test_a_record_that_cannot_be_joined_is_refused_with_the_reason(tmp_path, known):
+    known.update({("alone", 0): 0.6})
+    runs, file = Runs(BUDGETS["night"], tmp_path, only=[0]), tmp_path / "same.json"
+    file.write_text(json.dumps(report(runs, "night")))
+    with pytest.raises(ValueError, match=r"has seeds that are known: {'0': 'this run'}"):
+        read_records([file], runs)
+    other = Runs(BUDGETS["night"], tmp_path, only=[1])
+    assert set(read_records([file], other)) == {"same"}
+    with pytest.raises(ValueError, match=r"seeds that are known: {'0': '.*same.json'}"):
+        read_records([file, file], other)
+    with pytest.raises(ValueError, match="other updates than this budget"):
+        read_records([file], Runs(BUDGETS["hour"], tmp_path, only=[1]))
+    file.write_text("{}")
+    with pytest.raises(ValueError, match=r"join a \.json that this command wrote"):
+        read_records([file], other)
 
 
 def test_a_process_that_is_given_a_job_makes_it_alone_and_with_the_choices_of_its_parent(tmp_path, monkeypatch, capsys):

@@ -140,7 +140,9 @@ def made(monkeypatch):
 
     generator = types.SimpleNamespace(params=None, frozen=None, with_weights=lambda params, frozen: generator)
     monkeypatch.setattr(shapes_trials, "Experiment", Untrained)
-    monkeypatch.setattr(shapes_trials, "prepare_workdir", lambda config, folder: folder.mkdir(parents=True))
+    monkeypatch.setattr(
+        shapes_trials, "prepare_workdir", lambda config, folder: folder.mkdir(parents=True, exist_ok=True)
+    )
     monkeypatch.setattr(shapes_trials, "parameters", lambda state: 7)
     monkeypatch.setattr(shapes_trials, "load", lambda folder: generator)
     monkeypatch.setattr(experiment, "train_together", train_together)
@@ -256,17 +258,18 @@ def test_a_score_is_begun_as_soon_as_it_can_be_and_a_training_not_before_an_earl
     assert begun == ["a", "score made", "b", "c", "score a"]
 
 
-def test_a_job_that_fails_is_reported_and_what_needs_it_is_not_begun_while_the_others_go_on(tmp_path):
+@pytest.mark.parametrize(("code", "says"), [("raise SystemExit('no such colour')", "no such colour"), ("pass", "")])
+def test_a_job_that_fails_or_leaves_nothing_is_reported_and_what_needs_it_is_not_begun(tmp_path, code, says):
     needs = {"bad": [], "score bad": ["bad"], "after bad": ["bad"], "later": ["after bad"]}
     runs, said = Errands(tmp_path, {**needs, "good": [], "after good": ["good"]}), []
 
     def command(job):
-        fails = [sys.executable, "-S", "-c", "raise SystemExit('no such colour')"]
+        fails = [sys.executable, "-S", "-c", code]
         return fails if job.name == "bad" else runs.command(job)
 
     assert make_at_once(runs, 1, math.inf, command, say=said.append) == [Job("train", "bad", (0,))]
     assert {job.name for job in runs.jobs() if runs.done(job)} == {"good", "after good"}
-    assert "train bad, seed 0: FAILED" in said[0] and "no such colour" in said[1]
+    assert "train bad, seed 0: FAILED" in said[0] and says in said[1]
 
 
 def test_no_process_is_begun_after_the_deadline_and_those_begun_before_come_to_their_end(tmp_path, clock):
@@ -294,6 +297,9 @@ def test_what_is_made_is_found_by_a_later_process_and_what_is_lost_is_made_anew(
     lost.unlink()
     make_all(runs, math.inf, say=quiet)
     assert not made.programs and made.scored == [lost.parent.name] and lost.exists()
+    (runs.workdir("alone", 1) / "trained.json").unlink()
+    make_all(runs, math.inf, say=quiet)
+    assert [[(trial, seed) for trial, seed, _ in program] for program in made.programs] == [[("alone", 1)]]
 
 
 @WAYS
