@@ -26,7 +26,7 @@ def distilled(c: ConfigDict, devices: int, microbatches: int) -> ConfigDict:
     c.unet.remat = "blocks"
     c.mesh = ConfigDict({"data": 1, "fsdp": devices})
     c.shard_student = False
-    c.teacher = ConfigDict({"network": "mmdit", "mmdit": {"preset": "sd35_large"}})
+    c.teacher = ConfigDict({"network": "mmdit", "mmdit": {"preset": "sd35_large", "attention": "flash"}})
     c.student_taps = ("up_0",)
     c.teacher_taps = ("block_36",)
     return c

@@ -205,6 +205,11 @@ def count_parameters(tree: Tree) -> int:
 BATCH_AXES = ("data", "fsdp")
 
 
+def batch_axes() -> tuple[str, ...]:
+    """Axes of the current mesh that a batch is split over; none outside a mesh."""
+    return tuple(axis for axis in BATCH_AXES if axis in jax.sharding.get_abstract_mesh().axis_names)
+
+
 def shard(x: jax.Array, kind: Literal["tokens", "image", "vector"] = "tokens") -> jax.Array:
     """Constrains an activation to be split over the batch axes of the current mesh; the identity outside a mesh.
 
@@ -214,9 +219,7 @@ def shard(x: jax.Array, kind: Literal["tokens", "image", "vector"] = "tokens") -
             split more than the batch without a change in any network.
     """
     del kind
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(a for a in BATCH_AXES if a in mesh.axis_names)
-    if mesh.empty or not axes:
+    if not (axes := batch_axes()):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *([None] * (x.ndim - 1))))
 

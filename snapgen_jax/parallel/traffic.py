@@ -21,6 +21,7 @@ _TILED = re.compile(r"\{([\d,]*):T\(([\d,]+)\)")
 _OPERATION = re.compile(r"\s*([\w\-]+)\((.*)")
 _NAME = re.compile(r"%([\w.\-]+)")
 _WINDOW = re.compile(r"(\w+)=(-?[\dx_\-]+)")
+_STATED_FLOPS = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')  # of a kernel, in its `backend_config`
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "partition-id")
 # Copies that only name parts of a buffer as a whole, or set one aside.
 _FREE_CALLS = ("ConcatBitcast", "AllocateBuffer")
@@ -32,7 +33,8 @@ class Traffic:
     """What one device does in one run of a program.
 
     Attributes:
-        memory_bytes: read from and written to the device's memory; what stays on the chip is not in it.
+        memory_bytes: read from and written to the device's memory; what stays on the chip is not in it. A kernel that is
+            not XLA's own is taken to read each operand once.
         repeated_flops: of matrix products and convolutions in the iterations of loops after the first, which XLA's
             count leaves out.
     """
@@ -233,7 +235,8 @@ def _parameter(body: _Computation, index: int) -> _Instruction:
 
 
 def _products(computations: _Computations, computation: _Computation) -> int:
-    """Operations of the matrix products and convolutions of a computation, and of its fusions."""
+    """Operations of the matrix products and convolutions of a computation and of its fusions, and what kernels that are
+    not XLA's own say of themselves."""
     total = 0
     for i in computation.values():
         if i.kind == "fusion":
@@ -242,6 +245,8 @@ def _products(computations: _Computations, computation: _Computation) -> int:
             operands = [computation[name].arrays[0].shape for name in i.operands[:2]]
             flops = _convolution_flops if i.kind == "convolution" else _dot_flops
             total += flops(i, *operands)
+        elif i.kind == "custom-call" and (stated := _STATED_FLOPS.search(i.text)):
+            total += int(stated[1])
     return total
 
 
