@@ -33,8 +33,8 @@ class Traffic:
     """What one device does in one run of a program.
 
     Attributes:
-        memory_bytes: read from and written to the device's memory; what stays on the chip is not in it. Kernels that are
-            not XLA's own are taken to read each operand once.
+        memory_bytes: read from and written to the device's memory; what stays on the chip is not in it. Kernels that
+            are not XLA's own are taken to read each operand once.
         repeated_flops: of matrix products and convolutions in the iterations of loops after the first, which XLA's
             count leaves out.
     """
