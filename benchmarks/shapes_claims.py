@@ -10,7 +10,7 @@
 
 What is trained is in `shapes_trials.py`; here is what is asked of it. On a GPU all seeds of a trial are one program. A
 row is `shown`, `not shown`, or `not run (needs N h)`. "At equal or better" means that the lower 95% bound of the
-difference is at least -0.03: over seeds by Student's t, with a single seed over its prompts.
+difference is at least -0.03: by Student's t over seeds, with a single seed prompt by prompt.
 """
 
 from __future__ import annotations
@@ -57,24 +57,22 @@ Seeds = Mapping[str, Numbers]
 @dataclasses.dataclass(frozen=True)
 class Difference:
     """Of two rows in one number: its mean over seeds, and the lower bound that it exceeds with 95%; None for a single
-    seed of a number that has no interval of its own."""
+    seed of a number that single prompts have none of."""
 
     mean: float
     low: float | None
 
 
 def difference(a: Seeds, b: Seeds, key: str, factor: float = 1.0) -> Difference:
-    """`a - factor b` over the seeds that both rows have."""
+    """`a - factor b` over the seeds that both rows have; of a single one, over the prompts that both were asked for."""
     seeds = sorted(a.keys() & b.keys())
     values = np.array([a[seed][key] - factor * b[seed][key] for seed in seeds])
-    if len(seeds) > 1:
-        spread = stats.t.ppf(0.95, len(seeds) - 1) * values.std(ddof=1) / math.sqrt(len(seeds))
-    else:
-        both = [row[seeds[0]] for row in (a, b)]
-        if not all(f"{key}.low" in numbers for numbers in both):
-            return Difference(float(values.mean()), None)
-        widths = [(numbers[f"{key}.high"] - numbers[f"{key}.low"]) / 2 for numbers in both]
-        spread = stats.norm.ppf(0.95) / stats.norm.ppf(0.975) * math.hypot(widths[0], factor * widths[1])
+    if len(seeds) == 1:
+        first, second = (row[seeds[0]].get(f"{key}.each") for row in (a, b))
+        if first is None or second is None:
+            return Difference(float(values[0]), None)
+        values = np.array(first) - factor * np.array(second)
+    spread = stats.t.ppf(0.95, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
     return Difference(float(values.mean()), float(values.mean() - spread))
 
 
@@ -257,7 +255,7 @@ def report(runs: Runs, name: str, records: Mapping[str, Mapping[str, Any]] | Non
         "machine": "; ".join([machine(), *(f"{other}: {record['machine']}" for other, record in records.items())]),
         "claims": [claim.judge(found, hours) for claim in CLAIMS],
         "rows": {row: _summary(list(seeds.values())) for row, seeds in found.items()},
-        "per_seed": {row: {seed: _with_bounds(one) for seed, one in seeds.items()} for row, seeds in own.items()},
+        "per_seed": {row: {seed: _kept(one) for seed, one in seeds.items()} for row, seeds in own.items()},
         "updates": {group: steps for group, steps in runs.budget.steps.items() if steps is not None},
         "hours": runs.seconds() / 3600,
     }
@@ -270,10 +268,6 @@ def machine() -> str:
 
 def _kept(numbers: Numbers) -> Numbers:
     return {key: numbers[key] for key in TITLES if key in numbers}
-
-
-def _with_bounds(numbers: Numbers) -> Numbers:
-    return {key: value for key, value in numbers.items() if key.removesuffix(".low").removesuffix(".high") in TITLES}
 
 
 def _summary(per_seed: Sequence[Numbers]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from snapgen_jax.training.loop import PlainBatch
 CONFIGS = pathlib.Path("configs/shapes")
 UNGUIDED = {"guidance": 1.0}
 LATENT = (8, 8)  # of the shapes world
-Numbers = dict[str, float]
+Numbers = dict[str, Any]  # floats by name, and as NAME.each those of single prompts
 Rows = dict[str, dict[str, Numbers]]  # by row, then by seed
 
 
@@ -373,14 +373,15 @@ class Runs:
                 path = self._score_file(job.name, draw, seed)
                 if path.exists():
                     continue
-                numbers = experiment.evaluate(
+                found = experiment.measure(
                     folder,
                     ("compositional", "frechet", "diversity"),
                     generation={**options, "batch_size": self.images_at_once},
                     options=self._asked(),
                     generator=generator,
                 )
-                write_whole(epath.Path(path), json.dumps(numbers))
+                each = {f"{name}.each": values.tolist() for name, values in found.values.items()}
+                write_whole(epath.Path(path), json.dumps({**found.numbers, **each}))
 
     # --- what is known ---
 

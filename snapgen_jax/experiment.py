@@ -31,7 +31,7 @@ from snapgen_jax.data.sources import build_source
 from snapgen_jax.data.synthetic import SyntheticBatches
 from snapgen_jax.data.tokenizer import CaptionTokenizer, Tokenizer, build_tokenizer
 from snapgen_jax.evaluation import registry
-from snapgen_jax.evaluation.interfaces import EvaluatorSpec
+from snapgen_jax.evaluation.interfaces import EvaluationResult, EvaluatorSpec
 from snapgen_jax.evaluation.pictures import png_bytes
 from snapgen_jax.generation import Generator, load, load_recipe, load_weights, published_tokenizer
 from snapgen_jax.parallel.hosts import current
@@ -223,6 +223,13 @@ class ValidationBatches:
 
 
 def evaluate(
+    workdir: epath.PathLike, names: Sequence[str], step: int | None = None, **choices: Any
+) -> dict[str, float]:
+    """The numbers of evaluators run on a trained run, see `measure`."""
+    return measure(workdir, names, step, **choices).numbers
+
+
+def measure(
     workdir: epath.PathLike,
     names: Sequence[str],
     step: int | None = None,
@@ -231,7 +238,7 @@ def evaluate(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     decoder: epath.PathLike | None = None,
     generator: Generator | None = None,
-) -> dict[str, float]:
+) -> EvaluationResult:
     """Runs evaluators on a trained run; their pictures go to `samples/`.
 
     Args:
@@ -244,24 +251,26 @@ def evaluate(
         generator: the run's, where it is loaded already; in place of `step` and `decoder`.
 
     Returns:
-        The numbers of all of them.
+        What all of them found.
     """
     generator = generator or load(workdir, step, decoder=decoder)
     experiment = Experiment(from_json((epath.Path(workdir) / "config.json").read_text()), workdir)
     known = {spec.name: spec for spec in generator.recipe.evaluators()}
-    numbers: dict[str, float] = {}
+    found = EvaluationResult({}, {}, {})
     for name in names:
         try:
             evaluator = registry.create(_with_options(known.get(name, EvaluatorSpec(name)), generation, options))
         except ValueError as error:
             raise ConfigError(str(error)) from error
         result = evaluator(generator, ValidationBatches(experiment))
-        numbers.update(result.numbers)
-        folder = epath.Path(workdir) / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        for title, picture in result.pictures.items():
-            (folder / f"{title}.png").write_bytes(png_bytes(picture))
-    return numbers
+        found.numbers.update(result.numbers)
+        found.pictures.update(result.pictures)
+        found.values.update(result.values)
+    folder = epath.Path(workdir) / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    for title, picture in found.pictures.items():
+        (folder / f"{title}.png").write_bytes(png_bytes(picture))
+    return found
 
 
 def _with_options(

@@ -14,13 +14,19 @@ from snapgen_jax.networks.counting import STEPS
 from snapgen_jax.networks.unet import UNetConfig
 
 
-def row(*scores, width=0.02, heldout=0.5, diversity=1.0, distance=1.0, parameters=1):
-    """`{seed: numbers}`"""
+def row(*scores, heldout=0.5, diversity=1.0, distance=1.0, parameters=1):
+    """`{seed: numbers}`; of four prompts, whose scores lie 0.1 apart."""
     common = {"score.heldout": heldout, "diversity.pairwise": diversity, "frechet.distance": distance}
-    intervals = ({"score.overall.low": s - width, "score.overall.high": s + width} for s in scores)
+    prompts = np.array([-0.15, -0.05, 0.05, 0.15])
     return {
-        str(seed): {"score.overall": s, **interval, **common, "parameters": parameters, "seconds": 1.0}
-        for seed, (s, interval) in enumerate(zip(scores, intervals, strict=True))
+        str(seed): {
+            "score.overall": s,
+            "score.overall.each": (s + prompts).tolist(),
+            **common,
+            "parameters": parameters,
+            "seconds": 1.0,
+        }
+        for seed, s in enumerate(scores)
     }
 
 
@@ -57,9 +63,16 @@ def test_a_difference_is_taken_seed_by_seed_and_of_three_has_the_bound_of_studen
     assert difference(other, more, "score.overall").low == pytest.approx(-0.1)
 
 
-def test_a_single_seed_is_judged_by_its_prompts_and_a_number_without_interval_not_at_all():
-    found = difference(row(0.5), row(0.4), "score.overall")
-    assert found.low == pytest.approx(0.1 - 1.644854 / 1.959964 * math.hypot(0.02, 0.02), abs=1e-5)
+def test_a_single_seed_is_judged_prompt_by_prompt_and_a_number_that_prompts_have_none_of_not_at_all():
+    better, worse = row(0.5), row(0.4)
+    assert difference(better, worse, "score.overall").low == pytest.approx(0.1), "each prompt by as much"
+    better["0"]["score.overall.each"] = [0.4, 0.5, 0.5, 0.6]
+    worse["0"]["score.overall.each"] = [0.5, 0.3, 0.5, 0.3]  # differences -0.1, 0.2, 0, 0.3
+    spread = 2.353363 * np.std([-0.1, 0.2, 0.0, 0.3], ddof=1) / 2
+    assert difference(better, worse, "score.overall").low == pytest.approx(0.1 - spread, abs=1e-5)
+    halved = difference(better, worse, "score.overall", 0.5)
+    assert halved.mean == pytest.approx(0.3)
+    assert halved.low == pytest.approx(0.3 - 2.353363 * np.std([0.15, 0.35, 0.25, 0.45], ddof=1) / 2, abs=1e-5)
     assert difference(row(0.5), row(0.4), "diversity.pairwise").low is None
     found = {name: row(0.5) for name in ("four steps", "distilled, unguided")}
     claim = judged(found)["four steps are nearly enough, without guidance"]
@@ -167,7 +180,7 @@ def test_the_record_keeps_the_numbers_of_each_seed(tmp_path, known):
         seeds = list(record["per_seed"][name].values())
         assert summary["seeds"] == len(seeds)
         means = summary.keys() & seeds[0].keys()
-        assert "score.overall" in means and seeds[0].keys() - means == {"score.overall.low", "score.overall.high"}
+        assert "score.overall" in means == seeds[0].keys()
         assert all(summary[key] == pytest.approx(np.mean([one[key] for one in seeds])) for key in means)
 
 

@@ -29,6 +29,7 @@ from benchmarks.shapes_trials import (
 )
 from snapgen_jax import experiment
 from snapgen_jax.config import build, load_config, recipe_class, to_json
+from snapgen_jax.evaluation.interfaces import EvaluationResult
 from snapgen_jax.experiment import prepare_workdir
 from snapgen_jax.generation import Generator
 from snapgen_jax.networks.counting import parameters
@@ -134,9 +135,9 @@ def made(monkeypatch):
         told.programs.append([(e.trial, e.seed, e.data) for e in experiments])
         return [None] * len(experiments)
 
-    def evaluate(folder, names, **options):
+    def measure(folder, names, **options):
         told.scored.append(folder.name)
-        return {"score.overall": 0.5}
+        return EvaluationResult({"score.overall": 0.5}, values={"score.overall": np.array([0.0, 1.0])})
 
     generator = types.SimpleNamespace(params=None, frozen=None, with_weights=lambda params, frozen: generator)
     monkeypatch.setattr(shapes_trials, "Experiment", Untrained)
@@ -146,7 +147,7 @@ def made(monkeypatch):
     monkeypatch.setattr(shapes_trials, "parameters", lambda state: 7)
     monkeypatch.setattr(shapes_trials, "load", lambda folder: generator)
     monkeypatch.setattr(experiment, "train_together", train_together)
-    monkeypatch.setattr(experiment, "evaluate", evaluate)
+    monkeypatch.setattr(experiment, "measure", measure)
     return told
 
 
@@ -290,7 +291,12 @@ def test_what_is_made_is_found_by_a_later_process_and_what_is_lost_is_made_anew(
     trained = [(trial, seed) for program in made.programs for trial, seed, _ in program]
     assert sorted(trained) == sorted((name, seed) for name in TRIALS for seed in runs.seeds(name))
     assert len(runs.rows()["alone"]) == len(runs.rows()["distilled, 4 steps"]) == 2 and "clip" not in runs.rows()
-    assert runs.rows()["alone"]["1"] == {"parameters": 7, "seconds": pytest.approx(0, abs=5), "score.overall": 0.5}
+    assert runs.rows()["alone"]["1"] == {
+        "parameters": 7,
+        "seconds": pytest.approx(0, abs=5),
+        "score.overall": 0.5,
+        "score.overall.each": [0.0, 1.0],
+    }
     made.programs.clear()
     made.scored.clear()
     lost = next(runs.workdir("output only", 1).glob("score-*.json"))
@@ -423,12 +429,13 @@ def test_the_seeds_of_a_trial_are_scored_by_one_compiled_generator_each_with_its
         folder.mkdir()
         (folder / "trained.json").write_text('{"parameters": 7}')
 
-    def evaluate(folder, names, *, generation, options, generator):
-        return {"drawn": float(generator.generate(["1"], **generation)[0, 0]), "guidance": generation.get("guidance")}
+    def measure(folder, names, *, generation, options, generator):
+        drawn = float(generator.generate(["1"], **generation)[0, 0])
+        return EvaluationResult({"drawn": drawn, "guidance": generation.get("guidance")})
 
     monkeypatch.setattr(Adds, "traced", 0)
     monkeypatch.setattr(shapes_trials, "load", lambda folder: generator(weights[folder], 10 * weights[folder]))
-    monkeypatch.setattr(experiment, "evaluate", evaluate)
+    monkeypatch.setattr(experiment, "measure", measure)
     runs.do(job)
     for draw, guidance in (("", None), ("unguided", 1.0)):
         found = [runs.numbers("alone", draw, seed) for seed in job.seeds]

@@ -78,7 +78,11 @@ class CompositionalScore:
         passed = [p.requirement.met_by(detect(image)) for p, image in zip(prompts, images, strict=True)]
         trial = validate_detector(images.shape[1])
         numbers = {**score(prompts, passed), "score.chance": trial["detector.chance"], **trial}
-        return EvaluationResult(numbers, _pictures(prompts, images, passed))
+        values = {
+            "score.overall": np.array(passed, np.float64),
+            "score.heldout": np.array([ok for p, ok in zip(prompts, passed, strict=True) if p.heldout], np.float64),
+        }
+        return EvaluationResult(numbers, _pictures(prompts, images, passed), values)
 
 
 def score(prompts: Sequence[Prompt], passed: Sequence[bool]) -> dict[str, float]:

@@ -101,4 +101,4 @@ class DiversityScore:
         numbers = {"diversity.pairwise": float(distances.mean())}
         if len(prompts) > 1:
             numbers["diversity.pairwise.low"], numbers["diversity.pairwise.high"] = mean_interval(distances)
-        return EvaluationResult(numbers)
+        return EvaluationResult(numbers, values={"diversity.pairwise": distances})

@@ -55,10 +55,18 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationResult:
-    """Named numbers and pictures (`uint8 [H, W, 3]`)."""
+    """What an evaluator found.
+
+    Attributes:
+        numbers: by name.
+        pictures: by name, `uint8 [H, W, 3]`.
+        values: float64 `[N]`, by the name of the number that is their mean: one for each prompt, in an order that the
+            prompts alone decide, so that two generators are compared prompt by prompt.
+    """
 
     numbers: dict[str, float]
     pictures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    values: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 class Generator(Protocol):

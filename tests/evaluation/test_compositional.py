@@ -62,7 +62,10 @@ def test_a_perfect_model_scores_one():
 
 def test_failures_count_where_they_belong():
     fails = {p.prompt for p in fixed_prompts() if p.category == "position" and p.heldout}
-    numbers = CompositionalScore()(Painter(fails)).numbers
+    found = CompositionalScore()(Painter(fails))
+    numbers = found.numbers
+    assert found.values["score.overall"].tolist() == [float(p.prompt not in fails) for p in fixed_prompts()]
+    assert all(values.mean() == pytest.approx(numbers[name]) for name, values in found.values.items())
     assert numbers["score.position"] == 0.5
     assert (numbers["score.position.seen"], numbers["score.position.heldout"]) == (1.0, 0.0)
     assert numbers["score.heldout"] == pytest.approx(5 / 6)

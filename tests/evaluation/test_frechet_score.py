@@ -78,5 +78,7 @@ def test_seeds_differ_or_do_not():
     prompts = ("a", "b")
     diverse = DiversityScore(prompts=prompts, images=3)(Copier()).numbers["diversity.pairwise"]
     assert DiversityScore(prompts=prompts, images=3)(Collapsed()).numbers["diversity.pairwise"] == 0.0 < diverse
-    numbers = DiversityScore(prompts=(*prompts, *prompts), images=3)(Copier()).numbers
+    found = DiversityScore(prompts=(*prompts, *prompts), images=3)(Copier())
+    numbers = found.numbers
+    assert found.values["diversity.pairwise"].mean() == pytest.approx(numbers["diversity.pairwise"])
     assert numbers["diversity.pairwise.low"] < numbers["diversity.pairwise"] < numbers["diversity.pairwise.high"]
