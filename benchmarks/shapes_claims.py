@@ -8,8 +8,9 @@
     python -m benchmarks.shapes_claims --budget=night --hours=2     # as far as it comes in that time; run it again
     python -m benchmarks.shapes_claims --budget=night --jobs=2      # two trials at a time, each in its own process
 
-What is trained is in `shapes_trials.py`; here is what is asked of it. On a GPU all seeds of a trial are one program. A
-row is `shown`, `not shown`, or `not run (needs N h)`. "At equal or better" means that the lower 95% bound of the
+What is trained is in `shapes_trials.py`; here is what is asked of it. On a GPU all seeds of a trial are one program,
+whose convolutions XLA tries for minutes unless XLA_FLAGS=--xla_gpu_autotune_level=0; four jobs at a time keep it busy.
+A row is `shown`, `not shown`, or `not run (needs N h)`. "At equal or better" means that the lower 95% bound of the
 difference is at least -0.03: by Student's t over seeds, with a single seed prompt by prompt.
 """
 
