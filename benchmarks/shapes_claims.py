@@ -206,8 +206,9 @@ def measured(rows: Rows, arg: str) -> Rows:
     networks = {f"ladder {name}": network for name, network in ladder_networks(arg).items()}
     present = {name: network for name, network in networks.items() if name in rows}
     times = milliseconds(present)
-    costs = {name: {"multiply_adds": multiply_adds(network)} for name, network in present.items()}
-    known = {row: {**costs[row], "milliseconds": times[row]} for row in present}
+    known = {
+        row: {"multiply_adds": multiply_adds(network), "milliseconds": times[row]} for row, network in present.items()
+    }
     return {row: {seed: {**one, **known.get(row, {})} for seed, one in seeds.items()} for row, seeds in rows.items()}
 
 
