@@ -8,7 +8,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # On a busy machine eight devices on two cores may wait long for each other; XLA would abort the process after 40 s.
-PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=240"
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", PATIENT]
     os.environ["XLA_FLAGS"] = " ".join(flags).strip()
