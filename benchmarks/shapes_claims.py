@@ -32,18 +32,8 @@ import jax
 import numpy as np
 from scipy import stats
 
-from benchmarks.shapes_trials import (
-    BUDGETS,
-    Job,
-    Numbers,
-    Rows,
-    Runs,
-    ladder_networks,
-    make_all,
-    make_at_once,
-    milliseconds,
-    multiply_adds,
-)
+from benchmarks.jobs import Job, make_all, make_at_once
+from benchmarks.shapes_trials import BUDGETS, Numbers, Rows, Runs, ladder_networks, milliseconds, multiply_adds
 from snapgen_jax.networks.counting import STEPS
 from snapgen_jax.process import prepare
 

@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 import pathlib
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from benchmarks.jobs import Job
 from snapgen_jax import experiment
 from snapgen_jax.chain import parameters
 from snapgen_jax.config import build, load_config, to_json
@@ -147,34 +147,6 @@ BUDGETS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """A piece of a budget that one process makes.
-
-    Attributes:
-        what: "train" or "score" a trial; or "draw" the batches that the trials of a seed have in common.
-        name: of the trial; of one of them.
-        seeds: for which.
-    """
-
-    what: str
-    name: str
-    seeds: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return f"{self.what} {self.name}, seed {', '.join(map(str, self.seeds))}"
-
-    def to_json(self) -> str:
-        """As one argument of a command."""
-        return json.dumps(dataclasses.astuple(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Job:
-        """The inverse of `to_json`."""
-        what, name, seeds = json.loads(text)
-        return cls(what, name, tuple(seeds))
-
-
-@dataclasses.dataclass(frozen=True)
 class KeptBatches:
     """The first batches of a stream, drawn once for the several runs that learn from them. Implements `loop.Batches`.
 
@@ -206,7 +178,7 @@ class KeptBatches:
 
 
 class Runs:
-    """The trained runs of a budget and their scores, made when they are asked for, and kept."""
+    """The trained runs of a budget and their scores, made when they are asked for, and kept. Implements `jobs.Work`."""
 
     def __init__(
         self,
@@ -409,72 +381,6 @@ class Runs:
         folders = (self.workdir(name, seed) for name in TRIALS for seed in self.seeds(name))
         records = (folder / "trained.json" for folder in folders)
         return sum(json.loads(record.read_text())["seconds"] for record in records if record.exists())
-
-
-def make_all(runs: Runs, deadline: float, say: Callable[[str], None] = print) -> None:
-    """Makes a budget's jobs one after another in this process; none is begun after `deadline` (`time.monotonic`)."""
-    for job in runs.jobs():
-        if not runs.done(job) and time.monotonic() < deadline:
-            say(f"\n== {job} ==")
-            runs.do(job)
-
-
-def make_at_once(
-    runs: Runs, count: int, deadline: float, command: Callable[[Job], Sequence[str]], say: Callable[[str], None] = print
-) -> list[Job]:
-    """Makes a budget's jobs `count` at a time, each in a process of its own. What is scored begins as soon as it is
-    trained; the others begin in their order, so that none takes the machine from one that more depends on.
-
-    Args:
-        runs: of the budget.
-        count: processes at once.
-        deadline: none is begun after it, on the clock of `time.monotonic`.
-        command: what makes a job.
-        say: told of every end.
-
-    Returns:
-        The jobs that failed; those that need them are not begun.
-    """
-    waiting = [job for job in runs.jobs() if not runs.done(job)]
-    running: dict[Job, tuple[subprocess.Popen, float]] = {}
-    failed: list[Job] = []
-    while True:
-        for job in [job for job in running if running[job][0].poll() is not None]:
-            process, began = running.pop(job)
-            well = process.returncode == 0 and runs.done(job)
-            say(f"{job}: {'done' if well else 'FAILED'} in {time.monotonic() - began:.0f} s")
-            if not well:
-                failed.append(job)
-                waiting = _without(waiting, job, runs)
-                log = runs.log_file(job)
-                say(f"  its output is in {log}; the end of it:\n{log.read_text(errors='replace')[-2000:]}")
-        held = False
-        for job in list(waiting):
-            if len(running) == count or time.monotonic() > deadline:
-                break
-            ready = all(runs.done(other) and other not in running for other in runs.needs(job))
-            if ready and (job.what == "score" or not held):
-                waiting.remove(job)
-                running[job] = (_begin(command(job), runs.log_file(job)), time.monotonic())
-            else:
-                held |= job.what != "score"
-        if not running:
-            return failed
-        time.sleep(0.2)
-
-
-def _without(waiting: Sequence[Job], job: Job, runs: Runs) -> list[Job]:
-    """The jobs that do not need `job`, nor one that needs it."""
-    lost = {job}
-    for other in waiting:
-        lost |= {other} if lost & set(runs.needs(other)) else set()
-    return [other for other in waiting if other not in lost]
-
-
-def _begin(command: Sequence[str], log: pathlib.Path) -> subprocess.Popen:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as out:
-        return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
 
 
 def fix_platform(config: Any, **chosen: str) -> None:

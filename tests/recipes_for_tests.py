@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from snapgen_jax.generation import Generator
 from snapgen_jax.parallel.mesh import MeshConfig, make_mesh
 from snapgen_jax.training import loop
 from snapgen_jax.training.keys import key
@@ -181,3 +182,30 @@ def train_and_read(made, batches, workdir, steps):
     config = LoopConfig(train_steps=steps, log_every_steps=1, tensorboard=False)
     state = loop.train(made, batches, config, workdir=workdir, mesh=mesh, quiet=True)
     return state, [json.loads(line) for line in (workdir / "metrics" / "train.jsonl").read_text().splitlines()]
+
+
+class Adds:
+    """A recipe that draws its prompt's number, times a weight, plus one that is frozen."""
+
+    traced = 0
+
+    def batch_specs(self):
+        return {"1x1": {"tokens": jax.ShapeDtypeStruct((1, 1), jnp.int32)}}
+
+    def generate(self, params, frozen, conditions, keys, **options):
+        Adds.traced += 1
+        return {"image": conditions["tokens"] * params + frozen}
+
+
+class Digits:
+    """Tokens that are the numbers which prompts spell."""
+
+    names = ("tokens",)
+
+    def arrays(self, prompts, lengths):
+        return {"tokens": np.array([[int(prompt)] for prompt in prompts])}
+
+
+def adder(weight, frozen):
+    """The generator of `Adds`; prompts are numbers."""
+    return Generator(Adds(), jnp.int32(weight), jnp.int32(frozen), Digits())  # type: ignore[arg-type]  # all it needs

@@ -2,41 +2,33 @@
 
 import dataclasses
 import math
-import sys
-import time
 import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from benchmarks import shapes_trials
+from benchmarks.jobs import Job, make_all
 from benchmarks.shapes_trials import (
     BUDGETS,
     SHARED,
     TRIALS,
-    Job,
     KeptBatches,
     Runs,
     fix_platform,
     ladder_networks,
-    make_all,
-    make_at_once,
     milliseconds,
     multiply_adds,
 )
 from snapgen_jax import experiment
-from snapgen_jax.config import build, load_config, recipe_class, to_json
+from snapgen_jax.config import build, recipe_class, to_json
 from snapgen_jax.evaluation.interfaces import EvaluationResult
-from snapgen_jax.experiment import prepare_workdir
-from snapgen_jax.generation import Generator
 from snapgen_jax.networks.counting import parameters
 from snapgen_jax.networks.unet import UNetConfig
-from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.loop import PlainBatch
-from tests.recipes_for_tests import greys
+from tests.recipes_for_tests import Adds, adder, greys
 
 SMALL = dataclasses.replace(
     BUDGETS["ci"],
@@ -70,47 +62,6 @@ def assert_same_batches(found, wanted):
 
 def first(count, stream):
     return [batch for _, batch in zip(range(count), stream, strict=False)]
-
-
-class Errands(Runs):
-    """Stands for a budget: jobs `{name: names of those that it needs}`, each of which leaves a file of its name."""
-
-    def __init__(self, root, needs):
-        super().__init__(BUDGETS["ci"], root)
-        self.names = needs
-
-    def jobs(self):
-        return [self.job(name) for name in self.names]
-
-    def job(self, name):
-        return Job("score" if name.startswith("score") else "train", name, (0,))
-
-    def needs(self, job):
-        return [self.job(name) for name in self.names[job.name]]
-
-    def done(self, job):
-        return (self.root / job.name).exists()
-
-    def do(self, job):
-        (self.root / job.name).touch()
-
-    def command(self, job):
-        """A process that goes on for a while after its file is there."""
-        files = [str(self.root / job.name), str(self.root / f"{job.name}.ended")]
-        code = f"import time; open({files[0]!r}, 'w'); time.sleep(0.4); open({files[1]!r}, 'w')"
-        return [sys.executable, "-S", "-c", code]
-
-    def ended(self, job):
-        return (self.root / f"{job.name}.ended").exists()
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """What `time.monotonic` says."""
-    now = [0.0]
-    fake = types.SimpleNamespace(monotonic=lambda: now[0], sleep=time.sleep)
-    monkeypatch.setattr(shapes_trials, "time", fake)
-    return now
 
 
 def quiet(text):
@@ -176,11 +127,6 @@ def test_a_whole_seed_comes_before_the_next_and_what_has_a_single_seed_last(tmp_
     assert order == sorted(order) and set(order) == {(False, 0), (False, 1), (False, 2), (True,)}
 
 
-def test_a_job_is_told_to_another_process_as_text():
-    job = Job("train", "four steps", (0, 2))
-    assert Job.from_json(job.to_json()) == job and str(job) == "train four steps, seed 0, 2"
-
-
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_every_trial_of_a_budget_has_a_config_and_a_folder_of_its_own(budget, tmp_path):
     runs = Runs(BUDGETS[budget], tmp_path)
@@ -215,73 +161,6 @@ def test_all_trials_compute_in_float32_but_the_one_in_bfloat16(tmp_path):
 
 
 # --- making it -------------------------------------------------------------------------------------------------------
-
-
-def test_what_is_made_one_after_another_is_not_made_again_and_none_is_begun_after_the_deadline(tmp_path, clock):
-    class Slow(Errands):
-        def do(self, job):
-            super().do(job)
-            clock[0] += 6
-
-    runs, said = Slow(tmp_path, {"made": [], "a": [], "b": [], "c": []}), []
-    runs.do(Job("train", "made", (0,)))
-    clock[0] = 0
-    make_all(runs, deadline=10, say=said.append)
-    assert [runs.done(job) for job in runs.jobs()] == [True, True, True, False]
-    assert said == ["\n== train a, seed 0 ==", "\n== train b, seed 0 =="]
-
-
-def test_as_many_processes_run_at_once_as_are_asked_for_and_each_begins_when_what_it_needs_has_ended(tmp_path):
-    runs = Errands(tmp_path, {"made": [], "a": [], "b": ["a"], "c": ["a", "made"], "d": ["a"], "e": ["b"]})
-    runs.do(Job("train", "made", (0,)))
-    begun, at_once, too_early, said = [], [], [], []
-
-    def command(job):
-        too_early.extend(other for other in runs.needs(job) if other.name != "made" and not runs.ended(other))
-        begun.append(job)
-        at_once.append(sum(not runs.ended(other) for other in begun))
-        return runs.command(job)
-
-    assert make_at_once(runs, 2, math.inf, command, say=said.append) == []
-    assert sorted(begun, key=str) == runs.jobs()[1:] and all(map(runs.ended, begun))
-    assert max(at_once) == 2 and not too_early
-    assert len(said) == 5 and all(" done in " in line for line in said)
-
-
-def test_a_score_is_begun_as_soon_as_it_can_be_and_a_training_not_before_an_earlier_one(tmp_path):
-    runs, begun = Errands(tmp_path, {"a": [], "b": ["a"], "c": [], "score made": [], "score a": ["a"]}), []
-
-    def command(job):
-        begun.append(job.name)
-        return runs.command(job)
-
-    assert make_at_once(runs, 2, math.inf, command, say=quiet) == []
-    assert begun == ["a", "score made", "b", "c", "score a"]
-
-
-@pytest.mark.parametrize(("code", "says"), [("raise SystemExit('no such colour')", "no such colour"), ("pass", "")])
-def test_a_job_that_fails_or_leaves_nothing_is_reported_and_what_needs_it_is_not_begun(tmp_path, code, says):
-    needs = {"bad": [], "score bad": ["bad"], "after bad": ["bad"], "later": ["after bad"]}
-    runs, said = Errands(tmp_path, {**needs, "good": [], "after good": ["good"]}), []
-
-    def command(job):
-        fails = [sys.executable, "-S", "-c", code]
-        return fails if job.name == "bad" else runs.command(job)
-
-    assert make_at_once(runs, 1, math.inf, command, say=said.append) == [Job("train", "bad", (0,))]
-    assert {job.name for job in runs.jobs() if runs.done(job)} == {"good", "after good"}
-    assert "train bad, seed 0: FAILED" in said[0] and says in said[1]
-
-
-def test_no_process_is_begun_after_the_deadline_and_those_begun_before_come_to_their_end(tmp_path, clock):
-    runs = Errands(tmp_path, {"a": [], "b": [], "c": []})
-
-    def command(job):
-        clock[0] += 6
-        return runs.command(job)
-
-    assert make_at_once(runs, 3, deadline=10, command=command, say=quiet) == []
-    assert [runs.ended(job) for job in runs.jobs()] == [True, True, False]
 
 
 @WAYS
@@ -388,39 +267,6 @@ def test_the_trials_of_a_seed_would_each_draw_the_same_batches_by_itself(tmp_pat
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
-class Adds:
-    """A recipe that draws its prompt's number, times a weight, plus one that is frozen."""
-
-    traced = 0
-
-    def batch_specs(self):
-        return {"1x1": {"tokens": jax.ShapeDtypeStruct((1, 1), jnp.int32)}}
-
-    def generate(self, params, frozen, conditions, keys, **options):
-        Adds.traced += 1
-        return {"image": conditions["tokens"] * params + frozen}
-
-
-class Words:
-    names = ("tokens",)
-
-    def arrays(self, prompts, lengths):
-        return {"tokens": np.array([[int(prompt)] for prompt in prompts])}
-
-
-def generator(weight, frozen):
-    return Generator(Adds(), jnp.int32(weight), jnp.int32(frozen), Words())  # type: ignore[arg-type]  # all it needs
-
-
-def test_a_generator_with_other_weights_draws_with_them_and_compiles_nothing_new(monkeypatch):
-    monkeypatch.setattr(Adds, "traced", 0)
-    made = generator(2, 10)
-    other = made.with_weights(jnp.int32(3), jnp.int32(20))
-    assert made.generate(["1", "2"]).ravel().tolist() == [12, 14]
-    assert other.generate(["1", "2"]).ravel().tolist() == [23, 26]
-    assert made.generate(["1", "2"]).ravel().tolist() == [12, 14] and Adds.traced == 1
-
-
 def test_the_seeds_of_a_trial_are_scored_by_one_compiled_generator_each_with_its_own_weights(tmp_path, monkeypatch):
     runs = Runs(BUDGETS["night"], tmp_path)
     job = Job("score", "alone", tuple(runs.seeds("alone")))
@@ -434,30 +280,13 @@ def test_the_seeds_of_a_trial_are_scored_by_one_compiled_generator_each_with_its
         return EvaluationResult({"drawn": drawn, "guidance": generation.get("guidance")})
 
     monkeypatch.setattr(Adds, "traced", 0)
-    monkeypatch.setattr(shapes_trials, "load", lambda folder: generator(weights[folder], 10 * weights[folder]))
+    monkeypatch.setattr(shapes_trials, "load", lambda folder: adder(weights[folder], 10 * weights[folder]))
     monkeypatch.setattr(experiment, "measure", measure)
     runs.do(job)
     for draw, guidance in (("", None), ("unguided", 1.0)):
         found = [runs.numbers("alone", draw, seed) for seed in job.seeds]
         assert found == [{"parameters": 7, "drawn": 11.0 * w, "guidance": guidance} for w in weights.values()]
     assert Adds.traced == len(TRIALS["alone"].draws)
-
-
-def test_a_run_is_evaluated_with_the_generator_that_is_given(tmp_path):
-    class Draws:
-        recipe = types.SimpleNamespace(evaluators=list)
-
-        def generate(self, prompts, **options):
-            self.asked = prompts, options
-            return np.zeros((len(prompts), 8, 8, 3), np.uint8)
-
-    prepare_workdir(load_config("configs/shapes/quickstart.py:runlocal", ["data.source=synthetic"]), tmp_path)
-    given, asked = Draws(), {"sample_grid": {"prompts": ("a ring",)}}
-    options = {"generation": {"steps": 4}, "options": asked}
-    experiment.evaluate(tmp_path, ["sample_grid"], **options, generator=given)  # type: ignore[arg-type]
-    assert given.asked == (["a ring"], {"seed": 0, "steps": 4}) and (tmp_path / "samples" / "samples.png").exists()
-    with pytest.raises(ConfigError, match="no complete checkpoint"):
-        experiment.evaluate(tmp_path, ["sample_grid"], **options)
 
 
 def test_rows_have_the_seeds_that_are_there_and_what_all_seeds_share_stands_in_each(tmp_path, monkeypatch):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from benchmarks import shapes_claims
+from benchmarks.jobs import Job, make_all
 from benchmarks.shapes_claims import CLAIMS, difference, markdown, measured, read_records, report
-from benchmarks.shapes_trials import BUDGETS, Job, Runs, make_all, multiply_adds
+from benchmarks.shapes_trials import BUDGETS, Runs, multiply_adds
 from snapgen_jax.networks.counting import STEPS
 from snapgen_jax.networks.unet import UNetConfig
 
