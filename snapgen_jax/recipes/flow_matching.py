@@ -10,7 +10,6 @@ text encoder is that of an earlier run, which stays as it is.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +20,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from snapgen_jax.diffusion.guidance import drop_condition, with_guidance
-from snapgen_jax.diffusion.path import T_MIN, interpolate, velocity, velocity_from_x0
+from snapgen_jax.diffusion.path import interpolate, velocity, velocity_from_x0
 from snapgen_jax.diffusion.samplers import Method, sample
 from snapgen_jax.diffusion.timesteps import TimestepConfig, sample_times, time_grid
 from snapgen_jax.evaluation.interfaces import EvaluationConfig, EvaluatorSpec
@@ -34,8 +33,9 @@ from snapgen_jax.networks.module import Network, Platform, apply, build, for_pla
 from snapgen_jax.networks.module import frozen_spec as spec_of
 from snapgen_jax.networks.rules import within
 from snapgen_jax.networks.text import TextContext
-from snapgen_jax.networks.time_features import MAX_PERIOD, TIME_SCALE, time_features
+from snapgen_jax.networks.time_features import time_features
 from snapgen_jax.networks.unet import UNetConfig
+from snapgen_jax.recipes._flow_export import export_plan
 from snapgen_jax.training.accumulate import accumulate_gradients
 from snapgen_jax.training.optimizer import (
     OptimizerConfig,
@@ -45,7 +45,7 @@ from snapgen_jax.training.optimizer import (
     new_player,
     step_player,
 )
-from snapgen_jax.training.recipe import ExportPlan, ExportUnit, Metrics, Part
+from snapgen_jax.training.recipe import ExportPlan, Metrics, Part
 from snapgen_jax.training.state import Player, TrainState
 from snapgen_jax.weights.frozen import load_codec, load_run
 
@@ -439,109 +439,8 @@ class FlowMatching:
         return [when.spec(name, **parts.get(name, {})) for name in when.names]
 
     def exports(self) -> ExportPlan:
-        """The network and the text encoder at the first image size, in float32 with real depthwise convolutions."""
-        config, b = self.config, 1
-        form = {"depthwise": "grouped"} if self.network_name == "unet" else {}
-        network, _ = build(dataclasses.replace(self.network_config, dtype="float32", **form))
-        text_network, _ = build(dataclasses.replace(config.text, dtype="float32"))
-        latent_shape, length = self.codec.latent_shape(config.image_sizes[0]), config.text.max_tokens
-        context = jax.eval_shape(
-            functools.partial(apply, text_network),
-            self.text_spec,
-            jax.ShapeDtypeStruct((b, length), jnp.int32),
-            jax.ShapeDtypeStruct((b, length), jnp.float32),
-        )
-
-        def denoise(
-            params: Tree, *, latent: Any, time: Any, sequence: Any, mask: Any, pooled: Any
-        ) -> dict[str, jax.Array]:
-            out, _ = apply(network, params, latent, time, TextContext(sequence, mask, pooled))
-            return {"prediction": out}
-
-        def encode_text(params: Tree, *, tokens: Any, mask: Any) -> dict[str, jax.Array]:
-            context = apply(text_network, params, tokens, mask)
-            return {"sequence": context.sequence, "pooled": context.pooled}
-
-        def f32(*shape: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-        units = [
-            ExportUnit(
-                self.network_name,
-                denoise,
-                lambda weights: weights["model"][self.network_name],
-                {
-                    "latent": f32(b, *latent_shape),
-                    "time": f32(b, self.network_config.time_width),
-                    "sequence": f32(*context.sequence.shape),
-                    "mask": f32(b, length),
-                    "pooled": f32(*context.pooled.shape),
-                },
-            ),
-            ExportUnit(
-                "text_encoder",
-                encode_text,
-                lambda weights: {**weights["frozen"], **weights["model"]}["text"],
-                {"tokens": jax.ShapeDtypeStruct((b, length), jnp.int32), "mask": f32(b, length)},
-            ),
-        ]
-        decoder = self._decoder_unit(latent_shape)
-        null = self._null_caption()
-        velocity_is_predicted = config.prediction == "velocity"
-        return ExportPlan(
-            [*units, *decoder],
-            {
-                "schema": 1,
-                "kind": "flow_matching",
-                "prediction": {"kind": "velocity"} if velocity_is_predicted else {"kind": "x_0", "t_min": T_MIN},
-                "method": config.sampling.method,
-                "times": [float(t) for t in time_grid(config.sampling.steps, config.sampling.shift)],
-                "shift": config.sampling.shift,
-                "guidance": config.sampling.guidance,
-                "latent_shape": list(latent_shape),
-                "image_shape": [*config.image_sizes[0], 3],
-                "time_features": {
-                    "dim": self.network_config.time_width,
-                    "scale": TIME_SCALE,
-                    "max_period": MAX_PERIOD,
-                    "order": "cos,sin",
-                },
-                "codec": self.codec.describe(),
-                "text": {
-                    "length": length,
-                    "null_tokens": [int(i) for i in null["tokens"]],
-                    "null_mask": [float(i) for i in null["mask"]],
-                },
-                "units": {
-                    "denoiser": self.network_name,
-                    "text_encoder": "text_encoder",
-                    **{unit.name: unit.name for unit in decoder},
-                },
-            },
-        )
-
-    def _decoder_unit(self, latent_shape: tuple[int, ...]) -> list[ExportUnit]:
-        """The decoder, where it is a network."""
-        if not self.codec.spec():
-            return []
-        config = self.config.codec
-        codec = build_codec(
-            dataclasses.replace(
-                config,
-                autoencoder=dataclasses.replace(config.autoencoder, dtype="float32"),
-                tiny_decoder=dataclasses.replace(config.tiny_decoder, dtype="float32", depthwise="grouped"),
-            )
-        )
-
-        def decode(params: Tree, *, latent: Any) -> dict[str, jax.Array]:
-            return {"image": codec.bind(params).decode(latent)}
-
-        def select(weights: Tree) -> Tree:
-            params = weights["frozen"]["codec"]
-            return {"decoder": params["decoder"]} if config.decoder == "tiny" else params
-
-        inputs = {"latent": jax.ShapeDtypeStruct((1, *latent_shape), jnp.float32)}
-        return [ExportUnit("decoder", decode, select, inputs)]
+        """The network, the text encoder and, where it is a network, the decoder; see `_flow_export`."""
+        return export_plan(self.config, self.codec, self._null_caption())
 
 
 def predict(
