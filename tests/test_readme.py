@@ -1,4 +1,4 @@
-"""What README.md and CONTRIBUTING.md say is there, is there: files, commands with their options, config keys, code."""
+"""What the pages say is there, is there: files, commands with their options, config keys, code."""
 
 import functools
 import pathlib
@@ -14,10 +14,12 @@ from snapgen_jax.config import load_config
 from snapgen_jax.training.exits import ExitCode
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}
+FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = {str(file.relative_to(ROOT)): file.read_text(encoding="utf-8") for file in FILES}
 PROSE = {name: re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE) for name, text in PAGES.items()}
 CODE = [(name, span) for name, text in PROSE.items() for span in re.findall(r"`([^`\n]+)`", text)]
-LINES = [line.split("#")[0].strip() for text in PROSE.values() for line in text.splitlines() if line.startswith("    ")]
+WHOLE = [re.sub(r"\\\n\s+", "", text) for text in PROSE.values()]  # a command that goes on in the next line is one
+LINES = [line.split("#")[0].strip() for text in WHOLE for line in text.splitlines() if line.startswith("    ")]
 TARGETS = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 # Named in the pages, and made by a command rather than kept here.
@@ -51,8 +53,8 @@ def test_the_pages_name_files_and_commands():
 
 @pytest.mark.parametrize(("page", "path"), _paths())
 def test_a_file_that_is_named_exists(page, path):
-    """From the root, or from the package where the text is about the package."""
-    assert (ROOT / path).exists() or (ROOT / "snapgen_jax" / path).exists()
+    """From the root, from the package where the text is about the package, or from the page."""
+    assert any((folder / path).exists() for folder in (ROOT, ROOT / "snapgen_jax", (ROOT / page).parent))
 
 
 @pytest.mark.parametrize("command", _commands("make"))
