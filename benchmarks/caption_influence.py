@@ -10,14 +10,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import pathlib
-import platform
 from typing import Any
 
 import jax
 import numpy as np
 
+from benchmarks.measuring import machine
 from snapgen_jax.config import from_json
 from snapgen_jax.experiment import Experiment, ValidationBatches
 from snapgen_jax.generation import load
@@ -44,7 +43,7 @@ def main() -> None:
         name: {"right": right, "permuted": permuted, "ratio": permuted / right}
         for name, (right, permuted) in ((name, total / arguments.batches) for name, total in sums.items())
     }
-    print(json.dumps({"machine": f"{os.cpu_count()} cores, {platform.machine()}", "loss": rows}))
+    print(json.dumps({"machine": machine(), "loss": rows}))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import collections
 import json
 import os
 import pathlib
-import platform
 import shutil
 import signal
 import statistics
@@ -26,6 +25,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 
+from benchmarks.measuring import machine
 from snapgen_jax.training.checkpoint import CheckpointConfig, Checkpointer, complete_steps
 from snapgen_jax.training.state import Player, TrainState
 
@@ -137,7 +137,7 @@ def main() -> None:
         "torn_saves": torn,
         "newest_whole_checkpoint": {f"step_{step}": count for step, count in sorted(newest.items())},
         "restored_whole": sum(newest.values()),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "machine": machine(),
         "jax": jax.__version__,
     }
     RESULT.write_text(json.dumps(record, indent=2) + "\n")

@@ -1,7 +1,7 @@
 """Images a second of the input pipeline alone, on the shapes world, and what an example costs.
 
-python benchmarks/data.py                  # prints one JSON line a measurement; about a minute
-python benchmarks/data.py --save=NAME      # and writes them to benchmarks/results/data-NAME.jsonl
+python -m benchmarks.data                  # prints one JSON line a measurement; about a minute
+python -m benchmarks.data --save=NAME      # and writes them to benchmarks/results/data-NAME.jsonl
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import pathlib
-import platform
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.measuring import machine
 from snapgen_jax.data.config import DataConfig
 from snapgen_jax.data.pipeline import Pipeline
 from snapgen_jax.data.shapes import render
@@ -28,11 +28,6 @@ from snapgen_jax.data.sources import build_source
 from snapgen_jax.data.tokenizer import Tokenizer, train_tokenizer
 
 BATCH, LENGTH = 32, 16
-
-
-def machine() -> dict[str, Any]:
-    """What a number is worth nothing without."""
-    return {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
 
 
 def cpu_microseconds(function: Callable[[int], object], count: int = 2000) -> float:
@@ -105,7 +100,7 @@ def main() -> None:
     options = parser.parse_args()
     lines = []
     for result in measure(options.seconds):
-        lines.append(json.dumps({**result, **machine()}))
+        lines.append(json.dumps({**result, "machine": machine(), "load": os.getloadavg()[0]}))
         print(lines[-1], flush=True)
     if options.save:
         path = pathlib.Path(__file__).parent / "results" / f"data-{options.save}.jsonl"

@@ -16,7 +16,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import platform
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ import skimage.data
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
+from benchmarks.measuring import machine
 from snapgen_jax.config import load_config
 from snapgen_jax.experiment import Experiment, prepare_workdir
 from snapgen_jax.export.client import litert_unit
@@ -293,18 +293,17 @@ def main() -> None:
     if options.measure:
         measure(options.measure, options.pixels)
         return
-    machine = f"{platform.machine()}, {os.cpu_count()} x {jax.devices()[0].device_kind}"
     record = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     if options.latency:
         record["counts"] = counts()
-        record["latency"] = {"machine": machine, **latency(options.pixels, options.rounds, options.threads)}
+        record["latency"] = {"machine": machine(), **latency(options.pixels, options.rounds, options.threads)}
     if options.train:
         with tempfile.TemporaryDirectory() as scratch:
-            record["shapes"] = {"machine": machine, **train(options.budget, pathlib.Path(options.workdir or scratch))}
+            record["shapes"] = {"machine": machine(), **train(options.budget, pathlib.Path(options.workdir or scratch))}
     if options.photographs:
         with tempfile.TemporaryDirectory() as scratch:
             root = pathlib.Path(options.workdir or scratch) / "photographs"
-            record["photographs"] = {"machine": machine, **photographs(options.budget, root)}
+            record["photographs"] = {"machine": machine(), **photographs(options.budget, root)}
     RESULT.write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))
 

@@ -1,7 +1,7 @@
 """Times the two forms of the depthwise convolution, forward and backward, all in one run.
 
-    python benchmarks/depthwise.py                     # the sizes of the shapes world and of its larger siblings
-    python benchmarks/depthwise.py --shape 64,32,32,32 --rounds 40
+    python -m benchmarks.depthwise                     # the sizes of the shapes world and of its larger siblings
+    python -m benchmarks.depthwise --shape 64,32,32,32 --rounds 40
 
 The columns are milliseconds, each the smallest of interleaved rounds, because other work on the machine can only add:
 the forward pass of the shifted form and of the grouped one; the whole backward pass of the shifted form by its own
@@ -11,28 +11,16 @@ rule, and by autodiff of the same sums; and the two ratios that the rule is ther
 from __future__ import annotations
 
 import argparse
-import time
+import functools
 from collections.abc import Callable
 
 import jax
 
+from benchmarks.measuring import fastest, machine
 from snapgen_jax.networks.depthwise import depthwise_grouped, depthwise_shifted, shifted_sum
 
 Shape = tuple[int, int, int, int]
 SHAPES: tuple[Shape, ...] = ((64, 32, 32, 32), (64, 16, 16, 64), (32, 16, 16, 128), (32, 8, 8, 128), (32, 4, 4, 256))
-
-
-def interleaved(functions: dict[str, Callable], *args: jax.Array, rounds: int) -> dict[str, float]:
-    """Smallest milliseconds of each function over rounds in which all of them take turns."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for function in functions.values():
-        jax.block_until_ready(function(*args))
-    for _ in range(rounds):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            jax.block_until_ready(function(*args))
-            times[name].append(time.perf_counter() - start)
-    return {name: 1e3 * min(seconds) for name, seconds in times.items()}
 
 
 def measure(shape: Shape, stride: int = 1, rounds: int = 20, grouped: bool = False) -> dict[str, float]:
@@ -54,7 +42,8 @@ def measure(shape: Shape, stride: int = 1, rounds: int = 20, grouped: bool = Fal
     }
     if grouped:
         functions["grouped"] = forward(depthwise_grouped)
-    return interleaved(functions, x, kernel, dy, rounds=rounds)
+    calls = {name: functools.partial(function, x, kernel, dy) for name, function in functions.items()}
+    return {name: 1e3 * seconds for name, seconds in fastest(calls, rounds).items()}
 
 
 def main() -> None:
@@ -63,7 +52,7 @@ def main() -> None:
     parser.add_argument("--shape", action="append", type=lambda text: tuple(map(int, text.split(","))), help="B,H,W,C")
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
-    print(f"{jax.devices()[0].device_kind}, {jax.__version__}")
+    print(machine())
     header = (
         "B,H,W,C",
         "stride",

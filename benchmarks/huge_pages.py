@@ -19,6 +19,7 @@ import tempfile
 import time
 from typing import Any
 
+from benchmarks.measuring import machine
 from snapgen_jax.process import HUGE_PAGES_TUNABLE
 
 RESULT = pathlib.Path(__file__).parent / "results" / "huge_pages.json"
@@ -63,7 +64,7 @@ def main() -> None:
     record = {
         **medians,
         "ratio": medians["small_pages_ms"] / medians["huge_pages_ms"],
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Linux {platform.release()}",
+        "machine": f"{machine()}, Linux {platform.release()}",
         "python": platform.python_version(),
     }
     RESULT.write_text(json.dumps(record, indent=2) + "\n")

@@ -1,9 +1,9 @@
 """Compile time and speed of the MMDiT.
 
-    python benchmarks/mmdit.py compile      # forward and input gradient of 38 blocks at width 128, from shapes alone
-    python benchmarks/mmdit.py torch        # forward against diffusers' module in one process (needs the oracle extra)
-    python benchmarks/mmdit.py full         # bfloat16 forward of the full-size network, random weights (needs a GPU)
-    python benchmarks/mmdit.py full --torch # and diffusers' module beside it in one process
+    python -m benchmarks.mmdit compile      # forward and input gradient of 38 blocks at width 128, from shapes alone
+    python -m benchmarks.mmdit torch        # forward against diffusers' module in one process (needs the oracle extra)
+    python -m benchmarks.mmdit full         # bfloat16 forward of the full-size network, random weights (needs a GPU)
+    python -m benchmarks.mmdit full --torch # and diffusers' module beside it in one process
 
 Each prints one JSON line with the machine that gave it; `--out=FILE` appends the line to a file as well.
 """
@@ -16,38 +16,20 @@ import functools
 import json
 import os
 import pathlib
-import platform
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.measuring import fastest, machine, random_like
 from snapgen_jax.networks.counting import macs
 from snapgen_jax.networks.long_attention import AttentionKernel
 from snapgen_jax.networks.mmdit import MMDiTConfig, input_spec
 from snapgen_jax.networks.module import Tree, apply, build, count_parameters
 
 SMALL = MMDiTConfig(depth=38, heads=2, head_dim=64, context_width=64, pooled_width=64, position_size=32, remat="none")
-
-
-def seconds(function: Callable[[], Any], repeats: int) -> float:
-    """Shortest time of a call after one to warm up: other work on the machine only adds."""
-    jax.block_until_ready(function())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(function())
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def random_like(spec: Tree, dtype: Any = jnp.float32) -> Tree:
-    """Arrays of the shapes of a tree, of small random numbers, drawn where they will lie."""
-    draw = jax.jit(lambda key, shape: 0.02 * jax.random.normal(key, shape, dtype), static_argnums=1)
-    return jax.tree.map(lambda s: draw(jax.random.key(s.size % 1009), s.shape), spec)
 
 
 def measure_compile() -> dict[str, Any]:
@@ -79,7 +61,6 @@ def measure_torch(threads: int) -> dict[str, Any]:
     network, spec = build(config)
     x, features, context = random_like(input_spec(config, batch=2, height=32, width=32, tokens=77))
     params, run = random_like(spec), jax.jit(functools.partial(apply, network))
-    ours = seconds(lambda: run(params, x, features, context)[0], repeats=8)
 
     torch.set_num_threads(threads)
     module = torch_module(config)
@@ -91,8 +72,10 @@ def measure_torch(threads: int) -> dict[str, Any]:
         "timestep": torch.tensor([500.0, 500.0]),
     }
     with torch.inference_mode():
-        theirs = seconds(lambda: module(**inputs).sample, repeats=8)
-    return {"ours_ms": 1e3 * ours, "torch_ms": 1e3 * theirs, "torch_over_ours": theirs / ours, "torch_threads": threads}
+        calls = {"ours": lambda: run(params, x, features, context)[0], "torch": lambda: module(**inputs).sample}
+        times = fastest(calls, rounds=8)
+    milliseconds = {f"{name}_ms": 1e3 * seconds for name, seconds in times.items()}
+    return {**milliseconds, "torch_over_ours": times["torch"] / times["ours"], "torch_threads": threads}
 
 
 def torch_module(config: MMDiTConfig) -> Any:
@@ -132,7 +115,7 @@ def measure_full_torch(config: MMDiTConfig, x: jax.Array, tokens: int, repeats: 
             module(**inputs)
             torch.cuda.synchronize()
 
-        return seconds(call, repeats)
+        return fastest({"torch": call}, repeats)["torch"]
 
 
 def measure_full(preset: str, side: int, batch: int, attention: AttentionKernel, torch: bool) -> dict[str, Any]:
@@ -144,10 +127,10 @@ def measure_full(preset: str, side: int, batch: int, attention: AttentionKernel,
     work = 2 * macs(dataclasses.replace(config, attention="whole"), shapes)  # the other kernels hide their products
     params, inputs = random_like(spec, jnp.bfloat16), random_like(shapes)
     run = jax.jit(functools.partial(apply, network))
-    time_s = seconds(lambda: run(params, *inputs)[0], repeats=10)
+    time_s = fastest({"ours": lambda: run(params, *inputs)[0]}, rounds=10)["ours"]
 
     a, product = jnp.ones((8192, 8192), jnp.bfloat16), jax.jit(jnp.dot)
-    rate = 2 * 8192**3 / seconds(lambda: product(a, a), repeats=20)
+    rate = 2 * 8192**3 / fastest({"product": lambda: product(a, a)}, rounds=20)["product"]
     beside = {}
     if torch:
         del params
@@ -187,10 +170,8 @@ def main() -> None:
         case _:
             os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch wants memory too
             result = measure_full(args.preset, args.side, args.batch, args.attention, args.torch)
-    device = jax.devices()[0]
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {device.device_kind}"
     rounded = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in result.items()}
-    line = json.dumps({"benchmark": f"mmdit {args.what}", "machine": machine, "jax": jax.__version__, **rounded})
+    line = json.dumps({"benchmark": f"mmdit {args.what}", "machine": machine(), **rounded})
     print(line)
     if args.out:
         with args.out.open("a") as file:

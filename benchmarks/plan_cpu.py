@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import json
 import pathlib
-import platform
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.measuring import fastest, machine
 from snapgen_jax.config import build, load_config, recipe_class
 from snapgen_jax.parallel.chips import Chip, Roofline
 from snapgen_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
@@ -28,16 +27,6 @@ RESULT = pathlib.Path(__file__).parent / "results" / "plan_cpu.json"
 CONFIG = "configs/shapes/quickstart.py"
 
 
-def fastest(call: Callable[[], Any], repeats: int = 10) -> float:
-    """Seconds of the fastest of several calls, after one that compiles."""
-    times = []
-    for _ in range(repeats + 1):
-        begin = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - begin)
-    return min(times[1:])
-
-
 def measured_peaks() -> Chip:
     """This machine as a chip: a large matrix product, and a sum of two arrays that no cache holds."""
     size = 2048
@@ -45,8 +34,8 @@ def measured_peaks() -> Chip:
     product = jax.jit(lambda x: x @ x)
     x = jnp.ones(64 * 2**20)
     added = jax.jit(lambda x: x + 1.0)
-    flops = 2 * size**3 / fastest(lambda: product(a))
-    bandwidth = 2 * x.nbytes / fastest(lambda: added(x))
+    times = fastest({"product": lambda: product(a), "sum": lambda: added(x)}, rounds=10)
+    flops, bandwidth = 2 * size**3 / times["product"], 2 * x.nbytes / times["sum"]
     return Chip("cpu", flops, 0, bandwidth, 1.0, 1, ("cpu",), "measured here")
 
 
@@ -73,8 +62,7 @@ def main() -> None:
     step = float(np.median(times[5:]))
     record = {
         "config": CONFIG,
-        "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
-        "jax": jax.__version__,
+        "machine": machine(),
         "peak_gflops": chip.flops / 1e9,
         "peak_gigabytes_per_second": chip.hbm_bandwidth / 1e9,
         "step_gflop": roofline.flops / 1e9,

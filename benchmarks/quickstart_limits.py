@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
-import platform
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from benchmarks.measuring import machine
 from snapgen_jax.config import load_config
 from snapgen_jax.data.prompts import CATEGORIES, make_prompts_with_scenes
 from snapgen_jax.data.shapes_captions import layout
@@ -98,7 +97,7 @@ def main() -> None:
         "images_seen": config.train_steps * config.batch_size,
         "params": count_parameters(state.players["model"].params),
         "score": {name: value for name, value in score.items() if name.startswith("score.")},
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {run['machine']}",
+        "machine": machine(),
         "commit": run["commit"],
         "packages": run["packages"],
     }

@@ -22,7 +22,6 @@ import json
 import math
 import os
 import pathlib
-import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +32,7 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.jobs import Job, make_all, make_at_once
+from benchmarks.measuring import machine
 from benchmarks.shapes_trials import BUDGETS, Numbers, Rows, Runs, ladder_networks, milliseconds, multiply_adds
 from snapgen_jax.networks.counting import STEPS
 from snapgen_jax.process import prepare
@@ -251,11 +251,6 @@ def report(runs: Runs, name: str, records: Mapping[str, Mapping[str, Any]] | Non
         "updates": {group: steps for group, steps in runs.budget.steps.items() if steps is not None},
         "hours": runs.seconds() / 3600,
     }
-
-
-def machine() -> str:
-    """Where this runs."""
-    return f"{platform.machine()}, {os.cpu_count()} CPU cores, {jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
 def _kept(numbers: Numbers) -> Numbers:

@@ -7,6 +7,7 @@ Networks that all seeds share (CLIP, the teacher) are trained once.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -20,6 +21,7 @@ import numpy as np
 from etils import epath
 
 from benchmarks.jobs import Job
+from benchmarks.measuring import fastest
 from snapgen_jax import experiment
 from snapgen_jax.chain import parameters
 from snapgen_jax.config import build, load_config, to_json
@@ -426,15 +428,5 @@ def milliseconds(configs: Mapping[str, UNetConfig], rounds: int = 5, batch: int 
             params = jax.jit(lambda key, network=network: init(network, key))(jax.random.key(0))
             inputs = jax.tree.map(lambda s: np.ones(s.shape, s.dtype), unet.input_spec(config, batch, *LATENT, 20))
             forward = jax.jit(lambda p, *x, network=network: apply(network, p, *x)[0])
-            calls[name] = lambda forward=forward, params=params, inputs=inputs: jax.block_until_ready(
-                forward(params, *inputs)
-            )
-        for call in calls.values():
-            call()
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(rounds):
-            for name, call in calls.items():
-                begin = time.perf_counter()
-                call()
-                times[name].append(1e3 * (time.perf_counter() - begin))
-    return {name: min(values) for name, values in times.items()}
+            calls[name] = functools.partial(forward, params, *inputs)
+        return {name: 1e3 * seconds for name, seconds in fastest(calls, rounds).items()}

@@ -22,10 +22,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from benchmarks.shapes_claims import machine
+from benchmarks.measuring import machine, random_like
 from benchmarks.shapes_trials import fix_platform
 from snapgen_jax.config import build, load_config, recipe_class
 from snapgen_jax.process import prepare
@@ -35,7 +33,6 @@ from snapgen_jax.training.recipe import Recipe
 from snapgen_jax.training.together import Together
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-Tree = Any
 
 
 def recipe_of(name: str, depthwise: str, dtype: str) -> Recipe:
@@ -44,17 +41,6 @@ def recipe_of(name: str, depthwise: str, dtype: str) -> Recipe:
     fix_platform(config, dtype=dtype, depthwise=depthwise)
     cls = recipe_class(str(config.recipe))
     return cls(build(cls.Config, config), jax.default_backend())
-
-
-def random_like(spec: Tree) -> Tree:
-    """Arrays of a tree of specs: small numbers, and token 1."""
-
-    def one(s: jax.ShapeDtypeStruct) -> jax.Array:
-        rng = np.random.default_rng(0)
-        drawn = rng.normal(0, 0.02, s.shape) if jnp.issubdtype(s.dtype, jnp.floating) else np.ones(s.shape)
-        return jnp.asarray(drawn, s.dtype)
-
-    return jax.tree.map(one, spec)
 
 
 def measure(recipe: Recipe, runs: int, updates: int) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Host memory and speed of loading a checkpoint onto 8 devices.
 
-    python benchmarks/weights_load.py --megabytes=1000     # writes the files, loads them, prints one JSON line
-    python benchmarks/weights_load.py --save=NAME          # and adds it to benchmarks/results/weights_load-NAME.jsonl
+    python -m benchmarks.weights_load --megabytes=1000     # writes the files, loads them, prints one JSON line
+    python -m benchmarks.weights_load --save=NAME          # and adds it to benchmarks/results/weights_load-NAME.jsonl
 
 The files are those of a T5 encoder, as deep as the size asks for, in bfloat16. `overhead_mb` is the growth of the
 process's peak memory (Linux: VmHWM) beyond the loaded arrays themselves, which on a CPU lie in the same memory.
@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import pathlib
-import platform
 import re
 import tempfile
 import time
@@ -27,6 +26,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from benchmarks.measuring import machine
 from snapgen_jax.networks import t5
 from snapgen_jax.networks.module import build, count_parameters
 from snapgen_jax.parallel.mesh import MeshConfig, make_mesh
@@ -78,7 +78,7 @@ def measure(folder: pathlib.Path, config: t5.T5Config) -> dict[str, float | int 
     arrays = sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards) / MB
     largest = max(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards) / MB
     return {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}",
+        "machine": machine(),
         "parameters": count_parameters(spec),
         "devices": mesh.size,
         "arrays_mb": round(arrays, 1),

@@ -1,0 +1,54 @@
+"""What benchmarks have in common: the name of the machine, taking turns, and numbers in place of weights."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import platform
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Tree = Any
+CPUINFO = pathlib.Path("/proc/cpuinfo")
+
+
+def machine() -> str:
+    """Where a number was measured: processor, cores, accelerators, JAX."""
+    named = re.search(r"^model name\s*: (.+)$", CPUINFO.read_text() if CPUINFO.exists() else "", flags=re.MULTILINE)
+    processor = named.group(1).strip() if named else platform.machine()
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return f"{processor}, {os.cpu_count()} CPU cores, {devices}, jax {jax.__version__}"
+
+
+def fastest(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Seconds of each call: the fewest of some rounds in which all take turns, after one that compiles; other work on
+    the machine only adds to them."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(call())
+            times[name].append(time.perf_counter() - begin)
+    return {name: min(measured[1:]) for name, measured in times.items()}
+
+
+def random_like(spec: Tree, dtype: Any = None) -> Tree:
+    """Arrays of a tree of shapes, drawn where they will lie: small numbers, of `dtype` where that is given, and ones
+    where integers are asked for."""
+
+    def one(s: jax.ShapeDtypeStruct) -> jax.Array:
+        if not jnp.issubdtype(s.dtype, jnp.floating):
+            return jnp.ones(s.shape, s.dtype)
+        return _draw(jax.random.key(s.size % 1009), s.shape, dtype or s.dtype)
+
+    return jax.tree.map(one, spec)
+
+
+@jax.jit(static_argnums=(1, 2))
+def _draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return 0.02 * jax.random.normal(key, shape, dtype)
