@@ -21,7 +21,7 @@ from snapgen_jax.training.keys import key
 from snapgen_jax.training.loop import LoopConfig, make_step
 from snapgen_jax.training.optimizer import OptimizerConfig
 from snapgen_jax.training.recipe import Recipe
-from tests.recipes_for_tests import ByPosition
+from tests.recipes_for_tests import ONE_STAGE, ByPosition
 
 TEXT = ClipTextConfig.preset("smoke", max_tokens=6)
 CONFIG = ContrastiveConfig(
@@ -81,7 +81,7 @@ def test_a_later_stage_conditions_on_its_text_encoder_which_stays_as_it_was(tmp_
         FlowMatchingConfig(
             batch_size=8,
             image_sizes=((8, 8),),
-            unet=UNetConfig.preset("smoke", latent_channels=12),
+            unet=UNetConfig.preset("smoke", latent_channels=12, **ONE_STAGE),
             text=TEXT,
             text_workdir=str(tmp_path),
             codec=CodecConfig(patch=2),

@@ -20,13 +20,13 @@ from snapgen_jax.training.keys import example_keys, key
 from snapgen_jax.training.loop import LoopConfig, make_step
 from snapgen_jax.training.optimizer import OptimizerConfig
 from snapgen_jax.training.recipe import Recipe
-from tests.recipes_for_tests import GREY_TOKENS, ByPosition, greys
+from tests.recipes_for_tests import GREY_TOKENS, ONE_STAGE, ByPosition, greys
 
 CONFIG = FlowMatchingConfig(
     batch_size=16,
     train_steps=40,
     image_sizes=((8, 8),),
-    unet=UNetConfig.preset("smoke", latent_channels=12),
+    unet=UNetConfig.preset("smoke", latent_channels=12, **ONE_STAGE),
     text=ClipTextConfig.preset("smoke", max_tokens=GREY_TOKENS),
     codec=CodecConfig(patch=2),
     optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),

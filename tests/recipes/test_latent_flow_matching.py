@@ -21,13 +21,14 @@ from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.keys import example_keys, key
 from snapgen_jax.training.optimizer import OptimizerConfig
 from snapgen_jax.training.recipe import Recipe
+from tests.recipes_for_tests import ONE_STAGE
 
 CONFIG = LatentFlowMatchingConfig(
     batch_size=16,
     train_steps=60,
     image_sizes=((64, 64),),
     context_tokens=3,
-    unet=UNetConfig.preset("smoke"),
+    unet=UNetConfig.preset("smoke", **ONE_STAGE),
     optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
 )
 STAGES = pathlib.Path("configs/pretrain")

@@ -27,6 +27,7 @@ from snapgen_jax.training.keys import example_keys, key
 from snapgen_jax.training.optimizer import OptimizerConfig
 from snapgen_jax.training.recipe import Recipe
 from snapgen_jax.weights.maps import clip, gemma2, sd3_autoencoder
+from tests.recipes_for_tests import ONE_STAGE
 from tests.tiny_tokenizers import write_clip, write_gemma
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"  # tiny checkpoints, written by the reference libraries
@@ -40,7 +41,7 @@ CONFIG = T2IFlowMatchingConfig(
     batch_size=8,
     train_steps=20,
     image_sizes=((16, 24),),
-    unet=UNetConfig.preset("smoke", context_width=48, pooled_width=40),
+    unet=UNetConfig.preset("smoke", context_width=48, pooled_width=40, **ONE_STAGE),
     encoders=EncodersConfig(
         clip_l=published("clip_l", clip),
         clip_g=published("clip_g", clip),
