@@ -39,7 +39,9 @@ def run(argv: Sequence[str]) -> None:
         raise LaunchError(f"--processes={options.processes}, --devices={options.devices}: both are at least 1")
     job = job_of(options, rest)
     port = options.port or _free_port()
-    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={options.devices}"}
+    own = os.environ.get("XLA_FLAGS", "")
+    flags = f"{own} --xla_force_host_platform_device_count={options.devices}".strip()
+    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     commands = [
         [*job.command(options.processes), f"--coordinator=localhost:{port}", f"--index={index}"]
         for index in range(options.processes)

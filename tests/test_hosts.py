@@ -21,7 +21,7 @@ import pytest
 from snapgen_jax.parallel import hosts
 from snapgen_jax.training.checkpoint import Checkpointer
 from snapgen_jax.training.exits import ExitCode
-from tests.conftest import PATIENT
+from tests.flags import xla_flags
 
 ROOT = pathlib.Path(__file__).parents[1]
 TIMEOUT = 120
@@ -38,7 +38,7 @@ class Hosts:
 
     def __init__(self, workdir, processes=2, come=None, devices=4, **options):
         port = free_port()
-        environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {PATIENT}"}
+        environment = {**os.environ, "XLA_FLAGS": xla_flags(devices)}
         self.said, self.processes, self.readers = [], [], []
         for index in range(processes if come is None else come):
             where = {"processes": processes, "coordinator": f"localhost:{port}", "index": index}

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from snapgen_jax.training.exits import ExitCode
+from tests.flags import quick_environment
 from tests.object_store import object_store
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -71,7 +72,7 @@ def store():
 
 
 def start(store, *arguments):
-    environment = {**os.environ, **store.environment, "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, **store.environment, **quick_environment(), "PYTHONUNBUFFERED": "1"}
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, **pipe)
 

@@ -26,7 +26,7 @@ def photographs(tmp_path):
 
 
 @pytest.mark.slow
-def test_own_photographs_train_resume_and_sample(photographs, tmp_path, monkeypatch):
+def test_own_photographs_train_resume_and_sample(photographs, tmp_path, monkeypatch, quick_to_compile):
     one_device = loop.make_mesh(MeshConfig(data=1), loop.jax.devices()[:1])
     monkeypatch.setattr(loop, "make_mesh", lambda config: one_device)  # the tests pretend to have eight
     run = tmp_path / "run"

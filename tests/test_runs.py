@@ -19,6 +19,7 @@ from snapgen_jax.training.checkpoint import Checkpointer
 from snapgen_jax.training.exits import ExitCode
 from snapgen_jax.training.fingerprint import fingerprint
 from snapgen_jax.training.keys import key
+from tests.flags import quick_environment
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = [
@@ -37,8 +38,7 @@ def command(*arguments):
 
 
 def environment():
-    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # to compile, which most of the time goes to
-    return {**os.environ, **quick, "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, **quick_environment(), "PYTHONUNBUFFERED": "1"}
 
 
 def snapgen(*arguments):

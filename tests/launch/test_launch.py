@@ -16,6 +16,7 @@ import pytest
 
 from launch import gke, job, local, slurm, tpu_vm
 from snapgen_jax.cli import main
+from tests.flags import quick_environment
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -49,12 +50,19 @@ CASES = {
 def test_a_dry_run_prints_the_very_commands(name, capsys, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("a dry run ran something"))
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("a dry run ran something"))
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
     launcher, arguments = CASES[name]
     assert job.main_of(launcher.run, [*arguments, "--dry-run"]) == 0
     printed, path = capsys.readouterr().out, GOLDEN / f"{name}.txt"
     if os.environ.get("UPDATE_GOLDEN"):
         path.write_text(printed)
     assert printed == path.read_text()
+
+
+def test_flags_of_ones_own_reach_the_processes_of_this_machine(capsys, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/tmp/dump")
+    assert job.main_of(local.run, [*CASES["local"][1], "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("'--xla_dump_to=/tmp/dump --xla_force_host_platform_device_count=4'") == 2
 
 
 @pytest.mark.parametrize("launcher", [tpu_vm, gke, slurm, local])
@@ -132,7 +140,7 @@ def test_the_slurm_script_hands_on_the_signal_and_queues_the_job_again(tmp_path,
 
 
 @pytest.mark.slow
-def test_several_processes_on_this_machine_train_as_one_run_from_the_stage_before(tmp_path):
+def test_several_processes_on_this_machine_train_as_one_run_from_the_stage_before(tmp_path, quick_to_compile):
     short = ["--config.log_every_steps=2", "--config.tensorboard=False"]
     config = "--config=configs/shapes/clip.py:runlocal"
     assert main(["train", config, f"--workdir={tmp_path / 'first'}", "--config.train_steps=2", *short]) == 0
@@ -141,6 +149,7 @@ def test_several_processes_on_this_machine_train_as_one_run_from_the_stage_befor
     ended = subprocess.run(
         [*command, f"--config.init_from={tmp_path / 'first'}"],
         cwd=ROOT,
+        env={**os.environ, **quick_environment()},
         capture_output=True,
         text=True,
         timeout=400,

@@ -17,6 +17,7 @@ from snapgen_jax.networks.mmdit import MMDiTConfig
 from snapgen_jax.networks.module import count_parameters
 from snapgen_jax.systems.sd35 import SD35, SD35Config, reference_times
 from snapgen_jax.training.exits import ConfigError
+from tests.flags import quick_environment
 from tests.parity import GOLDENS
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -170,7 +171,7 @@ sizes = [leaf.size for leaf in jax.tree.leaves(large.spec())]
 replicated = sum(size for size, place in zip(sizes, places) if place.is_fully_replicated)
 print(json.dumps({"whole": whole, "replicated_at_full_size": replicated / sum(sizes)}))
 """.replace("FOLDER", repr(str(FOLDER)))
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **quick_environment(devices=8), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
