@@ -33,7 +33,7 @@ from scipy import stats
 
 from benchmarks.jobs import Job, make_all, make_at_once
 from benchmarks.measuring import machine
-from benchmarks.shapes_trials import BUDGETS, Numbers, Rows, Runs, ladder_networks, milliseconds, multiply_adds
+from benchmarks.shapes_trials import BUDGETS, SHARED, Numbers, Rows, Runs, ladder_networks, milliseconds, multiply_adds
 from snapgen_jax.networks.counting import STEPS
 from snapgen_jax.process import prepare
 
@@ -246,11 +246,17 @@ def report(runs: Runs, name: str, records: Mapping[str, Mapping[str, Any]] | Non
         "budget": name,
         "machine": "; ".join([machine(), *(f"{other}: {record['machine']}" for other, record in records.items())]),
         "claims": [claim.judge(found, hours) for claim in CLAIMS],
-        "rows": {row: _summary(list(seeds.values())) for row, seeds in found.items()},
+        "rows": {row: _summary(_trained(row, seeds)) for row, seeds in found.items()},
         "per_seed": {row: {seed: _kept(one) for seed, one in seeds.items()} for row, seeds in own.items()},
         "updates": {group: steps for group, steps in runs.budget.steps.items() if steps is not None},
         "hours": runs.seconds() / 3600,
     }
+
+
+def _trained(row: str, seeds: Seeds) -> list[Numbers]:
+    """The trainings of a row: that which the seeds of a machine share stands in each of them, and is one."""
+    kept = [_kept(numbers) for numbers in seeds.values()]
+    return [numbers for i, numbers in enumerate(kept) if row not in SHARED or numbers not in kept[:i]]
 
 
 def _kept(numbers: Numbers) -> Numbers:
