@@ -138,7 +138,6 @@ def main() -> None:
         "newest_whole_checkpoint": {f"step_{step}": count for step, count in sorted(newest.items())},
         "restored_whole": sum(newest.values()),
         "machine": machine(),
-        "jax": jax.__version__,
     }
     RESULT.write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))

@@ -264,7 +264,7 @@ def _kept(numbers: Numbers) -> Numbers:
 
 
 def _summary(per_seed: Sequence[Numbers]) -> dict[str, Any]:
-    values = {key: np.array([numbers[key] for numbers in per_seed]) for key in _kept(per_seed[0])}
+    values = {key: np.array([numbers[key] for numbers in per_seed]) for key in per_seed[0]}
     varying = (SCORE, HELD_OUT, FRECHET, DIVERSITY)
     spread = {f"{key}.spread": float(values[key].std(ddof=1)) for key in varying if len(per_seed) > 1}
     return {"seeds": len(per_seed), **{key: float(v.mean()) for key, v in values.items()}, **spread}
