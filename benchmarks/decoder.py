@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import pathlib
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,7 +31,7 @@ import skimage.data
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from benchmarks.measuring import machine
+from benchmarks.measuring import by_turns, machine
 from snapgen_jax.config import load_config
 from snapgen_jax.experiment import Experiment, prepare_workdir
 from snapgen_jax.export.client import litert_unit
@@ -112,23 +114,18 @@ def latency(pixels: int, rounds: int, threads: int) -> dict[str, Any]:
             path = pathlib.Path(scratch) / f"{decoder.name}.tflite"
             files[decoder.name] = to_tflite(decoder, decoder.params(), {"latent": latent(pixels)}, "decoder", path)
         units = {name: litert_unit(path, "decoder", threads) for name, path in files.items()}
-        times: dict[str, list[float]] = {name: [] for name in units}
-        for _ in range(rounds + 1):
-            for name, unit in units.items():
-                begin = time.perf_counter()
-                unit(latent=x)
-                times[name].append(1e3 * (time.perf_counter() - begin))
+        times = by_turns({name: functools.partial(unit, latent=x) for name, unit in units.items()}, rounds)
         del units
         memory = {name: _peak_memory(path, pixels) for name, path in files.items()}
         megabytes = {name: path.stat().st_size / 1e6 for name, path in files.items()}
-    fastest = {name: min(values[1:]) for name, values in times.items()}
+    milliseconds = {name: 1e3 * min(values) for name, values in times.items()}
     return {
         "pixels": pixels,
         "threads": threads,
         "rounds": rounds,
-        "milliseconds": fastest,
-        "median_milliseconds": {name: float(np.median(values[1:])) for name, values in times.items()},
-        "speedup": fastest["large"] / fastest["tiny"],
+        "milliseconds": milliseconds,
+        "median_milliseconds": {name: 1e3 * statistics.median(values) for name, values in times.items()},
+        "speedup": milliseconds["large"] / milliseconds["tiny"],
         "published_speedup": PUBLISHED_SPEEDUP,
         "peak_megabytes": memory,
         "file_megabytes": megabytes,

@@ -29,7 +29,7 @@ ROUNDS, UPDATES = 3, 30
 
 
 def child() -> None:
-    """Prints the milliseconds of one update."""
+    """Prints the milliseconds of one update, and the machine's name."""
     import jax
 
     from snapgen_jax.config import load_config
@@ -47,24 +47,27 @@ def child() -> None:
         begin = time.perf_counter()
         state, _ = jax.block_until_ready(step(state, {}, batch))
         times.append(time.perf_counter() - begin)
-    print(json.dumps(1e3 * statistics.median(times[UPDATES // 3 :])))
+    milliseconds = 1e3 * statistics.median(times[UPDATES // 3 :])
+    print(json.dumps({"milliseconds": milliseconds, "machine": machine()}))
 
 
 def main() -> None:
     """Runs both in turns and keeps the medians."""
     found: dict[str, list[float]] = {name: [] for name in TUNABLES}
+    said: dict[str, Any] = {}
     for _ in range(ROUNDS):
         for name, tunables in TUNABLES.items():
             environment = {**os.environ, "GLIBC_TUNABLES": tunables, "JAX_PLATFORMS": "cpu"}
             environment["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(tempfile.gettempdir()) / "huge_pages_xla")
             command = [sys.executable, "-m", "benchmarks.huge_pages", "--child"]
             out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-            found[name].append(float(out.splitlines()[-1]))
+            said = json.loads(out.splitlines()[-1])
+            found[name].append(said["milliseconds"])
     medians = {f"{name}_ms": statistics.median(times) for name, times in found.items()}
     record = {
         **medians,
         "ratio": medians["small_pages_ms"] / medians["huge_pages_ms"],
-        "machine": f"{machine()}, Linux {platform.release()}",
+        "machine": f"{said['machine']}, Linux {platform.release()}",
         "python": platform.python_version(),
     }
     RESULT.write_text(json.dumps(record, indent=2) + "\n")

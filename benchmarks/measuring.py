@@ -25,16 +25,21 @@ def machine() -> str:
     return f"{processor}, {os.cpu_count()} CPU cores, {devices}, jax {jax.__version__}"
 
 
-def fastest(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Seconds of each call: the fewest of some rounds in which all take turns, after one that compiles; other work on
-    the machine only adds to them."""
+def by_turns(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call in every round, in each of which all take turns; after one that compiles, which is not
+    counted."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
         for name, call in calls.items():
             begin = time.perf_counter()
             jax.block_until_ready(call())
             times[name].append(time.perf_counter() - begin)
-    return {name: min(measured[1:]) for name, measured in times.items()}
+    return {name: measured[1:] for name, measured in times.items()}
+
+
+def fastest(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Seconds of each call: the fewest of some rounds, see `by_turns`; other work on the machine only adds to them."""
+    return {name: min(times) for name, times in by_turns(calls, rounds).items()}
 
 
 def random_like(spec: Tree, dtype: Any = None) -> Tree:

@@ -82,6 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--steps", type=int, help="sampling steps (default: the run's)")
     evaluate.add_argument("--guidance", type=float, help="guidance scale; 1 is none (default: the run's)")
     evaluate.add_argument("--decoder", help="a run of a tiny decoder, in place of the run's own")
+    evaluate.add_argument(
+        "--set", action="append", default=[], metavar="NAME.OPTION=VALUE", help="an evaluator's: frechet.examples=2048"
+    )
 
     export = add("export", _export, "Write a TFLite bundle of a trained run, checked against JAX.")
     _workdir(export)
@@ -330,11 +333,30 @@ def _sample(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from snapgen_jax.experiment import evaluate
 
+    names = options.names.split(",")
+    of_evaluators = _evaluator_options(options.set, names)
     generation = {k: v for k in ("steps", "guidance") if (v := getattr(options, k)) is not None}
     numbers = evaluate(
-        options.workdir, options.names.split(","), options.step, generation=generation, decoder=options.decoder
+        options.workdir, names, options.step, generation=generation, options=of_evaluators, decoder=options.decoder
     )
     print(json.dumps(numbers, indent=2))
+
+
+def _evaluator_options(assignments: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """`{evaluator: {option: value}}` of "NAME.OPTION=VALUE"; every name is one of `names`."""
+    from snapgen_jax.config import closest, parse_override
+
+    found: dict[str, dict[str, Any]] = {}
+    for text in assignments:
+        path, value = parse_override(text, "--set ")
+        if len(path) != 2:
+            raise ConfigError(f"--set {text}: write --set NAME.OPTION=VALUE, such as frechet.examples=2048")
+        if path[0] not in names:
+            raise ConfigError(
+                f"--set {text}: {path[0]!r} is not among --names={','.join(names)}{closest(path[0], names)}"
+            )
+        found.setdefault(path[0], {})[path[1]] = value
+    return found
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -114,7 +114,7 @@ def read(spec: str) -> Config:
 
 def complete(partial: Config, overrides: Sequence[str] = ()) -> ConfigDict:
     """Fills in every default, checks every key and value, applies the overrides, and locks the result."""
-    changes = [_parse_override(o) for o in overrides]
+    changes = [parse_override(o) for o in overrides]
     # A preset decides what the defaults of its section are, so it comes before the values.
     wanted: dict[str, Any] = _plain(partial)
     for path, value in sorted(changes, key=lambda change: change[0][-1] != "preset"):
@@ -186,10 +186,15 @@ def _to_dict(value: Any) -> Any:
     return value
 
 
-def _parse_override(text: str) -> tuple[list[str], Any]:
+def parse_override(text: str, flag: str = "--config.") -> tuple[list[str], Any]:
+    """The path and the value of "a.b=value": a Python literal where it is one, and a string otherwise.
+
+    Raises:
+        ConfigError: there is no value; names the `flag` that it came with.
+    """
     name, equals, value = text.partition("=")
     if not equals:
-        raise ConfigError(f"override {text!r} has no value; write --config.{name}=VALUE")
+        raise ConfigError(f"override {text!r} has no value; write {flag}{name}=VALUE")
     try:
         return name.split("."), ast.literal_eval(value)
     except (ValueError, SyntaxError):

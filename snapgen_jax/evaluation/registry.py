@@ -19,22 +19,29 @@ EVALUATORS: dict[str, str] = {
     "clip_score": "snapgen_jax.evaluation.clip_score:ClipScore",
 }
 
+_KINDS = {bool: (bool,), int: (int,), float: (float, int), str: (str,)}  # what an option takes, by its default's type
+
 
 def create(spec: EvaluatorSpec) -> Evaluator:
     """The evaluator that a spec asks for, with its options, and with the recipe's function where it takes one.
 
     Raises:
-        ValueError: an unknown name or option, with the closest match; a function that is missing or not wanted.
+        ValueError: an unknown name or option, with the closest match; an option of another type than its default; a
+            function that is missing or not wanted.
     """
     if spec.name not in EVALUATORS:
         raise ValueError(_unknown("evaluator", spec.name, list(EVALUATORS)))
     module, name = EVALUATORS[spec.name].split(":")
     evaluator = getattr(importlib.import_module(module), name)
-    fields = {field.name for field in dataclasses.fields(evaluator)}
+    defaults = {field.name: field.default for field in dataclasses.fields(evaluator)}
+    fields = set(defaults)
     takes_function = "function" in fields
-    for option in spec.options:
+    for option, value in spec.options.items():
         if option not in fields - {"function"}:
             raise ValueError(_unknown(f"option of the evaluator {spec.name!r}", option, sorted(fields - {"function"})))
+        kind = type(defaults[option])
+        if type(value) not in _KINDS.get(kind, (type(value),)):
+            raise ValueError(f"option {option!r} of the evaluator {spec.name!r} is of {kind.__name__}, got {value!r}")
     if takes_function and spec.function is None:
         raise ValueError(
             f"the evaluator {spec.name!r} measures through a function of the recipe and got none; "

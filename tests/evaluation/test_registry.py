@@ -28,6 +28,8 @@ def test_options_reach_the_evaluator():
         (EvaluatorSpec("compositonal"), "did you mean 'compositional'"),
         (EvaluatorSpec("sample_grid", options={"colums": 3}), "did you mean 'columns'"),
         (EvaluatorSpec("sample_grid", options={"function": loss}), "unknown option"),
+        (EvaluatorSpec("frechet", options={"examples": "many"}), "'examples' .* is of int, got 'many'"),
+        (EvaluatorSpec("frechet", options={"examples": 2.0}), "'examples' .* is of int, got 2.0"),
         (EvaluatorSpec("validation_loss"), "set EvaluatorSpec.function"),
         (EvaluatorSpec("sample_grid", function=loss), "takes no function"),
     ],
