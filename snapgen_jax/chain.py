@@ -7,7 +7,6 @@ of earlier stages are filled in.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -142,9 +141,8 @@ def run_chain(
     for stage in chain.stages:
         earlier = [f"{key}={root / name}" for key, name in stage.earlier.items()]
         configs[stage.name] = load_config(stage.config, [*earlier, *overrides.get(stage.name, ())])
-    record = {name: json.loads(to_json(config)) for name, config in configs.items()}
     asked = {name: getattr(chain, name) for name in ("scores", "per_category", "categories", "examples")}
-    parts = Stages(root / "chain.json", {**record, **asked})
+    parts = Stages(root / "chain.json")
     rows: dict[str, Numbers] = {}
     for stage in chain.stages:
         folder, config = root / stage.name, configs[stage.name]
@@ -162,7 +160,8 @@ def run_chain(
                 **{k: v for k, v in last.items() if k.startswith("validation_loss.")},
             }
 
-        trained = parts.run(f"train {stage.name}", train)
+        all_configs = {name: to_json(configs[name]) for name in with_earlier(chain, stage.name)}
+        trained = parts.run(f"train {stage.name}", all_configs, train)
         rows |= {} if stage.rows else {stage.name: trained}
         for row in stage.rows:
 
@@ -176,11 +175,21 @@ def run_chain(
                     folder, chain.scores, generation=row.options, options=asked, decoder=decoder
                 )
 
-            rows[row.label] = {**trained, **parts.run(f"score {row.label}", score)}
+            decoders = {name: to_json(configs[name]) for name in with_earlier(chain, row.decoder)}
+            depends = [all_configs, decoders, row.decoder, dict(row.options), asked]
+            rows[row.label] = {**trained, **parts.run(f"score {row.label}", depends, score)}
     text = f"{table(chain, rows)}\n\n{parts.minutes():.1f} minutes in all\n"
     write_whole(root / "chain.md", text)
     print("\n" + text)
     return rows
+
+
+def with_earlier(chain: ChainConfig, name: str) -> list[str]:
+    """A stage, and all that it starts from, directly or not; nothing for ""."""
+    if not name:
+        return []
+    earlier = next(stage.earlier.values() for stage in chain.stages if stage.name == name)
+    return list(dict.fromkeys([name, *(more for other in earlier for more in with_earlier(chain, other))]))
 
 
 def parameters(state: TrainState) -> int:

@@ -5,6 +5,7 @@ Each part leaves its result in the workdir, so a quickstart that was stopped goe
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from snapgen_jax import experiment as experiments
+from snapgen_jax.config import to_json
 from snapgen_jax.evaluation.pictures import grid, png_bytes
 from snapgen_jax.evaluation.report import write_report
 from snapgen_jax.experiment import Experiment
@@ -32,24 +34,21 @@ Numbers = dict[str, float]
 class Stages:
     """Runs each part once per file and config: its numbers are kept in that file, with the seconds spent."""
 
-    def __init__(self, path: epath.Path, config: Mapping[str, Any]):
+    def __init__(self, path: epath.Path):
         self._path = path
-        self._done: dict[str, Any] = {"config": json.loads(json.dumps(config)), "seconds": 0.0, "numbers": {}}
+        self._done: dict[str, Any] = {"seconds": 0.0, "parts": {}}
         if self._path.exists():
-            earlier = json.loads(self._path.read_text())
-            self._done["seconds"] = earlier["seconds"]
-            if earlier["config"] == self._done["config"]:
-                self._done = earlier
+            self._done |= {k: v for k, v in json.loads(self._path.read_text()).items() if k in self._done}
         self._since = time.monotonic()
 
-    def run(self, name: str, part: Callable[[], Numbers]) -> Numbers:
-        """The numbers of a part, computed now or before."""
-        if name not in self._done["numbers"]:
+    def run(self, name: str, config: Any, part: Callable[[], Numbers]) -> Numbers:
+        """The numbers of a part, computed now, or before with the same config (all that they depend on, as JSON)."""
+        label = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+        if self._done["parts"].get(name, {}).get("config") != label:
             print(f"\n== {name} ==", flush=True)
-            numbers = part()
-            self._done["numbers"][name] = numbers
+            self._done["parts"][name] = {"config": label, "numbers": part()}
             self._store()
-        return self._done["numbers"][name]
+        return self._done["parts"][name]["numbers"]
 
     def minutes(self) -> float:
         """Minutes spent in all, over restarts."""
@@ -76,14 +75,17 @@ def quickstart(config: ConfigDict, workdir: epath.PathLike) -> dict[str, float |
     workdir = epath.Path(workdir)
     experiment = Experiment(config, workdir)
     experiments.prepare_workdir(config, workdir)
-    stages = Stages(workdir / "quickstart.json", json.loads(experiments.to_json(config)))
-
+    stages = Stages(workdir / "quickstart.json")
+    parts: dict[str, Callable[[], Numbers]] = {
+        "train": lambda: _train(experiment, workdir),
+        "sample": lambda: _sample(experiment, workdir),
+        "score": lambda: experiments.evaluate(workdir, ("compositional", "frechet", "diversity")),
+        "export": lambda: experiments.export(workdir, workdir / "export" / "bundle"),
+        "run the export": lambda: _run_bundle(experiment, workdir),
+    }
     numbers: dict[str, float] = {}
-    numbers |= stages.run("train", lambda: _train(experiment, workdir))
-    numbers |= stages.run("sample", lambda: _sample(experiment, workdir))
-    numbers |= stages.run("score", lambda: experiments.evaluate(workdir, ("compositional", "frechet", "diversity")))
-    numbers |= stages.run("export", lambda: experiments.export(workdir, workdir / "export" / "bundle"))
-    numbers |= stages.run("run the export", lambda: _run_bundle(experiment, workdir))
+    for name, part in parts.items():
+        numbers |= stages.run(name, to_json(config), part)
     numbers["minutes"] = stages.minutes()
     report = write_report(workdir, numbers, title="SnapGen quickstart", prompts=experiment.recipe.config.sample_prompts)
     print(_closing(workdir, numbers))

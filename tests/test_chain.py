@@ -7,8 +7,9 @@ import pathlib
 import pytest
 
 from snapgen_jax import chain as chains
-from snapgen_jax.chain import ChainConfig, RowConfig, StageConfig, load_chain, run_chain, table
+from snapgen_jax.chain import ChainConfig, RowConfig, StageConfig, load_chain, run_chain, table, with_earlier
 from snapgen_jax.config import build, load_config, recipe_class
+from snapgen_jax.quickstart import Stages
 from snapgen_jax.training.exits import ConfigError
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
@@ -68,8 +69,36 @@ def test_two_stages_train_score_and_are_not_done_again(tmp_path, monkeypatch):
     assert "student" in (tmp_path / "chain.md").read_text()
 
     def never(*args, **options):
-        raise AssertionError("done before")
+        raise AssertionError(f"done anew: {args}")
 
     monkeypatch.setattr(chains, "Experiment", never)
     monkeypatch.setattr(chains.experiments, "evaluate", never)
     assert run_chain(first, overrides, tmp_path) == rows
+    changed = {"student": ["sampling.steps=2"]}  # CLIP, which does not start from the student, is as it was
+    with pytest.raises(AssertionError, match=f"done anew: .*{tmp_path}/student"):
+        run_chain(first, changed, tmp_path)
+
+
+def test_a_part_is_done_anew_when_what_it_depends_on_has_changed_and_the_others_are_not(tmp_path):
+    def parts_done(teacher):
+        done = []
+        stages = Stages(tmp_path / "chain.json")
+        for name, config in (("clip", {"steps": 1}), ("teacher", {"steps": teacher})):
+            assert stages.run(name, config, lambda name=name: done.append(name) or {"n": 1.0}) == {"n": 1.0}
+        return done
+
+    assert [parts_done(2), parts_done(2), parts_done(3)] == [["clip", "teacher"], [], ["teacher"]]
+
+
+def test_a_stage_depends_on_all_that_it_starts_from():
+    stages = (
+        StageConfig("autoencoder"),
+        StageConfig("tiny", earlier={"codec.workdir": "autoencoder"}),
+        StageConfig("clip"),
+        StageConfig("teacher", earlier={"text_workdir": "clip", "codec.workdir": "autoencoder"}),
+        StageConfig("student", earlier={"teacher.workdir": "teacher"}),
+    )
+    chain = ChainConfig(stages=stages)
+    assert with_earlier(chain, "student") == ["student", "teacher", "clip", "autoencoder"]
+    assert with_earlier(chain, "clip") == ["clip"]
+    assert with_earlier(chain, "") == []
