@@ -69,13 +69,13 @@ def test_two_stages_train_score_and_are_not_done_again(tmp_path, monkeypatch):
     assert "student" in (tmp_path / "chain.md").read_text()
 
     def never(*args, **options):
-        raise AssertionError(f"done anew: {args}")
+        raise AssertionError(f"done anew: {args[-1]}")
 
     monkeypatch.setattr(chains, "Experiment", never)
     monkeypatch.setattr(chains.experiments, "evaluate", never)
     assert run_chain(first, overrides, tmp_path) == rows
     changed = {"student": ["sampling.steps=2"]}  # CLIP, which does not start from the student, is as it was
-    with pytest.raises(AssertionError, match=f"done anew: .*{tmp_path}/student"):
+    with pytest.raises(AssertionError, match=f"done anew: {tmp_path}/student"):
         run_chain(first, changed, tmp_path)
 
 
