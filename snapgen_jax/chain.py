@@ -141,7 +141,10 @@ def run_chain(
     for stage in chain.stages:
         earlier = [f"{key}={root / name}" for key, name in stage.earlier.items()]
         configs[stage.name] = load_config(stage.config, [*earlier, *overrides.get(stage.name, ())])
-    asked = {name: getattr(chain, name) for name in ("scores", "per_category", "categories", "examples")}
+    asked = {
+        "compositional": {"per_category": chain.per_category, "categories": chain.categories},
+        "frechet": {"examples": chain.examples},
+    }
     parts = Stages(root / "chain.json")
     rows: dict[str, Numbers] = {}
     for stage in chain.stages:
@@ -166,17 +169,13 @@ def run_chain(
         for row in stage.rows:
 
             def score(folder: epath.Path = folder, row: RowConfig = row) -> Numbers:
-                asked = {
-                    "compositional": {"per_category": chain.per_category, "categories": chain.categories},
-                    "frechet": {"examples": chain.examples},
-                }
                 decoder = root / row.decoder if row.decoder else None
                 return experiments.evaluate(
                     folder, chain.scores, generation=row.options, options=asked, decoder=decoder
                 )
 
             decoders = {name: to_json(configs[name]) for name in with_earlier(chain, row.decoder)}
-            depends = [all_configs, decoders, row.decoder, dict(row.options), asked]
+            depends = [all_configs, decoders, row.decoder, dict(row.options), chain.scores, asked]
             rows[row.label] = {**trained, **parts.run(f"score {row.label}", depends, score)}
     text = f"{table(chain, rows)}\n\n{parts.minutes():.1f} minutes in all\n"
     write_whole(root / "chain.md", text)

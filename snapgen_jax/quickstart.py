@@ -84,8 +84,9 @@ def quickstart(config: ConfigDict, workdir: epath.PathLike) -> dict[str, float |
         "run the export": lambda: _run_bundle(experiment, workdir),
     }
     numbers: dict[str, float] = {}
+    text = to_json(config)
     for name, part in parts.items():
-        numbers |= stages.run(name, to_json(config), part)
+        numbers |= stages.run(name, text, part)
     numbers["minutes"] = stages.minutes()
     report = write_report(workdir, numbers, title="SnapGen quickstart", prompts=experiment.recipe.config.sample_prompts)
     print(_closing(workdir, numbers))
