@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from snapgen_jax import experiment as experiments
-from snapgen_jax.config import ConfigError, build_dataclass, closest, load_config, read, to_json
+from snapgen_jax.config import ConfigError, build_dataclass, load_config, read, to_json
 from snapgen_jax.data.prompts import CATEGORIES
 from snapgen_jax.experiment import Experiment
 from snapgen_jax.networks.module import count_parameters
@@ -23,6 +23,7 @@ from snapgen_jax.quickstart import Stages
 from snapgen_jax.training.files import write_whole
 from snapgen_jax.training.metrics import read_lines
 from snapgen_jax.training.state import TrainState
+from snapgen_jax.typed import closest
 
 Numbers = dict[str, float]
 COLUMNS = {

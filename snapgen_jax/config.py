@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import importlib
 import importlib.util
 import json
 import pathlib
 import pkgutil
 import types
-import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from snapgen_jax import typed
 from snapgen_jax.data.config import DataConfig
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.loop import LoopConfig
+from snapgen_jax.typed import closest
 
 Config = Mapping[str, Any] | ConfigDict
 
@@ -132,7 +132,7 @@ def complete(partial: Config, overrides: Sequence[str] = ()) -> ConfigDict:
             raise ConfigError(f"unknown config key {name!r}{closest(name, known)}")
     for cls in classes:
         chosen = {k: v for k, v in wanted.items() if k in {field.name for field in dataclasses.fields(cls)}}
-        values.update(_to_dict(_build(cls, chosen, "")))
+        values.update(_to_dict(_build(cls, chosen)))
     config = ConfigDict(values)
     config.lock()
     return config
@@ -148,7 +148,7 @@ def _classes(wanted: Mapping[str, Any]) -> tuple[type, ...]:
 def build(cls: type, config: Config) -> Any:
     """The dataclass `cls` with its fields taken from a completed config; keys of other classes are passed over."""
     plain = _plain(config)
-    return _build(cls, {f.name: plain[f.name] for f in dataclasses.fields(cls) if f.name in plain}, "")
+    return _build(cls, {f.name: plain[f.name] for f in dataclasses.fields(cls) if f.name in plain})
 
 
 def build_dataclass(cls: type, config: Config) -> Any:
@@ -157,7 +157,7 @@ def build_dataclass(cls: type, config: Config) -> Any:
     Raises:
         ConfigError: a key is unknown, or a value has the wrong type.
     """
-    return _build(cls, _plain(config), "")
+    return _build(cls, _plain(config))
 
 
 def to_json(config: Config) -> str:
@@ -201,75 +201,8 @@ def parse_override(text: str, flag: str = "--config.") -> tuple[list[str], Any]:
         return name.split("."), value
 
 
-def _build(cls: type, node: Mapping[str, Any], path: str) -> Any:
-    """An instance of the dataclass `cls` from a nested dict, each value checked against its annotation."""
-    hints = typing.get_type_hints(cls)
-    fields = {field.name for field in dataclasses.fields(cls)}
-    values = dict(node)
-    preset = values.pop("preset", None) if "preset" not in fields else None
-    if preset is not None:
-        if not hasattr(cls, "preset"):
-            raise ConfigError(f"config section {path or 'top level'!r} has no presets")
-        try:
-            base = cls.preset(preset)
-        except ValueError as error:
-            raise ConfigError(f"config key {path}.preset: {error}") from error
-    else:
-        base = None
-    arguments = {}
-    for name, value in values.items():
-        where = f"{path}.{name}" if path else name
-        if name not in fields:
-            raise ConfigError(f"unknown config key {where!r}{closest(name, fields)}")
-        if dataclasses.is_dataclass(hints[name]) and isinstance(value, Mapping):
-            arguments[name] = _build(hints[name], value, where)
-        else:
-            arguments[name] = _coerce(value, hints[name], where)
+def _build(cls: type, values: Mapping[str, Any]) -> Any:
     try:
-        return cls(**arguments) if base is None else dataclasses.replace(base, **arguments)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"config section {path or 'top level'!r}: {error}") from error
-
-
-def _coerce(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the annotated type: an int where a float is wanted becomes one, a list becomes a tuple."""
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
-    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        return _build(hint, value, where)  # type: ignore[arg-type]
-    if origin in (typing.Union, types.UnionType):
-        for option in options:
-            try:
-                return _coerce(value, option, where)
-            except ConfigError:
-                continue
-    elif origin is typing.Literal:
-        if value in options:
-            return value
-        raise ConfigError(f"config key {where!r} is {value!r}; choose one of {', '.join(map(repr, options))}")
-    elif origin is tuple and isinstance(value, list | tuple):
-        if len(options) == 2 and options[1] is Ellipsis:
-            return tuple(_coerce(v, options[0], where) for v in value)
-        if len(options) == len(value):
-            return tuple(_coerce(v, o, where) for v, o in zip(value, options, strict=True))
-    elif origin is not None and isinstance(value, Mapping) and issubclass(origin, Mapping):
-        return {k: _coerce(v, options[1], f"{where}.{k}") for k, v in value.items()}
-    elif hint is type(None):
-        if value is None:
-            return None
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif hint is int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    elif isinstance(hint, type) and hint is not float and isinstance(value, hint):
-        return value
-    name = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
-    raise ConfigError(f"config key {where!r} is {value!r} ({type(value).__name__}); expected {name}")
-
-
-def closest(name: str, known: Any) -> str:
-    """The end of an error about an unknown name: what it may have meant, or all there are."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(sorted(known))}"
+        return typed.build(cls, values)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

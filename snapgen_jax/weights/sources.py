@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
+
+from snapgen_jax.typed import closest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,5 @@ SOURCES: dict[str, Source] = {
 def source(name: str) -> Source:
     """The entry called `name`; an unknown name raises with the closest match."""
     if name not in SOURCES:
-        close = difflib.get_close_matches(name, SOURCES, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(SOURCES)}"
-        raise ValueError(f"no published weights called {name!r}; {hint}")
+        raise ValueError(f"no published weights called {name!r}{closest(name, SOURCES)}")
     return SOURCES[name]

@@ -18,7 +18,7 @@ def test_every_registered_evaluator_is_made_from_its_name(name):
 
 
 def test_options_reach_the_evaluator():
-    evaluator = create(EvaluatorSpec("sample_grid", options={"prompts": ("a star",), "columns": 4}))
+    evaluator = create(EvaluatorSpec("sample_grid", options={"prompts": ["a star"], "columns": 4}))  # as from a config
     assert evaluator == SampleGrid(prompts=("a star",), columns=4)
 
 
@@ -28,8 +28,8 @@ def test_options_reach_the_evaluator():
         (EvaluatorSpec("compositonal"), "did you mean 'compositional'"),
         (EvaluatorSpec("sample_grid", options={"colums": 3}), "did you mean 'columns'"),
         (EvaluatorSpec("sample_grid", options={"function": loss}), "unknown option"),
-        (EvaluatorSpec("frechet", options={"examples": "many"}), "'examples' .* is of int, got 'many'"),
-        (EvaluatorSpec("frechet", options={"examples": 2.0}), "'examples' .* is of int, got 2.0"),
+        (EvaluatorSpec("frechet", options={"examples": "many"}), "'examples' is 'many' .* expected int"),
+        (EvaluatorSpec("frechet", options={"examples": 2.0}), "'examples' is 2.0 .* expected int"),
         (EvaluatorSpec("validation_loss"), "set EvaluatorSpec.function"),
         (EvaluatorSpec("sample_grid", function=loss), "takes no function"),
     ],
