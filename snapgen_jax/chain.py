@@ -7,8 +7,9 @@ of earlier stages are filled in.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -130,6 +131,8 @@ def run_chain(
 ) -> dict[str, Numbers]:
     """Trains every stage, or goes on with it, and scores the rows that are not on record.
 
+    The folder of a stage that is on record may be deleted; it is trained again where something still needs it.
+
     Args:
         chain, overrides: as from `load_chain`.
         workdir: the stages lie in it, each in a folder of its name; `chain.json` and the table `chain.md` too.
@@ -147,37 +150,48 @@ def run_chain(
         "frechet": {"examples": chain.examples},
     }
     parts = Stages(root / "chain.json")
+    stages = {stage.name: stage for stage in chain.stages}
+
+    def train(name: str) -> Numbers:
+        present(stages[name].earlier.values())
+        folder, config = root / name, configs[name]
+        experiment = Experiment(config, folder)
+        experiments.prepare_workdir(config, folder)
+        state = experiment.train()
+        seen = read_lines(folder / "metrics" / "evaluation.jsonl")
+        last = seen[-1] if seen and seen[-1]["step"] == int(state.step) else {}
+        return {
+            "params": parameters(state),
+            "images_seen": int(state.step) * int(config.batch_size),
+            **{k: v for k, v in last.items() if k.startswith("validation_loss.")},
+        }
+
+    def depends(name: str) -> dict[str, str]:
+        return {other: to_json(configs[other]) for other in with_earlier(chain, name)}
+
+    def trained(name: str) -> Numbers:
+        return parts.run(f"train {name}", depends(name), functools.partial(train, name))
+
+    def present(names: Iterable[str]) -> None:
+        """Trains a stage again whose numbers are on record, and whose folder is gone."""
+        for name in names:
+            if not (root / name).exists():
+                parts.forget(f"train {name}")
+            trained(name)
+
+    def score(name: str, row: RowConfig) -> Numbers:
+        present([name, *([row.decoder] if row.decoder else [])])
+        decoder = root / row.decoder if row.decoder else None
+        return experiments.evaluate(root / name, chain.scores, generation=row.options, options=asked, decoder=decoder)
+
     rows: dict[str, Numbers] = {}
-    for stage in chain.stages:
-        folder, config = root / stage.name, configs[stage.name]
-
-        def train(folder: epath.Path = folder, config: Any = config) -> Numbers:
-            experiment = Experiment(config, folder)
-            experiments.prepare_workdir(config, folder)
-            state = experiment.train()
-            batch = int(config.batch_size)
-            seen = read_lines(folder / "metrics" / "evaluation.jsonl")
-            last = seen[-1] if seen and seen[-1]["step"] == int(state.step) else {}
-            return {
-                "params": parameters(state),
-                "images_seen": int(state.step) * batch,
-                **{k: v for k, v in last.items() if k.startswith("validation_loss.")},
-            }
-
-        all_configs = {name: to_json(configs[name]) for name in with_earlier(chain, stage.name)}
-        trained = parts.run(f"train {stage.name}", all_configs, train)
-        rows |= {} if stage.rows else {stage.name: trained}
+    for name, stage in stages.items():
+        numbers = trained(name)
+        rows |= {} if stage.rows else {name: numbers}
         for row in stage.rows:
-
-            def score(folder: epath.Path = folder, row: RowConfig = row) -> Numbers:
-                decoder = root / row.decoder if row.decoder else None
-                return experiments.evaluate(
-                    folder, chain.scores, generation=row.options, options=asked, decoder=decoder
-                )
-
-            decoders = {name: to_json(configs[name]) for name in with_earlier(chain, row.decoder)}
-            depends = [all_configs, decoders, row.decoder, dict(row.options), chain.scores, asked]
-            rows[row.label] = {**trained, **parts.run(f"score {row.label}", depends, score)}
+            all_of_row = [depends(name), depends(row.decoder), row.decoder, dict(row.options), chain.scores, asked]
+            scores = parts.run(f"score {row.label}", all_of_row, functools.partial(score, name, row))
+            rows[row.label] = {**numbers, **scores}
     text = f"{table(chain, rows)}\n\n{parts.minutes():.1f} minutes in all\n"
     write_whole(root / "chain.md", text)
     print("\n" + text)

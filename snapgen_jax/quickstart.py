@@ -32,7 +32,8 @@ Numbers = dict[str, float]
 
 
 class Stages:
-    """Runs each part once per file and config: its numbers are kept in that file, with the seconds spent."""
+    """Runs each part once per file and config: its numbers are kept in that file, with the seconds spent,
+    those of parts that were stopped included."""
 
     def __init__(self, path: epath.Path):
         self._path = path
@@ -46,9 +47,16 @@ class Stages:
         label = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
         if self._done["parts"].get(name, {}).get("config") != label:
             print(f"\n== {name} ==", flush=True)
-            self._done["parts"][name] = {"config": label, "numbers": part()}
-            self._store()
+            try:
+                self._done["parts"][name] = {"config": label, "numbers": part()}
+            finally:
+                self._store()
         return self._done["parts"][name]["numbers"]
+
+    def forget(self, name: str) -> None:
+        """The part is to be done again when it is next asked for."""
+        self._done["parts"].pop(name, None)
+        self._store()
 
     def minutes(self) -> float:
         """Minutes spent in all, over restarts."""

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -67,6 +67,8 @@ def coerce(value: Any, hint: Any, where: str, what: str = "config key") -> Any:
         if value in options:
             return value
         raise ValueError(f"{what} {where!r} is {value!r}; choose one of {', '.join(map(repr, options))}")
+    elif origin is Sequence and isinstance(value, list | tuple):
+        return tuple(coerce(v, options[0], where, what) for v in value)
     elif origin is tuple and isinstance(value, list | tuple):
         if len(options) == 2 and options[1] is Ellipsis:
             return tuple(coerce(v, options[0], where, what) for v in value)

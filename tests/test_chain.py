@@ -3,14 +3,16 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import pytest
 
 from snapgen_jax import chain as chains
+from snapgen_jax import quickstart
 from snapgen_jax.chain import ChainConfig, RowConfig, StageConfig, load_chain, run_chain, table, with_earlier
 from snapgen_jax.config import build, load_config, recipe_class
 from snapgen_jax.quickstart import Stages
-from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.training.exits import ConfigError, PreemptedError
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 SHAPES = pathlib.Path(__file__).parents[1] / "configs" / "shapes"
@@ -78,6 +80,13 @@ def test_two_stages_train_score_and_are_not_done_again(tmp_path, monkeypatch):
     with pytest.raises(AssertionError, match=f"done anew: {tmp_path}/student"):
         run_chain(first, changed, tmp_path)
 
+    shutil.rmtree(tmp_path / "clip")
+    assert run_chain(first, overrides, tmp_path) == rows, "nothing needs its folder"
+    for _ in range(2):  # the second time as after a stop, when the folder is there again
+        with pytest.raises(AssertionError, match=f"done anew: {tmp_path}/clip"):
+            run_chain(first, changed, tmp_path)
+        (tmp_path / "clip").mkdir(exist_ok=True)
+
 
 def test_a_part_is_done_anew_when_what_it_depends_on_has_changed_and_the_others_are_not(tmp_path):
     def parts_done(teacher):
@@ -88,6 +97,20 @@ def test_a_part_is_done_anew_when_what_it_depends_on_has_changed_and_the_others_
         return done
 
     assert [parts_done(2), parts_done(2), parts_done(3)] == [["clip", "teacher"], [], ["teacher"]]
+
+
+def test_the_minutes_of_a_part_that_was_stopped_count(tmp_path, monkeypatch):
+    now = iter([0.0, 60.0, 100.0, 160.0, 220.0])
+    monkeypatch.setattr(quickstart.time, "monotonic", lambda: next(now))
+
+    def stopped():
+        raise PreemptedError("SIGTERM")
+
+    with pytest.raises(PreemptedError):
+        Stages(tmp_path / "chain.json").run("teacher", {}, stopped)
+    stages = Stages(tmp_path / "chain.json")
+    assert stages.run("teacher", {}, lambda: {"n": 1.0}) == {"n": 1.0}
+    assert stages.minutes() == 3.0
 
 
 def test_a_stage_depends_on_all_that_it_starts_from():

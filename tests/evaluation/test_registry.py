@@ -1,5 +1,7 @@
 """Evaluators by name, with errors that teach."""
 
+import dataclasses
+
 import pytest
 
 from snapgen_jax.evaluation.interfaces import EvaluatorSpec
@@ -17,6 +19,15 @@ def test_every_registered_evaluator_is_made_from_its_name(name):
     assert callable(create(EvaluatorSpec(name, function=function)))
 
 
+@pytest.mark.parametrize("name", EVALUATORS)
+def test_the_defaults_of_an_evaluator_may_be_given_as_options(name):
+    function = loss if name in ("validation_loss", "reconstruction") else None
+    evaluator = create(EvaluatorSpec(name, function=function))
+    defaults = {field.name: getattr(evaluator, field.name) for field in dataclasses.fields(evaluator)}
+    defaults.pop("function", None)
+    assert create(EvaluatorSpec(name, function=function, options=defaults)) == evaluator
+
+
 def test_options_reach_the_evaluator():
     evaluator = create(EvaluatorSpec("sample_grid", options={"prompts": ["a star"], "columns": 4}))  # as from a config
     assert evaluator == SampleGrid(prompts=("a star",), columns=4)
@@ -30,6 +41,10 @@ def test_options_reach_the_evaluator():
         (EvaluatorSpec("sample_grid", options={"function": loss}), "unknown option"),
         (EvaluatorSpec("frechet", options={"examples": "many"}), "'examples' is 'many' .* expected int"),
         (EvaluatorSpec("frechet", options={"examples": 2.0}), "'examples' is 2.0 .* expected int"),
+        (
+            EvaluatorSpec("compositional", options={"categories": "colours"}),
+            r"is 'colours' .* expected .*Sequence\[str\]",
+        ),
         (EvaluatorSpec("validation_loss"), "set EvaluatorSpec.function"),
         (EvaluatorSpec("sample_grid", function=loss), "takes no function"),
     ],
