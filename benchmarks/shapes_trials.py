@@ -69,7 +69,7 @@ class Trial:
 TEXT = {"text_workdir": "clip"}
 TAUGHT = {**TEXT, "teacher.workdir": "teacher"}
 FROM_DISTILLED = {**TAUGHT, "init_from": "distilled", "trunk_workdir": "distilled"}
-BOTH = {"": {}, "unguided": UNGUIDED}
+BOTH = {"": {}, "unguided": {**UNGUIDED, "steps": 28}}  # what the paper sets beside four steps
 TRIALS = {  # in the order in which they are made
     "clip": Trial("clip", group="clip", draws={}),
     "teacher": Trial("teacher", earlier=TEXT, group="teacher"),
@@ -127,7 +127,7 @@ BUDGETS = {
     "hour": Budget(
         "quick", {"clip": 1_000, "teacher": 12_000, "student": 2_000, "few-step": 600}, {}, 64, 256, 1.5, SINGLE
     ),
-    "night": Budget("quick", NIGHT, {"student": 3, "few-step": 3}, 64, 512, 5.0, SINGLE),
+    "night": Budget("quick", NIGHT, {"student": 3, "few-step": 3}, 64, 512, 10.0, SINGLE),
     "gpu": Budget(
         "quick",
         {**NIGHT, "bfloat16": 4_000},

@@ -32,7 +32,7 @@ def row(*scores, heldout=0.5, diversity=1.0, distance=1.0, parameters=1):
 
 
 def judged(found):
-    return {claim.claim.split(":")[0]: claim.judge(found, hours=8) for claim in CLAIMS}
+    return {claim.claim.split(":")[0]: claim.judge(found) for claim in CLAIMS}
 
 
 def record_of(rows, claims=()):
@@ -101,10 +101,16 @@ def test_a_claim_is_shown_only_where_all_of_its_parts_hold_and_not_run_where_a_r
     assert held(distilled=row(0.7, 0.71, 0.72, heldout=0.4)) == [True, True, False, True]
     assert held(**{"distilled, unguided": row(0.4, 0.4, 0.4, distance=0.8)}) == [True, True, True, False]
     del found["alone"]
-    assert judged(found)["distillation helps"]["status"] == "not run (needs 8 h)"
+    assert judged(found)["distillation helps"]["status"] == "not run (needs 10 h)"
     assert judged(found)["distillation helps"]["missing"] == ["alone"]
     found["alone"] = {"3": row(0.5)["0"]}
-    assert judged(found)["distillation helps"]["status"] == "not run (needs 8 h)", "no seed has all rows"
+    assert judged(found)["distillation helps"]["status"] == "not run (needs 10 h)", "no seed has all rows"
+
+
+def test_a_tie_shows_nothing_of_what_is_to_be_better():
+    claims = [claim for claim in CLAIMS if "help" in claim.claim or "does it" in claim.claim]
+    found = {name: row(0.0, 0.0, 0.0) for claim in claims for name in claim.rows}
+    assert [claim.judge(found)["status"] for claim in claims] == ["not shown"] * 3
 
 
 def test_near_the_teacher_is_nineteen_twentieths_of_his_score_less_the_margin_at_a_third_of_his_size():
@@ -142,7 +148,11 @@ def test_nothing_is_begun_after_the_deadline_and_the_table_says_what_is_missing(
     make_all(runs, deadline=-math.inf)
     record = report(runs, "hour")
     assert not list(tmp_path.iterdir()) and not record["rows"]
-    assert markdown(record).count(f"not run (needs {BUDGETS['night'].hours:g} h)") == len(CLAIMS)
+    table = markdown(record)
+    assert (
+        table.count(f"| `--budget=night` makes it | not run (needs {BUDGETS['night'].hours:g} h) |") == len(CLAIMS) - 1
+    )
+    assert f"| `--budget=gpu` makes it | not run (needs {BUDGETS['gpu'].hours:g} h) |" in table, "bfloat16"
 
 
 def test_a_row_of_the_ladder_is_measured_and_no_other(monkeypatch):
