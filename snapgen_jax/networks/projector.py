@@ -22,7 +22,6 @@ class ProjectorConfig:
 
     Attributes:
         in_width, out_width: channels of the student's and of the teacher's map.
-        size: (h, w) of the teacher's map.
         unshuffle: side of the squares of the student's cells that become one cell, their channels side by side.
         hidden: width of a middle layer with SiLU; None for one linear map.
         dtype: platform choice, fixed by `module.for_platform`.
@@ -30,7 +29,6 @@ class ProjectorConfig:
 
     in_width: int
     out_width: int
-    size: tuple[int, int]
     unshuffle: int = 1
     hidden: int | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -38,10 +36,10 @@ class ProjectorConfig:
     @classmethod
     def between(cls, student: tuple[int, ...], teacher: tuple[int, ...], hidden: int | None = None) -> ProjectorConfig:
         """From a map `[.., h, w, c]` to one `[.., H, W, D]`, by unshuffling where h / H = w / W is a whole number, else
-        by resizing."""
+        by resizing. Maps of another size for which this is equal may take the same projector."""
         (h, w, c), (to_h, to_w, d) = student[-3:], teacher[-3:]
         whole = h % to_h == 0 and w % to_w == 0 and h // to_h == w // to_w
-        return cls(c, d, (to_h, to_w), h // to_h if whole else 1, hidden)
+        return cls(c, d, h // to_h if whole else 1, hidden)
 
     def module(self, rngs: nnx.Rngs) -> nnx.Module:
         """Creates the projector with freshly drawn parameters."""
@@ -57,12 +55,12 @@ class Projector(nnx.Module):
         self.inner = Linear(width, config.hidden, dtype=dtype, rngs=rngs) if config.hidden else None
         self.outer = Linear(config.hidden or width, config.out_width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[B, h, w, in_width]` to `[B, H, W, out_width]` float32."""
+    def __call__(self, x: jax.Array, size: tuple[int, int]) -> jax.Array:
+        """`[B, h, w, in_width]` to `[B, H, W, out_width]` float32, where `size` is (H, W) of the teacher's map."""
         p = self.config.unshuffle
         x = rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=p, q=p)
         if self.inner is not None:
             x = jax.nn.silu(self.inner(x))
         x = self.outer(x).astype(jnp.float32)
-        size = (x.shape[0], *self.config.size, x.shape[3])
-        return x if x.shape == size else jax.image.resize(x, size, "bilinear")
+        shape = (x.shape[0], *size, x.shape[3])
+        return x if x.shape == shape else jax.image.resize(x, shape, "bilinear")

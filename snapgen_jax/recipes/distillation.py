@@ -175,15 +175,26 @@ class Distilled(FlowMatching):
         return self.teacher_codec is not None
 
     def _projectors(self) -> list[ProjectorConfig]:
-        """One for each pair of features, by their shapes at the first image size."""
+        """One for each pair of features, by their shapes, which every image size must agree upon."""
         config: TeachingConfig = self.config
         if not config.feature_weight:
             return []
-        size = self.config.image_sizes[0]
-        ours = tap_shapes(self.network, self.network_spec, self.latent_shape(size), config.student_taps)
-        his = tap_shapes(self.teacher, self.teacher_spec, self.teacher_latent_shape(size), config.teacher_taps)
-        pairs = zip(config.student_taps, config.teacher_taps, strict=True)
-        return [ProjectorConfig.between(ours[a], his[b], config.projector_hidden) for a, b in pairs]
+
+        def at(size: tuple[int, int]) -> list[ProjectorConfig]:
+            ours = tap_shapes(self.network, self.network_spec, self.latent_shape(size), config.student_taps)
+            his = tap_shapes(self.teacher, self.teacher_spec, self.teacher_latent_shape(size), config.teacher_taps)
+            pairs = zip(config.student_taps, config.teacher_taps, strict=True)
+            return [ProjectorConfig.between(ours[a], his[b], config.projector_hidden) for a, b in pairs]
+
+        first, *others = self.config.image_sizes
+        pairs = at(first)
+        for size in others:
+            if at(size) != pairs:
+                raise ConfigError(
+                    f"the features of the student and of the teacher have another ratio of sizes at {size} than at "
+                    f"{first}, and one projector serves both; change image_sizes"
+                )
+        return pairs
 
     def teacher_latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         """`(h, w, c)` of the teacher's latent of an image size."""
@@ -339,7 +350,8 @@ class Distilled(FlowMatching):
         if "feature" in self.weights:
             pairs = zip(self.projectors.items(), ours, his, strict=True)
             distances = [
-                feature_loss(apply(network, params[name], features[a]), taught[b]) for (name, network), a, b in pairs
+                feature_loss(apply(network, params[name], features[a], taught[b].shape[1:3]), taught[b])
+                for (name, network), a, b in pairs
             ]
             losses["feature"] = sum(distances[1:], distances[0]) / len(distances)
         losses = {name: loss * self.time_weight(t) for name, loss in losses.items()}

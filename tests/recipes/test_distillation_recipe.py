@@ -16,6 +16,7 @@ from snapgen_jax.networks.mmdit import MMDiTConfig
 from snapgen_jax.networks.module import flatten
 from snapgen_jax.parallel.mesh import MeshConfig, make_mesh
 from snapgen_jax.parallel.sharding import tree_shardings
+from snapgen_jax.recipes import distillation
 from snapgen_jax.recipes.distillation import Distillation, DistillationConfig, TeacherConfig
 from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig, SamplingConfig
 from snapgen_jax.training.exits import ConfigError
@@ -113,6 +114,27 @@ def test_accumulation_changes_nothing_but_rounding(taught, updated):
     ratio = [s.extra["means"]["output"] for s in (one, four)]
     seen = ratio[0]["count"] > 0
     np.testing.assert_allclose(*(np.asarray(r["total"])[seen] / np.asarray(r["count"])[seen] for r in ratio), rtol=1e-4)
+
+
+def test_one_projector_serves_every_image_size():
+    made = recipe(image_sizes=((8, 8), (8, 16)))
+    frozen, state = random_like(made.frozen_spec()), state_away_from_zero(made)
+    wide = {**greys(), "image": np.tile(greys()["image"], (1, 1, 2, 1))}
+    update = jax.jit(make_step(made, 0))
+    for batch in (greys(), wide):
+        state, metrics = update(state, frozen, batch)
+        assert bool(metrics["finite"]) and float(metrics["loss/feature"]) > 0
+
+
+def test_image_sizes_at_which_features_relate_otherwise_are_refused(monkeypatch):
+    def maps(network, spec, latent, taps):
+        return dict.fromkeys(taps, (1, 8, 8, 8) if network.config.depth == 3 else (1, 4, latent[1], 8))
+
+    monkeypatch.setattr(distillation, "tap_shapes", maps)
+    mmdit = dataclasses.replace(MMDIT, depth=3)
+    assert recipe(mmdit=mmdit).projectors
+    with pytest.raises(ConfigError, match=r"another ratio of sizes at \(8, 16\) than at \(8, 8\)"):
+        recipe(mmdit=mmdit, image_sizes=((8, 8), (8, 16)))
 
 
 def ask(made, given, drawn, x_t, context):
