@@ -52,6 +52,9 @@ from snapgen_jax.weights.frozen import draw_stand_ins, load_codec, load_mmdit, l
 
 Tree = Any
 RULES = {"unet": unet.RULES, "mmdit": mmdit.RULES}
+# Keys of what a teacher adds are folded from here on: `split(key, n)[i]` is `fold_in(key, i)`, and so is the key of a
+# network's i-th parameter, so that small numbers are taken by what is drawn without him.
+OWN_KEYS = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +211,8 @@ class Distilled(FlowMatching):
         if not self.weights:
             return state
         projectors = {
-            name: init(network, jax.random.fold_in(key, i)) for i, (name, network) in enumerate(self.projectors.items())
+            name: init(network, jax.random.fold_in(key, OWN_KEYS + i))
+            for i, (name, network) in enumerate(self.projectors.items())
         }
         player = self._new_player({**state.players["model"].params, **projectors})
         means = {"means": new_means(tuple(self.weights), self.config.scaling)} if self._has_means else {}
@@ -278,7 +282,7 @@ class Distilled(FlowMatching):
         if not self.weights or not self.has_own_latents:
             return drawn
         x_0 = self.teacher_latents(frozen, batch)
-        eps = jax.random.normal(jax.random.fold_in(key, 1), x_0.shape)
+        eps = jax.random.normal(jax.random.fold_in(key, OWN_KEYS), x_0.shape)
         return {**drawn, "teacher_x_0": x_0, "teacher_eps": eps}
 
     def teacher_latents(self, frozen: Tree, batch: Tree) -> jax.Array:

@@ -16,7 +16,7 @@ from snapgen_jax.networks.mmdit import MMDiTConfig
 from snapgen_jax.networks.module import flatten
 from snapgen_jax.parallel.mesh import MeshConfig, make_mesh
 from snapgen_jax.parallel.sharding import tree_shardings
-from snapgen_jax.recipes import distillation
+from snapgen_jax.recipes import distillation, flow_matching
 from snapgen_jax.recipes.distillation import Distillation, DistillationConfig, TeacherConfig
 from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig, SamplingConfig
 from snapgen_jax.training.exits import ConfigError
@@ -54,6 +54,14 @@ def taught():
     made = recipe()
     frozen = random_like(made.frozen_spec())
     return made, frozen, state_away_from_zero(made), jax.jit(made.draw)(frozen, greys(), jax.random.key(3), 0)
+
+
+def test_projectors_are_drawn_from_keys_of_their_own(monkeypatch):
+    keys, init = [], distillation.init
+    for module in (distillation, flow_matching):
+        monkeypatch.setattr(module, "init", lambda network, key: keys.append(key) or init(network, key))
+    recipe(student_taps=("block_00",) * 2, teacher_taps=("block_00", "block_01")).init(jax.random.key(0))
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys) == 4
 
 
 def gradients(made, given, params, drawn):
@@ -183,8 +191,10 @@ def test_a_teacher_with_other_latents_teaches_features_from_the_same_image_with_
     teacher = TeacherConfig(mmdit=dataclasses.replace(MMDIT, latent_channels=48), codec=codec)
     made = recipe(teacher, output_weight=0.0)
     frozen = random_like(made.frozen_spec())
-    drawn = jax.eval_shape(made.draw, frozen, greys(), jax.random.key(0), 0)
+    drawn = jax.jit(made.draw)(frozen, greys(), jax.random.key(0), 0)
     assert drawn["teacher_x_0"].shape == (8, 2, 2, 48) and drawn["x_0"].shape == (8, 4, 4, 12)
+    of_the_times = np.log(drawn["t"]) - np.log1p(-drawn["t"])  # of one key its beginning would be these numbers
+    assert not np.isclose(of_the_times[:, None], np.ravel(drawn["teacher_eps"]), rtol=0, atol=1e-6).any()
     _, metrics = jax.jit(make_step(made, 0))(state_away_from_zero(made), frozen, greys())
     assert bool(metrics["finite"]) and float(metrics["loss/feature"]) > 0
     with pytest.raises(ValueError, match="output_weight=0"):
