@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,12 +18,13 @@ import numpy as np
 from etils import epath
 
 from snapgen_jax import experiment as experiments
-from snapgen_jax.config import ConfigError, build_dataclass, load_config, read, to_json
+from snapgen_jax.config import ConfigError, build_dataclass, from_json, load_config, read, to_json
 from snapgen_jax.data.prompts import CATEGORIES
-from snapgen_jax.experiment import Experiment
+from snapgen_jax.experiment import Experiment, differences
 from snapgen_jax.networks.module import count_parameters
 from snapgen_jax.quickstart import Stages
 from snapgen_jax.training.files import write_whole
+from snapgen_jax.training.loop import LoopConfig
 from snapgen_jax.training.metrics import read_lines
 from snapgen_jax.training.state import TrainState
 from snapgen_jax.typed import closest
@@ -38,6 +41,8 @@ COLUMNS = {
     "clip.score": "CLIP",
     "validation_loss.accuracy": "accuracy",
 }
+# How a run is watched and kept, and over which devices it is spread.
+LEARNS_THE_SAME = {f.name for f in dataclasses.fields(LoopConfig)} - {"seed", "train_steps", "microbatches"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +136,8 @@ def run_chain(
 ) -> dict[str, Numbers]:
     """Trains every stage, or goes on with it, and scores the rows that are not on record.
 
-    The folder of a stage that is on record may be deleted; it is trained again where something still needs it.
+    A stage that began with another config, or that starts from one that did, is trained anew; the folder of what was
+    gets a number. That of a stage on record may be deleted: it is trained again where something still needs it.
 
     Args:
         chain, overrides: as from `load_chain`.
@@ -155,6 +161,13 @@ def run_chain(
     def train(name: str) -> Numbers:
         present(stages[name].earlier.values())
         folder, config = root / name, configs[name]
+        began = folder / "began.json"
+        if began.exists() and (changed := changes(chain, name, json.loads(began.read_text()), configs)):
+            aside = next(path for i in itertools.count(1) if not (path := root / f"{name}.{i}").exists())
+            folder.rename(aside)
+            print(f"{name} is trained anew ({changed}); what it was lies in {aside}", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(began, json.dumps(depends(name)))
         experiment = Experiment(config, folder)
         experiments.prepare_workdir(config, folder)
         state = experiment.train()
@@ -204,6 +217,25 @@ def with_earlier(chain: ChainConfig, name: str) -> list[str]:
         return []
     earlier = next(stage.earlier.values() for stage in chain.stages if stage.name == name)
     return list(dict.fromkeys([name, *(more for other in earlier for more in with_earlier(chain, other))]))
+
+
+def changes(chain: ChainConfig, name: str, began: Mapping[str, str], configs: Mapping[str, Any]) -> str:
+    """What a stage began with and is otherwise now, in it and in all that it starts from; "" if it may go on.
+
+    Args:
+        chain: that it is of.
+        name: the stage.
+        began: {stage: its config as JSON}, of the stage and of all that it starts from.
+        configs: {stage: its config now}.
+    """
+    found = []
+    for stage in chain.stages:
+        if stage.name in with_earlier(chain, name):
+            old = from_json(began[stage.name]) if stage.name in began else {}
+            for key, (was, now) in differences(old, configs[stage.name]).items():
+                if key not in stage.earlier and key.partition(".")[0] not in LEARNS_THE_SAME:
+                    found.append(f"{stage.name}.{key} was {was}, is now {now}")
+    return "; ".join(found)
 
 
 def parameters(state: TrainState) -> int:

@@ -402,7 +402,7 @@ def differences(old: Config, new: Config, prefix: str = "") -> dict[str, tuple[A
     out: dict[str, tuple[Any, Any]] = {}
     for name in sorted(set(old) | set(new)):
         a, b = old.get(name), new.get(name)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
+        if isinstance(a, Mapping | ConfigDict) and isinstance(b, Mapping | ConfigDict):
             out.update(differences(a, b, f"{prefix}{name}."))
         elif a != b:
             out[f"{prefix}{name}"] = (a, b)

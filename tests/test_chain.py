@@ -9,8 +9,8 @@ import pytest
 
 from snapgen_jax import chain as chains
 from snapgen_jax import quickstart
-from snapgen_jax.chain import ChainConfig, RowConfig, StageConfig, load_chain, run_chain, table, with_earlier
-from snapgen_jax.config import build, load_config, recipe_class
+from snapgen_jax.chain import ChainConfig, RowConfig, StageConfig, changes, load_chain, run_chain, table, with_earlier
+from snapgen_jax.config import build, load_config, recipe_class, to_json
 from snapgen_jax.quickstart import Stages
 from snapgen_jax.training.exits import ConfigError, PreemptedError
 
@@ -60,7 +60,7 @@ def test_the_table_sets_a_row_beside_the_one_it_is_to_better():
 
 
 @pytest.mark.slow
-def test_two_stages_train_score_and_are_not_done_again(tmp_path, monkeypatch):
+def test_two_stages_train_score_and_are_done_again_only_where_they_changed(tmp_path, monkeypatch, capsys):
     chain, overrides = load_chain(f"{SHAPES}/chain.py:runlocal", ["student.sampling.steps=1"])
     first = dataclasses.replace(chain, stages=(chain.stages[0], chain.stages[2]), examples=2)
     rows = run_chain(first, overrides, tmp_path)
@@ -73,19 +73,49 @@ def test_two_stages_train_score_and_are_not_done_again(tmp_path, monkeypatch):
     def never(*args, **options):
         raise AssertionError(f"done anew: {args[-1]}")
 
-    monkeypatch.setattr(chains, "Experiment", never)
-    monkeypatch.setattr(chains.experiments, "evaluate", never)
-    assert run_chain(first, overrides, tmp_path) == rows
-    changed = {"student": ["sampling.steps=2"]}  # CLIP, which does not start from the student, is as it was
-    with pytest.raises(AssertionError, match=f"done anew: {tmp_path}/student"):
-        run_chain(first, changed, tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(chains, "Experiment", never)
+        patched.setattr(chains.experiments, "evaluate", never)
+        assert run_chain(first, overrides, tmp_path) == rows
+        shutil.move(tmp_path / "clip", tmp_path / "kept")
+        assert run_chain(first, overrides, tmp_path) == rows, "nothing needs its folder"
+        changed = {"student": [*overrides["student"], "optimizer.learning_rate=0.1"]}
+        for _ in range(2):  # the second time as after a stop, when the folder is there again
+            with pytest.raises(AssertionError, match=f"done anew: {tmp_path}/clip"):
+                run_chain(first, changed, tmp_path)
+        shutil.rmtree(tmp_path / "clip")
+        shutil.move(tmp_path / "kept", tmp_path / "clip")
 
-    shutil.rmtree(tmp_path / "clip")
-    assert run_chain(first, overrides, tmp_path) == rows, "nothing needs its folder"
-    for _ in range(2):  # the second time as after a stop, when the folder is there again
-        with pytest.raises(AssertionError, match=f"done anew: {tmp_path}/clip"):
-            run_chain(first, changed, tmp_path)
-        (tmp_path / "clip").mkdir(exist_ok=True)
+    new = run_chain(first, changed, tmp_path)  # CLIP, which does not start from the student, is as it was
+    loss = "validation_loss.mean"
+    assert new["clip"] == rows["clip"] and new["student"][loss] != rows["student"][loss]
+    assert "student.optimizer.learning_rate was" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"clip", "student", "student.1"}
+
+
+def test_a_stage_goes_on_with_what_learns_the_same_and_with_nothing_else(tmp_path):
+    chain, _ = load_chain(f"{SHAPES}/chain.py:runlocal")
+
+    def configs(folder, *changed, of="clip"):
+        return {
+            stage.name: load_config(
+                stage.config,
+                [
+                    *(f"{key}={folder}/{name}" for key, name in stage.earlier.items()),
+                    *(changed if stage.name == of else ()),
+                ],
+            )
+            for stage in chain.stages
+        }
+
+    began = {name: to_json(config) for name, config in configs("/runs").items()}
+
+    def changed(name, now):
+        return changes(chain, name, began, now)
+
+    assert changed("student", configs("/moved", "log_every_steps=3", "checkpoint.keep_every_steps=3")) == ""
+    assert changed("student", configs("/runs", "train_steps=7")) == "clip.train_steps was 6, is now 7"
+    assert changed("teacher", configs("/runs", "train_steps=7", of="student")) == ""
 
 
 def test_a_part_is_done_anew_when_what_it_depends_on_has_changed_and_the_others_are_not(tmp_path):
