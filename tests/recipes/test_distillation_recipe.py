@@ -182,8 +182,13 @@ def test_a_rollout_leads_where_the_teachers_own_sampler_does(taught):
         return made.ask_teacher(given, {**drawn, "t": t}, x, context, ())[0], carry
 
     end, _ = jax.jit(lambda eps: sample(denoise, eps, jnp.linspace(1.0, 0.0, 5)))(eps)
-    v = ask(recipe(dataclasses.replace(TEACHER, rollout_steps=4)), given, {**drawn, "t": t}, eps, context)
+    rolled = recipe(dataclasses.replace(TEACHER, rollout_steps=4))
+    v = ask(rolled, given, {**drawn, "t": t}, eps, context)
     np.testing.assert_allclose(eps - v, end, rtol=1e-4, atol=1e-4)
+    for t in (0.01, 0.0):  # a short way, along which the velocity hardly changes
+        near = {**drawn, "t": jnp.full(8, t)}
+        v, one = (ask(who, given, near, drawn["x_0"], context) for who in (rolled, made))
+        assert jnp.linalg.norm(v - one) < 0.15 * jnp.linalg.norm(one), t
 
 
 def test_a_teacher_with_other_latents_teaches_features_from_the_same_image_with_noise_of_its_own():
@@ -207,6 +212,7 @@ def test_a_teacher_with_other_latents_teaches_features_from_the_same_image_with_
         ({}, {"teacher_taps": ()}, "pair by pair"),
         ({}, {"teacher_taps": ("block_09",)}, "block_00 to block_01"),
         ({"mmdit": MMDiTConfig.preset("smoke")}, {}, "12 channels and the teacher's 4"),
+        ({"rollout_steps": 0}, {}, r"teacher\.rollout_steps=0"),
         ({"workdir": "a", "weights": "b"}, {}, "one of them"),
     ],
 )
