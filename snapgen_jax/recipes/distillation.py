@@ -126,7 +126,7 @@ class Distilled(FlowMatching):
         """`platform` is the one compiled for.
 
         Raises:
-            ValueError: the teacher and what is asked of him do not fit each other or the student.
+            ConfigError: the teacher and what is asked of him do not fit each other or the student.
         """
         super().__init__(config, platform)
         asked: TeachingConfig = config
@@ -149,30 +149,39 @@ class Distilled(FlowMatching):
     def _check(self) -> None:
         config: TeachingConfig = self.config
         teacher = config.teacher
+        if config.output_weight < 0 or config.feature_weight < 0:
+            raise ConfigError(
+                f"output_weight={config.output_weight} and feature_weight={config.feature_weight}; give 0 or more, since "
+                "less leads away from the teacher"
+            )
         if bool(teacher.workdir) + bool(teacher.weights) + teacher.random > 1:
-            raise ValueError(
+            raise ConfigError(
                 "teacher.workdir, teacher.weights and teacher.random each name a teacher; give one of them"
             )
         if teacher.weights and teacher.network != "mmdit":
-            raise ValueError("teacher.weights holds an MMDiT; set teacher.network to 'mmdit'")
+            raise ConfigError("teacher.weights holds an MMDiT; set teacher.network to 'mmdit'")
+        if teacher.weights and teacher.text is not None:
+            raise ConfigError("teacher.weights holds an MMDiT alone; leave teacher.text out")
         if config.output_weight and self.has_own_latents:
-            raise ValueError(
+            raise ConfigError(
                 "the teacher has latents of its own, so that velocities cannot be compared; set output_weight=0 and "
                 "distil features alone, or give the teacher the student's latents"
             )
         ours, his = self.network_config.latent_channels, self.teacher_config.latent_channels
         if not self.has_own_latents and ours != his:
-            raise ValueError(
+            raise ConfigError(
                 f"the student's latents have {ours} channels and the teacher's {his}; they must be the same latents, "
                 "or teacher.codec must say which the teacher's are"
             )
         if teacher.rollout_steps < 1:
             raise ConfigError(f"teacher.rollout_steps={teacher.rollout_steps}; give 1, or more to follow his flow")
         if len(config.student_taps) != len(config.teacher_taps):
-            raise ValueError(
+            raise ConfigError(
                 f"student_taps {config.student_taps} and teacher_taps {config.teacher_taps} are compared pair by pair; "
                 "give as many of one as of the other"
             )
+        if config.feature_weight and not config.student_taps:
+            raise ConfigError("there are no features to compare; name student_taps, or set feature_weight=0")
 
     @property
     def has_own_latents(self) -> bool:
@@ -226,9 +235,12 @@ class Distilled(FlowMatching):
         return bool(self.weights) and scaling.alpha != "none" and scaling.ratio == "running"
 
     def warm_start(self, state: TrainState, earlier: Tree) -> TrainState:
-        """As without a teacher; projectors that the earlier stage had none of begin anew."""
-        fresh = {name: state.players["model"].params[name] for name in self.projectors}
-        return super().warm_start(state, {"model": {**fresh, **earlier["model"]}})
+        """As without a teacher; projectors begin anew unless the earlier stage had such of the same shapes."""
+        new, old = state.players["model"].params, dict(earlier["model"])
+        for name in self.projectors:
+            if jax.tree.map(jnp.shape, old.get(name)) != jax.tree.map(jnp.shape, new[name]):
+                old[name] = new[name]
+        return super().warm_start(state, {"model": old})
 
     def frozen_spec(self) -> Tree:
         """As without a teacher, and `{"teacher": {his network, "text", "codec"}}`."""

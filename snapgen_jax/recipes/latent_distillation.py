@@ -57,6 +57,13 @@ class LatentDistillation(Distilled, LatentFlowMatching):
                 specs[f"{size[0]}x{size[1]}"]["teacher_latent"] = stored(*self.teacher_latent_shape(size))
         return specs
 
+    def frozen_spec(self) -> Tree:
+        """As for `distillation`, without what made the latents and text states of the teacher, which are stored."""
+        spec = super().frozen_spec()
+        for name in ("codec", "text"):
+            spec.get("teacher", {}).pop(name, None)
+        return spec
+
     def teacher_latents(self, frozen: Tree, batch: Tree) -> jax.Array:
         """The teacher's stored latents."""
         del frozen

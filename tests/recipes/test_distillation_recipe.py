@@ -212,6 +212,10 @@ def test_a_teacher_with_other_latents_teaches_features_from_the_same_image_with_
         ({}, {"teacher_taps": ()}, "pair by pair"),
         ({}, {"teacher_taps": ("block_09",)}, "block_00 to block_01"),
         ({"mmdit": MMDiTConfig.preset("smoke")}, {}, "12 channels and the teacher's 4"),
+        ({}, {"student_taps": (), "teacher_taps": ()}, "no features to compare"),
+        ({}, {"output_weight": -1.0}, "output_weight=-1.0 and"),
+        ({}, {"feature_weight": -0.1}, "feature_weight=-0.1; give 0 or more"),
+        ({"weights": "b", "text": STUDENT["text"]}, {}, r"leave teacher\.text out"),
         ({"rollout_steps": 0}, {}, r"teacher\.rollout_steps=0"),
         ({"workdir": "a", "weights": "b"}, {}, "one of them"),
     ],
@@ -219,6 +223,17 @@ def test_a_teacher_with_other_latents_teaches_features_from_the_same_image_with_
 def test_what_does_not_fit_is_refused_with_what_to_change(teacher, changes, message):
     with pytest.raises(ValueError, match=message):
         recipe(dataclasses.replace(TEACHER, **teacher), **changes)
+
+
+def test_a_warm_start_keeps_the_projectors_that_fit_and_no_others():
+    earlier = random_like(jax.eval_shape(recipe(projector_hidden=4).init, key(0, 0, "init")).players["model"].params)
+    for hidden in (4, None):
+        made = recipe(student_taps=("block_00",) * 2, teacher_taps=("block_01",) * 2, projector_hidden=hidden)
+        state = jax.jit(made.init)(key(0, 0, "init"))
+        fresh, started = (s.players["model"].params for s in (state, made.warm_start(state, {"model": earlier})))
+        for name in ("mmdit", "projector_0", "projector_1"):
+            kept = name == "mmdit" or (name == "projector_0" and hidden == 4)
+            jax.tree.map(np.testing.assert_array_equal, started[name], (earlier if kept else fresh)[name])
 
 
 def test_without_a_teacher_to_load_it_says_which_key_to_set():

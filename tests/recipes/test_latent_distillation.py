@@ -63,6 +63,12 @@ def test_a_teacher_with_stored_latents_of_his_own_teaches_features_alone():
     assert specs["teacher_latent"].shape == (8, 64, 64, 3)
 
 
+def test_what_made_the_stored_latents_and_text_states_of_the_teacher_is_not_loaded():
+    own = ("teacher.codec.kind=autoencoder", "teacher.mmdit.latent_channels=4", "teacher.text.preset=smoke")
+    recipe = made("distill/t2i_512_sd35l", *own, "output_weight=0.0", arg=":runlocal")
+    assert set(recipe.frozen_spec()["teacher"]) == {"mmdit"} == set(recipe.load_frozen(None)["teacher"])
+
+
 def test_the_four_step_config_runs_locally(tmp_path):
     spec = f"{CONFIGS}/fewstep/t2i_1024_4step.py:runlocal"
     config = load_config(spec, ["train_steps=3", "log_every_steps=1", "tensorboard=False"])
