@@ -31,23 +31,25 @@ def hinge_generator_loss(fake_logits: jax.Array) -> jax.Array:
     return -_mean(_float32(fake_logits))
 
 
-def gradient_penalty(discriminate: Callable[[Tree], jax.Array], real: Tree) -> jax.Array:
-    """R1, the squared gradient of the logits by what the discriminator sees of the data: `|| d D(x) / d x ||^2`.
+def gradient_penalty(discriminate: Callable[[Tree], Tree], real: Tree) -> jax.Array:
+    """R1, the squared gradient of a head's logits by what it sees of the data: `|| d sum D(x) / d x ||^2`.
 
-    Mescheder et al. 2018, "Which Training Methods for GANs do actually Converge?", eq. 9, without its factor. Where the
-    discriminator is heads on a frozen trunk, `real` are the features of the trunk (Sauer et al. 2023, "StyleGAN-T"), so
-    that the penalty does not pass through it.
+    Mescheder et al. 2018, "Which Training Methods for GANs do actually Converge?", eq. 9, without its factor of 1/2.
+    Where the discriminator is heads on a frozen trunk, `real` are the features of the trunk (Sauer et al. 2023,
+    "Adversarial Diffusion Distillation", section 3.2), so that the penalty does not pass through it. An example's
+    logits are summed: the mean of n cells would have a penalty n^2 times as small, which is none on a large grid.
 
     Args:
-        discriminate: a tree of `[B, ...]` to logits `[B, ...]`; nothing may mix the examples.
+        discriminate: a tree of `[B, ...]`, a leaf for each head, to a tree of the heads' logits `[B, ...]`. Nothing may
+            mix the examples, and a head sees its own leaf alone.
         real: the tree at the data.
 
     Returns:
-        `[B]` float32: the gradient of an example's mean logit, squared and summed over all that is seen of it.
+        `[B]` float32: the gradient of an example's logits, squared and summed over cells and channels; a mean of heads.
     """
-    gradients = jax.grad(lambda seen: jnp.sum(_mean(_float32(discriminate(seen)))))(real)
+    gradients = jax.grad(lambda seen: sum(jnp.sum(_float32(x)) for x in jax.tree.leaves(discriminate(seen))))(real)
     squares = [jnp.sum(jnp.square(_float32(g)), axis=tuple(range(1, g.ndim))) for g in jax.tree.leaves(gradients)]
-    return sum(squares[1:], squares[0])
+    return sum(squares[1:], squares[0]) / len(squares)
 
 
 def adaptive_weight(task_norm: jax.Array, adversarial_norm: jax.Array, limit: float = 1e4) -> jax.Array:

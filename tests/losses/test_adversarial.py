@@ -25,16 +25,22 @@ def test_half_precision_logits_are_averaged_in_float32():
     assert hinge_discriminator_loss(logits, logits).dtype == jnp.float32
 
 
-def test_the_gradient_penalty_of_a_linear_discriminator_is_the_square_of_its_weights_for_each_example():
+def test_the_gradient_penalty_of_linear_heads_is_the_mean_of_their_squared_weights_for_each_example():
     w = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([[1.0, 2.0]])}
     x = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(0), (5, *leaf.shape)), w)
 
     def linear(x):
-        return x["a"] @ w["a"] + jnp.sum(x["b"] * w["b"], axis=(1, 2))
+        return {"a": x["a"] @ w["a"], "b": jnp.sum(x["b"] * w["b"], axis=(1, 2))}
 
-    np.testing.assert_allclose(gradient_penalty(linear, x), 25.0 + 5.0, rtol=1e-6)
-    quadratic = gradient_penalty(lambda x: jnp.square(x["a"]), x)  # the mean of two squares: gradient x
-    np.testing.assert_allclose(quadratic, jnp.sum(jnp.square(x["a"]), axis=1), rtol=1e-6)
+    np.testing.assert_allclose(gradient_penalty(linear, x), np.full(5, (25.0 + 5.0) / 2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("cells", [1, 4, 16])
+def test_the_gradient_penalty_counts_every_cell(cells):
+    x = jax.random.normal(jax.random.key(0), (3, cells, 2))
+    np.testing.assert_allclose(gradient_penalty(lambda x: x @ jnp.array([3.0, 4.0]), x), 25.0 * cells, rtol=1e-6)
+    quadratic = gradient_penalty(lambda x: jnp.square(x), x)  # the sum of squares: gradient 2 x
+    np.testing.assert_allclose(quadratic, 4 * jnp.sum(jnp.square(x), axis=(1, 2)), rtol=1e-6)
 
 
 def test_the_penalty_can_be_differentiated_by_the_discriminator():

@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from snapgen_jax.diffusion.path import interpolate
+from snapgen_jax.losses.adversarial import gradient_penalty
 from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.codec import CodecConfig
 from snapgen_jax.networks.discriminator import DiscriminatorConfig
 from snapgen_jax.networks.mmdit import MMDiTConfig
+from snapgen_jax.networks.text import TextContext
 from snapgen_jax.recipes.adversarial import Adversarial, AdversarialConfig
 from snapgen_jax.recipes.distillation import Distillation, DistillationConfig, TeacherConfig
 from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig
@@ -84,6 +87,53 @@ def test_the_discriminators_loss_reaches_every_head_and_neither_generator_nor_tr
     by_heads, by_params = jax.jit(gradient)(heads, params)
     assert all(np.any(g) for g in jax.tree.leaves(by_heads))
     assert all(not np.any(g) for g in jax.tree.leaves(by_params))
+
+
+def test_the_penalty_is_the_squared_gradient_of_the_sum_over_cells_and_moves_the_heads(playing):
+    made, frozen, state, drawn, _ = playing
+    heads, params = state.players["discriminator"].params, {**frozen, **state.players["model"].params}
+
+    @jax.jit
+    def by_cells():
+        """As in the formula: the logits of every cell by every feature, one example and one tap after the other."""
+        context = made.condition(params, drawn)
+        x_s = interpolate(drawn["x_0"], drawn["real_eps"], drawn["s"])
+        features = made.features(params, x_s, drawn["s"], context, drawn)
+        jacobians = jax.jacrev(lambda features: made.judge(heads, features, drawn["s"], context))(features)
+        squares = [
+            jnp.square(jacobians[tap][tap][i, :, :, i].sum(axis=(0, 1))).sum()
+            for tap in features
+            for i in range(len(x_s))
+        ]
+        return sum(squares) / len(squares)
+
+    penalty = jax.jit(jax.value_and_grad(lambda heads: made.discriminator_loss(heads, params, drawn)[1]["penalty"]))
+    value, slope = penalty(heads)
+    np.testing.assert_allclose(value, by_cells(), rtol=1e-4)
+    weighted = jax.tree.map(lambda g: made.config.penalty_weight * float(jnp.abs(g).max()), slope)
+    assert max(jax.tree.leaves(weighted)) > 1e-6
+    assert sum(w > 0 for w in jax.tree.leaves(weighted)) > len(jax.tree.leaves(weighted)) / 2
+
+
+def test_the_penalty_does_not_shrink_when_the_grid_grows(playing):
+    made, _, state, drawn, _ = playing
+    heads, pooled = state.players["discriminator"].params, jnp.ones((2, HEADS.pooled_width))
+    context = TextContext(jnp.zeros((2, 1, 1)), jnp.ones((2, 1)), pooled)
+    small = {tap: jax.random.normal(jax.random.key(i), (2, 4, 4, 16)) for i, tap in enumerate(HEADS.taps)}
+    large = jax.tree.map(lambda x: jnp.tile(x, (1, 3, 3, 1)), small)
+    few, many = (
+        gradient_penalty(lambda seen: made.judge(heads, seen, drawn["s"][:2], context), x) for x in (small, large)
+    )
+    assert (many > 5 * few).all()  # nine times the cells, and fewer of them at the border
+
+
+def test_without_its_weight_the_penalty_is_left_out_bit_for_bit(playing):
+    made, frozen, state, drawn, _ = playing
+    heads, params = state.players["discriminator"].params, {**frozen, **state.players["model"].params}
+    bare = recipe(penalty_weight=0.0)
+    hinge = jax.grad(lambda heads: made.discriminator_loss(heads, params, drawn)[1]["loss/discriminator"])
+    whole = jax.grad(lambda heads: bare.discriminator_loss(heads, params, drawn)[0])
+    jax.tree.map(np.testing.assert_array_equal, *(jax.jit(gradient)(heads) for gradient in (hinge, whole)))
 
 
 def test_the_parts_of_the_step_are_the_steps_of_the_two_players(playing):
