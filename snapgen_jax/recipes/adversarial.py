@@ -8,7 +8,8 @@ SnapGen (arXiv 2412.09619, section 3.4), as a diffusion GAN (Xu et al. 2023, "UF
 kinds of images again with noise, and is heads on a frozen trunk, a copy of the student or the teacher. Sampling jumps
 to x0^ and back to the next time with fresh noise, without guidance. Two players step in turn within one update:
 "discriminator", which holds the heads, then "model", the generator. An optional third, "critic", follows what is
-generated for distribution matching (Yin et al. 2024, "DMD2"; K-DMD of SnapGen++, arXiv 2601.08303).
+generated for distribution matching (Yin et al. 2024, "DMD2"; K-DMD of SnapGen++, arXiv 2601.08303); it steps once for
+each step of the generator, where those papers let it step five times.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class FewStepConfig:
         penalty_weight: of R1 on the features of the data, which counts every cell; that of "Adversarial Diffusion
             Distillation", section 4.
         noise_mean, noise_std: of logit(s / t), where s < t is the noise that the discriminator looks through.
-        critic_weight: of the distribution matching loss; 0 leaves it and the critic out.
+        critic_weight: of the distribution matching loss; 0 leaves it and the critic out. Needs a teacher who is asked
+            for his velocity, not for where his flow ends (`teacher.rollout_steps`).
     """
 
     trunk: Literal["student", "teacher"] = "student"
@@ -112,6 +114,11 @@ class FewStep(Distilled):
             )
         if self.has_own_latents:
             raise ValueError("a generator of few steps needs a teacher with its own latents; leave teacher.codec out")
+        if asked.critic_weight and config.teacher.rollout_steps > 1:
+            raise ConfigError(
+                f"teacher.rollout_steps={config.teacher.rollout_steps} asks the teacher where his flow ends, which is "
+                "no score for the critic to be compared with; set it to 1, or critic_weight to 0"
+            )
         self._check_heads()
 
     def _check_heads(self) -> None:
@@ -183,7 +190,8 @@ class FewStep(Distilled):
         for name in ("real_eps", "fake_eps"):
             more[name] = jax.random.normal(next(keys), shape)
         if self.config.critic_weight:
-            more["critic_t"] = sample_times(next(keys), size, self.config.timesteps)
+            progress = step / self.config.train_steps
+            more["critic_t"] = sample_times(next(keys), size, self.config.timesteps, progress)
             more["critic_eps"] = jax.random.normal(next(keys), shape)
         return {**drawn, **more}
 
@@ -228,11 +236,12 @@ class FewStep(Distilled):
         return hinge + self.config.penalty_weight * penalty, metrics
 
     def critic_loss(self, critic: Tree, params: Tree, drawn: Tree) -> tuple[jax.Array, Metrics]:
-        """Flow matching of what is generated."""
+        """Flow matching of what is generated, weighed in time as the student's is of the data."""
         made, context = self.generated(params, drawn)
         x, t = interpolate(made, drawn["critic_eps"], drawn["critic_t"]), drawn["critic_t"]
         v = self.predict({**params, **critic}, x, t, context)
-        loss = jnp.mean(flow_matching_loss(v, velocity(made, drawn["critic_eps"])))
+        losses = flow_matching_loss(v, velocity(made, drawn["critic_eps"]))
+        loss = jnp.mean(losses * self.time_weight(t))
         return loss, {"loss/critic": loss}
 
     def matching_loss(self, params: Tree, drawn: Tree, x_0: jax.Array, context: TextContext) -> jax.Array:

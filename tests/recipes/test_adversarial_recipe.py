@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from snapgen_jax.diffusion.path import interpolate
+from snapgen_jax.diffusion.path import interpolate, velocity_from_x0, x0_from_velocity
+from snapgen_jax.diffusion.timesteps import TimestepConfig
 from snapgen_jax.losses.adversarial import gradient_penalty
 from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.codec import CodecConfig
@@ -203,12 +204,87 @@ def test_the_critic_follows_what_is_generated_and_pulls_it_to_the_teacher():
     assert bool(metrics["finite"]) and float(metrics["loss/critic"]) > 0 and float(metrics["loss/matching"]) > 0
     before, after = (jax.tree.leaves(s.players["critic"].params) for s in (state, new))
     assert any(np.any(a != b) for a, b in zip(before, after, strict=True))
-    # where critic and teacher say the same, there is nothing to match
-    params = {**frozen, **state.players["model"].params, "critic": {"mmdit": frozen["teacher"]["mmdit"]}}
+
+
+@pytest.fixture(scope="module")
+def matching():
+    """The recipe with a critic, the networks by name, drawn examples, generated ones, and what they were told."""
+    made = recipe(critic_weight=1.0, adversarial_weight=0.0)
+    frozen, state = random_like(made.frozen_spec()), state_away_from_zero(made)
+    params = {**frozen, **state.extra, **state.players["model"].params, "critic": state.players["critic"].params}
     drawn = jax.jit(made.draw)(frozen, greys(), jax.random.key(0), 0)
-    context = jax.jit(made.condition)(params, drawn)
-    matching = jax.jit(made.matching_loss)(params, drawn, drawn["x_0"], context)
-    np.testing.assert_allclose(matching, 0.0, atol=1e-8)
+    return made, params, drawn, *jax.jit(made.generated)(params, drawn)
+
+
+def data_end(predict, drawn, x_0):
+    """The data that a network sees behind a noisy x_0."""
+    t = drawn["critic_t"]
+    x_t = interpolate(x_0, drawn["critic_eps"], t)
+    return x0_from_velocity(x_t, predict(x_t, t), t)
+
+
+def test_the_gradient_by_what_is_generated_is_critic_less_teacher_over_the_teachers_distance(matching):
+    made, params, drawn, x_0, context = matching
+
+    @jax.jit
+    def by_hand(x_0):
+        critic = data_end(lambda x, t: made.predict({**params, **params["critic"]}, x, t, context), drawn, x_0)
+        asked = {**drawn, "t": drawn["critic_t"]}
+        teacher = data_end(lambda x, t: made.ask_teacher(params, asked, x, context, ())[0], drawn, x_0)
+        scale = jnp.abs(x_0 - teacher).mean(axis=(1, 2, 3), keepdims=True)
+        return (critic - teacher) / (scale * x_0[0].size)
+
+    slope = jax.jit(jax.grad(lambda x_0: made.matching_loss(params, drawn, x_0, context).sum()))(x_0)
+    assert float(jnp.abs(slope).max()) > 1e-4
+    np.testing.assert_allclose(slope, by_hand(x_0), rtol=1e-3, atol=1e-7)
+
+
+def test_beside_a_critic_who_knows_what_is_generated_a_step_goes_towards_the_teacher(matching):
+    made, params, drawn, x_0, context = matching
+
+    class Knowing(Adversarial):
+        def predict(self, params, x_t, t, context):
+            return velocity_from_x0(x_t, x_0, t)
+
+    knowing = Knowing(made.config, "cpu")
+
+    @jax.jit
+    def step(x_0):
+        asked = {**drawn, "t": drawn["critic_t"]}
+        teacher = data_end(lambda x, t: made.ask_teacher(params, asked, x, context, ())[0], drawn, x_0)
+        slope = jax.grad(lambda x_0: knowing.matching_loss(params, drawn, x_0, context).sum())(x_0)
+        return [jnp.abs(x - teacher).mean(axis=(1, 2, 3)) for x in (x_0, x_0 - slope)]
+
+    before, after = step(x_0)
+    assert (after < before).all()
+
+
+def test_the_matching_loss_moves_the_generator_alone(matching):
+    made, params, drawn, *_ = matching
+    gradient = jax.grad(lambda params: made.loss(params, drawn)[1]["metrics"]["loss/matching"])
+    slopes = {
+        name: max(float(jnp.abs(g).max()) for g in jax.tree.leaves(tree))
+        for name, tree in jax.jit(gradient)(params).items()
+    }
+    assert slopes["mmdit"] > 1e-5 and slopes["critic"] == slopes["teacher"] == 0
+
+
+def test_where_critic_and_teacher_say_the_same_there_is_nothing_to_match(matching):
+    made, params, drawn, x_0, context = matching
+    same = {**params, "critic": {"mmdit": params["teacher"]["mmdit"]}}
+    np.testing.assert_allclose(jax.jit(made.matching_loss)(same, drawn, x_0, context), 0.0, atol=1e-8)
+
+
+def test_the_critic_learns_at_the_times_and_with_the_weight_of_the_student(matching):
+    _, params, drawn, *_ = matching
+    settled = TimestepConfig(mean=-3.0, std=0.1, final_mean=3.0)
+    made = recipe(critic_weight=1.0, adversarial_weight=0.0, timesteps=settled, loss_full_from=0.5)
+    early, late = (jax.jit(made.draw)(params, greys(), jax.random.key(0), step)["critic_t"] for step in (0, 40))
+    assert (early < 0.1).all() and (late > 0.9).all()
+    at = {**drawn, "critic_t": jnp.full_like(early, 0.25)}
+    even = recipe(critic_weight=1.0, adversarial_weight=0.0)
+    weighed, plain = (jax.jit(m.critic_loss)(params["critic"], params, at)[0] for m in (made, even))
+    np.testing.assert_allclose(weighed, plain / 4, rtol=1e-5)  # (0.25 / 0.5)^2
 
 
 @pytest.mark.parametrize(
@@ -218,6 +294,10 @@ def test_the_critic_follows_what_is_generated_and_pulls_it_to_the_teacher():
         ({"discriminator": dataclasses.replace(HEADS, taps=("mid", "block_00"))}, "unknown intermediate mid"),
         ({"sampling": dataclasses.replace(CONFIG.sampling, method="euler")}, "'renoise'"),
         ({"trunk": "teacher", "output_weight": 0.0}, "need a teacher"),
+        (
+            {"critic_weight": 1.0, "teacher": dataclasses.replace(TEACHER, rollout_steps=4)},
+            "rollout_steps=4.*set it to 1",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_to_change(changes, message):
