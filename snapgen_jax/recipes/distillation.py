@@ -13,11 +13,13 @@ are in `extra`.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jax.sharding import Mesh, PartitionSpec
 
 from snapgen_jax.diffusion.guidance import guided
@@ -151,8 +153,8 @@ class Distilled(FlowMatching):
         teacher = config.teacher
         if config.output_weight < 0 or config.feature_weight < 0:
             raise ConfigError(
-                f"output_weight={config.output_weight} and feature_weight={config.feature_weight}; give 0 or more, since "
-                "less leads away from the teacher"
+                f"output_weight={config.output_weight} and feature_weight={config.feature_weight}; give 0 or more, "
+                "since less leads away from the teacher"
             )
         if bool(teacher.workdir) + bool(teacher.weights) + teacher.random > 1:
             raise ConfigError(
@@ -255,7 +257,10 @@ class Distilled(FlowMatching):
 
     def load_frozen(self, mesh: Mesh | None) -> Tree:
         """Reads the teacher, from a run or from published files, and what is frozen beside him."""
-        frozen, spec, teacher = super().load_frozen(mesh), self.frozen_spec(), self.config.teacher
+        spec, teacher = self.frozen_spec(), self.config.teacher
+        if "teacher" in spec and teacher.workdir:
+            self._check_run(_run_config(teacher.workdir))
+        frozen = super().load_frozen(mesh)
         if "teacher" not in spec:
             return frozen
         wanted = dict(spec["teacher"])
@@ -273,6 +278,36 @@ class Distilled(FlowMatching):
         else:
             raise ConfigError("there is no teacher: set teacher.workdir to a trained run, or teacher.weights")
         return {**frozen, "teacher": {**found, **codec}}
+
+    def _check_run(self, run: Mapping[str, Any]) -> None:
+        """Raises where the teacher's run, of which `run` is the config, is not what is said of him."""
+        teacher = self.config.teacher
+        if run.get("prediction", teacher.prediction) != teacher.prediction:
+            raise ConfigError(
+                f"the run {teacher.workdir!r} predicts {run['prediction']!r}; set teacher.prediction to that"
+            )
+        self._check_inputs(run)
+
+    def _check_inputs(self, run: Mapping[str, Any]) -> None:
+        """Raises where the teacher was trained on other latents or text states than he is given here."""
+        config, teacher = self.config, self.config.teacher
+        ours = dataclasses.asdict(teacher.codec or config.codec)
+        if "codec" in run and _latents_of(run["codec"]) != _latents_of(ours):
+            raise ConfigError(
+                f"the run {teacher.workdir!r} has the latents {_latents_of(run['codec'])}, and here are "
+                f"{_latents_of(ours)}; make them equal, or set teacher.codec to his and distil features alone"
+            )
+        if teacher.text is not None or "text_workdir" not in run:
+            return
+        if not run["text_workdir"]:
+            raise ConfigError(
+                f"the run {teacher.workdir!r} has trained a text encoder of its own; set teacher.text to its 'text'"
+            )
+        if not config.text_workdir or not _same_tokens(teacher.workdir, config.text_workdir):
+            raise ConfigError(
+                f"the run {teacher.workdir!r} reads the text encoder of {run['text_workdir']!r} and the student "
+                f"{config.text_workdir or 'its own'!r}; set text_workdir to the same"
+            )
 
     def load_for_generation(self, mesh: Mesh | None) -> Tree:
         """What is frozen beside the teacher, who is not asked when the student draws."""
@@ -413,6 +448,25 @@ class Distillation(Distilled):
 
 def _teacher_rules() -> list[tuple[str, PartitionSpec]]:
     return [rule for name, rules in RULES.items() for rule in within(name, rules)]
+
+
+def _run_config(workdir: epath.PathLike) -> dict[str, Any]:
+    """The completed config of a run; `{}` if it was trained without one, by `training.loop` alone."""
+    path = epath.Path(workdir) / "config.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _latents_of(codec: Mapping[str, Any]) -> dict[str, Any]:
+    """What a codec's config says of its latents, as JSON has it. Folders of weights are left out: runs are moved."""
+    named = {"identity": ("scale", "shift"), "patch": ("patch", "scale", "shift", "frequency_scale")}
+    return json.loads(json.dumps({name: codec.get(name) for name in ("kind", *named.get(codec["kind"], ()))}))
+
+
+def _same_tokens(*workdirs: epath.PathLike) -> bool:
+    """Whether runs have one tokenizer, as those with one text encoder do wherever they were moved to; where it cannot
+    be told they do."""
+    files = [epath.Path(workdir) / "tokenizer.json" for workdir in workdirs]
+    return not all(file.exists() for file in files) or len({file.read_bytes() for file in files}) == 1
 
 
 def tap_shapes(

@@ -8,6 +8,7 @@ masked, as they were when Stable Diffusion 3 was trained (Esser et al. 2024, sec
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -63,6 +64,9 @@ class LatentDistillation(Distilled, LatentFlowMatching):
         for name in ("codec", "text"):
             spec.get("teacher", {}).pop(name, None)
         return spec
+
+    def _check_inputs(self, run: Mapping[str, Any]) -> None:
+        """Nothing: a run does not say of what its stored latents and text states were made."""
 
     def teacher_latents(self, frozen: Tree, batch: Tree) -> jax.Array:
         """The teacher's stored latents."""

@@ -1,6 +1,7 @@
 """Distillation as a recipe: what the teacher adds, what he must not be touched by, and what stays without him."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -239,6 +240,29 @@ def test_a_warm_start_keeps_the_projectors_that_fit_and_no_others():
 def test_without_a_teacher_to_load_it_says_which_key_to_set():
     with pytest.raises(ConfigError, match=r"teacher\.workdir"):
         recipe().load_frozen(None)
+
+
+@pytest.mark.parametrize(
+    ("run", "tokenizer", "message"),
+    [
+        ({}, "a", "is no trained run"),  # fits, but has no checkpoint here
+        ({"prediction": "x_0"}, "a", r"predicts 'x_0'; set teacher\.prediction"),
+        ({"codec": dataclasses.asdict(CodecConfig(patch=2, scale=9.0))}, "a", r"has the latents .* set teacher\.codec"),
+        ({"codec": dataclasses.asdict(CodecConfig("identity"))}, "a", "has the latents"),
+        ({"text_workdir": ""}, "a", r"a text encoder of its own; set teacher\.text"),
+        ({}, "b", "set text_workdir to the same"),
+    ],
+)
+def test_a_run_that_is_not_what_the_config_says_is_refused(tmp_path, run, tokenizer, message):
+    codec = dataclasses.asdict(STUDENT["codec"])
+    fits = {"prediction": "velocity", "codec": codec, "text_workdir": "moved/since"}
+    for name, tokens in (("teacher", "a"), ("clip", tokenizer)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text(tokens)
+    (tmp_path / "teacher" / "config.json").write_text(json.dumps({**fits, **run}))
+    made = recipe(TeacherConfig(workdir=str(tmp_path / "teacher"), mmdit=MMDIT), text_workdir=str(tmp_path / "clip"))
+    with pytest.raises(ConfigError, match=message):
+        made.load_frozen(None)
 
 
 def test_a_run_learns_from_a_trained_teacher_and_resumes_bit_for_bit(tmp_path):
