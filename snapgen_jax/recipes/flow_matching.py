@@ -342,16 +342,23 @@ class FlowMatching:
         Args:
             params: `{"model": {"unet", "text"}}`.
             frozen: as from `load_frozen`.
-            conditions: `tokens` and `mask` `[B, L]`; optionally `noise` `[B, h, w, c]` instead of noise from the keys.
+            conditions: `tokens` and `mask` `[B, L]`; optionally `noise` instead of noise from the keys: `[B, h, w, c]`,
+                or `[B, steps, h, w, c]` where the method renoises.
             key: `[B]` keys.
             steps, guidance, method, image_size: default to `config.sampling` and the first image size.
 
         Returns:
             `image` uint8 `[B, H, W, 3]`, `latent` float32 `[B, h, w, c]`, and the `noise` it began with.
+
+        Raises:
+            ValueError: the given noise has another shape.
         """
         weights = {**frozen, **params["model"]}
         shape = self.latent_shape(image_size or self.config.image_sizes[0])
+        expected = jax.eval_shape(lambda keys: self.noise(keys, shape, steps, method), key).shape
         noise = conditions["noise"] if "noise" in conditions else self.noise(key, shape, steps, method)
+        if noise.shape != expected:
+            raise ValueError(f"the noise is {noise.shape}; this method, number of steps and image size take {expected}")
         contexts = self.contexts(weights, conditions)
         latent = self.sample(weights, noise, *contexts, steps=steps, guidance=guidance, method=method)
         return {**self.pictures(frozen, latent), "latent": latent, "noise": noise}

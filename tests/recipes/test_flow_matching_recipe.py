@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -153,6 +154,25 @@ def test_captions_are_dropped_at_the_given_rate():
 def test_an_image_depends_on_its_own_key_alone():
     keys = example_keys(0, jnp.asarray([5, 6, 7]), "generate")
     np.testing.assert_array_equal(initial_noise(keys, (4, 4, 12))[1], initial_noise(keys[1:2], (4, 4, 12))[0])
+
+
+@pytest.mark.parametrize(
+    ("method", "wrong", "right"),
+    [("euler", (2, 3, 4, 4, 12), (2, 4, 4, 12)), ("renoise", (2, 4, 4, 12), (2, 3, 4, 4, 12))],
+)
+def test_given_noise_of_another_shape_is_refused(method, wrong, right):
+    made = recipe()
+    weights = jax.eval_shape(made.init, key(0, 0, "init")).players["model"].params
+    tokens = {name: batch()[name][:2] for name in ("tokens", "mask")}
+
+    def generate(shape):
+        conditions = {**tokens, "noise": jnp.zeros(shape)}
+        keys = example_keys(0, jnp.arange(2), "generate")
+        return jax.eval_shape(lambda p: made.generate({"model": p}, {}, conditions, keys, method=method), weights)
+
+    assert generate(right)["image"].shape == (2, 8, 8, 3)
+    with pytest.raises(ValueError, match=rf"the noise is {re.escape(str(wrong))}; .* take {re.escape(str(right))}"):
+        generate(wrong)
 
 
 def test_times_below_the_bound_count_by_the_square_of_the_time():
