@@ -175,6 +175,11 @@ class Distilled(FlowMatching):
                 f"the student's latents have {ours} channels and the teacher's {his}; they must be the same latents, "
                 "or teacher.codec must say which the teacher's are"
             )
+        if config.scaling.ratio == "batch" and self.config.microbatches > 1:
+            raise ConfigError(
+                f"scaling.ratio='batch' would be that of a microbatch, and there are {self.config.microbatches}; set "
+                "microbatches=1, or scaling.ratio to 'running'"
+            )
         if teacher.rollout_steps < 1:
             raise ConfigError(f"teacher.rollout_steps={teacher.rollout_steps}; give 1, or more to follow his flow")
         if len(config.student_taps) != len(config.teacher_taps):
@@ -436,7 +441,9 @@ class Distilled(FlowMatching):
     def report(self, extra: Tree, found: Tree) -> tuple[Tree, Metrics]:
         """The running means after this batch, and each loss by itself."""
         if self._has_means:
-            extra = {**extra, "means": update_means(extra["means"], found["sums"], self.config.scaling)}
+            # A mean over microbatches came back of what each had summed.
+            sums = jax.tree.map(lambda x: self.config.microbatches * x, found["sums"])
+            extra = {**extra, "means": update_means(extra["means"], sums, self.config.scaling)}
         return extra, found.get("metrics", {})
 
 
