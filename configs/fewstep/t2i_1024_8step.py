@@ -4,7 +4,7 @@
     snapgen train --config=configs/fewstep/t2i_1024_8step.py --workdir=gs://BUCKET/t2i_8step ...
     snapgen train --config=configs/fewstep/t2i_1024_8step.py:runlocal --workdir=/tmp/t2i_8step
 
-Machine: 64 chips of TPU v5p; runlocal, a laptop in some minutes. Metric: the fixed-noise validation loss.
+Machine: 64 chips of TPU v5p; runlocal, a laptop in some minutes. Metric: as there.
 """
 
 import pathlib

@@ -81,7 +81,8 @@ class FewStepConfig:
 class AdversarialConfig(FewStepConfig, DistillationConfig):
     """Step distillation on pixels and captions: the fields of `distillation` and of `FewStepConfig`.
 
-    `sampling.steps` and `sampling.shift` are the times at which the generator is trained.
+    `sampling.steps` and `sampling.shift` are the times at which the generator is trained; its method is "renoise" and
+    its guidance 1.
     """
 
     feature_weight: float = 0.0
@@ -95,7 +96,8 @@ class FewStep(Distilled):
         """`platform` is the one compiled for.
 
         Raises:
-            ValueError: the heads do not fit the trunk, or what is asked for has no teacher.
+            ValueError: the heads do not fit the trunk, sampling is not the generator's, or the teacher is not who is
+                needed.
         """
         super().__init__(config, platform)
         asked: FewStepConfig = config
@@ -107,13 +109,20 @@ class FewStep(Distilled):
                 f"sampling.method={config.sampling.method!r} does not jump to the data, as this generator learns to; "
                 "set it to 'renoise'"
             )
+        if config.sampling.guidance != 1:
+            raise ConfigError(
+                f"sampling.guidance={config.sampling.guidance} asks the generator twice at each time, where it learns "
+                "to be asked once; set it to 1, and teacher.guidance to what it is to learn"
+            )
         if (asked.critic_weight or (asked.adversarial_weight and asked.trunk == "teacher")) and not self.weights:
             raise ValueError(
                 "trunk='teacher' and critic_weight need a teacher, who is loaded where output_weight or feature_weight "
                 "is not 0"
             )
         if self.has_own_latents:
-            raise ValueError("a generator of few steps needs a teacher with its own latents; leave teacher.codec out")
+            raise ValueError(
+                "a generator of few steps needs a teacher on the student's latents; leave teacher.codec out"
+            )
         if asked.critic_weight and config.teacher.rollout_steps > 1:
             raise ConfigError(
                 f"teacher.rollout_steps={config.teacher.rollout_steps} asks the teacher where his flow ends, which is "
@@ -302,6 +311,21 @@ class FewStep(Distilled):
         grads, norm = clip_by_joint_norm(grads, config.discriminator_optimizer.clip_norm)
         player = step_player(player, grads, self.discriminator_optimizer, state.step, 0.0)
         return player, {**found, f"grad_norm/{name}": norm}
+
+    def validation_loss(self, params: Tree, frozen: Tree, batch: Tree, key: jax.Array) -> dict[str, jax.Array]:
+        """Per-example squared error `[B]` of the jump to x0^ from each of the few times, with the same noise at each;
+        and their mean. At other times the generator is never asked."""
+        weights = {**frozen, **params["model"]}
+        x_0, captions = self.validation_batch(frozen, batch)
+        drawn = {**captions, "x_0": x_0, "eps": jax.random.normal(key, x_0.shape)}
+
+        def at(t: jax.Array) -> jax.Array:
+            made, _ = self.generated(weights, {**drawn, "t": jnp.full(x_0.shape[:1], t)})
+            return jnp.mean(jnp.square(made - x_0), axis=tuple(range(1, x_0.ndim)))
+
+        losses = jax.lax.map(at, jnp.asarray(self.times))  # [T, B]
+        by_time = {f"t={t:.2f}": losses[i] for i, t in enumerate(self.times)}
+        return {"mean": losses.mean(axis=0), **by_time}
 
     def parts(self) -> Mapping[str, Part]:
         """Also "discriminator" and "generator", the steps of these players, each without the other's."""

@@ -17,7 +17,7 @@ from snapgen_jax.networks.mmdit import MMDiTConfig
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.recipes.adversarial import Adversarial, AdversarialConfig
 from snapgen_jax.recipes.distillation import Distillation, DistillationConfig, TeacherConfig
-from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig
+from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig, SamplingConfig
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.keys import example_keys, key
 from snapgen_jax.training.loop import make_step
@@ -197,6 +197,25 @@ def test_the_generator_is_called_four_times_for_an_image(playing):
     assert found["image"].shape == (2, 8, 8, 3) and found["noise"].shape == (2, 4, 4, 4, 12)
 
 
+def test_the_validation_loss_is_the_error_of_one_jump_from_each_of_the_few_times(playing):
+    made, frozen, state, *_ = playing
+    key, params = jax.random.key(7), {**frozen, **state.players["model"].params}
+    found = jax.jit(made.validation_loss)({"model": state.players["model"].params}, frozen, greys(), key)
+    assert set(found) == {"mean", "t=1.00", "t=0.90", "t=0.75", "t=0.50"}
+
+    @jax.jit
+    def at(t):
+        x_0, t = made.clean_latents(frozen, greys()), jnp.full(8, t)
+        x_t = interpolate(x_0, jax.random.normal(key, x_0.shape), t)
+        jump = x0_from_velocity(x_t, made.predict(params, x_t, t, made.condition(params, greys())), t)
+        return jnp.square(jump - x_0).mean(axis=(1, 2, 3))
+
+    errors = [at(t) for t in made.times]
+    for error, t in zip(errors, ("1.00", "0.90", "0.75", "0.50"), strict=True):
+        np.testing.assert_allclose(found[f"t={t}"], error, rtol=1e-4)
+    np.testing.assert_allclose(found["mean"], sum(errors) / 4, rtol=1e-4)
+
+
 def test_the_critic_follows_what_is_generated_and_pulls_it_to_the_teacher():
     made = recipe(critic_weight=1.0, adversarial_weight=0.0)
     frozen, state = random_like(made.frozen_spec()), state_away_from_zero(made)
@@ -293,7 +312,12 @@ def test_the_critic_learns_at_the_times_and_with_the_weight_of_the_student(match
         ({"discriminator": dataclasses.replace(HEADS, channels=(16, 8))}, r"channels=\(16, 16\)"),
         ({"discriminator": dataclasses.replace(HEADS, taps=("mid", "block_00"))}, "unknown intermediate mid"),
         ({"sampling": dataclasses.replace(CONFIG.sampling, method="euler")}, "'renoise'"),
+        ({"sampling": SamplingConfig(steps=4, method="renoise")}, r"guidance=3.0.*set it to 1"),
         ({"trunk": "teacher", "output_weight": 0.0}, "need a teacher"),
+        (
+            {"output_weight": 0.0, "teacher": dataclasses.replace(TEACHER, codec=CodecConfig(patch=2))},
+            "on the student's latents",
+        ),
         (
             {"critic_weight": 1.0, "teacher": dataclasses.replace(TEACHER, rollout_steps=4)},
             "rollout_steps=4.*set it to 1",
