@@ -54,7 +54,9 @@ class FewStepConfig:
     """How a generator of few steps is trained.
 
     Attributes:
-        trunk: what the discriminator looks through: a frozen copy of the student, or the teacher.
+        trunk: what the discriminator looks through: a frozen copy of the student, or the teacher. It reads the text as
+            the generator does: a text encoder that is trained beside the generator (`text_workdir=""`) changes what the
+            trunk says, unless the trunk is a teacher with a text encoder of his own.
         trunk_workdir: the run of that copy; as a rule `init_from`. Its network has the student's architecture.
         discriminator: its heads; `taps` are features of the trunk.
         discriminator_optimizer: of the heads, and of the critic.
