@@ -7,8 +7,10 @@
 
 The teacher is read from the folder `transformer/` of the published repository, in bfloat16, and split over `fsdp`; the
 student is whole on every device. Latents and the text states of both are batch inputs, synthetic ones until a source of
-stored ones is configured. The student's highest stage on the way up is compared with the teacher's last joint block.
-The teacher attends by a kernel for TPUs; on NVIDIA GPUs add `--config.teacher.mmdit.attention=cudnn`.
+stored ones is configured. The student's highest stage on the way up is compared with the teacher's last block but one,
+the last that updates the text too. The teacher attends by a kernel for TPUs; on NVIDIA GPUs add
+`--config.teacher.mmdit.attention=cudnn`. Losses are scaled by the paper's running ratio; what the shapes world shows is
+the weighting without it, `--config.scaling.ratio=none`, and students that were worse with it (docs/measured.md).
 
 Machine: 64 chips of TPU v5p; runlocal, a laptop in some minutes. Metric: the fixed-noise validation loss. Weights, taps
 and lengths: SnapGen (arXiv 2412.09619) publishes none but the form of the loss.
