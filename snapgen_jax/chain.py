@@ -228,9 +228,9 @@ def changes(chain: ChainConfig, name: str, began: Mapping[str, str], configs: Ma
         began: {stage: its config as JSON}, of the stage and of all that it starts from.
         configs: {stage: its config now}.
     """
-    found = []
+    found, depends = [], with_earlier(chain, name)
     for stage in chain.stages:
-        if stage.name in with_earlier(chain, name):
+        if stage.name in depends:
             old = from_json(began[stage.name]) if stage.name in began else {}
             for key, (was, now) in differences(old, configs[stage.name]).items():
                 if key not in stage.earlier and key.partition(".")[0] not in LEARNS_THE_SAME:

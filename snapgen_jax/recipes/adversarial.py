@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from snapgen_jax.diffusion.path import expand_like, interpolate, velocity, x0_from_velocity
-from snapgen_jax.diffusion.timesteps import sample_times, time_grid
+from snapgen_jax.diffusion.timesteps import time_grid
 from snapgen_jax.losses.adversarial import gradient_penalty, hinge_discriminator_loss, hinge_generator_loss
 from snapgen_jax.losses.flow_matching import flow_matching_loss
 from snapgen_jax.networks.discriminator import DiscriminatorConfig
@@ -104,6 +104,7 @@ class FewStep(Distilled):
         super().__init__(config, platform)
         asked: FewStepConfig = config
         self.times = time_grid(config.sampling.steps, config.sampling.shift)[:-1]
+        self.validation_times = tuple(self.times.tolist())  # at others the generator is never asked
         self.discriminator, _ = build(for_platform(asked.discriminator, platform))
         self.discriminator_optimizer = make_optimizer(asked.discriminator_optimizer, config.train_steps)
         if config.sampling.method != "renoise":
@@ -201,8 +202,7 @@ class FewStep(Distilled):
         for name in ("real_eps", "fake_eps"):
             more[name] = jax.random.normal(next(keys), shape)
         if self.config.critic_weight:
-            progress = step / self.config.train_steps
-            more["critic_t"] = sample_times(next(keys), size, self.config.timesteps, progress)
+            more["critic_t"] = self.draw_times(next(keys), size, step)
             more["critic_eps"] = jax.random.normal(next(keys), shape)
         return {**drawn, **more}
 
@@ -314,20 +314,11 @@ class FewStep(Distilled):
         player = step_player(player, grads, self.discriminator_optimizer, state.step, 0.0)
         return player, {**found, f"grad_norm/{name}": norm}
 
-    def validation_loss(self, params: Tree, frozen: Tree, batch: Tree, key: jax.Array) -> dict[str, jax.Array]:
-        """Per-example squared error `[B]` of the jump to x0^ from each of the few times, with the same noise at each;
-        and their mean. At other times the generator is never asked."""
-        weights = {**frozen, **params["model"]}
-        x_0, captions = self.validation_batch(frozen, batch)
-        drawn = {**captions, "x_0": x_0, "eps": jax.random.normal(key, x_0.shape)}
-
-        def at(t: jax.Array) -> jax.Array:
-            made, _ = self.generated(weights, {**drawn, "t": jnp.full(x_0.shape[:1], t)})
-            return jnp.mean(jnp.square(made - x_0), axis=tuple(range(1, x_0.ndim)))
-
-        losses = jax.lax.map(at, jnp.asarray(self.times))  # [T, B]
-        by_time = {f"t={t:.2f}": losses[i] for i, t in enumerate(self.times)}
-        return {"mean": losses.mean(axis=0), **by_time}
+    def validation_error(
+        self, params: Tree, x_0: jax.Array, eps: jax.Array, t: jax.Array, context: TextContext
+    ) -> jax.Array:
+        """`[B]`: the squared error of the jump to the data, `|| x0^ - x_0 ||^2 = t^2 || v - (eps - x_0) ||^2`."""
+        return jnp.square(t) * super().validation_error(params, x_0, eps, t, context)
 
     def parts(self) -> Mapping[str, Part]:
         """Also "discriminator" and "generator", the steps of these players, each without the other's."""

@@ -458,7 +458,7 @@ def _teacher_rules() -> list[tuple[str, PartitionSpec]]:
 
 
 def _run_config(workdir: epath.PathLike) -> dict[str, Any]:
-    """The completed config of a run; `{}` if it was trained without one, by `training.loop` alone."""
+    """The config of a run, as it was when trained; `{}` if it was trained without one, by `training.loop` alone."""
     path = epath.Path(workdir) / "config.json"
     return json.loads(path.read_text()) if path.exists() else {}
 

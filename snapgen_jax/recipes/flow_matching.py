@@ -130,6 +130,7 @@ class FlowMatching:
 
     Config = FlowMatchingConfig
     prediction: Prediction
+    validation_times: Sequence[float] = VALIDATION_TIMES
 
     def __init__(self, config: FlowMatchingConfig, platform: Platform):
         """`platform` is the one compiled for; it fixes compute dtype and form of the depthwise convolution."""
@@ -280,13 +281,16 @@ class FlowMatching:
         """Everything random about one global batch: noise, times, what is left of the conditions."""
         eps_key, time_key, condition_key = jax.random.split(key, 3)
         x_0 = self.clean_latents(frozen, batch)
-        progress = step / self.config.train_steps
         return {
             "x_0": x_0,
             "eps": jax.random.normal(eps_key, x_0.shape),
-            "t": sample_times(time_key, x_0.shape[:1], self.config.timesteps, progress),
+            "t": self.draw_times(time_key, x_0.shape[:1], step),
             **self.draw_condition(frozen, batch, condition_key),
         }
+
+    def draw_times(self, key: jax.Array, shape: tuple[int, ...], step: int | jax.Array) -> jax.Array:
+        """Times of training at an update, float32 of the given shape in [0, 1]."""
+        return sample_times(key, shape, self.config.timesteps, step / self.config.train_steps)
 
     def clean_latents(self, frozen: Tree, batch: Tree) -> jax.Array:
         """The latents `[B, h, w, c]` of a batch, without noise."""
@@ -354,9 +358,9 @@ class FlowMatching:
             ValueError: the given noise has another shape.
         """
         weights = {**frozen, **params["model"]}
-        shape = self.latent_shape(image_size or self.config.image_sizes[0])
-        expected = jax.eval_shape(lambda keys: self.noise(keys, shape, steps, method), key).shape
-        noise = conditions["noise"] if "noise" in conditions else self.noise(key, shape, steps, method)
+        shape = self.noise_shape(self.latent_shape(image_size or self.config.image_sizes[0]), steps, method)
+        noise = conditions["noise"] if "noise" in conditions else initial_noise(key, shape)
+        expected = (*key.shape, *shape)
         if noise.shape != expected:
             raise ValueError(f"the noise is {noise.shape}; this method, number of steps and image size take {expected}")
         contexts = self.contexts(weights, conditions)
@@ -372,15 +376,13 @@ class FlowMatching:
         """`image` uint8 `[B, H, W, 3]` of latents, for a recipe that decodes them."""
         return {"image": to_uint8(self.codec_of(frozen).decode(latent))}
 
-    def noise(
-        self, keys: jax.Array, shape: tuple[int, ...], steps: int | None = None, method: Method | None = None
-    ) -> jax.Array:
-        """What sampling begins with, `[B, *shape]`; or `[B, steps, *shape]`, the first and all that is mixed in later,
-        where the method renoises."""
+    def noise_shape(
+        self, latent: tuple[int, ...], steps: int | None = None, method: Method | None = None
+    ) -> tuple[int, ...]:
+        """Of the noise that an image begins with, as its latent; or `(steps, *latent)`, the first and all that is mixed
+        in later, where the method renoises."""
         default = self.config.sampling
-        if (method or default.method) == "renoise":
-            shape = (steps or default.steps, *shape)
-        return initial_noise(keys, shape)
+        return (steps or default.steps, *latent) if (method or default.method) == "renoise" else latent
 
     def sample(
         self,
@@ -397,7 +399,7 @@ class FlowMatching:
 
         Args:
             params: `{"unet", ...}`, what `predict` takes.
-            noise: float32, as `noise` gives it.
+            noise: float32, `[B, ...]` of `noise_shape`.
             context: of B captions.
             null_context: of the empty caption, one for all.
             steps, guidance, method: default to `config.sampling`.
@@ -421,20 +423,25 @@ class FlowMatching:
         return self.clean_latents(frozen, batch), batch
 
     def validation_loss(self, params: Tree, frozen: Tree, batch: Tree, key: jax.Array) -> dict[str, jax.Array]:
-        """Per-example loss `[B]` at each of `VALIDATION_TIMES`, with the same noise at each; and their mean."""
+        """Per-example error `[B]` at each of `validation_times`, with the same noise at each; and their mean."""
         weights = {**frozen, **params["model"]}
         x_0, captions = self.validation_batch(frozen, batch)
         eps = jax.random.normal(key, x_0.shape)
         context = self.condition(weights, captions)
 
         def at(t: jax.Array) -> jax.Array:
-            times = jnp.full(x_0.shape[:1], t)
-            v = self.predict(weights, interpolate(x_0, eps, times), times, context)
-            return flow_matching_loss(v, velocity(x_0, eps))
+            return self.validation_error(weights, x_0, eps, jnp.full(x_0.shape[:1], t), context)
 
-        losses = jax.lax.map(at, jnp.asarray(VALIDATION_TIMES))  # [T, B]
-        by_time = {f"t={t:.2f}": losses[i] for i, t in enumerate(VALIDATION_TIMES)}
+        losses = jax.lax.map(at, jnp.asarray(self.validation_times))  # [T, B]
+        by_time = {f"t={t:.2f}": losses[i] for i, t in enumerate(self.validation_times)}
         return {"mean": losses.mean(axis=0), **by_time}
+
+    def validation_error(
+        self, params: Tree, x_0: jax.Array, eps: jax.Array, t: jax.Array, context: TextContext
+    ) -> jax.Array:
+        """`[B]`: the squared error of the velocity."""
+        v = self.predict(params, interpolate(x_0, eps, t), t, context)
+        return flow_matching_loss(v, velocity(x_0, eps))
 
     def evaluators(self) -> Sequence[EvaluatorSpec]:
         """Those that `config.evaluation` names."""
