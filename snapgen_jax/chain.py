@@ -18,11 +18,13 @@ import numpy as np
 from etils import epath
 
 from snapgen_jax import experiment as experiments
-from snapgen_jax.config import ConfigError, build_dataclass, from_json, load_config, read, to_json
+from snapgen_jax.config import build_dataclass, from_json, load_config, to_json
+from snapgen_jax.config_file import read
 from snapgen_jax.data.prompts import CATEGORIES
 from snapgen_jax.experiment import Experiment, differences
 from snapgen_jax.networks.module import count_parameters
 from snapgen_jax.quickstart import Stages
+from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.files import write_whole
 from snapgen_jax.training.loop import LoopConfig
 from snapgen_jax.training.metrics import read_lines
@@ -231,7 +233,7 @@ def changes(chain: ChainConfig, name: str, began: Mapping[str, str], configs: Ma
     found, depends = [], with_earlier(chain, name)
     for stage in chain.stages:
         if stage.name in depends:
-            old = from_json(began[stage.name]) if stage.name in began else {}
+            old = from_json(began[stage.name], name) if stage.name in began else {}
             for key, (was, now) in differences(old, configs[stage.name]).items():
                 if key not in stage.earlier and key.partition(".")[0] not in LEARNS_THE_SAME:
                     found.append(f"{stage.name}.{key} was {was}, is now {now}")

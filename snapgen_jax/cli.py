@@ -344,7 +344,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _evaluator_options(assignments: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """`{evaluator: {option: value}}` of "NAME.OPTION=VALUE"; every name is one of `names`."""
-    from snapgen_jax.config import parse_override
+    from snapgen_jax.overrides import parse_override
     from snapgen_jax.typed import closest
 
     found: dict[str, dict[str, Any]] = {}

@@ -1,18 +1,18 @@
 """Experiments as data: a file in `configs/`, completed with the defaults of our dataclasses, then overridden.
 
-A config file imports `ml_collections` and nothing of ours; `get_config(arg)` returns what it wants to say. Every key
+A config file imports nothing of this package; `get_config(arg)` returns what it wants to say (`config_file`). Every key
 that it leaves out has the default of the dataclass that will receive it, and every key that no dataclass knows is
 refused with the closest match. A section may name a `preset` of its dataclass and change fields of that.
+
+The way of a config through a run: `load_experiment(spec, overrides)` reads, completes and checks it, and builds each of
+its dataclasses, once; what comes later takes the `Resolved` and builds none again.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import importlib
-import importlib.util
 import json
-import pathlib
 import pkgutil
 import types
 from collections.abc import Mapping, Sequence
@@ -20,13 +20,16 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from snapgen_jax import overrides as changes_of
 from snapgen_jax import typed
+from snapgen_jax.config_file import read
 from snapgen_jax.data.config import DataConfig
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.loop import LoopConfig
 from snapgen_jax.typed import closest
 
 Config = Mapping[str, Any] | ConfigDict
+SCHEMA = 2  # of `config.json`: goes up when a config of before cannot be completed as it is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,64 +81,89 @@ def _named(what: str, package: str, name: str) -> types.ModuleType:
     return importlib.import_module(f"{package}.{name}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """The completed config of an experiment, and the dataclasses that it fills, each built once.
+
+    Attributes:
+        config: every key with its value, locked.
+        experiment: the part that every experiment has.
+        recipe_class: the method; `recipe_class(recipe, backend)` is a recipe.
+        recipe: the method's part, an instance of `recipe_class.Config`.
+    """
+
+    config: ConfigDict
+    experiment: ExperimentConfig
+    recipe_class: Any
+    recipe: Any
+
+
+def load_experiment(spec: str, overrides: Sequence[str] = ()) -> Resolved:
+    """Reads the experiment "path/to/file.py" or "path/to/file.py:arg", with overrides "a.b=value".
+
+    Raises:
+        ConfigError: as for `load_config`; or the file describes a published system.
+    """
+    return resolve(_read_one(spec), overrides, spec)
+
+
 def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """Reads "path/to/file.py" or "path/to/file.py:arg", completes it, and applies overrides "a.b=value".
 
     Raises:
         ConfigError: the file is missing or has no `get_config`; a key is unknown; a value has the wrong type.
     """
+    return complete(_read_one(spec), overrides)
+
+
+def _read_one(spec: str) -> Config:
     partial = read(spec)
     if "stages" in partial:
         raise ConfigError(f"{spec} describes a chain of runs; run it with `snapgen chain --config={spec}`")
-    return complete(partial, overrides)
-
-
-def read(spec: str) -> Config:
-    """What the `get_config` of "path/to/file.py" or "path/to/file.py:arg" returns.
-
-    Raises:
-        ConfigError: the file is missing, has no `get_config`, or does not take the argument.
-    """
-    path, _, arg = spec.partition(":")
-    file = pathlib.Path(path)
-    if not file.is_file():
-        raise ConfigError(f"no config file {path!r}; give a path such as configs/shapes/quickstart.py")
-    module_spec = importlib.util.spec_from_file_location(f"snapgen_config_{file.stem}", file)
-    assert module_spec is not None and module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ConfigError(f"{path} defines no get_config(arg=None); see configs/shapes/quickstart.py for an example")
-    try:
-        return module.get_config(arg or None)
-    except (ValueError, KeyError) as error:
-        raise ConfigError(f"{path}: get_config({arg!r}) failed: {error}") from error
+    return partial
 
 
 def complete(partial: Config, overrides: Sequence[str] = ()) -> ConfigDict:
-    """Fills in every default, checks every key and value, applies the overrides, and locks the result."""
-    changes = [parse_override(o) for o in overrides]
-    # A preset decides what the defaults of its section are, so it comes before the values.
+    """Applies the overrides, fills in every default, checks every key and value, and locks the result."""
+    return _complete(partial, overrides)[0]
+
+
+def resolve(partial: Config, overrides: Sequence[str] = (), name: str = "this config") -> Resolved:
+    """The completed config of an experiment with its dataclasses; from a completed config too.
+
+    Args:
+        partial: what a config file returns, or a completed config.
+        overrides: "a.b=value" each.
+        name: of the config, for errors.
+
+    Raises:
+        ConfigError: a key is unknown, a value has the wrong type, or the config describes a published system.
+    """
+    config, built = _complete(partial, overrides)
+    if "system" in config:
+        raise ConfigError(f"{name} describes a published system, which is not trained; see `snapgen sample`")
+    experiment, recipe = built
+    return Resolved(config, experiment, recipe_class(experiment.recipe), recipe)
+
+
+def _complete(partial: Config, overrides: Sequence[str]) -> tuple[ConfigDict, tuple[Any, ...]]:
+    """The completed config, and the dataclasses that it fills."""
+    changes = [changes_of.parse_override(text) for text in overrides]
     wanted: dict[str, Any] = _plain(partial)
-    for path, value in sorted(changes, key=lambda change: change[0][-1] != "preset"):
-        node = wanted
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"config key {'.'.join(path)!r}: {part!r} is a value, not a section")
-        node[path[-1]] = value
+    wanted |= {path[0]: value for path, value in changes if path in (["recipe"], ["system"])}
     classes = _classes(wanted)
-    values: dict[str, Any] = {}
-    known = {field.name for cls in classes for field in dataclasses.fields(cls)}
+    changes_of.apply(wanted, changes, classes)
+    fields = [{field.name for field in dataclasses.fields(cls)} for cls in classes]
+    known = set().union(*fields)
     for name in wanted:
         if name not in known:
             raise ConfigError(f"unknown config key {name!r}{closest(name, known)}")
-    for cls in classes:
-        chosen = {k: v for k, v in wanted.items() if k in {field.name for field in dataclasses.fields(cls)}}
-        values.update(_to_dict(_build(cls, chosen)))
-    config = ConfigDict(values)
+    built = tuple(
+        _build(cls, {k: v for k, v in wanted.items() if k in names}) for cls, names in zip(classes, fields, strict=True)
+    )
+    config = ConfigDict({k: v for instance in built for k, v in _to_dict(instance).items()})
     config.lock()
-    return config
+    return config, built
 
 
 def _classes(wanted: Mapping[str, Any]) -> tuple[type, ...]:
@@ -161,13 +189,33 @@ def build_dataclass(cls: type, config: Config) -> Any:
 
 
 def to_json(config: Config) -> str:
-    """A completed config as JSON, for `config.json` in a workdir."""
-    return json.dumps(_plain(config), indent=2, sort_keys=True) + "\n"
+    """A completed config as JSON, for `config.json` in a workdir; the number of its schema comes first."""
+    ordered = json.loads(json.dumps(_plain(config), sort_keys=True))
+    return json.dumps({"schema": SCHEMA, **ordered}, indent=2) + "\n"
 
 
-def from_json(text: str) -> ConfigDict:
-    """The inverse of `to_json`, completed, so that a field that is newer than the file has its default."""
-    return complete(json.loads(text))
+def from_json(text: str, workdir: Any = "WORKDIR") -> ConfigDict:
+    """The inverse of `to_json`, completed, so that a field that is newer than the file has its default.
+
+    Args:
+        text: as from `to_json`.
+        workdir: whose config it is, for errors.
+
+    Raises:
+        ConfigError: another version wrote it.
+    """
+    values = json.loads(text)
+    schema = values.pop("schema", 1)
+    if schema < SCHEMA:
+        raise ConfigError(
+            f"this workdir was written by an earlier version; rewrite it once with `snapgen upgrade {workdir}`"
+        )
+    if schema > SCHEMA:
+        raise ConfigError(
+            f"{workdir} was written by a later version: its config has schema {schema}, and this version reads "
+            f"{SCHEMA}; install the version of snapgen-jax that its run.json names"
+        )
+    return complete(values)
 
 
 def _plain(node: Any) -> Any:
@@ -184,21 +232,6 @@ def _to_dict(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _to_dict(v) for k, v in value.items()}
     return value
-
-
-def parse_override(text: str, flag: str = "--config.") -> tuple[list[str], Any]:
-    """The path and the value of "a.b=value": a Python literal where it is one, and a string otherwise.
-
-    Raises:
-        ConfigError: there is no value; names the `flag` that it came with.
-    """
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ConfigError(f"override {text!r} has no value; write {flag}{name}=VALUE")
-    try:
-        return name.split("."), ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name.split("."), value
 
 
 def _build(cls: type, values: Mapping[str, Any]) -> Any:

@@ -1,10 +1,21 @@
 """Configs: completed with our defaults, overridden, checked, and refused with the closest match."""
 
+import dataclasses
+import json
+import os
 import pathlib
+import shutil
+import subprocess
+import sys
+import types
+from typing import Literal
 
 import pytest
 
+import snapgen_jax
 from snapgen_jax import config as configs
+from snapgen_jax import overrides, typed
+from snapgen_jax.config_file import read
 from snapgen_jax.recipes.flow_matching import FlowMatchingConfig
 from snapgen_jax.training.exits import ConfigError
 
@@ -74,10 +85,183 @@ def test_json_restores_the_very_config():
     assert configs.from_json(configs.to_json(config)).to_dict() == config.to_dict()
 
 
+def test_the_json_of_another_version_is_refused_with_what_to_do():
+    text = configs.to_json(configs.load_config(QUICKSTART))
+    assert text.startswith('{\n  "schema": 2,\n')
+    values = json.loads(text)
+    with pytest.raises(ConfigError, match="an earlier version; rewrite it once with `snapgen upgrade runs/old`"):
+        configs.from_json(json.dumps({k: v for k, v in values.items() if k != "schema"}), "runs/old")
+    with pytest.raises(ConfigError, match="runs/new was written by a later version: its config has schema 3"):
+        configs.from_json(json.dumps({**values, "schema": 3}), "runs/new")
+
+
+def test_an_experiment_is_resolved_to_the_dataclasses_that_its_config_fills():
+    resolved = configs.load_experiment(QUICKSTART, ["train_steps=7", "unet.groups=8"])
+    assert resolved.config.to_dict() == configs.load_config(QUICKSTART, ["train_steps=7", "unet.groups=8"]).to_dict()
+    assert resolved.experiment == configs.build(configs.ExperimentConfig, resolved.config)
+    assert resolved.experiment.train_steps == 7 and resolved.recipe.unet.groups == 8
+    assert resolved.recipe_class is configs.recipe_class("flow_matching")
+    again = configs.resolve(resolved.config)
+    assert (again.experiment, again.recipe) == (resolved.experiment, resolved.recipe)
+    with pytest.raises(ConfigError, match=r"configs/teacher/sd35_large\.py describes a published system"):
+        configs.load_experiment("configs/teacher/sd35_large.py")
+
+
+@pytest.fixture
+def two_checkouts(tmp_path):
+    """Two folders `configs/` whose files build on one of their own that has the same name in both."""
+    for name, steps in (("one", 1), ("two", 2)):
+        folder = tmp_path / name / "configs" / "shapes"
+        folder.mkdir(parents=True)
+        (folder / "base.py").write_text(f"def get_config(arg=None):\n    return {{'train_steps': {steps}}}\n")
+        (folder / "run.py").write_text(
+            "from configs.shapes import base\n\n\n"
+            "def get_config(arg=None):\n"
+            "    from configs.shapes.base import get_config\n\n"  # while get_config runs, too
+            "    return {**base.get_config(), 'seed': get_config()['train_steps']}\n"
+        )
+    return tmp_path
+
+
+def test_a_config_builds_on_the_files_of_its_own_configs_folder(two_checkouts, monkeypatch):
+    monkeypatch.chdir(two_checkouts / "one")
+    path, modules = list(sys.path), set(sys.modules)
+    for name, steps in (("one", 1), ("two", 2), ("one", 1)):
+        assert read(f"{two_checkouts}/{name}/configs/shapes/run.py") == {"train_steps": steps, "seed": steps}
+    assert read("../two/configs/shapes/run.py")["train_steps"] == 2
+    assert sys.path == path and set(sys.modules) == modules
+
+
+def test_another_package_called_configs_is_neither_used_nor_lost(two_checkouts, monkeypatch):
+    other, shapes = types.ModuleType("configs"), types.ModuleType("configs.shapes")
+    other.__dict__.update(__path__=[], shapes=shapes)
+    monkeypatch.setitem(sys.modules, "configs", other)
+    monkeypatch.setitem(sys.modules, "configs.shapes", shapes)
+    assert read(f"{two_checkouts}/two/configs/shapes/run.py")["train_steps"] == 2
+    assert sys.modules["configs"] is other and sys.modules["configs.shapes"] is shapes
+    (two_checkouts / "two" / "configs" / "shapes" / "run.py").write_text("from configs.shapes import basis\n")
+    with pytest.raises(ConfigError, match=r"cannot import name 'basis'.* other files of its `configs/` folder"):
+        read(f"{two_checkouts}/two/configs/shapes/run.py")
+    assert sys.modules["configs"] is other and sys.modules["configs.shapes"] is shapes
+
+
+def test_an_edit_of_a_file_that_another_builds_on_counts_at_once(two_checkouts):
+    run, base = (two_checkouts / "one" / "configs" / "shapes" / name for name in ("run.py", "base.py"))
+    for steps in (3, 4, 5):  # within a second, and as long as before
+        base.write_text(f"def get_config(arg=None):\n    return {{'train_steps': {steps}}}\n")
+        assert read(str(run))["train_steps"] == steps
+    assert not list(two_checkouts.rglob("*.pyc"))
+
+
+def test_a_config_loads_from_anywhere_with_a_package_that_has_no_configs_beside_it(tmp_path):
+    package = pathlib.Path(snapgen_jax.__file__).parent
+    shutil.copytree(package, tmp_path / "installed" / "snapgen_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "elsewhere").mkdir()
+    file = pathlib.Path("configs/distill/t2i_1024_sd35l.py").absolute()
+    script = (
+        "import snapgen_jax; from snapgen_jax.config import load_config; "
+        f"print(snapgen_jax.__file__, load_config({f'{file}:runlocal'!r}).recipe)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path / "elsewhere",
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.split() == [f"{tmp_path}/installed/snapgen_jax/__init__.py", "latent_distillation"], done.stderr
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """A network of one kind, which holds one of several kinds itself."""
+
+    kind: Literal["round"] = "round"
+    radius: int = 1
+    inner: "Round | Square | None" = None
+
+    @classmethod
+    def preset(cls, name: str) -> "Round":
+        return {"large": cls(radius=100)}[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Square:
+    """A network of another kind."""
+
+    kind: Literal["square"] = "square"
+    side: int = 2
+    inner: Round | None = None
+
+    @classmethod
+    def preset(cls, name: str) -> "Square":
+        return {"large": cls(side=200)}[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """A section whose `kind` is a value like any other."""
+
+    kind: Literal["identity", "patch"] = "identity"
+    scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """A config."""
+
+    network: Round | Square = Square()
+    codec: Plain = Plain()
+    teacher: Square = Square()
+
+
+@pytest.mark.parametrize(
+    ("partial", "given", "expected"),
+    [
+        ({"network": {"kind": "round", "radius": 7}}, ["network.kind=square"], Whole(Square())),
+        ({"network": {"kind": "round", "radius": 7}}, ['network={"kind": "square"}'], Whole(Square())),
+        (
+            {"network": {"kind": "round", "preset": "large", "inner": {"kind": "square", "side": 3}}},
+            ["network.side=5", "network.preset=large", "network.kind=square"],
+            Whole(Square(side=5)),
+        ),
+        (
+            {"network": {"kind": "round"}},
+            ["network.inner.side=4", "network.inner.kind=square"],
+            Whole(Round(inner=Square(side=4))),
+        ),
+        (
+            {"network": {"kind": "round", "inner": {"kind": "square", "side": 3}}},
+            ["network.inner.kind=round", "network.kind=square", "network.inner.radius=9"],
+            Whole(Square(inner=Round(radius=9))),
+        ),
+        ({}, ["network.kind=round", "network.radius=6"], Whole(Round(radius=6))),
+        ({"network": {"kind": "square"}}, ["network.inner.kind=round"], Whole(Square(inner=Round()))),
+        ({"teacher": {"inner": {"radius": 8}}}, ["teacher.inner.kind=round"], Whole(teacher=Square(inner=Round()))),
+        ({"codec": {"kind": "identity", "scale": 3.0}}, ["codec.kind=patch"], Whole(codec=Plain("patch", 3.0))),
+        (
+            {"network": {"kind": "round", "radius": 7}},
+            ["network.inner.kind=round"],
+            Whole(Round(radius=7, inner=Round())),
+        ),
+    ],
+)
+def test_an_override_of_kind_replaces_the_section_where_kinds_are_dataclasses(partial, given, expected):
+    wanted = json.loads(json.dumps(partial))
+    overrides.apply(wanted, [overrides.parse_override(text) for text in given], [Whole])
+    assert typed.build(Whole, wanted) == expected
+
+
+def test_kinds_are_those_of_a_union_of_dataclasses():
+    assert overrides.kinds(Round | Square | None) == {"round": Round, "square": Square}
+    assert overrides.kinds(Plain) == overrides.kinds(int | None) == overrides.kinds(Round | str) == {}
+
+
 @pytest.mark.parametrize("path", sorted(str(p) for p in pathlib.Path("configs").rglob("*.py")))
 def test_every_config_file_completes_in_both_sizes_and_says_how_to_run_it(path):
     for spec in (path, path + ":runlocal"):
-        if "stages" in configs.read(spec):
+        if "stages" in read(spec):
             continue  # a chain names configs that are files of their own
         config = configs.load_config(spec)
         if "system" in config:

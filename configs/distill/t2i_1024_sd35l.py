@@ -8,16 +8,13 @@
 Machine: 64 chips of TPU v5p; runlocal, a laptop in some minutes. Metric: the fixed-noise validation loss.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
+
+from configs.distill import t2i_512_sd35l
+from configs.pretrain import t2i_1024
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """`arg`: "runlocal" for twenty steps of tiny networks on a laptop."""
-    here = pathlib.Path(__file__).parent
-    shared = runpy.run_path(str(here / "t2i_512_sd35l.py"))
-    c = runpy.run_path(str(here.parent / "pretrain" / "t2i_1024.py"))["get_config"](arg)
-    c = shared["distilled"](c, devices=64, microbatches=4)
-    return shared["run_locally"](c) if arg else c
+    c = t2i_512_sd35l.distilled(t2i_1024.get_config(arg), devices=64, microbatches=4)
+    return t2i_512_sd35l.run_locally(c) if arg else c

@@ -16,10 +16,9 @@ Machine: 64 chips of TPU v5p; runlocal, a laptop in some minutes. Metric: the fi
 and lengths: SnapGen (arXiv 2412.09619) publishes none but the form of the loss.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
+
+from configs.pretrain import t2i_512
 
 
 def distilled(c: ConfigDict, devices: int, microbatches: int) -> ConfigDict:
@@ -49,6 +48,5 @@ def run_locally(c: ConfigDict) -> ConfigDict:
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """`arg`: "runlocal" for twenty steps of tiny networks on a laptop."""
-    pretrain = pathlib.Path(__file__).parent.parent / "pretrain" / "t2i_512.py"
-    c = distilled(runpy.run_path(str(pretrain))["get_config"](arg), devices=64, microbatches=2)
+    c = distilled(t2i_512.get_config(arg), devices=64, microbatches=2)
     return run_locally(c) if arg else c

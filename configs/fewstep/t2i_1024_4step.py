@@ -14,16 +14,14 @@ Machine: 64 chips of TPU v5p; runlocal, a laptop in some minutes. Metric: `valid
 one jump to the data from the times of sampling; it may rise while images sharpen, so sample beside it.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
+
+from configs.distill import t2i_1024_sd35l
 
 
 def few_step(steps: int, arg: str | None) -> ConfigDict:
     """The distillation at 1024 px, with an adversary."""
-    distill = pathlib.Path(__file__).parent.parent / "distill" / "t2i_1024_sd35l.py"
-    c = runpy.run_path(str(distill))["get_config"](arg)
+    c = t2i_1024_sd35l.get_config(arg)
     c.recipe = "latent_adversarial"
     c.train_steps = 20 if arg else 20_000
     c.batch_size = 8 if arg else 512

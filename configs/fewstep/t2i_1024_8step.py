@@ -7,12 +7,11 @@
 Machine: 64 chips of TPU v5p; runlocal, a laptop in some minutes. Metric: as there.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
+
+from configs.fewstep import t2i_1024_4step
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """`arg`: "runlocal" for twenty steps of tiny networks on a laptop."""
-    return runpy.run_path(str(pathlib.Path(__file__).with_name("t2i_1024_4step.py")))["few_step"](8, arg)
+    return t2i_1024_4step.few_step(8, arg)

@@ -16,10 +16,9 @@ Machine: 256 chips of TPU v5e; runlocal, a laptop in a minute. Time: `benchmarks
 fixed-noise validation loss.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
+
+from configs.pretrain import t2i_256
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -27,8 +26,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     a laptop; None for random batches."""
     if arg not in (None, "folder", "tfds", "runlocal"):
         raise ValueError(f"unknown argument {arg!r}; the arguments are folder, tfds and runlocal, or nothing")
-    stage = runpy.run_path(str(pathlib.Path(__file__).with_name("t2i_256.py")))
-    c = stage["get_config"]("runlocal" if arg == "runlocal" else None)
+    c = t2i_256.get_config("runlocal" if arg == "runlocal" else None)
     c.recipe = "t2i_flow_matching"
     c.mesh = ConfigDict({"fsdp": 16})
     c.encoders = ConfigDict(

@@ -15,17 +15,15 @@ Machine: 256 chips of TPU v5e; runlocal, a laptop in a minute. Time: `benchmarks
 fixed-noise validation loss.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
+
+from configs.pretrain import t2i_256
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """`arg`: "runlocal" for twenty steps of a tiny network on a laptop."""
     if arg not in (None, "runlocal"):
         raise ValueError(f"unknown argument {arg!r}; the argument is runlocal, or nothing")
-    first = runpy.run_path(str(pathlib.Path(__file__).with_name("t2i_256.py")))
-    c = first["stage"](size=512, batch_size=2_048, train_steps=100_000, shift=1.7)
+    c = t2i_256.stage(size=512, batch_size=2_048, train_steps=100_000, shift=1.7)
     c.unet.remat = "blocks"
-    return first["run_locally"](c) if arg else c
+    return t2i_256.run_locally(c) if arg else c

@@ -6,16 +6,15 @@ First stage of `chain.py`. Machine: two CPU cores. Metric: `validation_loss.accu
 is told apart from the other 63 of the batch.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
+
+from configs.shapes import quickstart
 
 
 def data(arg: str | None) -> ConfigDict:
     """The world of the whole chain: the quickstart's. In twenty minutes no stage learns relations, and so the shortest
     form shows single objects, with and without the name of their colour."""
-    c = runpy.run_path(str(pathlib.Path(__file__).with_name("quickstart.py")))["get_config"]().data
+    c = quickstart.get_config().data
     if arg == "quick":
         c.shapes.shares = ConfigDict({**dict.fromkeys(c.shapes.shares, 0.0), "single_object": 0.4, "colours": 0.6})
         c.shapes.dense_share = 0.0

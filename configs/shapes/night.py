@@ -9,18 +9,16 @@ as wide, and sees sixteen times the quickstart's images: a night of CPU. It has 
 number of images that width makes 0.71 of 0.55.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
+
+from configs.shapes import quickstart
 
 QUICKSTART_STEPS = 8_600
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """`arg`: None, "wide", or "runlocal" for a run of a few seconds that shows only that everything works."""
-    quickstart = runpy.run_path(str(pathlib.Path(__file__).with_name("quickstart.py")))["get_config"]
-    c = quickstart(None if arg == "wide" else arg)
+    c = quickstart.get_config(None if arg == "wide" else arg)
     if arg == "runlocal":
         return c
     c.train_steps = 4 * QUICKSTART_STEPS

@@ -8,10 +8,9 @@ short forms, patches of pixels as the quickstart does. Machine: one GPU, or two 
 `score.overall`.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
+
+from configs.shapes import clip, quickstart
 
 
 def codec(arg: str | None) -> ConfigDict:
@@ -28,11 +27,9 @@ def latent_channels(arg: str | None) -> int:
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """`arg`: as for `clip.py`."""
-    here = pathlib.Path(__file__)
-    clip = runpy.run_path(str(here.with_name("clip.py")))
-    c = runpy.run_path(str(here.with_name("quickstart.py")))["get_config"]("runlocal" if arg == "runlocal" else None)
-    c.data = clip["data"](arg)
-    c.text = clip["text"](arg)
+    c = quickstart.get_config("runlocal" if arg == "runlocal" else None)
+    c.data = clip.data(arg)
+    c.text = clip.text(arg)
     c.text_workdir = "runs/clip"
     c.train_steps = {"quick": 1_500, "runlocal": 6}.get(arg or "", 34_400)
     c.evaluation.final = ("validation_loss",)

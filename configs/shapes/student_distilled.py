@@ -8,19 +8,16 @@ it learns from nothing, in as many updates as `student.py`: `benchmarks/shapes_c
 Machine: one GPU, or two CPU cores for some hours. Metric: `score.overall`, above that of `student.py`.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
+
+from configs.shapes import student, teacher
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """`arg`: as for `clip.py`."""
-    here = pathlib.Path(__file__)
-    teacher = runpy.run_path(str(here.with_name("teacher.py")))
-    c = runpy.run_path(str(here.with_name("student.py")))["get_config"](arg)
+    c = student.get_config(arg)
     c.recipe = "distillation"
-    architecture = teacher["mmdit"](arg)
+    architecture = teacher.mmdit(arg)
     c.teacher = ConfigDict({"workdir": "runs/teacher", "mmdit": architecture, "prediction": c.prediction})
     c.scaling = ConfigDict({"ratio": "none"})  # benchmarks/shapes_claims.py trains the other too: "with ratio"
     c.feature_weight = 0.3  # features are normalised, and differ by more than velocities do

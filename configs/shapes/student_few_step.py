@@ -8,15 +8,14 @@ Last stage of `chain.py`; `--config.sampling.steps=8` trains eight steps. The te
 generator is not guided. Machine: one GPU, or two CPU cores for some hours. Metric: `score.overall` at four steps.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
+
+from configs.shapes import student_distilled
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """`arg`: as for `clip.py`."""
-    c = runpy.run_path(str(pathlib.Path(__file__).with_name("student_distilled.py")))["get_config"](arg)
+    c = student_distilled.get_config(arg)
     guidance = c.sampling.guidance
     c.recipe = "adversarial"
     c.init_from = "runs/student_distilled"

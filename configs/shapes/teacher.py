@@ -7,20 +7,14 @@ A stage of `chain.py`, after `clip.py`; on the same latents as `student.py`. Mac
 hours. Metric: `score.overall`.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
 
-
-def sibling(name: str) -> dict:
-    """What another config file defines."""
-    return runpy.run_path(str(pathlib.Path(__file__).with_name(name)))
+from configs.shapes import clip, quickstart, student
 
 
 def mmdit(arg: str | None) -> ConfigDict:
     """The architecture, which the distillation names too."""
-    channels = sibling("student.py")["latent_channels"](arg)
+    channels = student.latent_channels(arg)
     shape = {"latent_channels": channels, "patch": 1, "position_size": 8, "position_base": 8, "text_mask": "attend"}
     if arg == "runlocal":
         return ConfigDict({"preset": "smoke", **shape, "dual": 0, "depth": 2})
@@ -30,14 +24,14 @@ def mmdit(arg: str | None) -> ConfigDict:
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """`arg`: as for `clip.py`."""
-    c = sibling("quickstart.py")["get_config"]("runlocal" if arg == "runlocal" else None)
+    c = quickstart.get_config("runlocal" if arg == "runlocal" else None)
     c.network = "mmdit"
     c.mmdit = mmdit(arg)
-    c.data = sibling("clip.py")["data"](arg)
-    c.text = sibling("clip.py")["text"](arg)
+    c.data = clip.data(arg)
+    c.text = clip.text(arg)
     c.text_workdir = "runs/clip"
     c.train_steps = {"quick": 2_000, "runlocal": 6}.get(arg or "", 60_000)
     c.optimizer.learning_rate = 2e-3
     c.evaluation.final = ("validation_loss",)
-    c.codec = sibling("student.py")["codec"](arg)
+    c.codec = student.codec(arg)
     return c

@@ -14,10 +14,9 @@ Machine: two CPU cores. Time: about ten minutes. Metric: `reconstruction.tiny.ps
 2.4 dB below `large` (`benchmarks/results/decoder.json`).
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
+
+from configs.shapes import student
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -43,12 +42,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.checkpoint = ConfigDict({"every_steps": 500})
     c.evaluation = ConfigDict({"every_steps": 1_000, "during": ("reconstruction",), "final": ("reconstruction",)})
     if arg == "generated":
-        student = runpy.run_path(str(pathlib.Path(__file__).with_name("student.py")))["get_config"]()
+        drawing = student.get_config()
         used = ("network", "unet", "text", "text_workdir", "prediction", "sampling")
-        c.generator = ConfigDict({name: student[name] for name in used if name in student})
+        c.generator = ConfigDict({name: drawing[name] for name in used if name in drawing})
         c.generator_workdir = "runs/student"
         c.target = "large"
-        c.data = student.data
+        c.data = drawing.data
     if arg == "runlocal":
         c.train_steps = 8
         c.batch_size = 4
