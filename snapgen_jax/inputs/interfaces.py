@@ -7,7 +7,7 @@ A recipe holds one `Inputs` object and is told nothing else about what it is fed
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
@@ -61,6 +61,10 @@ class Inputs(Protocol):
         Raises:
             ValueError: the size does not divide as the codec needs.
         """
+        ...
+
+    def conditions(self) -> tuple[str, ...]:
+        """The arrays of a batch that `draw_condition` reads: what a caller gives to have something generated."""
         ...
 
     def networks(self) -> dict[str, Any]:
@@ -123,14 +127,14 @@ class Inputs(Protocol):
         """
         ...
 
-    def check_run(self, workdir: str, inputs: Mapping[str, Any], networks: tuple[str, ...]) -> None:
-        """Compares with the `inputs` section of an earlier run's config, for a network of that run that is to be fed
-        from here.
+    def check_run(self, workdir: str, inputs: Mapping[str, Any], parts: Sequence[str]) -> None:
+        """Compares with the `inputs` section of an earlier run's config, for a network of that run that is fed from
+        here.
 
         Args:
             workdir: of that run, for the message.
             inputs: its section.
-            networks: what is taken from the run: roles of `networks()`.
+            parts: what must be equal, "latent" and "condition" or one of them.
 
         Raises:
             ConfigError: that run was trained on other latents or conditions.

@@ -20,12 +20,18 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from snapgen_jax.evaluation.interfaces import EvaluationConfig, EvaluatorSpec
+from snapgen_jax.inputs.images import ImagesConfig
+from snapgen_jax.inputs.interfaces import TokenizerSpec
+from snapgen_jax.inputs.registry import InputsConfig
 from snapgen_jax.losses.adversarial import adaptive_weight, hinge_discriminator_loss, hinge_generator_loss
-from snapgen_jax.networks import autoencoder, lpips, patch_discriminator, tiny_decoder
 from snapgen_jax.networks.codec import Codec, from_uint8, to_uint8
 from snapgen_jax.networks.lpips import LPIPSConfig
-from snapgen_jax.networks.module import Platform, apply, build, for_platform, frozen_spec, init
+from snapgen_jax.networks.module import Network, Platform, apply, build, for_platform, init
 from snapgen_jax.networks.patch_discriminator import PatchDiscriminatorConfig
+from snapgen_jax.networks.rules import rules_of
+from snapgen_jax.recipes._assembly import Specs, frozen_roles, specs_of, taken_from
+from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.training.exports import ExportPlan
 from snapgen_jax.training.optimizer import (
     OptimizerConfig,
     clip_by_joint_norm,
@@ -34,12 +40,13 @@ from snapgen_jax.training.optimizer import (
     new_player,
     step_player,
 )
-from snapgen_jax.training.recipe import ExportPlan, Metrics, Part
+from snapgen_jax.training.recipe import Metrics, NoOptions, Part, Use
 from snapgen_jax.training.state import Player, TrainState
 from snapgen_jax.weights.frozen import load_perceptual
 
 Tree = Any
 Path = tuple[str, ...]
+DISCRIMINATOR, PERCEPTUAL = "discriminator", "perceptual"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +78,7 @@ class ReconstructionConfig:
         batch_size: images in a global batch.
         microbatches: 1; the adaptive weight is that of a whole batch.
         train_steps: updates in the run; where a decaying learning rate ends.
-        image_sizes: (height, width) of each aspect bucket, in pixels.
+        inputs: images, and the codec where the method has a frozen one.
         loss: the terms.
         perceptual: the network of the perceptual distance.
         perceptual_weights: folder of its published weights (see `weights.maps.lpips`); "" draws them from a fixed key.
@@ -83,7 +90,7 @@ class ReconstructionConfig:
     batch_size: int = 16
     microbatches: int = 1
     train_steps: int = 1000
-    image_sizes: tuple[tuple[int, int], ...] = ((32, 32),)
+    inputs: InputsConfig = ImagesConfig()
     loss: ReconstructionLoss = ReconstructionLoss()
     perceptual: LPIPSConfig = LPIPSConfig.preset("shapes")
     perceptual_weights: str = ""
@@ -95,10 +102,11 @@ class ReconstructionConfig:
 
 
 class Reconstruction:
-    """A recipe without its networks. A subclass gives `new_params`, `draw`, `make`, `last_layer`,
-    `decoders` and `trained_codec`."""
+    """A recipe without its networks. A subclass gives `model`, `last_layer`, `draw`, `make`, `decoders` and `codec`."""
 
+    model: Mapping[str, Network]  # what the player of that name holds, by role
     last_layer: Path
+    options = NoOptions()
 
     def __init__(self, config: Any, platform: Platform):
         """`platform` is the one compiled for.
@@ -112,8 +120,10 @@ class Reconstruction:
                 "lower batch_size"
             )
         self.config, self.loss = config, config.loss
+        self.inputs = config.inputs.build(config.batch_size, platform)
         self.perceptual, _ = build(for_platform(config.perceptual, platform))
         self.discriminator, _ = build(for_platform(config.discriminator, platform))
+        self.trains = {"model": tuple(self.model), **({DISCRIMINATOR: (DISCRIMINATOR,)} if self.loss.adversarial else {})}
         self.optimizers: dict[str, optax.GradientTransformation] = {
             "model": make_optimizer(config.optimizer, config.train_steps),
             "discriminator": make_optimizer(config.discriminator_optimizer, config.train_steps),
@@ -122,16 +132,12 @@ class Reconstruction:
 
     # --- what a subclass gives ---
 
-    def new_params(self, key: jax.Array) -> Tree:
-        """The model's networks, drawn."""
-        raise NotImplementedError
-
-    def draw(self, frozen: Tree, batch: Tree, key: jax.Array) -> Tree:
+    def draw(self, networks: Tree, batch: Tree, key: jax.Array) -> Tree:
         """All that is random about a batch, and all that no gradient passes: at least `image` `[B, H, W, 3]`, which is
         to be made."""
         raise NotImplementedError
 
-    def make(self, params: Tree, drawn: Tree) -> tuple[jax.Array, dict[str, tuple[float, jax.Array]], Tree]:
+    def make(self, networks: Tree, drawn: Tree) -> tuple[jax.Array, dict[str, tuple[float, jax.Array]], Tree]:
         """The images made, `[B, H, W, 3]`; terms of its own, `{name: (weight, [B])}`; and what `measure` takes."""
         raise NotImplementedError
 
@@ -140,29 +146,37 @@ class Reconstruction:
         del found, step
         return params
 
-    def decoders(self, params: Tree, frozen: Tree, images: jax.Array) -> dict[str, jax.Array]:
+    def decoders(self, networks: Tree, images: jax.Array) -> dict[str, jax.Array]:
         """`{name: [B, H, W, 3]}`: images in [-1, 1] through each decoder that the recipe knows."""
         raise NotImplementedError
 
-    def trained_codec(self, params: Tree, frozen: Tree) -> Codec:
+    def codec(self, params: Tree, frozen: Tree) -> Codec:
         """The codec that is trained, as it is so far."""
         raise NotImplementedError
 
-    # --- shapes ---
+    # --- networks ---
 
-    def batch_specs(self) -> dict[str, Tree]:
-        """One bucket per image size: `image` uint8 `[B, H, W, 3]`."""
-        b = self.config.batch_size
+    def networks(self) -> dict[str, Network]:
+        """`{role: network}` of all that the step uses."""
         return {
-            f"{h}x{w}": {"image": jax.ShapeDtypeStruct((b, h, w, 3), jnp.uint8)} for h, w in self.config.image_sizes
+            **self.model,
+            **({DISCRIMINATOR: self.discriminator} if self.loss.adversarial else {}),
+            **({PERCEPTUAL: self.perceptual} if self.loss.perceptual else {}),
+            **self.inputs.networks(),
         }
+
+    def weights(self, params: Tree, frozen: Tree) -> dict[str, Tree]:
+        """The networks as they are: `{role: parameters}`."""
+        opponent = {DISCRIMINATOR: params[DISCRIMINATOR]} if DISCRIMINATOR in params else {}
+        return {**frozen, **params["model"], **opponent}
 
     def init(self, key: jax.Array) -> TrainState:
         """Draws the networks of both players."""
         model_key, discriminator_key = jax.random.split(key)
-        players = {"model": self._new_player("model", self.new_params(model_key))}
+        params = {role: init(network, model_key) for role, network in self.model.items()}
+        players = {"model": self._new_player("model", params)}
         if self.loss.adversarial:
-            players["discriminator"] = self._new_player("discriminator", init(self.discriminator, discriminator_key))
+            players[DISCRIMINATOR] = self._new_player(DISCRIMINATOR, init(self.discriminator, discriminator_key))
         return TrainState(jnp.int32(0), jnp.int32(0), players, {})
 
     def warm_start(self, state: TrainState, earlier: Tree) -> TrainState:
@@ -171,8 +185,7 @@ class Reconstruction:
         def started(name: str, player: Player) -> Player:
             if name not in earlier:
                 return player
-            taken = {part: earlier[name][part] for part in player.params}
-            return self._new_player(name, jax.tree.map(lambda a, b: b.astype(a.dtype), player.params, taken))
+            return self._new_player(name, taken_from(player.params, earlier[name]))
 
         return state.replace(players={name: started(name, player) for name, player in state.players.items()})
 
@@ -181,23 +194,40 @@ class Reconstruction:
         return new_player(params, self.optimizers[name], ema=ema)
 
     def frozen_spec(self) -> Tree:
-        """`{"perceptual"}`, where that term counts."""
-        return {"perceptual": frozen_spec(self.perceptual)} if self.loss.perceptual else {}
+        """`{role: shapes}` of the networks that no player trains."""
+        networks = self.networks()
+        return specs_of(networks, frozen_roles(networks, self.trains))
 
-    def load_frozen(self, mesh: Mesh | None) -> Tree:
-        """Reads the perceptual distance, or draws it where no weights are given."""
-        if not self.loss.perceptual:
-            return {}
-        return {"perceptual": load_perceptual(self.perceptual, self.config.perceptual_weights, mesh)}
+    def load_frozen(self, mesh: Mesh | None, use: Use = "train") -> Tree:
+        """Reads the inputs' codec, where there is one, and the perceptual distance, which judges trained images too."""
+        del use
+        frozen = self.inputs.load(self.inputs.pretrained(), mesh)
+        if self.loss.perceptual:
+            frozen[PERCEPTUAL] = load_perceptual(self.perceptual, self.config.perceptual_weights, mesh)
+        return frozen
 
     def rules(self) -> Sequence[tuple[str, PartitionSpec]]:
         """Those of the networks."""
-        return [*autoencoder.RULES, *tiny_decoder.RULES, *patch_discriminator.RULES, *lpips.RULES]
+        return rules_of(self.networks())
+
+    # --- shapes ---
+
+    def batch_specs(self) -> Specs:
+        """Those of the inputs."""
+        return self.inputs.batch_specs()
+
+    def tokenizers(self) -> Mapping[str, TokenizerSpec]:
+        """Those of the inputs."""
+        return self.inputs.tokenizers()
+
+    def conditions(self) -> tuple[str, ...]:
+        """The images that are made again."""
+        return ("image",)
 
     # --- training ---
 
     def task(
-        self, frozen: Tree, drawn: Tree, made: jax.Array, own: dict[str, tuple[float, jax.Array]]
+        self, networks: Tree, drawn: Tree, made: jax.Array, own: dict[str, tuple[float, jax.Array]]
     ) -> tuple[jax.Array, Metrics]:
         """The sum of all terms but the adversarial one, and each by itself, unweighted."""
         loss, difference = self.loss, made - drawn["image"]
@@ -207,45 +237,49 @@ class Reconstruction:
         if loss.l2:
             terms["l2"] = loss.l2, jnp.square(difference)
         if loss.perceptual:
-            terms["perceptual"] = loss.perceptual, apply(self.perceptual, frozen["perceptual"], made, drawn["image"])
+            terms["perceptual"] = loss.perceptual, apply(self.perceptual, networks[PERCEPTUAL], made, drawn["image"])
         means = {name: (weight, jnp.mean(values)) for name, (weight, values) in terms.items()}
         total = functools.reduce(jnp.add, (weight * mean for weight, mean in means.values()))
         return total, {name: mean for name, (_, mean) in means.items()}
 
-    def judge(self, discriminator: Tree, images: jax.Array) -> jax.Array:
+    def judge(self, networks: Tree, images: jax.Array) -> jax.Array:
         """Logits of the discriminator."""
-        return apply(self.discriminator, discriminator, images)
+        return apply(self.discriminator, networks[DISCRIMINATOR], images)
 
-    def balance(self, params: Tree, discriminator: Tree, frozen: Tree, drawn: Tree) -> jax.Array:
+    def balance(self, networks: Tree, drawn: Tree) -> jax.Array:
         """The adaptive weight: the ratio of the gradients of the task and of the generator's loss at the last layer."""
         if self.loss.balance == "none":
             return jnp.float32(1)
 
         def task(last: jax.Array) -> jax.Array:
-            made, own, _ = self.make(_with_leaf(params, self.last_layer, last), drawn)
-            return self.task(frozen, drawn, made, own)[0]
+            made, own, _ = self.make(_with_leaf(networks, self.last_layer, last), drawn)
+            return self.task(networks, drawn, made, own)[0]
 
         def adversarial(last: jax.Array) -> jax.Array:
-            made, _, _ = self.make(_with_leaf(params, self.last_layer, last), drawn)
-            return jnp.mean(hinge_generator_loss(self.judge(discriminator, made)))
+            made, _, _ = self.make(_with_leaf(networks, self.last_layer, last), drawn)
+            return jnp.mean(hinge_generator_loss(self.judge(networks, made)))
 
-        last = functools.reduce(lambda tree, name: tree[name], self.last_layer, params)
+        last = functools.reduce(lambda tree, name: tree[name], self.last_layer, networks)
         return adaptive_weight(optax.global_norm(jax.grad(task)(last)), optax.global_norm(jax.grad(adversarial)(last)))
 
     def update(self, state: TrainState, frozen: Tree, batch: Tree, key: jax.Array) -> tuple[TrainState, Metrics]:
         """One step of the model and, once it has joined, of the discriminator, on the same images."""
-        drawn, players = self.draw(frozen, batch, key), dict(state.players)
-        model, other = players["model"], players.get("discriminator")
+        players = dict(state.players)
+        params = {name: player.params for name, player in players.items()}
+        networks = self.weights(params, frozen)
+        drawn = self.draw(networks, batch, key)
+        model, other = players["model"], players.get(DISCRIMINATOR)
         weight = jnp.float32(0)
         if other is not None:
             joined = state.step >= self.loss.adversarial_from_steps
-            weight = jnp.where(joined, self.balance(model.params, other.params, frozen, drawn), 0.0)
+            weight = jnp.where(joined, self.balance(networks, drawn), 0.0)
 
-        def objective(params: Tree) -> tuple[jax.Array, tuple[jax.Array, Metrics, Tree]]:
-            made, own, found = self.make(params, drawn)
-            total, terms = self.task(frozen, drawn, made, own)
+        def objective(trained: Tree) -> tuple[jax.Array, tuple[jax.Array, Metrics, Tree]]:
+            networks = self.weights({**params, "model": trained}, frozen)
+            made, own, found = self.make(networks, drawn)
+            total, terms = self.task(networks, drawn, made, own)
             if other is not None:
-                terms["adversarial"] = jnp.mean(hinge_generator_loss(self.judge(other.params, made)))
+                terms["adversarial"] = jnp.mean(hinge_generator_loss(self.judge(networks, made)))
                 total = total + weight * self.loss.adversarial * terms["adversarial"]
             return total, (made, terms, found)
 
@@ -257,30 +291,38 @@ class Reconstruction:
         metrics |= {"loss": total, "grad_norm/model": norm, "learning_rate": rate}
         if other is not None:
             player, loss, norm = self._step_discriminator(other, drawn["image"], made, state.step)
-            players["discriminator"] = jax.tree.map(lambda new, old: jnp.where(joined, new, old), player, other)
+            players[DISCRIMINATOR] = jax.tree.map(lambda new, old: jnp.where(joined, new, old), player, other)
             metrics |= {"discriminator": loss, "adaptive_weight": weight, "grad_norm/discriminator": norm}
         return state.replace(players=players), metrics
 
     def parts(self) -> Mapping[str, Part]:
         """ "draw", all that comes before the losses: what frozen networks make of a batch."""
-        return {"draw": lambda state, frozen, batch, key: self.draw(frozen, batch, key)}
+
+        def draw(state: TrainState, frozen: Tree, batch: Tree, key: jax.Array) -> Tree:
+            params = {name: player.params for name, player in state.players.items()}
+            return self.draw(self.weights(params, frozen), batch, key)
+
+        return {"draw": draw}
 
     def _step_discriminator(
         self, player: Player, real: jax.Array, made: jax.Array, step: jax.Array
     ) -> tuple[Player, jax.Array, jax.Array]:
         def objective(params: Tree) -> jax.Array:
-            return jnp.mean(hinge_discriminator_loss(self.judge(params, real), self.judge(params, made)))
+            networks = {DISCRIMINATOR: params}
+            return jnp.mean(hinge_discriminator_loss(self.judge(networks, real), self.judge(networks, made)))
 
         loss, grads = jax.value_and_grad(objective)(player.params)
         grads, norm = clip_by_joint_norm(grads, self.config.discriminator_optimizer.clip_norm)
-        return step_player(player, grads, self.optimizers["discriminator"], step, 0.0), loss, norm
+        return step_player(player, grads, self.optimizers[DISCRIMINATOR], step, 0.0), loss, norm
 
     # --- use ---
 
-    def generate(self, params: Tree, frozen: Tree, conditions: Tree, key: jax.Array) -> dict[str, jax.Array]:
+    def generate(
+        self, params: Tree, frozen: Tree, conditions: Tree, keys: jax.Array, options: NoOptions
+    ) -> dict[str, jax.Array]:
         """`image` uint8 `[B, H, W, 3]` of the conditions -> its `latent` and the `image` made of that."""
-        del key
-        codec = self.trained_codec(params, frozen)
+        del keys, options
+        codec = self.codec(params, frozen)
         latent = codec.encode(from_uint8(conditions["image"]))
         return {"image": to_uint8(codec.decode(latent)), "latent": latent}
 
@@ -288,12 +330,12 @@ class Reconstruction:
         """What the evaluator "reconstruction" compares: `original` and the output of each decoder, uint8
         `[B, H, W, 3]`, and its perceptual distance `lpips/<decoder>` `[B]`."""
         del key
-        images = from_uint8(batch["image"])
+        networks, images = self.weights(params, frozen), from_uint8(batch["image"])
         found = {"original": batch["image"]}
-        for name, made in self.decoders(params["model"], frozen, images).items():
+        for name, made in self.decoders(networks, images).items():
             found[name] = to_uint8(made)
-            if "perceptual" in frozen:
-                found[f"lpips/{name}"] = apply(self.perceptual, frozen["perceptual"], from_uint8(found[name]), images)
+            if PERCEPTUAL in networks:
+                found[f"lpips/{name}"] = apply(self.perceptual, networks[PERCEPTUAL], from_uint8(found[name]), images)
         return found
 
     def evaluators(self) -> Sequence[EvaluatorSpec]:
@@ -306,9 +348,9 @@ class Reconstruction:
         """A decoder draws nothing by itself.
 
         Raises:
-            ValueError: always, with what to do instead.
+            ConfigError: always, with what to do instead.
         """
-        raise ValueError(
+        raise ConfigError(
             "a decoder alone makes no image from a prompt; export the generator whose latents it decodes, with this "
             "run as its decoder: snapgen export --workdir=GENERATOR --decoder=THIS"
         )

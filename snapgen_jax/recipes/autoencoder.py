@@ -17,10 +17,11 @@ import jax.numpy as jnp
 from snapgen_jax.losses.gaussian import kl_to_standard_normal
 from snapgen_jax.networks.autoencoder import AutoencoderCodec, AutoencoderConfig
 from snapgen_jax.networks.codec import from_uint8
-from snapgen_jax.networks.module import Platform, apply, build, for_platform, init
+from snapgen_jax.networks.module import Platform, apply, build, for_platform
 from snapgen_jax.recipes._reconstruction import Reconstruction, ReconstructionConfig, ReconstructionLoss
 
 Tree = Any
+ROLE = "autoencoder"
 LEAST_SHARE = 0.01  # of the newest batch in the measured statistics
 
 
@@ -42,7 +43,7 @@ class AutoencoderTraining(Reconstruction):
     """See the top of this file. Implements `training.recipe.Recipe`; the model is `{"autoencoder"}`."""
 
     Config = AutoencoderTrainingConfig
-    last_layer = ("autoencoder", "decoder", "conv_out", "kernel")
+    last_layer = (ROLE, "decoder", "conv_out", "kernel")
 
     def __init__(self, config: AutoencoderTrainingConfig, platform: Platform):
         """`platform` is the one compiled for.
@@ -50,51 +51,47 @@ class AutoencoderTraining(Reconstruction):
         Raises:
             ValueError: an image size does not divide by the autoencoder's reduction.
         """
-        super().__init__(config, platform)
         self.autoencoder, _ = build(for_platform(config.autoencoder, platform))
-        for size in config.image_sizes:
+        self.model = {ROLE: self.autoencoder}
+        super().__init__(config, platform)
+        for size in config.inputs.image_sizes:
             AutoencoderCodec(self.autoencoder).latent_shape(size)
 
-    def new_params(self, key: jax.Array) -> Tree:
-        """The autoencoder, drawn."""
-        return {"autoencoder": init(self.autoencoder, key)}
-
-    def draw(self, frozen: Tree, batch: Tree, key: jax.Array) -> Tree:
+    def draw(self, networks: Tree, batch: Tree, key: jax.Array) -> Tree:
         """The images, and the noise of the latents."""
-        del frozen
+        del networks
         b, h, w, _ = batch["image"].shape
         shape = AutoencoderCodec(self.autoencoder).latent_shape((h, w))
         return {"image": from_uint8(batch["image"]), "eps": jax.random.normal(key, (b, *shape))}
 
-    def make(self, params: Tree, drawn: Tree) -> tuple[jax.Array, dict[str, tuple[float, jax.Array]], Tree]:
+    def make(self, networks: Tree, drawn: Tree) -> tuple[jax.Array, dict[str, tuple[float, jax.Array]], Tree]:
         """The reconstruction, the divergence of the latents, and the latents."""
-        made, mean, logvar = apply(self.autoencoder, params["autoencoder"], drawn["image"], drawn["eps"])
+        made, mean, logvar = apply(self.autoencoder, networks[ROLE], drawn["image"], drawn["eps"])
         own = {"kl": (self.config.kl, kl_to_standard_normal(mean, logvar))} if self.config.kl else {}
         return made, own, mean
 
     def measure(self, params: Tree, found: Tree, step: jax.Array) -> Tree:
         """Takes mean and variance of the batch into those of the latents: all batches alike at first, then the last
         hundred or so."""
-        if "statistics" not in params["autoencoder"]:
+        if "statistics" not in params[ROLE]:
             return params
-        old = params["autoencoder"]["statistics"]
+        old = params[ROLE]["statistics"]
         share = jnp.maximum(LEAST_SHARE, 1 / (1 + step.astype(jnp.float32)))
         mean, square = jnp.mean(found, axis=(0, 1, 2)), jnp.mean(jnp.square(found), axis=(0, 1, 2))
         bias = old["bias"] + share * (mean - old["bias"])
         second = jnp.square(old["scale"]) + jnp.square(old["bias"])
         second = second + share * (square - second)
         scale = jnp.sqrt(jnp.maximum(second - jnp.square(bias), 1e-8))
-        return {"autoencoder": {**params["autoencoder"], "statistics": {"bias": bias, "scale": scale}}}
+        return {ROLE: {**params[ROLE], "statistics": {"bias": bias, "scale": scale}}}
 
-    def decoders(self, params: Tree, frozen: Tree, images: jax.Array) -> dict[str, jax.Array]:
+    def decoders(self, networks: Tree, images: jax.Array) -> dict[str, jax.Array]:
         """The reconstruction from the mean."""
-        codec = self.trained_codec({"model": params}, frozen)
-        return {"autoencoder": codec.decode(codec.encode(images))}
+        codec = AutoencoderCodec(self.autoencoder, networks[ROLE])
+        return {ROLE: codec.decode(codec.encode(images))}
 
-    def trained_codec(self, params: Tree, frozen: Tree) -> AutoencoderCodec:
+    def codec(self, params: Tree, frozen: Tree) -> AutoencoderCodec:
         """The autoencoder as it is trained so far."""
-        del frozen
-        return AutoencoderCodec(self.autoencoder, params["model"]["autoencoder"])
+        return AutoencoderCodec(self.autoencoder, self.weights(params, frozen)[ROLE])
 
 
 RECIPE = AutoencoderTraining

@@ -8,7 +8,7 @@ holds `text`, `image` and the temperature.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,13 +17,16 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from snapgen_jax.evaluation.interfaces import EvaluationConfig, EvaluatorSpec
+from snapgen_jax.inputs.captions import CaptionsConfig
+from snapgen_jax.inputs.interfaces import TokenizerSpec
 from snapgen_jax.losses.contrastive import contrastive_loss, normalised
-from snapgen_jax.networks import clip, clip_vision
-from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.clip_vision import ClipVisionConfig
-from snapgen_jax.networks.codec import from_uint8
+from snapgen_jax.networks.codec import CodecConfig, from_uint8
 from snapgen_jax.networks.module import Platform, apply, build, for_platform, init
-from snapgen_jax.networks.rules import within
+from snapgen_jax.networks.rules import rules_of
+from snapgen_jax.recipes._assembly import Specs
+from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.training.exports import ExportPlan
 from snapgen_jax.training.optimizer import (
     OptimizerConfig,
     clip_by_joint_norm,
@@ -32,7 +35,7 @@ from snapgen_jax.training.optimizer import (
     new_player,
     step_player,
 )
-from snapgen_jax.training.recipe import ExportPlan, Metrics
+from snapgen_jax.training.recipe import Metrics, NoOptions, Part, Use
 from snapgen_jax.training.state import TrainState
 
 Tree = Any
@@ -47,14 +50,15 @@ class ContrastiveConfig:
         batch_size: pairs in a global batch; each is told apart from all others.
         microbatches: 1. A part of a batch would see fewer pairs to be told apart from.
         train_steps, optimizer, ema_decay, evaluation: as for `flow_matching`.
-        image, text: the encoders; their `projection` must be equal.
+        inputs: images and captions; its `text` is the text encoder that learns.
+        image: the image encoder; its `projection` must equal the text encoder's.
     """
 
     batch_size: int = 64
     microbatches: int = 1
     train_steps: int = 1000
+    inputs: CaptionsConfig = CaptionsConfig(codec=CodecConfig("identity"), caption_dropout=0.0)
     image: ClipVisionConfig = ClipVisionConfig.preset("shapes")
-    text: ClipTextConfig = ClipTextConfig.preset("shapes")
     optimizer: OptimizerConfig = OptimizerConfig()
     ema_decay: float = 0.999
     evaluation: EvaluationConfig = EvaluationConfig(during=("validation_loss",), final=("validation_loss",))
@@ -64,44 +68,51 @@ class Contrastive:
     """See the top of this file. Implements `training.recipe.Recipe`."""
 
     Config = ContrastiveConfig
+    options = NoOptions()
 
     def __init__(self, config: ContrastiveConfig, platform: Platform):
         """`platform` is the one compiled for; it fixes the compute dtype.
 
         Raises:
-            ValueError: the embeddings differ in width, or the batch is to be computed in parts.
+            ConfigError: the encoders do not fit each other or the images, or the batch is to be computed in parts.
         """
-        if config.image.projection != config.text.projection:
-            raise ValueError(
-                f"image.projection={config.image.projection} and text.projection={config.text.projection} are to be "
-                "compared; make them equal"
+        image, text = config.image, config.inputs.text
+        if image.projection != text.projection:
+            raise ConfigError(
+                f"image.projection={image.projection} and inputs.text.projection={text.projection} are to be compared; "
+                "make them equal"
             )
         if config.microbatches != 1:
-            raise ValueError(
+            raise ConfigError(
                 f"microbatches={config.microbatches} would compare a pair with fewer others; set it to 1 and use "
                 "more devices or a smaller batch_size"
             )
+        if config.inputs.image_sizes != ((image.image_size, image.image_size),):
+            raise ConfigError(
+                f"inputs.image_sizes={config.inputs.image_sizes}, and the image encoder reads {image.image_size} px; set "
+                f"inputs.image_sizes=(({image.image_size}, {image.image_size}),), or image.image_size"
+            )
+        if config.inputs.text_workdir:
+            raise ConfigError("inputs.text_workdir names a trained text encoder, and this one learns; leave it empty")
         self.config = config
-        self.image, _ = build(for_platform(config.image, platform))
-        self.text, _ = build(for_platform(config.text, platform))
+        self.inputs = config.inputs.build(config.batch_size, platform)
+        self.image, _ = build(for_platform(image, platform))
+        self.text = self.inputs.text
+        self.trains = {"model": ("image", "text", "temperature")}
         self.optimizer = make_optimizer(config.optimizer, config.train_steps)
         self.learning_rate = learning_rate_schedule(config.optimizer, config.train_steps)
 
-    @property
-    def vocab_size(self) -> int:
-        """Token ids must be below this."""
-        return self.config.text.vocab_size
-
-    def batch_specs(self) -> dict[str, Tree]:
+    def batch_specs(self) -> Specs:
         """`image` uint8 `[B, H, W, 3]`, `tokens` int32 `[B, L]`, `mask` float32 `[B, L]`."""
-        b, side, length = self.config.batch_size, self.config.image.image_size, self.config.text.max_tokens
-        return {
-            f"{side}x{side}": {
-                "image": jax.ShapeDtypeStruct((b, side, side, 3), jnp.uint8),
-                "tokens": jax.ShapeDtypeStruct((b, length), jnp.int32),
-                "mask": jax.ShapeDtypeStruct((b, length), jnp.float32),
-            }
-        }
+        return self.inputs.batch_specs()
+
+    def tokenizers(self) -> Mapping[str, TokenizerSpec]:
+        """That of the captions."""
+        return self.inputs.tokenizers()
+
+    def conditions(self) -> tuple[str, ...]:
+        """Captions; an `image` beside them is embedded too."""
+        return self.inputs.conditions()
 
     def init(self, key: jax.Array) -> TrainState:
         """Draws both encoders; the logits begin at 1 / 0.07 times the cosines."""
@@ -123,37 +134,54 @@ class Contrastive:
         """Nothing is frozen."""
         return {}
 
-    def load_frozen(self, mesh: Mesh | None) -> Tree:
+    def load_frozen(self, mesh: Mesh | None, use: Use = "train") -> Tree:
         """Nothing is frozen."""
-        del mesh
+        del mesh, use
         return {}
+
+    def weights(self, params: Tree, frozen: Tree) -> dict[str, Tree]:
+        """Both encoders and the temperature."""
+        return {**frozen, **params["model"]}
 
     def rules(self) -> Sequence[tuple[str, PartitionSpec]]:
         """Those of the two encoders."""
-        return [*within("text", clip.RULES), *within("image", clip_vision.RULES)]
+        return rules_of({"image": self.image, "text": self.text})
 
-    def embed_text(self, params: Tree, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    def parts(self) -> Mapping[str, Part]:
+        """None: the step is one piece."""
+        return {}
+
+    def codec(self, params: Tree, frozen: Tree) -> Any:
+        """There is none.
+
+        Raises:
+            ConfigError: always, with what to do instead.
+        """
+        raise ConfigError("a contrastive run makes no latents; name a run of an autoencoder, or of a generator")
+
+    def embed_text(self, networks: Tree, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """`[B, L]` tokens to unit vectors `[B, D]`."""
-        return normalised(apply(self.text, params["text"], tokens, mask).pooled)
+        return normalised(apply(self.text, networks["text"], tokens, mask).pooled)
 
-    def embed_image(self, params: Tree, images: jax.Array) -> jax.Array:
+    def embed_image(self, networks: Tree, images: jax.Array) -> jax.Array:
         """uint8 `[B, H, W, 3]` to unit vectors `[B, D]`."""
-        return normalised(apply(self.image, params["image"], from_uint8(images)))
+        return normalised(apply(self.image, networks["image"], from_uint8(images)))
 
-    def losses(self, params: Tree, batch: Tree) -> Metrics:
+    def losses(self, networks: Tree, batch: Tree) -> Metrics:
         """`loss` `[B]`, and `accuracy` `[B]`: 1 where the caption is nearer to its image than all others are."""
-        image, text = self.embed_image(params, batch["image"]), self.embed_text(params, batch["tokens"], batch["mask"])
+        image = self.embed_image(networks, batch["image"])
+        text = self.embed_text(networks, batch["tokens"], batch["mask"])
         nearest = jnp.argmax(image @ text.T, axis=1) == jnp.arange(len(image))
-        loss = contrastive_loss(image, text, params["temperature"]["scale"])
+        loss = contrastive_loss(image, text, networks["temperature"]["scale"])
         return {"loss": loss, "accuracy": nearest.astype(jnp.float32)}
 
     def update(self, state: TrainState, frozen: Tree, batch: Tree, key: jax.Array) -> tuple[TrainState, Metrics]:
         """One AdamW step on the contrastive loss. Nothing in it is random."""
-        del frozen, key
+        del key
         player = state.players["model"]
 
         def loss(params: Tree) -> tuple[jax.Array, jax.Array]:
-            found = self.losses(params, batch)
+            found = self.losses(self.weights({"model": params}, frozen), batch)
             return found["loss"].mean(), found["accuracy"].mean()
 
         (value, accuracy), grads = jax.value_and_grad(loss, has_aux=True)(player.params)
@@ -168,27 +196,27 @@ class Contrastive:
         return state.replace(players={"model": player}), metrics
 
     def generate(
-        self, params: Tree, frozen: Tree, conditions: Tree, key: jax.Array, **options: Any
+        self, params: Tree, frozen: Tree, conditions: Tree, keys: jax.Array, options: NoOptions
     ) -> dict[str, jax.Array]:
         """The embeddings of captions, `text` `[B, D]`, and of images where given, `image` `[B, D]`: unit vectors, whose
         product is the CLIP score.
 
         Args:
             params: `{"model": {"image", "text", "temperature"}}`.
-            frozen, key, options: unused.
+            frozen, keys, options: unused.
             conditions: `tokens` and `mask` `[B, L]`; optionally `image` uint8 `[B, H, W, 3]`.
         """
-        del frozen, key, options
-        weights = params["model"]
-        found = {"text": self.embed_text(weights, conditions["tokens"], conditions["mask"])}
+        del keys, options
+        networks = self.weights(params, frozen)
+        embedded = {"text": self.embed_text(networks, conditions["tokens"], conditions["mask"])}
         if "image" in conditions:
-            found["image"] = self.embed_image(weights, conditions["image"])
-        return found
+            embedded["image"] = self.embed_image(networks, conditions["image"])
+        return embedded
 
     def validation_losses(self, params: Tree, frozen: Tree, batch: Tree, key: jax.Array) -> dict[str, jax.Array]:
         """`mean` `[B]`, the loss, and `accuracy` `[B]`, among the pairs of a batch."""
-        del frozen, key
-        found = self.losses(params["model"], batch)
+        del key
+        found = self.losses(self.weights(params, frozen), batch)
         return {"mean": found["loss"], "accuracy": found["accuracy"]}
 
     def evaluators(self) -> Sequence[EvaluatorSpec]:
@@ -199,9 +227,9 @@ class Contrastive:
         """There is nothing to draw with.
 
         Raises:
-            ValueError: always, with what to do instead.
+            ConfigError: always, with what to do instead.
         """
-        raise ValueError("a contrastive run draws nothing; export a run that was trained with its text encoder")
+        raise ConfigError("a contrastive run draws nothing; export a run that was trained with its text encoder")
 
 
 RECIPE = Contrastive

@@ -1,17 +1,17 @@
-"""Flow matching: a network learns the velocity of the straight path from noise to images, with its text encoder.
+"""Flow matching: a network learns the velocity of the straight path from noise to data.
 
     x_t = (1 - t) x_0 + t eps,   v = eps - x_0,   L = || v_theta(x_t, t, c) - v ||^2        (Liu et al. 2022, eq. 1)
 
-t is drawn from a logit-normal density (Esser et al. 2024), captions are dropped now and then for classifier-free
-guidance (Ho and Salimans 2022). One player, "model", holds both networks: `unet` or `mmdit`, and `text`, unless the
-text encoder is that of an earlier run, which stays as it is.
+t is drawn from a logit-normal density (Esser et al. 2024), and the condition is dropped now and then for classifier-free
+guidance (Ho and Salimans 2022). What x_0 and c are, the inputs say. One player, "model", holds the network and those
+networks of the inputs that come from nowhere, such as a text encoder that is trained beside it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,24 +19,30 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from snapgen_jax.diffusion.guidance import drop_condition, with_guidance
-from snapgen_jax.diffusion.path import interpolate, velocity, velocity_from_x0
-from snapgen_jax.diffusion.samplers import Method, sample
-from snapgen_jax.diffusion.timesteps import TimestepConfig, sample_times, time_grid
+from snapgen_jax.diffusion.path import interpolate, velocity
+from snapgen_jax.diffusion.schedules import FlowSchedule, Level, Schedule
 from snapgen_jax.evaluation.interfaces import EvaluationConfig, EvaluatorSpec
+from snapgen_jax.inputs.captions import CaptionsConfig
+from snapgen_jax.inputs.interfaces import TokenizerSpec
+from snapgen_jax.inputs.registry import InputsConfig
 from snapgen_jax.losses.flow_matching import flow_matching_loss
-from snapgen_jax.networks import clip, mmdit, unet
-from snapgen_jax.networks.clip import ClipTextConfig, null_tokens
-from snapgen_jax.networks.codec import Codec, CodecConfig, build_codec, from_uint8, to_uint8
-from snapgen_jax.networks.mmdit import MMDiTConfig
-from snapgen_jax.networks.module import Network, Platform, apply, build, for_platform, init
-from snapgen_jax.networks.module import frozen_spec as spec_of
-from snapgen_jax.networks.rules import within
-from snapgen_jax.networks.text import TextContext
-from snapgen_jax.networks.time_features import time_features
+from snapgen_jax.networks.module import Network, Platform, build, for_platform
+from snapgen_jax.networks.registry import DenoiserConfig
+from snapgen_jax.networks.rules import rules_of
 from snapgen_jax.networks.unet import UNetConfig
-from snapgen_jax.recipes._flow_export import export_plan
+from snapgen_jax.recipes._assembly import (
+    Specs,
+    frozen_roles,
+    init_roles,
+    specs_of,
+    taken_from,
+    trained_roles,
+)
+from snapgen_jax.recipes._flow_export import flow_plan
+from snapgen_jax.recipes._sampling import SamplingConfig, initial_noise, noise_shape, sample_flow
+from snapgen_jax.systems.denoiser import Denoiser, Prediction
 from snapgen_jax.training.accumulate import accumulate_gradients
+from snapgen_jax.training.exports import ExportPlan
 from snapgen_jax.training.optimizer import (
     OptimizerConfig,
     clip_by_joint_norm,
@@ -45,53 +51,31 @@ from snapgen_jax.training.optimizer import (
     new_player,
     step_player,
 )
-from snapgen_jax.training.recipe import ExportPlan, Metrics, Part
+from snapgen_jax.training.recipe import Metrics, Part, Use
 from snapgen_jax.training.state import Player, TrainState
-from snapgen_jax.weights.frozen import load_codec, load_run
 
 Tree = Any
-Prediction = Literal["velocity", "x_0"]
 VALIDATION_TIMES = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplingConfig:
-    """How images are made unless a call says otherwise.
-
-    Attributes:
-        steps: network evaluations, or half of them (Heun).
-        guidance: scale w of classifier-free guidance; 1 is none.
-        method: "euler" or "heun", or "renoise" for a network that jumps to the data; see `diffusion.samplers.sample`.
-        shift: of the grid of times; see `shift_time`.
-    """
-
-    steps: int = 28
-    guidance: float = 3.0
-    method: Method = "euler"
-    shift: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
 class FlowMatchingConfig:
-    """Flow matching of a text-conditional network.
+    """Flow matching of a conditional network.
 
     Attributes:
-        batch_size: images in a global batch.
+        batch_size: examples in a global batch.
         microbatches: the global batch is computed in this many parts.
         train_steps: updates in the run; where a decaying learning rate ends.
-        image_sizes: (height, width) of each aspect bucket, in pixels.
-        network: which network learns: the SnapGen UNet, or the MMDiT of Stable Diffusion 3, a teacher.
-        unet, mmdit: its architecture; that of the other is passed over.
-        text: architecture of the text encoder.
-        text_workdir: a run of the recipe `contrastive` whose text encoder, frozen, and tokenizer are used; "" trains
-            both beside the network.
-        prediction: what the network's output stands for: the velocity, or the image, from which the velocity follows as
-            `(x_t - x_0) / t`. Where a latent has more channels than the image has degrees of freedom, as with large
-            patches of pixels, the image is the easier target: the network need not carry the noise through.
+        network: which network learns, told apart by `kind`: the SnapGen "unet", or the "mmdit" of Stable Diffusion 3.
+        inputs: what it is fed, told apart by `kind`: "captions", "encoders", "stored" or "class_labels".
+        prediction: what the network's output stands for: the velocity, or the image ("x_0"), from which the velocity
+            follows as `(x_t - x_0) / t`; "eps", "v" or "F" under another schedule. Where a latent has more channels
+            than the image has degrees of freedom, as with large patches of pixels, the image is the easier target: the
+            network need not carry the noise through.
+        schedule: the density of training times, and the noise schedule that the network knows; "flow" as a rule.
         loss_full_from: time s from which the velocity's error counts in full; below it the weight is (t / s)^2. The
             velocity's error is the image's divided by t^2, so that with a predicted image it is the image's error that
             counts evenly below s, and examples with little noise do not drown the others. 0 weighs all times alike.
-        caption_dropout: share of captions replaced by the empty one.
         ema_decay: of the averaged weights; 0 keeps no average.
         sample_prompts: prompts of the sample grid.
     """
@@ -99,17 +83,11 @@ class FlowMatchingConfig:
     batch_size: int = 32
     microbatches: int = 1
     train_steps: int = 1000
-    image_sizes: tuple[tuple[int, int], ...] = ((32, 32),)
-    network: Literal["unet", "mmdit"] = "unet"
-    unet: UNetConfig = UNetConfig.preset("shapes")
-    mmdit: MMDiTConfig = MMDiTConfig.preset("shapes")
-    text: ClipTextConfig = ClipTextConfig.preset("shapes")
-    text_workdir: str = ""
-    codec: CodecConfig = CodecConfig()
+    network: DenoiserConfig = UNetConfig.preset("shapes")
+    inputs: InputsConfig = CaptionsConfig()
     prediction: Prediction = "velocity"
-    timesteps: TimestepConfig = TimestepConfig()
+    schedule: Schedule = FlowSchedule()
     loss_full_from: float = 0.0
-    caption_dropout: float = 0.1
     optimizer: OptimizerConfig = OptimizerConfig()
     ema_decay: float = 0.999
     sampling: SamplingConfig = SamplingConfig()
@@ -117,330 +95,271 @@ class FlowMatchingConfig:
     sample_prompts: tuple[str, ...] = ("a red circle", "a blue square", "two green stars", "a ring above a cross")
 
 
-class Examined(NamedTuple):
-    """A prediction: `v` `[B, h, w, c]` at `x_t` `[B, h, w, c]`, given `context`."""
+class Point(NamedTuple):
+    """A point of the path and what the network makes of it: `v` `[B, ...]` at `x_t` `[B, ...]`, given `condition`."""
 
     x_t: jax.Array
     v: jax.Array
-    context: TextContext
+    condition: Any
 
 
 class FlowMatching:
     """See the top of this file. Implements `training.recipe.Recipe`."""
 
     Config = FlowMatchingConfig
-    prediction: Prediction
-    validation_times: Sequence[float] = VALIDATION_TIMES
 
     def __init__(self, config: FlowMatchingConfig, platform: Platform):
-        """`platform` is the one compiled for; it fixes compute dtype and form of the depthwise convolution."""
-        self.config = config
-        self.codec = build_codec(config.codec, platform)  # without parameters: see `codec_of`
-        self.network_name, self.network_config = config.network, getattr(config, config.network)
-        self.text_workdir = config.text_workdir
-        channels = {self.codec.latent_shape(size)[-1] for size in config.image_sizes}
-        if channels != {self.network_config.latent_channels}:
-            raise ValueError(
-                f"the codec gives {channels.pop()} latent channels and {config.network}.latent_channels is "
-                f"{self.network_config.latent_channels}; make them equal"
-            )
-        self.prediction, self.full_from = config.prediction, config.loss_full_from
-        self.network, self.network_spec = build(for_platform(self.network_config, platform))
-        self.text, self.text_spec = build(for_platform(config.text, platform))
+        """`platform` is the one compiled for; it fixes compute dtype and form of the depthwise convolution.
+
+        Raises:
+            ValueError: the network does not fit what it is fed.
+        """
+        self.config: Any = config
+        self.platform: Platform = platform
+        self.inputs = config.inputs.build(config.batch_size, platform)
+        network, _ = build(for_platform(config.network, platform))
+        self.denoiser = Denoiser(network, config.prediction, config.schedule)
+        self.role = config.network.kind
+        self.options = config.sampling
+        self.validation_levels: Level = config.schedule.level(np.asarray(VALIDATION_TIMES, np.float32))
+        self.trains: Mapping[str, tuple[str, ...]] = {"model": (self.role, *trained_roles(self.inputs))}
         self.optimizer: optax.GradientTransformation = make_optimizer(config.optimizer, config.train_steps)
         self.learning_rate = learning_rate_schedule(config.optimizer, config.train_steps)
+        channels = self.inputs.latent_shape()[-1]
+        if channels != config.network.latent_channels:
+            raise ValueError(
+                f"the inputs give {channels} latent channels and network.latent_channels is "
+                f"{config.network.latent_channels}; make them equal"
+            )
 
-    @property
-    def tokenizer_workdir(self) -> str:
-        """The run whose tokenizer makes the tokens of a batch; "" to train one on the captions."""
-        return self.text_workdir
+    # --- networks ---
 
-    @property
-    def vocab_size(self) -> int:
-        """Token ids must be below this."""
-        return self.config.text.vocab_size
+    def networks(self) -> dict[str, Network]:
+        """`{role: network}` of all that the step uses."""
+        return {self.role: self.denoiser.network, **self.inputs.networks()}
 
-    # --- shapes ---
-
-    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        """`(h, w, c)` of the latent of an image size."""
-        return self.codec.latent_shape(size)
-
-    def batch_specs(self) -> dict[str, Tree]:
-        """One bucket per image size: `image` uint8 `[B, H, W, 3]`, `tokens` int32 `[B, L]`, `mask` float32 `[B, L]`."""
-        b, length = self.config.batch_size, self.config.text.max_tokens
-        return {
-            f"{h}x{w}": {
-                "image": jax.ShapeDtypeStruct((b, h, w, 3), jnp.uint8),
-                "tokens": jax.ShapeDtypeStruct((b, length), jnp.int32),
-                "mask": jax.ShapeDtypeStruct((b, length), jnp.float32),
-            }
-            for h, w in self.config.image_sizes
-        }
+    def weights(self, params: Tree, frozen: Tree) -> dict[str, Tree]:
+        """The networks as they are: `{role: parameters}`."""
+        return {**frozen, **params["model"]}
 
     def init(self, key: jax.Array) -> TrainState:
-        """Draws the network, and its text encoder unless that is frozen."""
-        network_key, text_key = jax.random.split(key)
-        params = {self.network_name: init(self.network, network_key)}
-        if not self.text_workdir:
-            params["text"] = init(self.text, text_key)
-        return TrainState(jnp.int32(0), jnp.int32(0), {"model": self._new_player(params)}, {})
+        """Draws what "model" holds."""
+        player = self.new_player(init_roles(self.networks(), self.trains["model"], key))
+        return TrainState(jnp.int32(0), jnp.int32(0), {"model": player}, {})
 
     def warm_start(self, state: TrainState, earlier: Tree) -> TrainState:
         """Starts from `{player: weights}` of an earlier stage; optimizer, average and schedule begin anew. What the
         earlier stage trained beside these networks is left."""
-        new = state.players["model"].params
-        params = jax.tree.map(
-            lambda new, old: old.astype(new.dtype), new, {name: earlier["model"][name] for name in new}
-        )
-        return state.replace(players={"model": self._new_player(params)})
+        params = taken_from(state.players["model"].params, earlier["model"])
+        return state.replace(players={"model": self.new_player(params)})
 
-    def _new_player(self, params: Tree) -> Player:
+    def new_player(self, params: Tree) -> Player:
+        """The player "model" before its first update."""
         return new_player(params, self.optimizer, ema=self.config.ema_decay > 0)
 
     def frozen_spec(self) -> Tree:
-        """`{"text"}` if the text encoder is that of an earlier run, and `{"codec"}` if the codec is a network."""
-        text = {"text": spec_of(self.text)} if self.text_workdir else {}
-        codec = self.codec.spec()
-        return {**text, **({"codec": codec} if codec else {})}
+        """`{role: shapes}` of the networks that no player trains."""
+        networks = self.networks()
+        return specs_of(networks, frozen_roles(networks, self.trains))
 
-    def load_frozen(self, mesh: Mesh | None) -> Tree:
-        """Reads the text encoder of `config.text_workdir` and the codec of `config.codec`, where there are such."""
-        spec = FlowMatching.frozen_spec(self)
-        frozen = {}
-        if "text" in spec:
-            frozen = load_run(self.text_workdir, {"text": spec["text"]}, mesh=mesh, rules=clip.RULES)
-        if "codec" in spec:
-            frozen["codec"] = load_codec(self.config.codec, self.codec, mesh)
-        return frozen
-
-    def codec_of(self, frozen: Tree) -> Codec:
-        """The codec, with its parameters where it is a network."""
-        return self.codec.bind(frozen.get("codec", {}))
-
-    def trained_codec(self, params: Tree, frozen: Tree) -> Codec:
-        """What its images and latents go through."""
-        del params
-        return self.codec_of(frozen)
+    def load_frozen(self, mesh: Mesh | None, use: Use = "train") -> Tree:
+        """Reads the inputs' frozen networks: a text encoder of an earlier run, a codec, where there are such."""
+        del use
+        frozen = frozen_roles(self.networks(), self.trains)
+        return self.inputs.load(tuple(role for role in self.inputs.networks() if role in frozen), mesh)
 
     def rules(self) -> Sequence[tuple[str, PartitionSpec]]:
         """Those of the networks."""
-        return [*within("text", clip.RULES), *within("unet", unet.RULES), *within("mmdit", mmdit.RULES)]
+        return rules_of(self.networks())
+
+    # --- shapes ---
+
+    def batch_specs(self) -> Specs:
+        """Those of the inputs."""
+        return self.inputs.batch_specs()
+
+    def tokenizers(self) -> Mapping[str, TokenizerSpec]:
+        """Those of the inputs."""
+        return self.inputs.tokenizers()
+
+    def conditions(self) -> tuple[str, ...]:
+        """Those of the inputs."""
+        return self.inputs.conditions()
 
     # --- training ---
 
-    def encode_text(self, params: Tree, tokens: jax.Array, mask: jax.Array) -> TextContext:
-        """`[B, L]` tokens -> what the network attends to."""
-        return apply(self.text, params["text"], tokens, mask)
+    def draw(self, networks: Tree, batch: Tree, key: jax.Array, step: int | jax.Array = 0) -> Tree:
+        """Everything random about one global batch: noise, times, and what is left of the condition.
 
-    def predict(self, params: Tree, x_t: jax.Array, t: jax.Array, context: TextContext) -> jax.Array:
-        """Velocity `[B, h, w, c]` at `x_t` `[B, h, w, c]` and `t` `[B]`."""
-        return self.predict_with_taps(params, x_t, t, context)[0]
+        Returns:
+            `x_0` and `eps` `[B, ...]`, `level` (`Level` of `[B]`), and `kept` and `condition`, as from the inputs.
+        """
+        eps_key, time_key, condition_key = jax.random.split(key, 3)
+        x_0 = self.inputs.clean(networks, batch)
+        kept = self.inputs.draw_kept(condition_key, x_0.shape[0])
+        return {
+            "x_0": x_0,
+            "eps": jax.random.normal(eps_key, x_0.shape),
+            "level": self.draw_level(time_key, x_0.shape[:1], step),
+            "kept": kept,
+            "condition": self.inputs.draw_condition(networks, batch, jax.random.fold_in(condition_key, 1), kept),
+        }
 
-    def predict_with_taps(
-        self, params: Tree, x_t: jax.Array, t: jax.Array, context: TextContext, taps: Sequence[str] = ()
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The velocity, and the named intermediates of the network."""
-        return predict(self.network, params[self.network_name], x_t, t, context, self.prediction, taps)
+    def draw_level(self, key: jax.Array, shape: tuple[int, ...], step: int | jax.Array) -> Level:
+        """Times of training at an update."""
+        return self.config.schedule.draw(key, shape, step / self.config.train_steps)
 
-    def condition(self, params: Tree, drawn: Tree) -> TextContext:
-        """What the network attends to, of a batch or of drawn captions."""
-        return self.encode_text(params, drawn["tokens"], drawn["mask"])
-
-    def loss(self, params: Tree, drawn: Tree) -> tuple[jax.Array, Tree]:
-        """Mean loss of examples whose noise, times and captions are drawn.
+    def loss(self, networks: Tree, drawn: Tree, extra: Tree) -> tuple[jax.Array, Tree]:
+        """Mean loss of examples whose noise, times and conditions are drawn.
 
         Args:
-            params: the networks by name, trained and frozen ones, and what `extra` holds.
+            networks: `{role: parameters}`, as from `weights`.
             drawn: as from `draw`.
+            extra: the recipe's own arrays.
 
         Returns:
             The loss, and what `report` makes of it.
         """
-        losses, found, _ = self.examine(params, drawn)
-        return jnp.mean(losses), found
+        losses, aux, _ = self.examine(networks, drawn, extra)
+        return jnp.mean(losses), aux
 
-    def examine(self, params: Tree, drawn: Tree) -> tuple[jax.Array, Tree, Examined]:
-        """The flow matching loss of each example `[B]`, what `report` makes of it, and what it was computed from."""
-        context = self.condition(params, drawn)
-        x_t = interpolate(drawn["x_0"], drawn["eps"], drawn["t"])
-        v = self.predict(params, x_t, drawn["t"], context)
-        losses = flow_matching_loss(v, velocity(drawn["x_0"], drawn["eps"])) * self.time_weight(drawn["t"])
-        return losses, {}, Examined(x_t, v, context)
+    def examine(self, networks: Tree, drawn: Tree, extra: Tree) -> tuple[jax.Array, Tree, Point]:
+        """The loss of each example `[B]`, what `report` makes of it, and what the network predicted."""
+        del extra
+        point = self.predict(networks, drawn)[0]
+        losses = flow_matching_loss(point.v, velocity(drawn["x_0"], drawn["eps"])) * self.time_weight(drawn["level"])
+        return losses, {}, point
 
-    def time_weight(self, t: jax.Array) -> jax.Array | float:
-        """Of the velocity's squared error at times `[B]`, see `loss_full_from`."""
-        return jnp.square(jnp.minimum(1.0, t / self.full_from)) if self.full_from else 1.0
+    def predict(
+        self, networks: Tree, drawn: Tree, taps: Sequence[str] = ()
+    ) -> tuple[Point, dict[str, jax.Array]]:
+        """What the network makes of drawn examples, and its named intermediates."""
+        condition = self.inputs.condition(networks, drawn["condition"])
+        x_t = interpolate(drawn["x_0"], drawn["eps"], drawn["level"].t)
+        v, features = self.denoiser(networks[self.role], x_t, drawn["level"], condition, taps=taps)
+        return Point(x_t, v, condition), features
 
-    def report(self, extra: Tree, found: Tree) -> tuple[Tree, Metrics]:
+    def time_weight(self, level: Level) -> jax.Array | float:
+        """Of the velocity's squared error, see `loss_full_from`; under another schedule, that of its native loss."""
+        config = self.config
+        weight = config.schedule.loss_weight(level, config.prediction)
+        return weight * jnp.square(jnp.minimum(1.0, level.t / config.loss_full_from)) if config.loss_full_from else weight
+
+    def report(self, extra: Tree, aux: Tree) -> tuple[Tree, Metrics]:
         """The next `extra`, and further metrics, from what the loss found beside its value."""
-        del found
+        del aux
         return extra, {}
-
-    def draw(self, frozen: Tree, batch: Tree, key: jax.Array, step: int | jax.Array = 0) -> Tree:
-        """Everything random about one global batch: noise, times, what is left of the conditions."""
-        eps_key, time_key, condition_key = jax.random.split(key, 3)
-        x_0 = self.clean_latents(frozen, batch)
-        return {
-            "x_0": x_0,
-            "eps": jax.random.normal(eps_key, x_0.shape),
-            "t": self.draw_times(time_key, x_0.shape[:1], step),
-            **self.draw_condition(frozen, batch, condition_key),
-        }
-
-    def draw_times(self, key: jax.Array, shape: tuple[int, ...], step: int | jax.Array) -> jax.Array:
-        """Times of training at an update, float32 of the given shape in [0, 1]."""
-        return sample_times(key, shape, self.config.timesteps, step / self.config.train_steps)
-
-    def clean_latents(self, frozen: Tree, batch: Tree) -> jax.Array:
-        """The latents `[B, h, w, c]` of a batch, without noise."""
-        return self.codec_of(frozen).encode(from_uint8(batch["image"]))
-
-    def draw_condition(self, frozen: Tree, batch: Tree, key: jax.Array) -> Tree:
-        """What `condition` takes of a batch: its captions, some of them dropped."""
-        del frozen
-        caption = {"tokens": batch["tokens"], "mask": batch["mask"]}
-        return drop_condition(key, caption, self._null_caption(), self.config.caption_dropout)
 
     def update(self, state: TrainState, frozen: Tree, batch: Tree, key: jax.Array) -> tuple[TrainState, Metrics]:
         """One AdamW step on the loss."""
-        return self.learn(state, {**frozen, **state.extra}, self.draw(frozen, batch, key, state.step))
+        return self.learn(state, frozen, self.draw(self.current(state, frozen), batch, key, state.step))
+
+    def current(self, state: TrainState, frozen: Tree) -> dict[str, Tree]:
+        """The networks `{role: parameters}` of a state."""
+        return self.weights({name: player.params for name, player in state.players.items()}, frozen)
+
+    def learn(self, state: TrainState, frozen: Tree, drawn: Tree) -> tuple[TrainState, Metrics]:
+        """The step of the player "model" beside all others as they are."""
+        player, others = state.players["model"], {name: p.params for name, p in state.players.items()}
+
+        def loss(params: Tree, drawn: Tree) -> tuple[jax.Array, Tree]:
+            return self.loss(self.weights({**others, "model": params}, frozen), drawn, state.extra)
+
+        grads, value, aux = accumulate_gradients(loss, player.params, drawn, self.config.microbatches)
+        grads, norm = clip_by_joint_norm(grads, self.config.optimizer.clip_norm)
+        player = step_player(player, grads, self.optimizer, state.step, self.config.ema_decay)
+        extra, more = self.report(state.extra, aux)
+        rate = jnp.asarray(self.learning_rate(state.step))
+        metrics = {"loss": value, **more, "grad_norm": norm, "learning_rate": rate}
+        return state.replace(players={**state.players, "model": player}, extra=extra), metrics
 
     def parts(self) -> Mapping[str, Part]:
         """ "draw", all that comes before the loss: where there are frozen encoders, mainly what they do."""
-        return {"draw": lambda state, frozen, batch, key: self.draw(frozen, batch, key, state.step)}
 
-    def learn(self, state: TrainState, given: Tree, drawn: Tree) -> tuple[TrainState, Metrics]:
-        """The step of the player "model", beside what else is given by name: frozen networks, `extra`."""
-        player = state.players["model"]
-        grads, loss, found = accumulate_gradients(
-            lambda params, drawn: self.loss({**given, **params}, drawn), player.params, drawn, self.config.microbatches
-        )
-        grads, norm = clip_by_joint_norm(grads, self.config.optimizer.clip_norm)
-        player = step_player(player, grads, self.optimizer, state.step, self.config.ema_decay)
-        extra, further = self.report(state.extra, found)
-        rate = jnp.asarray(self.learning_rate(state.step))
-        metrics = {"loss": loss, **further, "grad_norm": norm, "learning_rate": rate}
-        return state.replace(players={**state.players, "model": player}, extra=extra), metrics
+        def draw(state: TrainState, frozen: Tree, batch: Tree, key: jax.Array) -> Tree:
+            return self.draw(self.current(state, frozen), batch, key, state.step)
 
-    def _null_caption(self) -> dict[str, np.ndarray]:
-        tokens, mask = null_tokens(self.config.text, self.config.text.max_tokens)
-        return {"tokens": tokens, "mask": mask}
+        return {"draw": draw}
 
     # --- use ---
 
     def generate(
-        self,
-        params: Tree,
-        frozen: Tree,
-        conditions: Tree,
-        key: jax.Array,
-        *,
-        steps: int | None = None,
-        guidance: float | None = None,
-        method: Method | None = None,
-        image_size: tuple[int, int] | None = None,
+        self, params: Tree, frozen: Tree, conditions: Tree, keys: jax.Array, options: SamplingConfig
     ) -> dict[str, jax.Array]:
-        """Images from captions.
+        """Examples from noise.
 
         Args:
-            params: `{"model": {"unet", "text"}}`.
+            params: `{"model": ...}`.
             frozen: as from `load_frozen`.
-            conditions: `tokens` and `mask` `[B, L]`; optionally `noise` instead of noise from the keys: `[B, h, w, c]`,
-                or `[B, steps, h, w, c]` where the method renoises.
-            key: `[B]` keys.
-            steps, guidance, method, image_size: default to `config.sampling` and the first image size.
+            conditions: arrays of `conditions()` `[B, ...]`; optionally `noise` instead of noise from the keys,
+                `[B, *noise_shape]`.
+            keys: `[B]` keys.
+            options: see `SamplingConfig`.
 
         Returns:
-            `image` uint8 `[B, H, W, 3]`, `latent` float32 `[B, h, w, c]`, and the `noise` it began with.
+            what the inputs decode (`image` uint8 `[B, H, W, 3]`), `latent` float32 `[B, ...]`, and the `noise` it
+            began with.
 
         Raises:
             ValueError: the given noise has another shape.
         """
-        weights = {**frozen, **params["model"]}
-        shape = self.noise_shape(self.latent_shape(image_size or self.config.image_sizes[0]), steps, method)
-        noise = conditions["noise"] if "noise" in conditions else initial_noise(key, shape)
-        expected = (*key.shape, *shape)
+        networks, shape = self.weights(params, frozen), noise_shape(self.inputs.latent_shape(options.image_size), options)
+        noise = conditions["noise"] if "noise" in conditions else initial_noise(keys, shape)
+        expected = (*keys.shape, *shape)
         if noise.shape != expected:
             raise ValueError(f"the noise is {noise.shape}; this method, number of steps and image size take {expected}")
-        contexts = self.contexts(weights, conditions)
-        latent = self.sample(weights, noise, *contexts, steps=steps, guidance=guidance, method=method)
-        return {**self.pictures(frozen, latent), "latent": latent, "noise": noise}
+        told = self.inputs.draw_condition(networks, conditions, keys[0], {})  # nothing is dropped, so nothing is drawn
+        condition, null = self.inputs.condition(networks, told), self.inputs.null_condition(networks)
+        latent = self.sample(networks, noise, condition, null, options)
+        return {**self.inputs.decode(networks, latent), "latent": latent, "noise": noise}
 
-    def contexts(self, params: Tree, conditions: Tree) -> tuple[TextContext, TextContext]:
-        """What the network attends to of B conditions, and of none at all, `[1, ...]`."""
-        null = {name: jnp.asarray(x)[None] for name, x in self._null_caption().items()}
-        return self.condition(params, conditions), self.condition(params, null)
+    def sample(self, networks: Tree, noise: jax.Array, condition: Any, null: Any, options: SamplingConfig) -> jax.Array:
+        """The `x_0` `[B, ...]` that noise `[B, *noise_shape]` leads to under guidance; `null` is `[1, ...]`."""
 
-    def pictures(self, frozen: Tree, latent: jax.Array) -> dict[str, jax.Array]:
-        """`image` uint8 `[B, H, W, 3]` of latents, for a recipe that decodes them."""
-        return {"image": to_uint8(self.codec_of(frozen).decode(latent))}
+        def denoise(x_t: jax.Array, level: Level, i: jax.Array, carry: Any, c: Any) -> tuple[jax.Array, Any]:
+            return self.denoise(networks, x_t, level, i, carry, c, options)
 
-    def noise_shape(
-        self, latent: tuple[int, ...], steps: int | None = None, method: Method | None = None
-    ) -> tuple[int, ...]:
-        """Of the noise that an image begins with, as its latent; or `(steps, *latent)`, the first and all that is mixed
-        in later, where the method renoises."""
-        default = self.config.sampling
-        return (steps or default.steps, *latent) if (method or default.method) == "renoise" else latent
+        carry = self.first_carry(networks, noise, condition, options)
+        return sample_flow(denoise, self.config.schedule, noise, condition, null, options, carry)[0]
 
-    def sample(
-        self,
-        params: Tree,
-        noise: jax.Array,
-        context: TextContext,
-        null_context: TextContext,
-        *,
-        steps: int | None = None,
-        guidance: float | None = None,
-        method: Method | None = None,
-    ) -> jax.Array:
-        """The latent `[B, h, w, c]` that noise of that shape leads to under guidance.
+    def denoise(
+        self, networks: Tree, x_t: jax.Array, level: Level, i: jax.Array, carry: Any, condition: Any, options: Any
+    ) -> tuple[jax.Array, Any]:
+        """One call while sampling: the velocity, and the next carry. A method that caches gives another."""
+        del i, options
+        return self.denoiser(networks[self.role], x_t, level, condition)[0], carry
 
-        Args:
-            params: `{"unet", ...}`, what `predict` takes.
-            noise: float32, `[B, ...]` of `noise_shape`.
-            context: of B captions.
-            null_context: of the empty caption, one for all.
-            steps, guidance, method: default to `config.sampling`.
-        """
-        default = self.config.sampling
+    def first_carry(self, networks: Tree, noise: jax.Array, condition: Any, options: Any) -> Any:
+        """What `denoise` carries into its first call."""
+        del networks, noise, condition, options
+        return None
 
-        def denoise(x_t: jax.Array, t: jax.Array, i: jax.Array, carry: Any, c: TextContext) -> tuple[jax.Array, Any]:
-            del i
-            return self.predict(params, x_t, t, c), carry
+    def codec(self, params: Tree, frozen: Tree) -> Any:
+        """That of the inputs."""
+        return self.inputs.codec(self.weights(params, frozen))
 
-        scale = default.guidance if guidance is None else guidance
-        guided = with_guidance(denoise, context, null_context, scale)
-        times = time_grid(steps or default.steps, default.shift)
-        if (method or default.method) == "renoise":
-            later = jnp.moveaxis(jnp.roll(noise, -1, axis=1), 1, 0)  # the last interval ends in data and uses none
-            return sample(guided, noise[:, 0], times, method="renoise", noise=later)[0]
-        return sample(guided, noise, times, method=method or default.method)[0]
-
-    def validation_batch(self, frozen: Tree, batch: Tree) -> tuple[jax.Array, Tree]:
-        """The clean latents `[B, h, w, c]` of a batch, and what `condition` takes of it."""
-        return self.clean_latents(frozen, batch), batch
+    # --- measuring and leaving ---
 
     def validation_loss(self, params: Tree, frozen: Tree, batch: Tree, key: jax.Array) -> dict[str, jax.Array]:
-        """Per-example error `[B]` at each of `validation_times`, with the same noise at each; and their mean."""
-        weights = {**frozen, **params["model"]}
-        x_0, captions = self.validation_batch(frozen, batch)
-        eps = jax.random.normal(key, x_0.shape)
-        context = self.condition(weights, captions)
+        """Per-example error `[B]` at each of `validation_levels`, with the same noise at each; and their mean."""
+        networks, levels = self.weights(params, frozen), self.validation_levels
+        x_0 = self.inputs.clean(networks, batch)
+        told = self.inputs.draw_condition(networks, batch, jax.random.fold_in(key, 1), {})
+        eps, condition = jax.random.normal(key, x_0.shape), self.inputs.condition(networks, told)
 
-        def at(t: jax.Array) -> jax.Array:
-            return self.validation_error(weights, x_0, eps, jnp.full(x_0.shape[:1], t), context)
+        def at(level: Level) -> jax.Array:
+            level = Level(*(jnp.full(x_0.shape[:1], value) for value in level))
+            return self.validation_error(networks, x_0, eps, level, condition)
 
-        losses = jax.lax.map(at, jnp.asarray(self.validation_times))  # [T, B]
-        by_time = {f"t={t:.2f}": losses[i] for i, t in enumerate(self.validation_times)}
+        losses = jax.lax.map(at, jax.tree.map(jnp.asarray, levels))  # [T, B]
+        by_time = {f"t={t:.2f}": losses[i] for i, t in enumerate(levels.t.tolist())}
         return {"mean": losses.mean(axis=0), **by_time}
 
     def validation_error(
-        self, params: Tree, x_0: jax.Array, eps: jax.Array, t: jax.Array, context: TextContext
+        self, networks: Tree, x_0: jax.Array, eps: jax.Array, level: Level, condition: Any
     ) -> jax.Array:
         """`[B]`: the squared error of the velocity."""
-        v = self.predict(params, interpolate(x_0, eps, t), t, context)
+        v, _ = self.denoiser(networks[self.role], interpolate(x_0, eps, level.t), level, condition)
         return flow_matching_loss(v, velocity(x_0, eps))
 
     def evaluators(self) -> Sequence[EvaluatorSpec]:
@@ -448,33 +367,13 @@ class FlowMatching:
         when = self.config.evaluation
         parts = {
             "validation_loss": {"function": self.validation_loss},
-            "sample_grid": {"options": {"prompts": getattr(self.config, "sample_prompts", ())}},
+            "sample_grid": {"options": {"prompts": self.config.sample_prompts if self.tokenizers() else ()}},
         }
         return [when.spec(name, **parts.get(name, {})) for name in when.names]
 
     def exports(self) -> ExportPlan:
-        """The network, the text encoder and, where it is a network, the decoder; see `_flow_export`."""
-        return export_plan(self.config, self.codec, self._null_caption())
-
-
-def predict(
-    network: Network,
-    params: Tree,
-    x_t: jax.Array,
-    t: jax.Array,
-    context: TextContext,
-    prediction: Prediction = "velocity",
-    taps: Sequence[str] = (),
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The velocity `[B, h, w, c]` that a network predicts at `x_t` `[B, h, w, c]` and `t` `[B]`, and its named
-    intermediates; `prediction` says what its output stands for."""
-    out, found = apply(network, params, x_t, time_features(t, network.config.time_width), context, taps=taps)
-    return (out if prediction == "velocity" else velocity_from_x0(x_t, out, t)), found
-
-
-def initial_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """`[B, *shape]` standard normal, each example from its own key."""
-    return jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
+        """The network and the inputs' own units (text encoder, decoder); see `_flow_export`."""
+        return flow_plan(self)
 
 
 RECIPE = FlowMatching

@@ -22,13 +22,21 @@ def _checksum(x: jax.Array) -> jax.Array:
     return jnp.sum(bits * weights, dtype=jnp.uint32)
 
 
+def _name(path: tuple[Any, ...]) -> str:
+    """As `keystr` gives it, a dictionary's key with slashes as several keys."""
+    return jax.tree_util.keystr(path).replace("/", "']['")
+
+
 def fingerprint(tree: Tree) -> str:
-    """Hexadecimal digest of the names, shapes, dtypes and bits of a tree of 8- to 32-bit arrays; "" if it is empty."""
+    """Hexadecimal digest of the names, shapes, dtypes and bits of a tree of 8- to 32-bit arrays; "" if it is empty.
+
+    A name "a/b" counts as `b` below `a`.
+    """
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     if not leaves:
         return ""
     digest = hashlib.sha256()
     for path, leaf in leaves:
         checksum = int(_checksum(leaf))  # one at a time: on CPU devices, independent programs with collectives deadlock
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype} {checksum}\n".encode())
+        digest.update(f"{_name(path)} {leaf.shape} {leaf.dtype} {checksum}\n".encode())
     return digest.hexdigest()[:32]

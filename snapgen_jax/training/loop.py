@@ -32,7 +32,7 @@ from snapgen_jax.training.keys import key
 from snapgen_jax.training.lifetime import Lifetime
 from snapgen_jax.training.metrics import MetricWriter, evaluated
 from snapgen_jax.training.profile import Profiler
-from snapgen_jax.training.recipe import Metrics, Recipe, parts_of
+from snapgen_jax.training.recipe import Metrics, Recipe
 from snapgen_jax.training.state import TrainState
 
 Tree = Any
@@ -191,7 +191,7 @@ def lower_abstract_step(
     state_placed = placed(state, shardings)
     if not part:
         return lower_step(recipe, seed, mesh, shardings, state_placed, frozen_placed, bucket), state
-    known = parts_of(recipe)
+    known = recipe.parts()
     if part not in known:
         raise ValueError(f"no part {part!r} of this recipe's step; its parts are: {', '.join(known) or 'none'}")
 

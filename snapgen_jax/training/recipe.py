@@ -4,49 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from snapgen_jax.evaluation.interfaces import EvaluatorSpec
+from snapgen_jax.inputs.interfaces import Inputs, TokenizerSpec
+from snapgen_jax.training.exports import ExportPlan
 from snapgen_jax.training.state import TrainState
 
 Tree = Any
 Metrics = dict[str, jax.Array]
 Part = Callable[[TrainState, Tree, Tree, jax.Array], Tree]
 """`part(state, frozen, batch, key)`, with the arguments of `Recipe.update`."""
+Use = Literal["train", "generate"]
 
 
 @dataclasses.dataclass(frozen=True)
-class ExportUnit:
-    """One function that becomes one `.tflite` file.
-
-    Attributes:
-        name: file stem and signature name, "unet".
-        function: `function(params, **inputs) -> {name: array}`, pure, static shapes, float32 and int32 only.
-        select: picks the tree that `function` takes out of `{player: params, "frozen": frozen}`.
-        inputs: named input shapes, batch 1.
-    """
-
-    name: str
-    function: Callable[..., dict[str, jax.Array]]
-    select: Callable[[Tree], Tree]
-    inputs: Mapping[str, jax.ShapeDtypeStruct]
-
-
-@dataclasses.dataclass(frozen=True)
-class ExportPlan:
-    """All that a client needs to run a recipe's generator away from JAX: the units, and the sampler as plain data.
-
-    Attributes:
-        units: the functions to convert.
-        scheduler: JSON-able description of the sampler loop (times, step rule, guidance, time features, codec, latent
-            shape), which the client replays.
-    """
-
-    units: Sequence[ExportUnit]
-    scheduler: Mapping[str, Any]
+class NoOptions:
+    """The options of a recipe whose `generate` leaves nothing to choose."""
 
 
 @runtime_checkable
@@ -55,12 +32,28 @@ class Recipe(Protocol):
 
     Attributes:
         config: the dataclass it was built from.
+        inputs: what it is fed.
+        trains: `{player: roles}`, the networks that each player holds; every other network of `weights` is frozen.
+        options: a frozen dataclass, how `generate` works unless a call says otherwise. The command line offers its
+            fields (`--steps`, `--guidance`).
     """
 
     config: Any
+    inputs: Inputs
+    trains: Mapping[str, tuple[str, ...]]
+    options: Any
 
-    def batch_specs(self) -> dict[str, Tree]:
-        """{bucket name: tree of ShapeDtypeStruct} of a global batch, one entry a static shape."""
+    def batch_specs(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+        """`{bucket: {array: ShapeDtypeStruct}}` of a global batch, one entry a static shape: of its inputs, and of what
+        else it reads."""
+        ...
+
+    def tokenizers(self) -> Mapping[str, TokenizerSpec]:
+        """`{array of token ids: its tokenizer}`, of all inputs."""
+        ...
+
+    def conditions(self) -> tuple[str, ...]:
+        """The arrays that `generate` takes as conditions."""
         ...
 
     def init(self, key: jax.Array) -> TrainState:
@@ -72,11 +65,18 @@ class Recipe(Protocol):
         ...
 
     def frozen_spec(self) -> Tree:
-        """Shapes of the networks that are used and not trained. Reads no file."""
+        """`{role: shapes}` of the networks that are used and not trained. Reads no file."""
         ...
 
-    def load_frozen(self, mesh: Mesh | None) -> Tree:
-        """The tree of `frozen_spec`, loaded onto the mesh. The one function here that reads files."""
+    def load_frozen(self, mesh: Mesh | None, use: Use = "train") -> Tree:
+        """The tree of `frozen_spec`, loaded onto the mesh; to "generate", without what only training needs, such as a
+        teacher. The one function here that reads files."""
+        ...
+
+    def weights(self, params: Tree, frozen: Tree) -> dict[str, Tree]:
+        """`{role: parameters}` of `{player: parameters}` and the frozen networks: the one place where they meet, and
+        where trained trees are transformed (merged adapters, fake quantisation). Frozen roles that were not loaded are
+        left out."""
         ...
 
     def update(self, state: TrainState, frozen: Tree, batch: Tree, key: jax.Array) -> tuple[TrainState, Metrics]:
@@ -86,14 +86,37 @@ class Recipe(Protocol):
         ...
 
     def generate(
-        self, params: Tree, frozen: Tree, conditions: Tree, key: jax.Array, **options: Any
+        self, params: Tree, frozen: Tree, conditions: Tree, keys: jax.Array, options: Any
     ) -> dict[str, jax.Array]:
-        """Examples from `{player: params}`. `key` is `[B]`, one an example, so that an example depends on its own key
-        alone. `options` are static and default to the recipe's config."""
+        """Examples from `{player: parameters}`.
+
+        Args:
+            params, frozen: as for `weights`.
+            conditions: arrays of `conditions()`, `[B, ...]`.
+            keys: `[B]`, one an example, so that an example depends on its own key alone.
+            options: of the type of the attribute `options`; static.
+        """
+        ...
+
+    def codec(self, params: Tree, frozen: Tree) -> Any:
+        """The `networks.codec.Codec` that its images go through, or that it trains.
+
+        Raises:
+            ConfigError: there is none; says what to do instead.
+        """
+        ...
+
+    def parts(self) -> Mapping[str, Part]:
+        """{name: what the step does in one piece}, for plans of each piece by itself: a step with frozen networks of
+        billions of parameters may be more than a laptop can compile at once."""
         ...
 
     def exports(self) -> ExportPlan:
-        """What to convert for a phone, and the sampler that the phone runs."""
+        """What to convert for a phone, and the program that the phone runs.
+
+        Raises:
+            ConfigError: it cannot be exported; says what to do instead.
+        """
         ...
 
     def evaluators(self) -> Sequence[EvaluatorSpec]:
@@ -103,21 +126,3 @@ class Recipe(Protocol):
     def rules(self) -> Sequence[tuple[str, PartitionSpec]]:
         """(regular expression over parameter paths, PartitionSpec); first match wins, no match is replicated."""
         ...
-
-
-def frozen_for_generation(recipe: Recipe, mesh: Mesh | None = None) -> Tree:
-    """What `recipe.generate` needs of the frozen networks.
-
-    All of `load_frozen`, unless the recipe has a method `load_for_generation`: a teacher of eight billion parameters is
-    not wanted where only the student draws.
-    """
-    return getattr(recipe, "load_for_generation", recipe.load_frozen)(mesh)
-
-
-def parts_of(recipe: Recipe) -> Mapping[str, Part]:
-    """{name: what the step does in one piece}, for plans of each piece by itself.
-
-    None, unless the recipe has a method `parts`. A step with frozen networks of billions of parameters may be more than
-    a laptop can compile at once, and their share of it is worth knowing in any case.
-    """
-    return getattr(recipe, "parts", dict)()

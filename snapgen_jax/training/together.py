@@ -7,7 +7,7 @@ parameters, batches and noise, as it does by itself, and so learns the same to r
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,9 +16,12 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from snapgen_jax.evaluation.interfaces import EvaluatorSpec
+from snapgen_jax.inputs.interfaces import TokenizerSpec
 from snapgen_jax.training import keys, progress
+from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.training.exports import ExportPlan
 from snapgen_jax.training.loop import PlainBatch
-from snapgen_jax.training.recipe import ExportPlan, Metrics, Recipe
+from snapgen_jax.training.recipe import Metrics, Part, Recipe, Use
 from snapgen_jax.training.state import TrainState
 
 Tree = Any
@@ -45,7 +48,9 @@ class Together:
         specs = recipes[0].batch_specs()
         if len(specs) > 1 or any(recipe.batch_specs() != specs for recipe in recipes):
             raise ValueError("runs that are trained together must take batches of one shape; give all one image size")
-        self.config, self.recipes = recipes[0].config, tuple(recipes)
+        first = recipes[0]
+        self.config, self.inputs, self.trains, self.options = first.config, first.inputs, first.trains, first.options
+        self.recipes = tuple(recipes)
         self.seeds = np.array(seeds, np.int32)
 
     @property
@@ -59,6 +64,14 @@ class Together:
             lambda s: jax.ShapeDtypeStruct((len(self.seeds) * s.shape[0], *s.shape[1:]), s.dtype),
             self.recipe.batch_specs(),
         )
+
+    def tokenizers(self) -> Mapping[str, TokenizerSpec]:
+        """Those of one run."""
+        return self.recipe.tokenizers()
+
+    def conditions(self) -> tuple[str, ...]:
+        """Those of one run."""
+        return self.recipe.conditions()
 
     def init(self, key: jax.Array) -> TrainState:
         """Every run as it begins by itself, from the key of its own seed."""
@@ -82,9 +95,13 @@ class Together:
             lambda s: jax.ShapeDtypeStruct((len(self.seeds), *s.shape), s.dtype), self.recipe.frozen_spec()
         )
 
-    def load_frozen(self, mesh: Mesh | None) -> Tree:
+    def load_frozen(self, mesh: Mesh | None, use: Use = "train") -> Tree:
         """What each run reads."""
-        return stack([recipe.load_frozen(mesh) for recipe in self.recipes])
+        return stack([recipe.load_frozen(mesh, use) for recipe in self.recipes])
+
+    def weights(self, params: Tree, frozen: Tree) -> dict[str, Tree]:
+        """Those of every run, with the axis of runs."""
+        return jax.vmap(self.recipe.weights)(params, frozen)
 
     def update(self, state: TrainState, frozen: Tree, batch: Tree, key: jax.Array) -> tuple[TrainState, Metrics]:
         """One update of each run, with the key that it has by itself; metrics are means over the runs."""
@@ -112,23 +129,35 @@ class Together:
         """None: a run is measured by itself."""
         return []
 
+    def parts(self) -> Mapping[str, Part]:
+        """None: a step is planned by itself."""
+        return {}
+
     def generate(
-        self, params: Tree, frozen: Tree, conditions: Tree, key: jax.Array, **options: Any
+        self, params: Tree, frozen: Tree, conditions: Tree, keys: jax.Array, options: Any
     ) -> dict[str, jax.Array]:
         """Not asked of several runs at once.
 
         Raises:
-            ValueError: always.
+            ConfigError: always.
         """
-        raise ValueError("runs that were trained together draw one by one; load each from its own workdir")
+        raise ConfigError("runs that were trained together draw one by one; load each from its own workdir")
+
+    def codec(self, params: Tree, frozen: Tree) -> Any:
+        """Not asked of several runs at once.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError("runs that were trained together code one by one; load each from its own workdir")
 
     def exports(self) -> ExportPlan:
         """Not asked of several runs at once.
 
         Raises:
-            ValueError: always.
+            ConfigError: always.
         """
-        raise ValueError("runs that were trained together are exported one by one; export each from its own workdir")
+        raise ConfigError("runs that were trained together are exported one by one; export each from its own workdir")
 
 
 @dataclasses.dataclass(frozen=True)

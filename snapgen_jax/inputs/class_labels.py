@@ -1,0 +1,130 @@
+"""Images with a class label, whose embedding is trained beside the network (Peebles and Xie 2023, section 3)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from snapgen_jax.diffusion.guidance import draw_kept, keep
+from snapgen_jax.inputs._export import decoder_unit, label_unit
+from snapgen_jax.inputs._images import ImageCodec, Size, image_specs
+from snapgen_jax.inputs.interfaces import Networks, TokenizerSpec, Tree, is_kept
+from snapgen_jax.networks.codec import Codec, CodecConfig
+from snapgen_jax.networks.label import LabelEmbeddingConfig
+from snapgen_jax.networks.module import Network, Platform, apply, build, for_platform
+from snapgen_jax.networks.text import TextContext
+
+LABEL = "label"
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassLabelsConfig:
+    """Images with class labels.
+
+    Attributes:
+        image_sizes: (height, width) of each aspect bucket, in pixels.
+        codec: between images and latents.
+        label: the embedding; `label.classes` is how many classes there are.
+        label_dropout: share of labels replaced by none in training.
+    """
+
+    kind: Literal["class_labels"] = "class_labels"
+    image_sizes: tuple[Size, ...] = ((32, 32),)
+    codec: CodecConfig = CodecConfig()
+    label: LabelEmbeddingConfig = LabelEmbeddingConfig()
+    label_dropout: float = 0.1
+
+    def build(self, batch_size: int, platform: Platform) -> ClassLabels:
+        """Raises `ValueError` where an image size does not divide as the codec needs."""
+        return ClassLabels(self, batch_size, platform)
+
+
+class ClassLabels:
+    """See the top of this file. Implements `inputs.interfaces.Inputs`."""
+
+    def __init__(self, config: ClassLabelsConfig, batch_size: int, platform: Platform):
+        self.config, self.batch_size = config, batch_size
+        self.images = ImageCodec(config.codec, platform, config.image_sizes)
+        self.embedding = build(for_platform(config.label, platform))[0]
+
+    # --- shapes and networks ---
+
+    def batch_specs(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+        """One bucket per image size: `image` uint8 `[B, H, W, 3]`, `label` int32 `[B]`."""
+        label = jax.ShapeDtypeStruct((self.batch_size,), jnp.int32)
+        return image_specs(self.batch_size, self.config.image_sizes, {"label": label})
+
+    def latent_shape(self, size: Size | None = None) -> tuple[int, ...]:
+        """`(h, w, c)` of the latent of an image size."""
+        return self.images.latent_shape(size)
+
+    def conditions(self) -> tuple[str, ...]:
+        """The label."""
+        return ("label",)
+
+    def networks(self) -> dict[str, Network]:
+        """ "label", and "codec" where that is a network."""
+        return {LABEL: self.embedding, **self.images.networks()}
+
+    def pretrained(self) -> tuple[str, ...]:
+        """The codec."""
+        return tuple(self.images.networks())
+
+    def load(self, roles: tuple[str, ...], mesh: Mesh | None) -> dict[str, Tree]:
+        """Reads the codec, where it is asked for."""
+        return self.images.load(mesh) if any(role in roles for role in self.images.networks()) else {}
+
+    def tokenizers(self) -> dict[str, TokenizerSpec]:
+        """None: no text is read."""
+        return {}
+
+    # --- examples and conditions ---
+
+    def clean(self, networks: Networks, batch: Tree) -> jax.Array:
+        """The latents of the images."""
+        return self.images.encode(networks, batch["image"])
+
+    def draw_kept(self, key: jax.Array, batch_size: int) -> dict[str, jax.Array]:
+        """`{"label": bool [B]}`, false with probability `label_dropout`."""
+        return {LABEL: draw_kept(key, batch_size, self.config.label_dropout)}
+
+    def draw_condition(self, networks: Networks, batch: Tree, key: jax.Array, kept: Mapping[str, jax.Array]) -> Tree:
+        """The labels, that of none where the label is not kept."""
+        del networks, key
+        drawn, rows = {"label": batch["label"]}, is_kept(kept, LABEL)
+        return drawn if rows is None else keep(rows, drawn, {"label": jnp.int32(self.config.label.classes)})
+
+    def condition(self, networks: Networks, drawn: Tree) -> TextContext:
+        """The states of the labels."""
+        return apply(self.embedding, networks[LABEL], drawn["label"])
+
+    def null_condition(self, networks: Networks) -> TextContext:
+        """The state of none, `[1, ...]`."""
+        return self.condition(networks, {"label": jnp.full((1,), self.config.label.classes, jnp.int32)})
+
+    # --- out again ---
+
+    def decode(self, networks: Networks, x_0: jax.Array) -> dict[str, jax.Array]:
+        """`{"image": uint8 [B, H, W, 3]}`."""
+        return self.images.decode(networks, x_0)
+
+    def codec(self, networks: Networks) -> Codec:
+        """That of the config, with its parameters."""
+        return self.images.bind(networks)
+
+    def check_run(self, workdir: str, inputs: Mapping[str, Any], parts: Sequence[str]) -> None:
+        """Raises where an earlier run had other latents."""
+        if "latent" in parts:
+            self.images.check_run(workdir, inputs)
+
+    def export_units(self) -> Mapping[str, Any]:
+        """The embedding, which takes the place of a text encoder, and the decoder where the codec is a network."""
+        units = {"text_encoder": label_unit(LABEL, self.config.label)}
+        if self.images.networks():
+            units["decoder"] = decoder_unit(self.config.codec, self.latent_shape())
+        return units

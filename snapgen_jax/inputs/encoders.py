@@ -1,0 +1,216 @@
+"""Images and captions through published encoders, which run frozen inside the step: the autoencoder of Stable
+Diffusion 3, CLIP-L, CLIP-bigG and Gemma-2-2b (SnapGen, arXiv 2412.09619, section 3.1).
+
+A conditioner, which is trained, joins the three encodings of a caption. Each encoder is left out of an example now and
+then, independently, so that the network draws from any of them, and without guidance from none. Parameters are in the
+dtype in which they compute, and split over the `fsdp` axis of the mesh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from snapgen_jax.inputs._images import ImageCodec, Size, image_specs
+from snapgen_jax.inputs.interfaces import Networks, TokenizerSpec, Tree, is_kept
+from snapgen_jax.networks.autoencoder import AutoencoderConfig
+from snapgen_jax.networks.clip import ClipTextConfig
+from snapgen_jax.networks.codec import Codec, CodecConfig
+from snapgen_jax.networks.context import ENCODERS, ConditionerConfig, draw_kept
+from snapgen_jax.networks.gemma2 import Gemma2Config
+from snapgen_jax.networks.module import Network, Platform, apply, build, for_platform
+from snapgen_jax.networks.rules import rules_of
+from snapgen_jax.networks.text import TextContext
+from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.weights.frozen import draw_stand_ins, load_text_encoder
+
+PUBLISHED = {"clip_l": "clip_l", "clip_g": "clip_g", "language": "gemma2_2b"}  # encoder -> whose weights it has
+CONDITIONER = "conditioner"
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodersConfig:
+    """The encoders, and where their published weights are.
+
+    Attributes:
+        image_sizes: (height, width) of each aspect bucket, in pixels.
+        codec: the autoencoder; `codec.workdir` names the folder of its weights.
+        clip_l, clip_g, language: the text encoders.
+        clip_l_folder, clip_g_folder, language_folder: local folders of their safetensors files.
+        clip_l_tokenizer, clip_g_tokenizer, language_tokenizer: local folders of their tokenizers.
+        language_tokens: length of a caption for the language model.
+        conditioner: joins what they say.
+        encoder_dropout: share of examples from which an encoder is left out; three at 0.464 leave one example in ten
+            without any (Esser et al. 2024, section 5.3.3).
+        stand_ins: draws the encoders and the autoencoder instead of reading them. A run then shows speed and memory,
+            and trains nothing of use.
+    """
+
+    kind: Literal["encoders"] = "encoders"
+    image_sizes: tuple[Size, ...] = ((256, 256),)
+    codec: CodecConfig = CodecConfig(kind="autoencoder", autoencoder=AutoencoderConfig.preset("sd3"))
+    clip_l: ClipTextConfig = ClipTextConfig.preset("clip_l")
+    clip_g: ClipTextConfig = ClipTextConfig.preset("clip_g")
+    language: Gemma2Config = Gemma2Config.preset("gemma2_2b")
+    clip_l_folder: str = ""
+    clip_g_folder: str = ""
+    language_folder: str = ""
+    clip_l_tokenizer: str = ""
+    clip_g_tokenizer: str = ""
+    language_tokenizer: str = ""
+    language_tokens: int = 128
+    conditioner: ConditionerConfig = ConditionerConfig.preset("t2i")
+    encoder_dropout: float = 0.464
+    stand_ins: bool = False
+
+    def build(self, batch_size: int, platform: Platform) -> Encoders:
+        """Raises `ValueError` where the widths of the networks do not fit each other, or an image size the codec."""
+        return Encoders(self, batch_size, platform)
+
+
+class Encoders:
+    """See the top of this file. Implements `inputs.interfaces.Inputs`."""
+
+    def __init__(self, config: EncodersConfig, batch_size: int, platform: Platform):
+        _check_widths(config)
+        self.config, self.batch_size = config, batch_size
+        self.images = ImageCodec(config.codec, platform, config.image_sizes)
+        self.encoders = {name: build(for_platform(getattr(config, name), platform))[0] for name in ENCODERS}
+        self.conditioner = build(for_platform(config.conditioner, platform))[0]
+
+    # --- shapes and networks ---
+
+    def batch_specs(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+        """One bucket per image size: `image` uint8 `[B, H, W, 3]`; token ids int32 `clip_l` and `clip_g` `[B, 77]` and
+        `language` `[B, M]`, each by the tokenizer of its encoder; `language_mask` float32 `[B, M]`."""
+        b = self.batch_size
+        tokens = {name: jax.ShapeDtypeStruct((b, s.length), jnp.int32) for name, s in self.tokenizers().items()}
+        mask = jax.ShapeDtypeStruct((b, self.config.language_tokens), jnp.float32)
+        return image_specs(b, self.config.image_sizes, {**tokens, "language_mask": mask})
+
+    def latent_shape(self, size: Size | None = None) -> tuple[int, ...]:
+        """`(h, w, c)` of the latent of an image size."""
+        return self.images.latent_shape(size)
+
+    def conditions(self) -> tuple[str, ...]:
+        """The token ids of each encoder, and the mask of the language model's."""
+        return (*ENCODERS, "language_mask")
+
+    def networks(self) -> dict[str, Network]:
+        """The text encoders, "codec", and "conditioner"."""
+        return {**self.encoders, **self.images.networks(), CONDITIONER: self.conditioner}
+
+    def pretrained(self) -> tuple[str, ...]:
+        """All but the conditioner."""
+        return (*ENCODERS, *self.images.networks())
+
+    def load(self, roles: tuple[str, ...], mesh: Mesh | None) -> dict[str, Tree]:
+        """Reads the encoders and the autoencoder onto the mesh, slice by slice; or draws all of them as stand-ins."""
+        if self.config.stand_ins:
+            frozen = {**self.encoders, **self.images.networks()}
+            drawn = draw_stand_ins(frozen, rules_of(frozen), mesh)
+            return {role: drawn[role] for role in roles}
+        loaded = {
+            name: load_text_encoder(network, PUBLISHED[name], getattr(self.config, f"{name}_folder"), mesh)
+            for name, network in self.encoders.items()
+            if name in roles
+        }
+        return {**loaded, **(self.images.load(mesh) if any(role in roles for role in self.images.networks()) else {})}
+
+    def tokenizers(self) -> dict[str, TokenizerSpec]:
+        """Those of the published encoders."""
+        config = self.config
+        lengths = {"clip_l": config.clip_l.max_tokens, "clip_g": config.clip_g.max_tokens}
+        lengths["language"] = config.language_tokens
+        return {
+            name: TokenizerSpec(
+                "pretrained",
+                lengths[name],
+                getattr(config, name).vocab_size,
+                folder=getattr(config, f"{name}_tokenizer"),
+            )
+            for name in ENCODERS
+        }
+
+    # --- examples and conditions ---
+
+    def clean(self, networks: Networks, batch: Tree) -> jax.Array:
+        """What the autoencoder makes of the images."""
+        return self.images.encode(networks, batch["image"])
+
+    def draw_kept(self, key: jax.Array, batch_size: int) -> dict[str, jax.Array]:
+        """`{encoder: float32 [B]}`, 0 with probability `encoder_dropout`, independently."""
+        return draw_kept(key, batch_size, self.config.encoder_dropout)
+
+    def draw_condition(self, networks: Networks, batch: Tree, key: jax.Array, kept: Mapping[str, jax.Array]) -> Tree:
+        """What the encoders make of the captions, and which of them each example keeps. Every position of a CLIP
+        counts: it was trained to see 77."""
+        del key
+        masks = {name: jnp.ones(batch[name].shape, jnp.float32) for name in ("clip_l", "clip_g")}
+        masks["language"] = batch["language_mask"]
+        encoded = {
+            name: apply(network, networks[name], batch[name], masks[name]) for name, network in self.encoders.items()
+        }
+        rows = {name: is_kept(kept, name) for name in ENCODERS} if kept else {}
+        return {**encoded, **({"kept": {n: x.astype(jnp.float32) for n, x in rows.items() if x is not None}} if kept else {})}
+
+    def condition(self, networks: Networks, drawn: Tree) -> TextContext:
+        """What the network attends to: the encodings, joined by the conditioner."""
+        encoded = (drawn[name] for name in ENCODERS)
+        return apply(self.conditioner, networks[CONDITIONER], *encoded, kept=drawn.get("kept"))
+
+    def null_condition(self, networks: Networks) -> TextContext:
+        """Of a caption from which all encoders are left out: zeros that are masked, `[1, ...]`."""
+        del networks
+        clip, pooled = self.config.clip_l, sum(_pooled(c) for c in (self.config.clip_l, self.config.clip_g))
+        length = clip.max_tokens + self.config.language_tokens
+        return TextContext(
+            jnp.zeros((1, length, self.config.conditioner.width)), jnp.zeros((1, length)), jnp.zeros((1, pooled))
+        )
+
+    # --- out again ---
+
+    def decode(self, networks: Networks, x_0: jax.Array) -> dict[str, jax.Array]:
+        """`{"image": uint8 [B, H, W, 3]}`."""
+        return self.images.decode(networks, x_0)
+
+    def codec(self, networks: Networks) -> Codec:
+        """The autoencoder, with its parameters."""
+        return self.images.bind(networks)
+
+    def check_run(self, workdir: str, inputs: Mapping[str, Any], parts: Sequence[str]) -> None:
+        """Raises where an earlier run had other latents."""
+        if "latent" in parts:
+            self.images.check_run(workdir, inputs)
+
+    def export_units(self) -> Mapping[str, Any]:
+        """A phone does not hold encoders of this size.
+
+        Raises:
+            ConfigError: always, with what to do instead.
+        """
+        raise ConfigError(
+            "the text encoders of this run are too large for a bundle; export a run whose inputs are 'captions', which "
+            "trains a small one"
+        )
+
+
+def _pooled(clip: ClipTextConfig) -> int:
+    return clip.projection or clip.width
+
+
+def _check_widths(config: EncodersConfig) -> None:
+    clips, conditioner = (config.clip_l, config.clip_g), config.conditioner
+    for what, expected, given, name in (
+        ("the CLIP states together", sum(c.width for c in clips), conditioner.width, "conditioner.width"),
+        ("Gemma's states", config.language.width, conditioner.language_width, "conditioner.language_width"),
+    ):
+        if expected != given:
+            raise ValueError(f"{what} are {expected} wide, but inputs.{name} is {given}; make them equal")
+    if config.codec.kind != "autoencoder":
+        raise ValueError(f"inputs.codec.kind is {config.codec.kind!r}; these images are encoded by an 'autoencoder'")

@@ -1,0 +1,108 @@
+"""Images without a condition: what autoencoders and decoders learn from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+from jax.sharding import Mesh
+
+from snapgen_jax.inputs._images import ImageCodec, Size, image_specs
+from snapgen_jax.inputs.interfaces import Networks, TokenizerSpec, Tree
+from snapgen_jax.networks.codec import Codec, CodecConfig
+from snapgen_jax.networks.module import Network, Platform
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagesConfig:
+    """Images alone.
+
+    Attributes:
+        image_sizes: (height, width) of each aspect bucket, in pixels.
+        codec: between images and latents; "identity" where the method itself is one.
+    """
+
+    kind: Literal["images"] = "images"
+    image_sizes: tuple[Size, ...] = ((32, 32),)
+    codec: CodecConfig = CodecConfig("identity", scale=1.0, shift=0.0)
+
+    def build(self, batch_size: int, platform: Platform) -> Images:
+        """Raises `ValueError` where an image size does not divide as the codec needs."""
+        return Images(self, batch_size, platform)
+
+
+class Images:
+    """See the top of this file. Implements `inputs.interfaces.Inputs`."""
+
+    def __init__(self, config: ImagesConfig, batch_size: int, platform: Platform):
+        self.config, self.batch_size = config, batch_size
+        self.images = ImageCodec(config.codec, platform, config.image_sizes)
+
+    def batch_specs(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+        """One bucket per image size: `image` uint8 `[B, H, W, 3]`."""
+        return image_specs(self.batch_size, self.config.image_sizes, {})
+
+    def latent_shape(self, size: Size | None = None) -> tuple[int, ...]:
+        """`(h, w, c)` of the latent of an image size."""
+        return self.images.latent_shape(size)
+
+    def conditions(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    def networks(self) -> dict[str, Network]:
+        """ "codec", where that is a network."""
+        return self.images.networks()
+
+    def pretrained(self) -> tuple[str, ...]:
+        """The codec."""
+        return tuple(self.images.networks())
+
+    def load(self, roles: tuple[str, ...], mesh: Mesh | None) -> dict[str, Tree]:
+        """Reads the codec, where it is asked for."""
+        return self.images.load(mesh) if any(role in roles for role in self.images.networks()) else {}
+
+    def tokenizers(self) -> dict[str, TokenizerSpec]:
+        """None: no text is read."""
+        return {}
+
+    def clean(self, networks: Networks, batch: Tree) -> jax.Array:
+        """The latents of the images."""
+        return self.images.encode(networks, batch["image"])
+
+    def draw_kept(self, key: jax.Array, batch_size: int) -> dict[str, jax.Array]:
+        """Nothing is dropped."""
+        del key, batch_size
+        return {}
+
+    def draw_condition(self, networks: Networks, batch: Tree, key: jax.Array, kept: Mapping[str, jax.Array]) -> Tree:
+        """There is none."""
+        del networks, batch, key, kept
+        return {}
+
+    def condition(self, networks: Networks, drawn: Tree) -> None:
+        """There is none."""
+        del networks, drawn
+
+    def null_condition(self, networks: Networks) -> None:
+        """There is none."""
+        del networks
+
+    def decode(self, networks: Networks, x_0: jax.Array) -> dict[str, jax.Array]:
+        """`{"image": uint8 [B, H, W, 3]}`."""
+        return self.images.decode(networks, x_0)
+
+    def codec(self, networks: Networks) -> Codec:
+        """That of the config, with its parameters."""
+        return self.images.bind(networks)
+
+    def check_run(self, workdir: str, inputs: Mapping[str, Any], parts: Sequence[str]) -> None:
+        """Raises where an earlier run had other latents."""
+        if "latent" in parts:
+            self.images.check_run(workdir, inputs)
+
+    def export_units(self) -> Mapping[str, Any]:
+        """None."""
+        return {}

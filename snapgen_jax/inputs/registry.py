@@ -1,0 +1,12 @@
+"""The kinds of example there are: what the field `inputs` of a recipe's config may be. A new kind is one clause here."""
+
+from __future__ import annotations
+
+from snapgen_jax.inputs.captions import CaptionsConfig
+from snapgen_jax.inputs.class_labels import ClassLabelsConfig
+from snapgen_jax.inputs.encoders import EncodersConfig
+from snapgen_jax.inputs.images import ImagesConfig
+from snapgen_jax.inputs.stored import StoredConfig
+
+# Told apart by `kind`; each has `build(batch_size, platform) -> Inputs`.
+InputsConfig = CaptionsConfig | EncodersConfig | StoredConfig | ClassLabelsConfig | ImagesConfig

@@ -1,0 +1,183 @@
+"""Stored latents and text states: what frozen encoders made of images and captions beforehand.
+
+The step is then the network alone, which is how a pod pretrains. A dropped caption leaves zeros that are masked, as
+Stable Diffusion 3 was trained (Esser et al. 2024, section B.3).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from snapgen_jax.diffusion.guidance import draw_kept, keep
+from snapgen_jax.inputs._images import Size, bucket_name
+from snapgen_jax.inputs.interfaces import Networks, TokenizerSpec, Tree, is_kept
+from snapgen_jax.networks.codec import Codec
+from snapgen_jax.networks.module import Network, Platform
+from snapgen_jax.networks.text import TextContext
+from snapgen_jax.training.exits import ConfigError
+
+CONTEXT = ("sequence", "mask", "pooled")
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredConfig:
+    """Latents and text states, as they were stored.
+
+    Attributes:
+        image_sizes: (height, width) of each aspect bucket, in pixels of the images that were encoded.
+        reduction: pixels along the side of one cell of the latent; 8 for the autoencoders of Stable Diffusion.
+        latent_channels: of the latent; 0 where only text states are stored, for a teacher on the student's latents.
+        context_tokens: text states in a caption. 77 of CLIP and 128 of Gemma make 205; 77 and 256 of T5 make 333.
+        context_width, pooled_width: widths of the text states and of the pooled text.
+        caption_dropout: share of captions whose states are replaced by none: zeros that are masked.
+        prefix: begins the name of every array of a batch: "teacher_" for the states that a teacher reads.
+    """
+
+    kind: Literal["stored"] = "stored"
+    image_sizes: tuple[Size, ...] = ((256, 256),)
+    reduction: int = 8
+    latent_channels: int = 16
+    context_tokens: int = 205
+    context_width: int = 2048
+    pooled_width: int = 2048
+    caption_dropout: float = 0.1
+    prefix: str = ""
+
+    def build(self, batch_size: int, platform: Platform) -> Stored:
+        """Raises `ValueError` where an image size does not divide by `reduction`."""
+        del platform
+        return Stored(self, batch_size)
+
+
+class Stored:
+    """See the top of this file. Implements `inputs.interfaces.Inputs`."""
+
+    def __init__(self, config: StoredConfig, batch_size: int):
+        self.config, self.batch_size = config, batch_size
+        if not config.image_sizes:
+            raise ValueError("image_sizes is empty; give at least one (height, width)")
+        for size in config.image_sizes:
+            self.latent_shape(size)
+
+    # --- shapes and networks ---
+
+    def batch_specs(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+        """One bucket per image size, all bfloat16 but the mask: `latent` `[B, h, w, c]`, scaled as the autoencoder's
+        config says; `sequence` `[B, L, D]`, `mask` float32 `[B, L]` and `pooled` `[B, P]`; each after the prefix."""
+        config, prefix = self.config, self.config.prefix
+
+        def stored(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((self.batch_size, *shape), dtype)
+
+        context = {
+            f"{prefix}sequence": stored(config.context_tokens, config.context_width),
+            f"{prefix}mask": stored(config.context_tokens, dtype=jnp.float32),
+            f"{prefix}pooled": stored(config.pooled_width),
+        }
+
+        def latent(size: Size) -> dict[str, jax.ShapeDtypeStruct]:
+            return {f"{prefix}latent": stored(*self.latent_shape(size))} if config.latent_channels else {}
+
+        return {bucket_name(size): {**latent(size), **context} for size in config.image_sizes}
+
+    def latent_shape(self, size: Size | None = None) -> tuple[int, ...]:
+        """`(h, w, c)` of the latent of an image size."""
+        (height, width), reduction = size or self.config.image_sizes[0], self.config.reduction
+        if height % reduction or width % reduction:
+            raise ValueError(
+                f"image size {(height, width)} does not divide by reduction={reduction}; change one of them"
+            )
+        return height // reduction, width // reduction, self.config.latent_channels
+
+    def conditions(self) -> tuple[str, ...]:
+        """The text states, their mask, and the pooled text."""
+        return tuple(f"{self.config.prefix}{name}" for name in CONTEXT)
+
+    def networks(self) -> dict[str, Network]:
+        """None: they ran beforehand."""
+        return {}
+
+    def pretrained(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    def load(self, roles: tuple[str, ...], mesh: Mesh | None) -> dict[str, Tree]:
+        """Nothing."""
+        del roles, mesh
+        return {}
+
+    def tokenizers(self) -> dict[str, TokenizerSpec]:
+        """None: no text is read."""
+        return {}
+
+    # --- examples and conditions ---
+
+    def clean(self, networks: Networks, batch: Tree) -> jax.Array:
+        """The stored latents."""
+        del networks
+        return batch[f"{self.config.prefix}latent"].astype(jnp.float32)
+
+    def draw_kept(self, key: jax.Array, batch_size: int) -> dict[str, jax.Array]:
+        """`{"text": bool [B]}`, false with probability `caption_dropout`."""
+        return {"text": draw_kept(key, batch_size, self.config.caption_dropout)}
+
+    def draw_condition(self, networks: Networks, batch: Tree, key: jax.Array, kept: Mapping[str, jax.Array]) -> Tree:
+        """The stored text states, zeros where the text is not kept."""
+        del networks, key
+        states = {name: batch[f"{self.config.prefix}{name}"] for name in CONTEXT}
+        rows = is_kept(kept, "text")
+        if rows is None:
+            return states
+        return keep(rows, states, jax.tree.map(lambda x: np.zeros(x.shape[1:], x.dtype), states))
+
+    def condition(self, networks: Networks, drawn: Tree) -> TextContext:
+        """The text states in float32."""
+        del networks
+        return TextContext(*(drawn[name].astype(jnp.float32) for name in CONTEXT))
+
+    def null_condition(self, networks: Networks) -> TextContext:
+        """Zeros that are masked, `[1, ...]`."""
+        del networks
+        config = self.config
+        shapes = (config.context_tokens, config.context_width), (config.context_tokens,), (config.pooled_width,)
+        return TextContext(*(jnp.zeros((1, *shape)) for shape in shapes))
+
+    # --- out again ---
+
+    def decode(self, networks: Networks, x_0: jax.Array) -> dict[str, jax.Array]:
+        """Nothing: the autoencoder is not here."""
+        del networks, x_0
+        return {}
+
+    def codec(self, networks: Networks) -> Codec:
+        """There is none.
+
+        Raises:
+            ConfigError: always, with what to do instead.
+        """
+        del networks
+        raise ConfigError(
+            "a run on stored latents holds no codec; name the autoencoder that made them (--weights, or its own run)"
+        )
+
+    def check_run(self, workdir: str, inputs: Mapping[str, Any], parts: Sequence[str]) -> None:
+        """Nothing: a run does not say of what its stored latents and text states were made."""
+        del workdir, inputs, parts
+
+    def export_units(self) -> Mapping[str, Any]:
+        """None of a bundle's parts but the network are here.
+
+        Raises:
+            ConfigError: always, with what to do instead.
+        """
+        raise ConfigError(
+            "a run on stored latents holds no text encoder and no decoder, which a bundle needs; export a run whose "
+            "inputs are 'captions', or warm-start one from this"
+        )

@@ -1,0 +1,79 @@
+"""What a recipe says of its networks, from `{role: network}` and who trains which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from snapgen_jax.inputs.interfaces import Inputs, TokenizerSpec
+from snapgen_jax.networks.module import Network, frozen_spec, init
+from snapgen_jax.training.exits import ConfigError
+
+Tree = Any
+Specs = dict[str, dict[str, jax.ShapeDtypeStruct]]
+
+
+def trained_roles(inputs: Inputs) -> tuple[str, ...]:
+    """The networks of an `Inputs` that come from nowhere, and so are trained beside the recipe's own."""
+    return tuple(role for role in inputs.networks() if role not in inputs.pretrained())
+
+
+def init_roles(networks: Mapping[str, Network], roles: Iterable[str], key: jax.Array) -> dict[str, Tree]:
+    """Draws networks, number i from `fold_in(key, i)`."""
+    return {role: init(networks[role], jax.random.fold_in(key, i)) for i, role in enumerate(roles)}
+
+
+def frozen_roles(networks: Mapping[str, Network], trains: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """The networks that no player trains."""
+    trained = {role for roles in trains.values() for role in roles}
+    return tuple(role for role in networks if role not in trained)
+
+
+def specs_of(networks: Mapping[str, Network], roles: Iterable[str]) -> dict[str, Tree]:
+    """`{role: shapes}` of frozen networks, in the dtypes in which they compute."""
+    return {role: frozen_spec(networks[role]) for role in roles}
+
+
+def merged_specs(*parts: Specs) -> Specs:
+    """The batch specs of several inputs that read one batch.
+
+    Raises:
+        ConfigError: they have other buckets, or disagree on an array.
+    """
+    first, *others = parts
+    merged = {bucket: dict(specs) for bucket, specs in first.items()}
+    for other in others:
+        if other.keys() != merged.keys():
+            raise ConfigError(
+                f"inputs of one batch have the buckets {', '.join(merged)} and {', '.join(other)}; make image_sizes equal"
+            )
+        for bucket, specs in other.items():
+            for name, spec in specs.items():
+                known = merged[bucket].setdefault(name, spec)
+                if (known.shape, known.dtype) != (spec.shape, spec.dtype):
+                    raise ConfigError(
+                        f"two inputs of one batch read {name!r} as {known.shape} {known.dtype} and as {spec.shape} "
+                        f"{spec.dtype}; make them equal, or give one of them a prefix"
+                    )
+    return merged
+
+
+def merged_tokenizers(*parts: Mapping[str, TokenizerSpec]) -> dict[str, TokenizerSpec]:
+    """The tokenizers of several inputs that read one batch. Where one names a run and another would train anew, the run
+    is taken."""
+    merged: dict[str, TokenizerSpec] = {}
+    for part in parts:
+        for name, spec in part.items():
+            known = merged.setdefault(name, spec)
+            if not known.workdir and spec.workdir:
+                merged[name] = spec
+    return merged
+
+
+def taken_from(new: Tree, old: Tree) -> Tree:
+    """Weights of an earlier stage in the dtypes of the new ones; what the earlier stage had beside them is left."""
+    chosen = {name: old[name] for name in new}
+    return jax.tree.map(lambda a, b: b.astype(jnp.asarray(a).dtype), new, chosen)

@@ -1,0 +1,86 @@
+"""How a flow is sampled: the options of a call, the noise it begins with, and the loop over times."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from snapgen_jax.diffusion.guidance import with_guidance
+from snapgen_jax.diffusion.samplers import Method, sample
+from snapgen_jax.diffusion.schedules import Level, Schedule
+
+Tree = Any
+Condition = Any
+Carry = Any
+Denoise = Callable[[jax.Array, Level, jax.Array, Carry, Condition], tuple[jax.Array, Carry]]
+"""`denoise(x_t [B, ...], level [B], i, carry, condition) -> (velocity, carry)`; `i` counts the times of the grid."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How images are made unless a call says otherwise.
+
+    Attributes:
+        steps: network evaluations, or half of them (Heun).
+        guidance: scale w of classifier-free guidance; 1 is none.
+        method: "euler" or "heun", or "renoise" for a network that jumps to the data; see `diffusion.samplers.sample`.
+        shift: of the grid of times; see `shift_time`.
+        image_size: (height, width) in pixels; None for the first image size of the inputs.
+    """
+
+    steps: int = 28
+    guidance: float = 3.0
+    method: Method = "euler"
+    shift: float = 1.0
+    image_size: tuple[int, int] | None = None
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps}; a sample needs at least one step")
+
+
+def initial_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`[B, *shape]` standard normal, each example from its own key."""
+    return jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
+
+
+def noise_shape(latent: tuple[int, ...], options: SamplingConfig) -> tuple[int, ...]:
+    """Of the noise that an example begins with, as its latent; or `(steps, *latent)`, the first and all that is mixed
+    in later, where the method renoises."""
+    return (options.steps, *latent) if options.method == "renoise" else latent
+
+
+def sample_flow(
+    denoise: Denoise,
+    schedule: Schedule,
+    noise: jax.Array,
+    condition: Condition,
+    null: Condition,
+    options: SamplingConfig,
+    carry: Carry = None,
+) -> tuple[jax.Array, Carry]:
+    """The `x_0` `[B, ...]` that noise leads to under guidance, and what the last call left in the carry.
+
+    Args:
+        denoise: of a batch that guidance may have doubled; see `with_guidance`.
+        schedule: whose grid is walked. The network is told the grid's own levels, never one computed back from t.
+        noise: float32 `[B, ...]` of `noise_shape`.
+        condition: of B examples.
+        null: of nothing, one for all.
+        options: steps, guidance, method and shift.
+        carry: what `denoise` reads and rewrites, such as cached activations.
+    """
+    grid = schedule.grid(options.steps, options.shift)
+
+    def at_grid(x_t: jax.Array, t: jax.Array, i: jax.Array, carry: Carry, c: Condition) -> tuple[jax.Array, Carry]:
+        return denoise(x_t, grid.at(i, x_t.shape[0]), i, carry, c)
+
+    guided = with_guidance(at_grid, condition, null, options.guidance)
+    if options.method == "renoise":
+        later = jnp.moveaxis(jnp.roll(noise, -1, axis=1), 1, 0)  # the last interval ends in data and uses none
+        return sample(guided, noise[:, 0], grid.t, carry, method="renoise", noise=later)
+    return sample(guided, noise, grid.t, carry, method=options.method)

@@ -1,0 +1,279 @@
+"""A network to learn from: frozen, an argument of the step, never differentiated and never in a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+
+from snapgen_jax.diffusion.guidance import guided
+from snapgen_jax.diffusion.path import expand_like, interpolate
+from snapgen_jax.diffusion.samplers import sample
+from snapgen_jax.diffusion.schedules import FlowSchedule, Level, Schedule
+from snapgen_jax.inputs.interfaces import Inputs, Networks, TokenizerSpec, prefixed, subtree
+from snapgen_jax.inputs.registry import InputsConfig
+from snapgen_jax.networks.mmdit import MMDiTConfig
+from snapgen_jax.networks.module import Network, Platform, build, for_platform
+from snapgen_jax.networks.registry import DenoiserConfig
+from snapgen_jax.networks.rules import rules_of
+from snapgen_jax.recipes._assembly import Specs, merged_specs, merged_tokenizers, specs_of, trained_roles
+from snapgen_jax.systems.denoiser import Denoiser, Prediction
+from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.weights.frozen import draw_stand_ins, load_mmdit, load_run
+
+Tree = Any
+TEACHER = "teacher"
+Taken = Literal["condition", "latent"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherConfig:
+    """The network to learn from: what it is, and where its weights are.
+
+    Attributes:
+        workdir: a trained run, of which the averaged weights are taken.
+        weights: in place of a run, the folder `transformer/` of a published Stable Diffusion 3.5.
+        random: in place of either, networks as they are drawn: a run to try speed and memory with. They teach nothing.
+        network, prediction, schedule: as for `flow_matching`; equal to those of the run.
+        inputs: what the teacher is fed, where that differs from the student's: another text encoder, stored states of
+            its own encoders, other latents. They read the same batch, and drop the conditions of the same examples.
+            None for the student's. A text encoder that was trained in the teacher's run (`text_workdir=""`) is read
+            from there. Their `image_sizes` are the student's.
+        takes: what of its own `inputs` the teacher takes; the rest is the student's. With latents of its own only
+            features can be compared: the same image and the same time, each with noise of its own.
+        guidance: scale of classifier-free guidance in the target, so that the student need not be guided.
+        rollout_steps: 1 takes the velocity at x_t. More follow the teacher's flow from x_t to the data in so many Euler
+            steps, and take their mean velocity, which leads there in one: a target that is sharp even at much noise.
+    """
+
+    workdir: str = ""
+    weights: str = ""
+    random: bool = False
+    network: DenoiserConfig = MMDiTConfig.preset("shapes")
+    prediction: Prediction = "velocity"
+    schedule: Schedule = FlowSchedule()
+    inputs: InputsConfig | None = None
+    takes: tuple[Taken, ...] = ("condition",)
+    guidance: float = 1.0
+    rollout_steps: int = 1
+
+
+class Teacher:
+    """A teacher beside a student."""
+
+    def __init__(self, config: TeacherConfig, student: Inputs, batch_size: int, platform: Platform):
+        """`student` is what the student is fed.
+
+        Raises:
+            ConfigError: the fields do not fit each other.
+        """
+        self.config, self.student = config, student
+        self.role = config.network.kind
+        self.denoiser = Denoiser(build(for_platform(config.network, platform))[0], config.prediction, config.schedule)
+        self.inputs: Inputs | None = None
+        if config.inputs is not None:
+            sizes = {"image_sizes": student.config.image_sizes}
+            self.inputs = dataclasses.replace(config.inputs, **sizes).build(batch_size, platform)
+        self._check()
+
+    def _check(self) -> None:
+        config = self.config
+        if bool(config.workdir) + bool(config.weights) + config.random > 1:
+            raise ConfigError(
+                "teacher.workdir, teacher.weights and teacher.random each name a teacher; give one of them"
+            )
+        if config.weights and self.role != "mmdit":
+            raise ConfigError("teacher.weights holds an MMDiT; set teacher.network.kind to 'mmdit'")
+        if config.weights and self.inputs is not None and trained_roles(self.inputs):
+            roles = ", ".join(trained_roles(self.inputs))
+            raise ConfigError(f"teacher.weights holds an MMDiT alone, and no {roles}; let teacher.inputs name a run of it")
+        if config.rollout_steps < 1:
+            raise ConfigError(f"teacher.rollout_steps={config.rollout_steps}; give 1, or more to follow its flow")
+        if config.inputs is None and "latent" in config.takes:
+            raise ConfigError("teacher.takes names latents, and there are no teacher.inputs to take them from; set them")
+        channels = self.latent_shape()[-1]
+        if channels != config.network.latent_channels:
+            raise ConfigError(
+                f"the teacher's latents have {channels} channels and teacher.network.latent_channels is "
+                f"{config.network.latent_channels}; they must be the student's latents, or teacher.inputs must say which "
+                "the teacher's are and teacher.takes must name them"
+            )
+
+    @property
+    def has_own_latents(self) -> bool:
+        """Whether the teacher's latents are not the student's."""
+        return self.inputs is not None and "latent" in self.config.takes
+
+    @property
+    def _own_condition(self) -> Inputs | None:
+        return self.inputs if "condition" in self.config.takes else None
+
+    # --- shapes and networks ---
+
+    def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, ...]:
+        """Shape of the teacher's latent of an image size."""
+        assert self.inputs is not None or not self.has_own_latents
+        source = self.inputs if self.inputs is not None and self.has_own_latents else self.student
+        return source.latent_shape(size)
+
+    def batch_specs(self, student: Specs) -> Specs:
+        """Those of the student, and what the teacher reads beside them."""
+        return student if self.inputs is None else merged_specs(student, self.inputs.batch_specs())
+
+    def tokenizers(self) -> Mapping[str, TokenizerSpec]:
+        """Those of the student, and of a text encoder of its own: where that was trained in the teacher's run, the
+        run's tokenizer goes with it."""
+        if self._own_condition is None:
+            return self.student.tokenizers()
+        own = {
+            name: dataclasses.replace(spec, workdir=spec.workdir or self.config.workdir)
+            for name, spec in self._own_condition.tokenizers().items()
+        }
+        return merged_tokenizers(self.student.tokenizers(), own)
+
+    def _own_networks(self) -> dict[str, Network]:
+        brought = {} if self.inputs is None else self.inputs.networks()
+        latent = self.has_own_latents
+        wanted = {
+            role: network
+            for role, network in brought.items()
+            if (latent if role.partition("/")[0] == "codec" else self._own_condition is not None)
+        }
+        return {self.role: self.denoiser.network, **wanted}
+
+    def networks(self) -> dict[str, Network]:
+        """`{"teacher/...": network}`: its network, and what its inputs bring."""
+        return prefixed(TEACHER, self._own_networks())
+
+    def load(self, mesh: Mesh | None) -> dict[str, Tree]:
+        """Reads all of `networks()` onto the mesh: from a run or from published files, or draws them.
+
+        Raises:
+            ConfigError: no teacher is named, or it is not what the config says.
+        """
+        config, networks = self.config, self._own_networks()
+        if config.workdir:
+            self._check_run(run_config(config.workdir))
+        elsewhere = () if self.inputs is None else tuple(r for r in self.inputs.pretrained() if r in networks)
+        own = {role: network for role, network in networks.items() if role not in elsewhere}
+        rules = rules_of(networks)
+        if config.random:
+            held = draw_stand_ins(own, rules, mesh)
+        elif config.weights:
+            spec = specs_of(own, own)[self.role]
+            held = {self.role: load_mmdit(config.weights, config.network, spec, mesh)}
+        elif config.workdir:
+            held = load_run(config.workdir, specs_of(own, own), mesh=mesh, rules=rules)
+        else:
+            raise ConfigError("there is no teacher: set teacher.workdir to a trained run, or teacher.weights")
+        brought = {} if self.inputs is None else self.inputs.load(elsewhere, mesh)
+        return prefixed(TEACHER, {**held, **brought})
+
+    def _check_run(self, run: Mapping[str, Any]) -> None:
+        """Raises where the teacher's run, of which `run` is the config, is not what the config here says of it."""
+        config = self.config
+        if run.get("prediction", config.prediction) != config.prediction:
+            raise ConfigError(
+                f"the run {config.workdir!r} predicts {run['prediction']!r}; set teacher.prediction to that"
+            )
+        if not isinstance(inputs := run.get("inputs"), Mapping):
+            return
+        own = () if self.inputs is None else config.takes
+        self.student.check_run(config.workdir, inputs, [part for part in ("latent", "condition") if part not in own])
+        if self.inputs is not None:
+            # A text encoder that comes from the run itself fits it.
+            given = trained_roles(self.inputs)
+            self.inputs.check_run(config.workdir, inputs, [part for part in own if part == "latent" or not given])
+
+    # --- in the step ---
+
+    def draw(self, networks: Networks, batch: Tree, key: jax.Array, kept: Tree) -> Tree:
+        """Latents and noise of its own, and its own condition, where it has such. `kept` is the student's."""
+        drawn: dict[str, Any] = {}
+        if self.inputs is None:
+            return drawn
+        own = subtree(networks, TEACHER)
+        if self.has_own_latents:
+            x_0 = self.inputs.clean(own, batch)
+            drawn |= {"x_0": x_0, "eps": jax.random.normal(key, x_0.shape)}
+        if self._own_condition is not None:
+            drawn["condition"] = self.inputs.draw_condition(own, batch, jax.random.fold_in(key, 1), kept)
+        return drawn
+
+    def condition(self, networks: Networks, drawn: Tree, student: Any) -> Any:
+        """What the teacher attends to: what the student does, unless it has a condition of its own."""
+        inputs = self._own_condition
+        return student if inputs is None else inputs.condition(subtree(networks, TEACHER), drawn["condition"])
+
+    def _null_condition(self, networks: Networks) -> Any:
+        if self._own_condition is None:
+            return self.student.null_condition(networks)
+        return self._own_condition.null_condition(subtree(networks, TEACHER))
+
+    def ask(
+        self, networks: Networks, drawn: Tree, x_t: jax.Array, level: Level, student: Any, taps: Sequence[str] = ()
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The teacher's velocity `[B, ...]` and features at a point of the path. No gradient passes.
+
+        Args:
+            networks: `{role: parameters}`.
+            drawn: of `draw`.
+            x_t: where; with latents of its own, the point of those at the same time is asked instead.
+            level: the time.
+            student: what the student attends to.
+            taps: names of the features.
+        """
+        config, t = self.config, level.t
+        if self.has_own_latents:
+            x_t = interpolate(drawn["x_0"], drawn["eps"], t)
+        condition = self.condition(networks, drawn, student)
+        params = networks[f"{TEACHER}/{self.role}"]
+        where: Any = level if config.schedule.kind == "flow" else t
+
+        def steered(x: jax.Array, where: Any, v: jax.Array) -> jax.Array:
+            if config.guidance == 1:
+                return v
+            null = jax.tree.map(
+                lambda empty, c: jnp.broadcast_to(empty, c.shape), self._null_condition(networks), condition
+            )
+            return guided(self.denoiser(params, x, where, null)[0], v, config.guidance)
+
+        # Once for both: XLA does not see what two scans have in common.
+        v, features = self.denoiser(params, x_t, where, condition, taps=taps)
+        if config.rollout_steps == 1:
+            v = steered(x_t, where, v)
+        else:
+            # Along u in [1, 0] with time t u, an example begins at its own t: dx/du = t v. The mean of v on the way is
+            # (x_t - x_0) / t, without the division.
+            def slope(x: jax.Array, u: jax.Array, i: jax.Array, mean: jax.Array) -> tuple[jax.Array, jax.Array]:
+                del i
+                v = steered(x, t * u, self.denoiser(params, x, t * u, condition)[0])
+                return expand_like(t, x) * v, mean + v / config.rollout_steps
+
+            times = jnp.linspace(1.0, 0.0, config.rollout_steps + 1)
+            _, v = sample(slope, x_t, times, carry=jnp.zeros_like(v))
+        return jax.lax.stop_gradient((v, features))
+
+
+def run_config(workdir: epath.PathLike) -> dict[str, Any]:
+    """The config of a run, as it was when trained; `{}` if it was trained without one, by `training.loop` alone."""
+    path = epath.Path(workdir) / "config.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def tap_shapes(denoiser: Denoiser, size: tuple[int, ...], taps: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """`{tap: [1, h, w, C]}` of a network at a latent of height and width `size[:2]`."""
+    _, spec = build(denoiser.network.config)
+    inputs = denoiser.network.config.input_spec(1, *size[:2])
+
+    def features(params: Tree, x: jax.Array, time: jax.Array, context: Any) -> dict[str, jax.Array]:
+        del time
+        return denoiser(params, x, jnp.zeros(1), context, taps=taps)[1]
+
+    return {tap: leaf.shape for tap, leaf in jax.eval_shape(features, spec, *inputs).items()}
