@@ -1,19 +1,23 @@
-"""Prompts to images from a trained run: what notebooks, evaluation and the command line all call.
+"""Prompts and other conditions to images from a trained run: what notebooks, evaluation and the command line all call.
 
 generator = snapgen_jax.load("workdir")
 images = generator.generate(["a red circle left of a blue square"], seed=0)   # uint8 [1, H, W, 3]
+outputs = generator.run(conditions={"label": [3, 7]}, steps=28)   # {name: [2, ...]}
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
+import math
 import os
 import pathlib
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast, get_type_hints
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
@@ -29,6 +33,7 @@ from snapgen_jax.training.checkpoint import Checkpointer
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.keys import example_keys, key
 from snapgen_jax.training.recipe import Recipe, frozen_for_generation
+from snapgen_jax.typed import closest, coerce
 
 Tree = Any
 
@@ -40,17 +45,17 @@ class Generator:
         recipe: what was trained.
         params: `{player: weights}`, averaged ones where the run keeps an average.
         frozen: the recipe's frozen networks.
-        tokenizer: prompts to ids; None for a recipe that takes stored text states, which draws nothing from prompts.
+        tokenizer: prompts to ids; None for a recipe that reads no text, which takes no prompts.
     """
 
     def __init__(self, recipe: Recipe, params: Tree, frozen: Tree, tokenizer: CaptionTokenizer | None):
         self.recipe, self.params, self.frozen, self.tokenizer = recipe, params, frozen, tokenizer
         self._jitted = functools.lru_cache(maxsize=16)(self._jit)
 
-    def _jit(self, options: tuple[tuple[str, Any], ...]) -> Any:
+    def _jit(self, options: Any) -> Any:
         def generate(params: Tree, frozen: Tree, conditions: Tree, seed: jax.Array, indices: jax.Array) -> Tree:
             keys = example_keys(seed, indices, "generate")
-            return self.recipe.generate(params, frozen, conditions, keys, **dict(options))
+            return self.recipe.generate(params, frozen, conditions, keys, options)
 
         return jax.jit(generate, out_shardings=on_every_host(self.params))
 
@@ -60,65 +65,195 @@ class Generator:
         other.params, other.frozen = params, frozen
         return other
 
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether the tokenizer makes an array that generation needs."""
+        return self.tokenizer is not None and any(name in self.tokenizer.names for name in self.recipe.conditions())
+
+    @property
+    def condition_names(self) -> tuple[str, ...]:
+        """The arrays that generation needs and no prompt gives: labels, images to edit, stored text states."""
+        made = () if self.tokenizer is None else self.tokenizer.names
+        return tuple(name for name in self.recipe.conditions() if name not in made)
+
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | None = None,
         *,
+        conditions: Mapping[str, Any] | None = None,
         seed: int = 0,
         indices: Sequence[int] | None = None,
         batch_size: int = 16,
         **options: Any,
     ) -> np.ndarray:
-        """Images `uint8 [N, H, W, 3]`; image n depends on (seed, indices[n], prompts[n]) and the options alone.
+        """The output "image" of `run`: `uint8 [N, H, W, 3]`. Arguments as for `run`.
 
-        Args:
-            prompts: N texts; one longer than the encoder takes is cut, with a warning.
-            seed: of the noise.
-            indices: N integers, by default 0 .. N-1.
-            batch_size: images computed together; one program serves any number of prompts that is at least this.
-            options: static options of the recipe's `generate`, such as `steps` and `guidance`.
+        Raises:
+            ValueError: as for `run`, or the recipe gives no "image".
         """
-        return self.run(prompts, seed=seed, indices=indices, batch_size=batch_size, **options)["image"]
+        outputs = self.run(prompts, conditions=conditions, seed=seed, indices=indices, batch_size=batch_size, **options)
+        if "image" not in outputs:
+            raise ValueError(
+                f"this run gives no 'image' but {', '.join(map(repr, outputs))}; read those from `run(...)`"
+            )
+        return outputs["image"]
 
     def run(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | None = None,
         *,
+        conditions: Mapping[str, Any] | None = None,
         seed: int = 0,
         indices: Sequence[int] | None = None,
         batch_size: int = 16,
         **options: Any,
     ) -> dict[str, np.ndarray]:
-        """Everything that the recipe's `generate` returns, `{name: [N, ...]}`. Arguments as for `generate`."""
-        prompts = list(prompts)
-        where = np.arange(len(prompts)) if indices is None else np.asarray(indices)
-        if not prompts or len(where) != len(prompts):
-            raise ValueError(
-                f"{len(prompts)} prompts came with {len(where)} indices; give at least one prompt, and one index each"
-            )
-        if self.tokenizer is None:
-            raise ConfigError(
-                "this run takes no prompts: it was trained on stored text states, or on images alone, and it "
-                "holds no text encoder; call `recipe.generate(params, frozen, conditions, keys)` with the like of those"
-            )
-        arrays = prompt_arrays(self.recipe, self.tokenizer, prompts)
-        jitted = self._jitted(tuple(sorted(options.items())))
-        size = min(batch_size, len(prompts))
+        """Everything that the recipe's `generate` returns, `{name: [N, ...]}`.
+
+        Example n depends on (seed, indices[n], prompts[n], conditions[:][n]) and the options alone.
+
+        Args:
+            prompts: N texts; one longer than the encoder takes is cut, with a warning.
+            conditions: `{name: [N, ...]}`, arrays of the recipe's batches as they are, such as class labels, images to
+                edit or stored text states, and "noise". Alone, or beside prompts.
+            seed: of the noise.
+            indices: N integers, by default 0 .. N-1. An unconditional recipe takes N from them.
+            batch_size: examples computed together; one program serves any N that is at least this.
+            options: fields of `recipe.options`, such as `steps` and `guidance`.
+
+        Raises:
+            ValueError: an option or a condition is unknown or does not fit, a condition is missing, or lengths differ.
+            ConfigError: the recipe takes no prompts and got some.
+        """
+        chosen = chosen_options(self.recipe.options, options)
+        arrays = self._arrays(prompts, conditions or {})
+        counts = {} if prompts is None else {"prompts": len(prompts)}
+        counts |= {f"conditions[{name!r}]": len(arrays[name]) for name in conditions or {}}
+        counts |= {} if indices is None else {"indices": len(indices)}
+        if not counts:
+            raise ValueError(f"there is nothing to draw: {self._wanted()}")
+        count = _same_length(counts)
+        where = np.arange(count) if indices is None else np.asarray(indices)
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; give 1 or more")
+        jitted, size = self._jitted(chosen), min(batch_size, count)
         parts = []
-        for start in range(0, len(prompts), size):
-            rows = np.arange(start, start + size) % len(
-                prompts
-            )  # the last batch is filled up, so that one program serves
-            conditions = {name: array[rows] for name, array in arrays.items()}
-            drawn = jitted(self.params, self.frozen, conditions, np.int32(seed), where[rows].astype(np.int32))
-            parts.append(jax.device_get(drawn))
-        return {name: np.concatenate([part[name] for part in parts])[: len(prompts)] for name in parts[0]}
+        for start in range(0, count, size):
+            rows = np.arange(start, start + size) % count  # the last batch is filled up, so that one program serves
+            batch = {name: array[rows] for name, array in arrays.items()}
+            outputs = jitted(self.params, self.frozen, batch, np.int32(seed), where[rows].astype(np.int32))
+            parts.append(jax.device_get(outputs))
+        return {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
+
+    def _arrays(self, prompts: Sequence[str] | None, conditions: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """All that generation reads, `{name: [N, ...]}`; N is not compared yet."""
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts is one text; give a list of texts, [{prompts!r}]")
+        if prompts is not None and not self.takes_prompts:
+            raise ConfigError(f"this run takes no prompts: it holds no text encoder and tokenizer; {self._wanted()}")
+        arrays = condition_arrays(self.recipe, conditions)
+        if prompts is not None:
+            assert self.tokenizer is not None
+            made = prompt_arrays(self.recipe, self.tokenizer, list(prompts))
+            for name in made:
+                if name in arrays:
+                    raise ValueError(f"both the prompts and conditions[{name!r}] give {name!r}; leave one of them out")
+            arrays = {**made, **arrays}
+        missing = [name for name in self.recipe.conditions() if name not in arrays]
+        if missing:
+            raise ValueError(f"generation needs {', '.join(map(repr, missing))}: {self._wanted()}")
+        return arrays
+
+    def _wanted(self) -> str:
+        """The end of an error about conditions: what to call instead."""
+        if not self.recipe.conditions():
+            return "the run is unconditional; call `run(indices=range(n))`"
+        prompts = "give `prompts`" if self.takes_prompts else ""
+        arrays = ", ".join(_described(self.recipe, name) for name in self.condition_names)
+        return " and ".join(filter(None, (prompts, f"give `conditions` with {arrays}" if arrays else "")))
 
 
 def prompt_arrays(recipe: Recipe, tokenizer: CaptionTokenizer, prompts: Sequence[str]) -> dict[str, np.ndarray]:
     """The arrays `[N, L]` that stand for N prompts in a recipe's batches."""
     specs = next(iter(recipe.batch_specs().values()))
     return tokenizer.arrays(prompts, {name: specs[name].shape[1] for name in tokenizer.names if name in specs})
+
+
+def condition_arrays(recipe: Recipe, conditions: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Conditions `{name: [N, ...]}` as arrays of a recipe's batches; integers and floats become those of the batches.
+
+    Raises:
+        ValueError: the batches have no such array, or it has another shape or type there. All must fit one bucket.
+    """
+    buckets = recipe.batch_specs()
+    known = list(dict.fromkeys([name for specs in buckets.values() for name in specs] + ["noise"]))
+    arrays = {}
+    for name, value in conditions.items():
+        if name not in known:
+            raise ValueError(f"unknown condition {name!r}{closest(name, known)}; this run reads {', '.join(known)}")
+        specs = [specs[name] for specs in buckets.values() if name in specs]
+        array = _as_dtype(np.asarray(value), specs[0].dtype if specs else np.dtype(np.float32))
+        right_shape = not specs or any(array.shape[1:] == spec.shape[1:] for spec in specs)
+        right_dtype = array.dtype == (specs[0].dtype if specs else np.float32)
+        if array.ndim == 0 or not right_shape or not right_dtype:
+            found = f"{array.dtype} {list(array.shape)}"
+            raise ValueError(f"conditions[{name!r}] is {found}; expected {_described(recipe, name)}")
+        arrays[name] = array
+    shapes = {name: array.shape[1:] for name, array in arrays.items()}
+    if not any(
+        all(shape == specs[n].shape[1:] for n, shape in shapes.items() if n in specs) for specs in buckets.values()
+    ):
+        raise ValueError(
+            f"no bucket holds conditions of the shapes {shapes}; take all from one of {', '.join(buckets)}"
+        )
+    return arrays
+
+
+def chosen_options(default: Any, changes: Mapping[str, Any]) -> Any:
+    """The options of a recipe's `generate` with some of them changed: a new instance of the dataclass of `default`.
+
+    Raises:
+        ValueError: an option is unknown, with the closest match; of another type; not finite; or refused by the class.
+    """
+    hints = get_type_hints(type(default))
+    names = [field.name for field in dataclasses.fields(default)]
+    what = "option of this run's generator"
+    values = {}
+    for name, value in changes.items():
+        if name not in names:
+            raise ValueError(f"unknown option {name!r} of this run's generator{closest(name, names)}")
+        value = coerce(value.item() if isinstance(value, np.generic) else value, hints[name], name, what)
+        if not all(math.isfinite(x) for x in jax.tree.leaves(value) if isinstance(x, float)):
+            raise ValueError(f"{what} {name!r} is {value}; give a finite number")
+        values[name] = value
+    return dataclasses.replace(default, **values)
+
+
+def _same_length(counts: Mapping[str, int]) -> int:
+    """N, of which there is one and it is not zero."""
+    first = next(iter(counts))
+    for name, count in counts.items():
+        if count != counts[first]:
+            raise ValueError(f"{first} has length {counts[first]} and {name} has {count}; give as many of each")
+    if not counts[first]:
+        raise ValueError(f"{first} is empty; give at least one")
+    return counts[first]
+
+
+def _as_dtype(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Integers as other integers where every value fits, floats as other floats; all else as it is."""
+    for kind in (np.integer, np.floating):
+        if jnp.issubdtype(array.dtype, kind) and jnp.issubdtype(dtype, kind):
+            other = array.astype(dtype)
+            return other if kind is np.floating or (other == array).all() else array
+    return array
+
+
+def _described(recipe: Recipe, name: str) -> str:
+    """What a condition must be: "label int32 [N]", with the shapes of all buckets."""
+    specs = [specs[name] for specs in recipe.batch_specs().values() if name in specs]
+    shapes = dict.fromkeys(f"[{', '.join(('N', *map(str, spec.shape[1:])))}]" for spec in specs)
+    return f"{name} {np.dtype(specs[0].dtype)} {' or '.join(shapes)}" if specs else f"{name} float32 [N, ...]"
 
 
 def published_tokenizer(recipe: Recipe) -> PretrainedTokenizers | None:

@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from snapgen_jax.evaluation.fixed_prompts import fixed_prompts
-from snapgen_jax.evaluation.interfaces import EvaluationResult, ValidationData
-from snapgen_jax.generation import Generator, load, prompt_arrays
+from snapgen_jax.evaluation.interfaces import EvaluationResult, Generator, ImageGenerator, ValidationData
+from snapgen_jax.evaluation.outputs import draw, read_images
+from snapgen_jax.evaluation.requests import requests
+from snapgen_jax.generation import load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +23,7 @@ class ClipScore:
         prompts: the prompts; empty for captions of the validation split.
         count: how many captions to take where no prompts are given.
         seed: image n comes from (seed, n).
+        output: which output of the generator is scored, images `uint8 [N, H, W, 3]`.
         options: options of the generator.
     """
 
@@ -30,23 +31,27 @@ class ClipScore:
     prompts: tuple[str, ...] = ()
     count: int = 128
     seed: int = 0
+    output: str = "image"
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def __call__(self, generator: Any, dataset: ValidationData | None = None) -> EvaluationResult:
+    def __call__(self, generator: ImageGenerator, dataset: ValidationData | None = None) -> EvaluationResult:
         """Numbers `clip.score`, and `clip.chance`: the same with each image beside the prompt of the next.
 
         Raises:
-            ValueError: there is no contrastive run, or nothing to draw.
+            ValueError: there is no contrastive run, or nothing to draw, or the generator takes no prompts.
         """
-        workdir = self.workdir or getattr(generator.recipe.config, "text_workdir", "")
-        if not workdir:
+        workdir = self.workdir or text_workdir(generator)
+        clip = load(workdir)
+        if not clip.takes_prompts or "image" not in clip.condition_names:
             raise ValueError(
-                "clip_score needs a run of the recipe 'contrastive': name it in the option `workdir`, or train with "
-                "its text encoder (text_workdir)"
+                f"{workdir} does not compare images with texts; name a run of the recipe 'contrastive' in the option "
+                "`workdir` of clip_score"
             )
-        prompts = fixed_prompts(self.prompts, self.count, dataset, self.seed)
-        images = generator.generate(prompts, seed=self.seed, **self.options)
-        image, text = embeddings(load(workdir), images, prompts)
+        wanted = requests(generator, self.prompts, self.count, dataset, self.seed)
+        if wanted.prompts is None:
+            raise ValueError("clip_score compares images with their prompts, and this run takes no prompts")
+        images = read_images(draw(generator, wanted, seed=self.seed, options=self.options), self.output)
+        image, text = embeddings(clip, images, wanted.prompts)
         return EvaluationResult(
             {
                 "clip.score": float(np.mean(np.sum(image * text, axis=1))),
@@ -55,9 +60,30 @@ class ClipScore:
         )
 
 
+def text_workdir(generator: ImageGenerator) -> str:
+    """The one run whose tokenizer, and so whose text encoder, a generator's run reads.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    specs = generator.recipe.tokenizers().values() if isinstance(generator, Generator) else ()
+    found = sorted({spec.workdir for spec in specs if spec.kind == "trained" and spec.workdir})
+    if len(found) != 1:
+        known = (
+            f"it reads the text encoders of several runs, {', '.join(found)}" if found else "it reads that of no run"
+        )
+        raise ValueError(
+            "clip_score needs a run of the recipe 'contrastive': name it in the option `workdir`, or evaluate a run "
+            f"that reads its text encoder ({known})"
+        )
+    return found[0]
+
+
 def embeddings(clip: Generator, images: np.ndarray, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors `[N, D]` of images `uint8 [N, H, W, 3]` and of their prompts, by a contrastive run."""
-    assert clip.tokenizer is not None
-    conditions = {"image": images, **prompt_arrays(clip.recipe, clip.tokenizer, list(prompts))}
-    found = jax.jit(clip.recipe.generate)(clip.params, clip.frozen, conditions, jax.random.key(0))
-    return np.asarray(found["image"]), np.asarray(found["text"])
+    """Unit vectors `[N, D]` of images `uint8 [N, H, W, 3]` and of their prompts, by a contrastive run.
+
+    Raises:
+        ValueError: the images are not of the size that it was trained on.
+    """
+    found = clip.run(list(prompts), conditions={"image": images})
+    return found["image"], found["text"]

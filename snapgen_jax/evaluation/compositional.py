@@ -20,8 +20,10 @@ import numpy as np
 from snapgen_jax.data.prompts import CATEGORIES, Prompt, make_prompts
 from snapgen_jax.evaluation.detector import detect
 from snapgen_jax.evaluation.detector_validation import validate_detector
-from snapgen_jax.evaluation.interfaces import EvaluationResult, Generator, ValidationData
+from snapgen_jax.evaluation.interfaces import EvaluationResult, ImageGenerator, ValidationData
+from snapgen_jax.evaluation.outputs import draw, read_images
 from snapgen_jax.evaluation.pictures import grid
+from snapgen_jax.evaluation.requests import Requests
 from snapgen_jax.evaluation.statistics import wilson_interval
 
 PER_CATEGORY = 64  # half of them say combinations that training never shows
@@ -49,12 +51,14 @@ class CompositionalScore:
         categories: those that are asked for and averaged. Fewer than all are for a model that was shown no others; such
             a score compares with none of other categories.
         seed: the image of prompt n of the file comes from (seed, n), however many prompts are used.
+        output: which output of the generator is judged, images `uint8 [N, H, W, 3]`.
         options: options of the generator, such as `steps` and `guidance`.
     """
 
     per_category: int = PER_CATEGORY
     categories: Sequence[str] = CATEGORIES
     seed: int = 0
+    output: str = "image"
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -63,10 +67,13 @@ class CompositionalScore:
         if not self.categories or not set(self.categories) <= set(CATEGORIES):
             raise ValueError(f"categories are {tuple(self.categories)}; choose from {', '.join(CATEGORIES)}")
 
-    def __call__(self, generator: Generator, dataset: ValidationData | None = None) -> EvaluationResult:
+    def __call__(self, generator: ImageGenerator, dataset: ValidationData | None = None) -> EvaluationResult:
         """Numbers as in `score`; `score.chance`, and how the detector did on trial, see `validate_detector`.
 
         For each category a picture `score_<category>`, in which passes have a green frame and failures a red one.
+
+        Raises:
+            ValueError: the generator takes no prompts, or gives no images by that name.
         """
         del dataset
         half = PER_CATEGORY // 2
@@ -74,7 +81,9 @@ class CompositionalScore:
         chosen = [i for i in asked if i % half < self.per_category // 2]
         prompts = [fixed_prompts()[i] for i in chosen]
         texts = [prompt.prompt for prompt in prompts]
-        images = generator.generate(texts, seed=self.seed, indices=chosen, **self.options)
+        wanted = Requests.of_prompts(texts)
+        outputs = draw(generator, wanted, seed=self.seed, indices=chosen, options=self.options)
+        images = read_images(outputs, self.output)
         passed = [p.requirement.met_by(detect(image)) for p, image in zip(prompts, images, strict=True)]
         trial = validate_detector(images.shape[1])
         numbers = {**score(prompts, passed), "score.chance": trial["detector.chance"], **trial}

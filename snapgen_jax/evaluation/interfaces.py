@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -69,13 +69,46 @@ class EvaluationResult:
     values: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
-class Generator(Protocol):
-    """Prompts to images, whatever runs underneath: a JAX run or a TFLite bundle."""
+class ImageGenerator(Protocol):
+    """Prompts to images, whatever runs underneath: a JAX run, or a TFLite bundle, which has no more than this."""
 
     def generate(
         self, prompts: list[str], *, seed: int = 0, indices: list[int] | None = None, **options: Any
     ) -> np.ndarray:
         """`uint8 [N, H, W, 3]`. Image n depends on (seed, indices[n], prompts[n]) alone; indices default to 0..N-1."""
+        ...
+
+
+@runtime_checkable
+class Generator(ImageGenerator, Protocol):
+    """Prompts and other conditions to named outputs: a JAX run.
+
+    Attributes:
+        recipe: the `training.recipe.Recipe` of the run.
+    """
+
+    recipe: Any
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether prompts give some of the arrays that generation needs."""
+        ...
+
+    @property
+    def condition_names(self) -> tuple[str, ...]:
+        """The arrays that generation needs and no prompt gives; the validation split has them by these names."""
+        ...
+
+    def run(
+        self,
+        prompts: list[str] | None = None,
+        *,
+        conditions: Mapping[str, np.ndarray] | None = None,
+        seed: int = 0,
+        indices: list[int] | None = None,
+        **options: Any,
+    ) -> dict[str, np.ndarray]:
+        """`{name: [N, ...]}`. Example n depends on (seed, indices[n]), its prompt and its conditions alone."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Pictures for people: a grid of images with their captions below, and PNG bytes."""
+"""Pictures for people: clips and maps as images, a grid of images with their captions below, and PNG bytes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 PAPER, INK = (250, 250, 250), (60, 60, 67)
 PASSED, FAILED = (22, 152, 92), (214, 64, 69)
 GAP, BORDER, LINE_HEIGHT, FONT_SIZE, MOST_LINES = 10, 4, 14, 11, 4
+MOST_FRAMES, FRAME_GAP, FRAME_PIXELS = 8, 2, 64
 
 
 def enlarge(image: np.ndarray, least_pixels: int) -> np.ndarray:
@@ -24,6 +25,58 @@ def png_bytes(image: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
+
+
+def as_pictures(array: np.ndarray) -> np.ndarray:
+    """Images, clips or maps as `uint8 [N, H', W', 3]`.
+
+    Args:
+        array: `[N, H, W, C]`, or clips `[N, F, H, W, C]`, which become film strips. uint8 with C of 3 or 1 is shown as
+            it is; a float map, C of 1, as grey from its own smallest value to its own largest, see `normalised`.
+
+    Raises:
+        ValueError: an array of another rank or type.
+    """
+    values, channels = array, array.shape[-1] if array.ndim in (4, 5) else 0
+    if array.dtype != np.uint8 and channels == 1 and np.issubdtype(array.dtype, np.floating):
+        values = np.stack([normalised(one) for one in array]) if len(array) else array.astype(np.uint8)
+    if values.dtype != np.uint8 or channels not in (1, 3):
+        raise ValueError(
+            f"{array.dtype} {list(array.shape)} is no picture; give images uint8 [N, H, W, 3], maps [N, H, W, 1] or "
+            "clips of either [N, F, H, W, C]"
+        )
+    values = np.broadcast_to(values, (*values.shape[:-1], 3))
+    return np.stack([film_strip(clip) for clip in values]) if array.ndim == 5 and len(values) else values
+
+
+def normalised(values: np.ndarray) -> np.ndarray:
+    """A float map of any shape as uint8 grey: 0 at its smallest finite value, 255 at its largest.
+
+    A constant map is middle grey; what is not finite is black.
+    """
+    values = values.astype(np.float64)
+    finite = np.isfinite(values)
+    low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0)
+    share = (values - low) / (high - low) if high > low else np.full(values.shape, 0.5)
+    return np.where(finite, np.round(255 * np.where(finite, share, 0)), 0).astype(np.uint8)
+
+
+def film_strip(clip: np.ndarray, most_frames: int = MOST_FRAMES) -> np.ndarray:
+    """A clip `uint8 [F, H, W, 3]` as one picture `uint8 [H', W', 3]`: frames side by side, time from left to right.
+
+    Args:
+        clip: at least one frame, drawn larger by a whole factor until a side has `FRAME_PIXELS`.
+        most_frames: of a longer clip so many, evenly chosen; the first and the last are among them.
+
+    Raises:
+        ValueError: there is no frame.
+    """
+    if not len(clip):
+        raise ValueError("a film strip needs at least one frame and got none")
+    chosen = np.linspace(0, len(clip) - 1, min(len(clip), most_frames)).round().astype(int)
+    frames = [enlarge(clip[n], FRAME_PIXELS) for n in chosen]
+    gap = np.full((frames[0].shape[0], FRAME_GAP, 3), PAPER, np.uint8)
+    return np.concatenate([part for frame in frames for part in (gap, frame)][1:], axis=1)
 
 
 def grid(
