@@ -6,7 +6,7 @@ Nothing heavy is imported here; `snapgen_jax.load` and `snapgen_jax.train` impor
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from snapgen_jax.experiment import train
+    from snapgen_jax.in_memory import train
     from snapgen_jax.generation import load
     from snapgen_jax.training.loop import inference_weights
 
@@ -14,7 +14,7 @@ __all__ = ["inference_weights", "load", "train"]
 
 _HOME = {
     "load": "snapgen_jax.generation",
-    "train": "snapgen_jax.experiment",
+    "train": "snapgen_jax.in_memory",
     "inference_weights": "snapgen_jax.training.loop",
 }
 

@@ -26,6 +26,7 @@ from snapgen_jax.config_file import read
 from snapgen_jax.data.config import DataConfig
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.loop import LoopConfig
+from snapgen_jax.training.recipe import Recipe
 from snapgen_jax.typed import closest
 
 Config = Mapping[str, Any] | ConfigDict
@@ -88,7 +89,7 @@ class Resolved:
     Attributes:
         config: every key with its value, locked.
         experiment: the part that every experiment has.
-        recipe_class: the method; `recipe_class(recipe, backend)` is a recipe.
+        recipe_class: the method.
         recipe: the method's part, an instance of `recipe_class.Config`.
     """
 
@@ -96,6 +97,17 @@ class Resolved:
     experiment: ExperimentConfig
     recipe_class: Any
     recipe: Any
+
+    def build(self, platform: str) -> Recipe:
+        """The method for a platform, "cpu", "gpu" or "tpu".
+
+        Raises:
+            ConfigError: its fields do not fit each other.
+        """
+        try:
+            return self.recipe_class(self.recipe, platform)
+        except ValueError as error:
+            raise ConfigError(f"recipe {self.experiment.recipe!r}: {error}") from error
 
 
 def load_experiment(spec: str, overrides: Sequence[str] = ()) -> Resolved:

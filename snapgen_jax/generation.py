@@ -22,9 +22,9 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from snapgen_jax.config import Config, build, from_json, recipe_class
-from snapgen_jax.data.pretrained_tokenizers import PretrainedTokenizer, PretrainedTokenizers
-from snapgen_jax.data.tokenizer import CaptionTokenizer, Tokenizer
+from snapgen_jax.config import Config, build, from_json, resolve
+from snapgen_jax.data.pretrained_tokenizers import PretrainedTokenizer
+from snapgen_jax.data.tokenizer import CaptionTokenizer, load_tokenizers
 from snapgen_jax.networks.module import Platform
 from snapgen_jax.parallel.mesh import make_mesh
 from snapgen_jax.systems import sd35
@@ -32,7 +32,7 @@ from snapgen_jax.systems.sd35 import SD35, SD35Config, SD35Generator
 from snapgen_jax.training.checkpoint import Checkpointer
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.keys import example_keys, key
-from snapgen_jax.training.recipe import Recipe, frozen_for_generation
+from snapgen_jax.training.recipe import Recipe
 from snapgen_jax.typed import closest, coerce
 
 Tree = Any
@@ -256,16 +256,6 @@ def _described(recipe: Recipe, name: str) -> str:
     return f"{name} {np.dtype(specs[0].dtype)} {' or '.join(shapes)}" if specs else f"{name} float32 [N, ...]"
 
 
-def published_tokenizer(recipe: Recipe) -> PretrainedTokenizers | None:
-    """The tokenizers of the published text encoders that a recipe uses; None where it uses none.
-
-    Raises:
-        DataError: one is missing, or is that of another encoder.
-    """
-    folders = getattr(recipe, "tokenizer_folders", {})
-    return PretrainedTokenizers.load(folders, getattr(recipe, "vocab_sizes", {})) if folders else None
-
-
 def on_every_host(params: Tree) -> jax.sharding.NamedSharding | None:
     """Where results must lie for each of several processes to read them whole; None for one process alone."""
     if jax.process_count() == 1:
@@ -285,7 +275,7 @@ def load_config(workdir: epath.PathLike) -> ConfigDict:
         raise ConfigError(
             f"{workdir} is not a workdir: it has no config.json; train one with `snapgen train --workdir={workdir}`"
         )
-    return from_json(path.read_text())
+    return from_json(path.read_text(), workdir)
 
 
 def load_recipe(workdir: epath.PathLike, platform: str | None = None, decoder: epath.PathLike | None = None) -> Recipe:
@@ -302,11 +292,7 @@ def load_recipe(workdir: epath.PathLike, platform: str | None = None, decoder: e
     config = load_config(workdir)
     if decoder is not None:
         config = _with_decoder(config, decoder)
-    cls = recipe_class(str(config.recipe))
-    try:
-        return cls(build(cls.Config, config), platform or jax.default_backend())
-    except ValueError as error:
-        raise ConfigError(f"{workdir}: {error}") from error
+    return resolve(config, name=str(workdir)).build(platform or jax.default_backend())
 
 
 def _with_decoder(config: ConfigDict, decoder: epath.PathLike) -> ConfigDict:
@@ -314,11 +300,11 @@ def _with_decoder(config: ConfigDict, decoder: epath.PathLike) -> ConfigDict:
     other = load_config(decoder)
     if other.recipe != "decoder_distillation":
         raise ConfigError(f"{decoder} is a run of {other.recipe!r}; a decoder is trained by 'decoder_distillation'")
-    codec: Any = config.get("codec")
+    codec: Any = config.inputs.get("codec") if "inputs" in config else None
     if codec is None or codec.kind != "autoencoder":
         raise ConfigError(
             "this run's latents are not those of an autoencoder, so there is nothing for a trained decoder to decode; "
-            "train with codec.kind='autoencoder'"
+            "train with inputs.codec.kind='autoencoder'"
         )
     with config.unlocked():
         codec.update(decoder="tiny", decoder_workdir=str(decoder), tiny_decoder=other.decoder)
@@ -344,16 +330,8 @@ def load(
     """
     workdir = epath.Path(workdir)
     recipe = load_recipe(workdir, platform, decoder)
-    return Generator(
-        recipe, load_weights(workdir, recipe, step), frozen_for_generation(recipe), _tokenizer(recipe, workdir)
-    )
-
-
-def _tokenizer(recipe: Recipe, workdir: epath.Path) -> CaptionTokenizer | None:
-    if any(getattr(recipe, "tokenizer_folders", {}).values()):
-        return published_tokenizer(recipe)
-    own = workdir / "tokenizer.json"
-    return Tokenizer.load(own) if own.exists() else None
+    tokenizer = load_tokenizers(recipe.tokenizers(), workdir / "tokenizer.json")
+    return Generator(recipe, load_weights(workdir, recipe, step), recipe.load_frozen(None, "generate"), tokenizer)
 
 
 def load_weights(workdir: epath.PathLike, recipe: Recipe, step: int | None = None) -> Tree:

@@ -1,0 +1,77 @@
+"""Evaluators on a trained run: what `snapgen evaluate`, chains and benchmarks call."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from snapgen_jax.config import resolve
+from snapgen_jax.evaluation import registry
+from snapgen_jax.evaluation.interfaces import EvaluationResult, EvaluatorSpec
+from snapgen_jax.evaluation.pictures import png_bytes
+from snapgen_jax.experiment import Experiment, ValidationBatches
+from snapgen_jax.generation import Generator, load, load_config
+from snapgen_jax.training.exits import ConfigError
+
+
+def evaluate(
+    workdir: epath.PathLike, names: Sequence[str], step: int | None = None, **choices: Any
+) -> dict[str, float]:
+    """The numbers of evaluators run on a trained run, see `measure`."""
+    return measure(workdir, names, step, **choices).numbers
+
+
+def measure(
+    workdir: epath.PathLike,
+    names: Sequence[str],
+    step: int | None = None,
+    *,
+    generation: Mapping[str, Any] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    decoder: epath.PathLike | None = None,
+    generator: Generator | None = None,
+) -> EvaluationResult:
+    """Runs evaluators on a trained run; their pictures go to `samples/`.
+
+    Args:
+        workdir: the run.
+        names: evaluators, whether or not the run's config names them.
+        step: which checkpoint; the newest by default.
+        generation: options of the generator, such as `steps` and `guidance`, for the evaluators that draw.
+        options: further options of evaluators, by name.
+        decoder: a run of a tiny decoder that takes the place of the codec's decoder.
+        generator: the run's, where it is loaded already; in place of `step` and `decoder`.
+
+    Returns:
+        What all of them found.
+    """
+    generator = generator or load(workdir, step, decoder=decoder)
+    experiment = Experiment(resolve(load_config(workdir)), workdir)
+    known = {spec.name: spec for spec in generator.recipe.evaluators()}
+    found = EvaluationResult({}, {}, {})
+    for name in names:
+        try:
+            evaluator = registry.create(_with_options(known.get(name, EvaluatorSpec(name)), generation, options))
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        result = evaluator(generator, ValidationBatches(experiment))
+        found.numbers.update(result.numbers)
+        found.pictures.update(result.pictures)
+        found.values.update(result.values)
+    folder = epath.Path(workdir) / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    for title, picture in found.pictures.items():
+        (folder / f"{title}.png").write_bytes(png_bytes(picture))
+    return found
+
+
+def _with_options(
+    spec: EvaluatorSpec, generation: Mapping[str, Any] | None, options: Mapping[str, Mapping[str, Any]] | None
+) -> EvaluatorSpec:
+    chosen = {**spec.options, **(options or {}).get(spec.name, {})}
+    if generation:
+        chosen["options"] = {**chosen.get("options", {}), **generation}
+    return dataclasses.replace(spec, options=chosen)
