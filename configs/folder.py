@@ -18,11 +18,16 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.recipe = "flow_matching"
     c.train_steps = 2_000
     c.batch_size = 16
-    c.image_sizes = ((64, 64), (48, 80), (80, 48))
     c.data = ConfigDict({"source": "folder", "path": "", "vocab_size": 2048, "flip": "none"})
-    c.codec = ConfigDict({"kind": "patch", "patch": 4, "scale": 2.0, "shift": 0.0})
-    c.unet = ConfigDict({"preset": "shapes"})
-    c.text = ConfigDict({"preset": "shapes", "vocab_size": 2048, "max_tokens": 48})
+    c.network = ConfigDict({"kind": "unet", "preset": "shapes"})
+    c.inputs = ConfigDict(
+        {
+            "kind": "captions",
+            "image_sizes": ((64, 64), (48, 80), (80, 48)),
+            "text": {"preset": "shapes", "vocab_size": 2048, "max_tokens": 48},
+            "codec": {"kind": "patch", "patch": 4, "scale": 2.0, "shift": 0.0},
+        }
+    )
     c.optimizer = ConfigDict({"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 100})
     c.ema_decay = 0.995
     c.sampling = ConfigDict({"steps": 28, "guidance": 2.0})
@@ -32,8 +37,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         c.train_steps = 12
         c.batch_size = 4
         c.log_every_steps = 4
-        c.unet = ConfigDict({"preset": "smoke", "latent_channels": 48})
-        c.text = ConfigDict({"preset": "smoke", "vocab_size": 2048, "max_tokens": 48})
+        c.network = ConfigDict({"kind": "unet", "preset": "smoke", "latent_channels": 48})
+        c.inputs.text = ConfigDict({"preset": "smoke", "vocab_size": 2048, "max_tokens": 48})
         c.optimizer.warmup_steps = 5
         c.sampling.steps = 2
         c.checkpoint.every_steps = 6

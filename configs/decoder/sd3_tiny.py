@@ -2,7 +2,7 @@
 
     hf download stabilityai/stable-diffusion-3.5-large --include 'vae/*' --local-dir sd35
     snapgen plan  --config=configs/decoder/sd3_tiny.py --topology=v5e:4x4
-    snapgen train --config=configs/decoder/sd3_tiny.py --workdir=gs://bucket/tiny --config.codec.workdir=sd35/vae \
+    snapgen train --config=configs/decoder/sd3_tiny.py --workdir=gs://bucket/tiny --config.inputs.codec.workdir=sd35/vae \
         --config.data.path=PHOTOS --config.perceptual_weights=LPIPS
     snapgen train --config=configs/decoder/sd3_tiny.py:tfds ...          # COCO's images in place of a folder
 
@@ -17,20 +17,20 @@ from ml_collections import ConfigDict
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """`arg`: None for a folder of images, "tfds" for COCO by TFDS, or "runlocal" for a few steps of small networks on
-    whatever `data.path` and `codec.workdir` hold."""
+    whatever `data.path` and `inputs.codec.workdir` hold."""
     if arg not in (None, "tfds", "runlocal"):
         raise ValueError(f"unknown argument {arg!r}; the arguments are tfds and runlocal, or nothing")
     c = ConfigDict()
     c.recipe = "decoder_distillation"
     c.train_steps = 300_000
     c.batch_size = 256
-    c.image_sizes = ((512, 512),)
     c.crop = 256
     c.data = ConfigDict({"source": "folder", "path": "", "captions": "none", "flip": "random", "workers": 8})
     if arg == "tfds":
         c.data = ConfigDict({"source": "tfds", "name": "coco_captions", "validation_split": "val", "flip": "random"})
         c.data.workers = 8
-    c.codec = ConfigDict({"kind": "autoencoder", "autoencoder": {"preset": "sd3"}, "workdir": ""})
+    codec = {"kind": "autoencoder", "autoencoder": {"preset": "sd3"}, "workdir": ""}
+    c.inputs = ConfigDict({"kind": "images", "image_sizes": ((512, 512),), "codec": codec})
     c.decoder = ConfigDict({"preset": "sd3"})
     c.loss = ConfigDict({"l2": 1.0, "perceptual": 1.0, "adversarial": 0.1, "adversarial_from_steps": 50_000})
     c.perceptual = ConfigDict({"preset": "vgg16"})
@@ -44,10 +44,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
         c.train_steps = 4
         c.batch_size = 2
         c.log_every_steps = 2
-        c.image_sizes = ((32, 32),)
+        c.inputs.image_sizes = ((32, 32),)
         c.crop = 16
         c.data.workers = 0
-        c.codec.autoencoder = ConfigDict({"preset": "smoke"})
+        c.inputs.codec.autoencoder = ConfigDict({"preset": "smoke"})
         c.decoder = ConfigDict({"preset": "smoke"})
         c.perceptual = ConfigDict({"preset": "smoke"})
         c.discriminator = ConfigDict({"preset": "smoke"})

@@ -9,7 +9,7 @@ The teacher is read from the folder `transformer/` of the published repository, 
 student is whole on every device. Latents and the text states of both are batch inputs, synthetic ones until a source of
 stored ones is configured. The student's highest stage on the way up is compared with the teacher's last block but one,
 the last that updates the text too. The teacher attends by a kernel for TPUs; on NVIDIA GPUs add
-`--config.teacher.mmdit.attention=cudnn`. Losses are scaled by the paper's running ratio; what the shapes world shows is
+`--config.teacher.network.attention=cudnn`. Losses are scaled by the paper's running ratio; what the shapes world shows is
 the weighting without it, `--config.scaling.ratio=none`, and students that were worse with it (docs/measured.md).
 
 Machine: 64 chips of TPU v5p; runlocal, a laptop in some minutes. Metric: the fixed-noise validation loss. Weights, taps
@@ -21,14 +21,25 @@ from ml_collections import ConfigDict
 from configs.pretrain import t2i_512
 
 
+def stored_states(tokens: int, width: int, pooled: int = 2048) -> dict:
+    """What the teacher reads: the states of its own encoders, 77 of CLIP and 256 of T5, on the student's latents."""
+    shape = {"context_tokens": tokens, "context_width": width, "pooled_width": pooled, "latent_channels": 0}
+    return {"kind": "stored", "prefix": "teacher_", **shape}
+
+
 def distilled(c: ConfigDict, devices: int, microbatches: int) -> ConfigDict:
-    """A pretraining stage with a teacher. His weights are gathered once for each microbatch, so that there are few."""
-    c.recipe = "latent_distillation"
+    """A pretraining stage with a teacher. Its weights are gathered once for each microbatch, so that there are few."""
+    c.recipe = "distillation"
     c.microbatches = microbatches
-    c.unet.remat = "blocks"
+    c.network.remat = "blocks"
     c.mesh = ConfigDict({"data": 1, "fsdp": devices})
     c.shard_student = False
-    c.teacher = ConfigDict({"network": "mmdit", "mmdit": {"preset": "sd35_large", "attention": "flash"}})
+    c.teacher = ConfigDict(
+        {
+            "network": {"kind": "mmdit", "preset": "sd35_large", "attention": "flash"},
+            "inputs": stored_states(tokens=333, width=4096),
+        }
+    )
     c.student_taps = ("up_0",)
     c.teacher_taps = ("block_36",)
     return c
@@ -38,11 +49,9 @@ def run_locally(c: ConfigDict) -> ConfigDict:
     """The same with a teacher drawn at random: a tiny one, trained for no step."""
     c.mesh = ConfigDict({})
     c.microbatches = 1
-    c.teacher = ConfigDict(
-        {"random": True, "mmdit": {"preset": "smoke", "latent_channels": 16, "position_size": 16, "position_base": 8}}
-    )
+    network = {"kind": "mmdit", "preset": "smoke", "latent_channels": 16, "position_size": 16, "position_base": 8}
+    c.teacher = ConfigDict({"random": True, "network": network, "inputs": stored_states(tokens=12, width=16, pooled=16)})
     c.teacher_taps = ("block_01",)
-    c.teacher_context_tokens = 12
     return c
 
 

@@ -2,11 +2,10 @@
 
     snapgen plan  --config=configs/fewstep/t2i_1024_4step.py --topology=v5p:4x4x4
     snapgen train --config=configs/fewstep/t2i_1024_4step.py --workdir=gs://BUCKET/t2i_4step \
-        --config.init_from=gs://BUCKET/t2i_1024_kd --config.trunk_workdir=gs://BUCKET/t2i_1024_kd \
-        --config.teacher.weights=DIR/transformer --config.data...
+        --config.init_from=gs://BUCKET/t2i_1024_kd --config.teacher.weights=DIR/transformer --config.data...
     snapgen train --config=configs/fewstep/t2i_1024_4step.py:runlocal --workdir=/tmp/t2i_4step
 
-Adversarial training against heads on a frozen copy of the student, and the velocities of the teacher, who needs no
+Adversarial training against heads on a frozen copy of the student, and the velocities of the teacher, which needs no
 guidance, at the four times of sampling. Weights and lengths: section 5 of SnapGen (arXiv 2412.09619) leaves them open;
 these follow its siblings.
 
@@ -22,13 +21,14 @@ from configs.distill import t2i_1024_sd35l
 def few_step(steps: int, arg: str | None) -> ConfigDict:
     """The distillation at 1024 px, with an adversary."""
     c = t2i_1024_sd35l.get_config(arg)
-    c.recipe = "latent_adversarial"
+    c.recipe = "adversarial"
     c.train_steps = 20 if arg else 20_000
     c.batch_size = 8 if arg else 512
     c.ema_decay = 0.999
     c.optimizer = ConfigDict({"learning_rate": 1e-5, "b1": 0.0, "b2": 0.99, "warmup_steps": 5 if arg else 500})
     c.feature_weight = 0.0
     c.sampling = ConfigDict({"steps": steps, "guidance": 1.0, "method": "renoise", "shift": 3.0})
+    c.discriminator = ConfigDict({"preset": "t2i"})
     if arg:
         c.trunk = "teacher"
         c.discriminator = ConfigDict({"preset": "smoke", "taps": ("block_00", "block_01"), "channels": (16, 16)})

@@ -17,14 +17,14 @@ from ml_collections import ConfigDict
 def stage(size: int, batch_size: int, train_steps: int, shift: float) -> ConfigDict:
     """What the three stages share, and where they differ."""
     c = ConfigDict()
-    c.recipe = "latent_flow_matching"
+    c.recipe = "flow_matching"
     c.train_steps = train_steps
     c.batch_size = batch_size
     c.log_every_steps = 100
-    c.image_sizes = ((size, size),)
+    c.inputs = ConfigDict({"kind": "stored", "image_sizes": ((size, size),)})
     c.data = ConfigDict({"source": "synthetic"})
-    c.unet = ConfigDict({"preset": "t2i"})
-    c.timesteps = ConfigDict({"density": "logit_normal", "shift": shift})
+    c.network = ConfigDict({"kind": "unet", "preset": "t2i"})
+    c.schedule = ConfigDict({"kind": "flow", "density": "logit_normal", "shift": shift})
     c.optimizer = ConfigDict({"learning_rate": 1e-4, "schedule": "constant", "warmup_steps": 5_000})
     c.ema_decay = 0.9999
     c.sampling = ConfigDict({"steps": 28, "guidance": 7.0, "shift": shift})
@@ -38,9 +38,9 @@ def run_locally(c: ConfigDict) -> ConfigDict:
     c.batch_size = 8
     c.microbatches = 1
     c.log_every_steps = 5
-    c.image_sizes = ((64, 64),)
-    c.context_tokens = 12
-    c.unet = ConfigDict({"preset": "smoke", "latent_channels": 16})
+    c.inputs = ConfigDict({"kind": "stored", "image_sizes": ((64, 64),), "context_tokens": 12})
+    c.inputs.update({"context_width": 16, "pooled_width": 16})
+    c.network = ConfigDict({"kind": "unet", "preset": "smoke", "latent_channels": 16})
     c.optimizer.warmup_steps = 5
     c.sampling.steps = 2
     c.checkpoint = ConfigDict({"every_steps": 10})

@@ -4,7 +4,7 @@ Stable Diffusion 3, CLIP-L, CLIP-bigG and Gemma-2-2b run inside the step, frozen
     snapgen plan  --config=configs/pretrain/t2i_256_images.py --topology=v5e:4x4
     snapgen train --config=configs/pretrain/t2i_256_images.py:runlocal --workdir=/tmp/t2i_256_images
     snapgen train --config=configs/pretrain/t2i_256_images.py:folder --workdir=gs://BUCKET/t2i_256 \
-        --config.data.path=PHOTOS --config.encoders.language_folder=gemma --config.encoders.language_tokenizer=gemma
+        --config.data.path=PHOTOS --config.inputs.language_folder=gemma --config.inputs.language_tokenizer=gemma
 
 The last one reads captioned images, the repository of Stable Diffusion 3.5 in `sd35/` and that of Gemma 2 in `gemma/`;
 every caption goes through the tokenizer of each encoder. "tfds" in place of "folder" takes COCO's images by TFDS.
@@ -27,36 +27,35 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if arg not in (None, "folder", "tfds", "runlocal"):
         raise ValueError(f"unknown argument {arg!r}; the arguments are folder, tfds and runlocal, or nothing")
     c = t2i_256.get_config("runlocal" if arg == "runlocal" else None)
-    c.recipe = "t2i_flow_matching"
     c.mesh = ConfigDict({"fsdp": 16})
-    c.encoders = ConfigDict(
-        {
-            "clip_l_folder": "sd35/text_encoder",
-            "clip_g_folder": "sd35/text_encoder_2",
-            "language_folder": "",
-            "clip_l_tokenizer": "sd35/tokenizer",
-            "clip_g_tokenizer": "sd35/tokenizer_2",
-            "language_tokenizer": "",
-        }
-    )
-    c.codec = ConfigDict({"kind": "autoencoder", "autoencoder": {"preset": "sd3"}, "workdir": "sd35/vae"})
+    inputs = {
+        "kind": "encoders",
+        "image_sizes": c.inputs.image_sizes,
+        "codec": {"kind": "autoencoder", "autoencoder": {"preset": "sd3"}, "workdir": "sd35/vae"},
+        "clip_l_folder": "sd35/text_encoder",
+        "clip_g_folder": "sd35/text_encoder_2",
+        "language_folder": "",
+        "clip_l_tokenizer": "sd35/tokenizer",
+        "clip_g_tokenizer": "sd35/tokenizer_2",
+        "language_tokenizer": "",
+    }
     if arg == "folder":
         c.data = ConfigDict({"source": "folder", "path": "", "workers": 8})
     if arg == "tfds":
         c.data = ConfigDict({"source": "tfds", "name": "coco_captions", "validation_split": "val", "workers": 8})
     if arg == "runlocal":
-        del c.context_tokens
         c.mesh = ConfigDict({"fsdp": 1})
-        c.unet.update({"latent_channels": 4, "context_width": 32, "pooled_width": 32})
-        c.encoders = ConfigDict(
-            {
-                "clip_l": {"preset": "smoke"},
-                "clip_g": {"preset": "smoke"},
-                "language": {"preset": "smoke"},
-                "language_tokens": 6,
-                "stand_ins": True,
-            }
-        )
-        c.conditioner = ConfigDict({"width": 32, "language_width": 16})
-        c.codec = ConfigDict({"kind": "autoencoder", "autoencoder": {"preset": "smoke"}})
+        c.network.update({"latent_channels": 4, "context_width": 32, "pooled_width": 32})
+        inputs = {
+            "kind": "encoders",
+            "image_sizes": c.inputs.image_sizes,
+            "codec": {"kind": "autoencoder", "autoencoder": {"preset": "smoke"}},
+            "clip_l": {"preset": "smoke"},
+            "clip_g": {"preset": "smoke"},
+            "language": {"preset": "smoke"},
+            "language_tokens": 6,
+            "conditioner": {"width": 32, "language_width": 16},
+            "stand_ins": True,
+        }
+    c.inputs = ConfigDict(inputs)
     return c

@@ -25,5 +25,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if arg not in (None, "runlocal"):
         raise ValueError(f"unknown argument {arg!r}; the argument is runlocal, or nothing")
     c = t2i_256.stage(size=512, batch_size=2_048, train_steps=100_000, shift=1.7)
-    c.unet.remat = "blocks"
+    c.network.remat = "blocks"
     return t2i_256.run_locally(c) if arg else c

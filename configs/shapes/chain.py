@@ -19,10 +19,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """`arg`: None; "quick" for twenty minutes; "runlocal" for the whole chain in small."""
     if arg not in (None, "quick", "runlocal"):
         raise ValueError(f"unknown argument {arg!r}; the argument is quick, runlocal, or nothing")
-    latents = {} if arg else {"codec.workdir": "autoencoder"}
-    text, teacher = {"text_workdir": "clip", **latents}, {"teacher.workdir": "teacher"}
+    latents = {} if arg else {"inputs.codec.workdir": "autoencoder"}
+    text, teacher = {"inputs.text_workdir": "clip", **latents}, {"teacher.workdir": "teacher"}
     further = {**text, **teacher, "init_from": "student"}
-    distilled = {"init_from": "student_distilled", "trunk_workdir": "student_distilled"}
+    distilled = {"init_from": "student_distilled"}
     unguided = {"steps": 4, "guidance": 1.0}
 
     def stage(name: str, earlier: dict, *rows: dict) -> dict:

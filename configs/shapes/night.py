@@ -28,7 +28,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     if arg == "wide":
         c.train_steps = 16 * QUICKSTART_STEPS
-        c.unet.channels = (128, 128)
-        c.unet.head_dim = 64
-        c.unet.embedding_width = 256
+        c.network.channels = (128, 128)
+        c.network.head_dim = 64
+        c.network.embedding_width = 256
     return c

@@ -17,7 +17,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.train_steps = 8_600
     c.batch_size = 16
     c.log_every_steps = 100
-    c.image_sizes = ((32, 32),)
     # "mixed" captions are a superset that the score does not ask for; relations are what takes longest to learn.
     shares = {
         "single_object": 0.1,
@@ -30,11 +29,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     }
     shapes = {"size": 32, "shares": shares, "dense_share": 0.4}  # dense captions teach what words of place mean
     c.data = ConfigDict({"source": "shapes", "vocab_size": 512, "shapes": shapes})
-    c.codec = ConfigDict({"kind": "patch", "patch": 4})
     # The SnapGen layout with two stages. The transformers of the first stage stand on the way up, where the second has
     # already looked at the whole picture: at equal cost and images that lowers the loss at every time.
-    c.unet = ConfigDict(
+    c.network = ConfigDict(
         {
+            "kind": "unet",
             "latent_channels": 48,
             "channels": (64, 64),
             "units": 1,
@@ -53,7 +52,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "embedding_width": 128,
         }
     )
-    c.text = ConfigDict(
+    text = ConfigDict(
         {
             "vocab_size": 512,
             "width": 64,
@@ -66,10 +65,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "neighbours": 4,  # whose colour is whose
         }
     )
+    codec = {"kind": "patch", "patch": 4}
+    c.inputs = ConfigDict({"kind": "captions", "image_sizes": ((32, 32),), "text": text, "codec": codec})
     c.prediction = "x_0"  # 48 channels of noise need not pass through a network 48 wide
     # Flat colours survive much noise: what a caption says is decided at t > 0.85 and where things go at t > 0.95. So
     # training begins there, and ends where outlines are drawn.
-    c.timesteps = ConfigDict({"density": "logit_normal", "mean": 1.7, "final_mean": 0.4, "std": 1.2})
+    c.schedule = ConfigDict({"kind": "flow", "density": "logit_normal", "mean": 1.7, "final_mean": 0.4, "std": 1.2})
     c.loss_full_from = 0.5  # with little noise the velocity's error is the image's many times over
     c.optimizer = ConfigDict({"learning_rate": 3e-3, "schedule": "linear", "warmup_steps": 200})
     c.ema_decay = 0.998
@@ -98,8 +99,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         c.train_steps = 20
         c.batch_size = 8
         c.log_every_steps = 5
-        c.unet = ConfigDict({"preset": "smoke", "latent_channels": 48})
-        c.text = ConfigDict({"preset": "smoke", "vocab_size": 512, "max_tokens": 20})
+        c.network = ConfigDict({"kind": "unet", "preset": "smoke", "latent_channels": 48})
+        c.inputs.text = ConfigDict({"preset": "smoke", "vocab_size": 512, "max_tokens": 20})
         c.optimizer.warmup_steps = 5
         c.sampling.steps = 2
         c.checkpoint.every_steps = 10

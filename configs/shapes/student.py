@@ -1,7 +1,7 @@
 """The student of the shapes world by itself: the quickstart's UNet, conditioned on the frozen text encoder.
 
-    snapgen train --config=configs/shapes/student.py --workdir=runs/student --config.text_workdir=runs/clip \
-        --config.codec.workdir=runs/autoencoder
+    snapgen train --config=configs/shapes/student.py --workdir=runs/student --config.inputs.text_workdir=runs/clip \
+        --config.inputs.codec.workdir=runs/autoencoder
 
 A stage of `chain.py`: what distillation has to better at as many updates. It draws latents of `autoencoder.py`; its
 short forms, patches of pixels as the quickstart does. Machine: one GPU, or two CPU cores for an hour. Metric:
@@ -29,10 +29,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """`arg`: as for `clip.py`."""
     c = quickstart.get_config("runlocal" if arg == "runlocal" else None)
     c.data = clip.data(arg)
-    c.text = clip.text(arg)
-    c.text_workdir = "runs/clip"
+    c.inputs.text = clip.text(arg)
+    c.inputs.text_workdir = "runs/clip"
     c.train_steps = {"quick": 1_500, "runlocal": 6}.get(arg or "", 34_400)
     c.evaluation.final = ("validation_loss",)
-    c.codec = codec(arg)
-    c.unet.latent_channels = latent_channels(arg)
+    c.inputs.codec = codec(arg)
+    c.network.latent_channels = latent_channels(arg)
     return c

@@ -1,7 +1,7 @@
 """The student of the shapes world with its teacher.
 
     snapgen train --config=configs/shapes/student_distilled.py --workdir=runs/student_distilled \
-        --config.text_workdir=runs/clip --config.teacher.workdir=runs/teacher --config.init_from=runs/student
+        --config.inputs.text_workdir=runs/clip --config.teacher.workdir=runs/teacher --config.init_from=runs/student
 
 A stage of `chain.py`, which starts from `student.py`'s, as the paper distils what has been trained. Without `init_from`
 it learns from nothing, in as many updates as `student.py`: `benchmarks/shapes_claims.py` sets the two side by side.
@@ -18,7 +18,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c = student.get_config(arg)
     c.recipe = "distillation"
     architecture = teacher.mmdit(arg)
-    c.teacher = ConfigDict({"workdir": "runs/teacher", "mmdit": architecture, "prediction": c.prediction})
+    c.teacher = ConfigDict({"workdir": "runs/teacher", "network": architecture, "prediction": c.prediction})
     c.scaling = ConfigDict({"ratio": "none"})  # benchmarks/shapes_claims.py trains the other too: "with ratio"
     c.feature_weight = 0.3  # features are normalised, and differ by more than velocities do
     c.student_taps = ("mid",)

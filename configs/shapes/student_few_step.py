@@ -1,8 +1,8 @@
 """Four steps in the shapes world: the distilled student, against a discriminator and with its teacher.
 
     snapgen train --config=configs/shapes/student_few_step.py --workdir=runs/student_few_step \
-        --config.text_workdir=runs/clip --config.teacher.workdir=runs/teacher \
-        --config.init_from=runs/student_distilled --config.trunk_workdir=runs/student_distilled
+        --config.inputs.text_workdir=runs/clip --config.teacher.workdir=runs/teacher \
+        --config.init_from=runs/student_distilled
 
 Last stage of `chain.py`; `--config.sampling.steps=8` trains eight steps. The teacher is asked with guidance, since the
 generator is not guided. Machine: one GPU, or two CPU cores for some hours. Metric: `score.overall` at four steps.
@@ -19,7 +19,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     guidance = c.sampling.guidance
     c.recipe = "adversarial"
     c.init_from = "runs/student_distilled"
-    c.trunk_workdir = "runs/student_distilled"
     c.train_steps = {"quick": 600, "runlocal": 6}.get(arg or "", 12_000)
     c.feature_weight = 0.0
     c.teacher.guidance = guidance
@@ -29,5 +28,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.ema_decay = 0.995
     if arg == "runlocal":
         c.optimizer.warmup_steps = 2
-        c.discriminator.time_width = c.unet.get("time_width", 256)
+        c.discriminator.time_width = c.network.get("time_width", 256)
     return c

@@ -1,7 +1,7 @@
 """The teacher of the shapes world: an MMDiT, four times as large as the student, trained by flow matching.
 
-    snapgen train --config=configs/shapes/teacher.py --workdir=runs/teacher --config.text_workdir=runs/clip \
-        --config.codec.workdir=runs/autoencoder
+    snapgen train --config=configs/shapes/teacher.py --workdir=runs/teacher --config.inputs.text_workdir=runs/clip \
+        --config.inputs.codec.workdir=runs/autoencoder
 
 A stage of `chain.py`, after `clip.py`; on the same latents as `student.py`. Machine: one GPU, or two CPU cores for some
 hours. Metric: `score.overall`.
@@ -17,21 +17,20 @@ def mmdit(arg: str | None) -> ConfigDict:
     channels = student.latent_channels(arg)
     shape = {"latent_channels": channels, "patch": 1, "position_size": 8, "position_base": 8, "text_mask": "attend"}
     if arg == "runlocal":
-        return ConfigDict({"preset": "smoke", **shape, "dual": 0, "depth": 2})
+        return ConfigDict({"kind": "mmdit", "preset": "smoke", **shape, "dual": 0, "depth": 2})
     size = {"depth": 6, "heads": 4, "head_dim": 32}
-    return ConfigDict({**shape, **size, "context_width": 64, "pooled_width": 64, "remat": "none"})
+    return ConfigDict({"kind": "mmdit", **shape, **size, "context_width": 64, "pooled_width": 64, "remat": "none"})
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """`arg`: as for `clip.py`."""
     c = quickstart.get_config("runlocal" if arg == "runlocal" else None)
-    c.network = "mmdit"
-    c.mmdit = mmdit(arg)
+    c.network = mmdit(arg)
     c.data = clip.data(arg)
-    c.text = clip.text(arg)
-    c.text_workdir = "runs/clip"
+    c.inputs.text = clip.text(arg)
+    c.inputs.text_workdir = "runs/clip"
     c.train_steps = {"quick": 2_000, "runlocal": 6}.get(arg or "", 60_000)
     c.optimizer.learning_rate = 2e-3
     c.evaluation.final = ("validation_loss",)
-    c.codec = student.codec(arg)
+    c.inputs.codec = student.codec(arg)
     return c

@@ -1,11 +1,11 @@
 """SnapGen's decoder in the shapes world: it learns to decode what the autoencoder of an earlier run encodes.
 
     snapgen train --config=configs/shapes/autoencoder.py --workdir=runs/autoencoder
-    snapgen train --config=configs/shapes/tiny_decoder.py --workdir=runs/tiny --config.codec.workdir=runs/autoencoder
+    snapgen train --config=configs/shapes/tiny_decoder.py --workdir=runs/tiny --config.inputs.codec.workdir=runs/autoencoder
     snapgen evaluate --workdir=runs/tiny --names=reconstruction
     snapgen train --config=configs/shapes/tiny_decoder.py:generated --workdir=runs/tiny_generated \
-        --config.codec.workdir=runs/autoencoder --config.generator_workdir=runs/student \
-        --config.generator.text_workdir=runs/clip
+        --config.inputs.codec.workdir=runs/autoencoder --config.generator_workdir=runs/student \
+        --config.generator.inputs.text_workdir=runs/clip
 
 In the last one half of the latents are not encoded images, but drawn by a run of `student.py` from captions, and the
 large decoder's images are what to make of them.
@@ -29,9 +29,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.train_steps = 3_000
     c.batch_size = 16
     c.log_every_steps = 100
-    c.image_sizes = ((32, 32),)
     c.data = ConfigDict({"source": "shapes", "shapes": {"size": 32}})
-    c.codec = ConfigDict({"kind": "autoencoder", "autoencoder": {"preset": "shapes"}, "workdir": "runs/autoencoder"})
+    codec = {"kind": "autoencoder", "autoencoder": {"preset": "shapes"}, "workdir": "runs/autoencoder"}
+    c.inputs = ConfigDict({"kind": "images", "image_sizes": ((32, 32),), "codec": codec})
     c.decoder = ConfigDict({"preset": "shapes"})
     c.loss = ConfigDict({"l2": 1.0, "perceptual": 0.02, "adversarial": 0.05, "adversarial_from_steps": 1_500})
     c.perceptual = ConfigDict({"preset": "shapes"})  # a random network: no weights are needed
@@ -43,7 +43,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.evaluation = ConfigDict({"every_steps": 1_000, "during": ("reconstruction",), "final": ("reconstruction",)})
     if arg == "generated":
         drawing = student.get_config()
-        used = ("network", "unet", "text", "text_workdir", "prediction", "sampling")
+        used = ("network", "inputs", "prediction", "sampling")
         c.generator = ConfigDict({name: drawing[name] for name in used if name in drawing})
         c.generator_workdir = "runs/student"
         c.target = "large"
@@ -52,7 +52,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         c.train_steps = 8
         c.batch_size = 4
         c.log_every_steps = 4
-        c.codec.autoencoder = ConfigDict({"preset": "smoke", "normalisation": "measured"})
+        c.inputs.codec.autoencoder = ConfigDict({"preset": "smoke", "normalisation": "measured"})
         c.decoder = ConfigDict({"preset": "smoke", "scale": 1.0, "shift": 0.0})
         c.perceptual = ConfigDict({"preset": "smoke"})
         c.discriminator = ConfigDict({"preset": "smoke"})
