@@ -190,7 +190,7 @@ def condition_arrays(recipe: Recipe, conditions: Mapping[str, Any]) -> dict[str,
     arrays = {}
     for name, value in conditions.items():
         if name not in known:
-            raise ValueError(f"unknown condition {name!r}{closest(name, known)}; this run reads {', '.join(known)}")
+            raise ValueError(f"unknown condition {name!r}{closest(name, known)}")
         specs = [specs[name] for specs in buckets.values() if name in specs]
         array = _as_dtype(np.asarray(value), specs[0].dtype if specs else np.dtype(np.float32))
         right_shape = not specs or any(array.shape[1:] == spec.shape[1:] for spec in specs)
