@@ -221,7 +221,8 @@ def chosen_options(default: Any, changes: Mapping[str, Any]) -> Any:
     values = {}
     for name, value in changes.items():
         if name not in names:
-            raise ValueError(f"unknown option {name!r} of this run's generator{closest(name, names)}")
+            known = closest(name, names) if names else "; it has none"
+            raise ValueError(f"unknown option {name!r} of this run's generator{known}")
         value = coerce(value.item() if isinstance(value, np.generic) else value, hints[name], name, what)
         if not all(math.isfinite(x) for x in jax.tree.leaves(value) if isinstance(x, float)):
             raise ValueError(f"{what} {name!r} is {value}; give a finite number")

@@ -1,5 +1,6 @@
 """Drawing from a trained run."""
 
+import dataclasses
 import types
 
 import jax.numpy as jnp
@@ -167,6 +168,13 @@ def test_options_are_those_of_the_recipe_in_their_types():
     assert chosen == Options(steps=8, guidance=3.0, interval=(0.0, 0.5))
     assert type(chosen.guidance) is float and type(chosen.steps) is int and chosen.interval == (0.0, 0.5)
     assert hash(chosen) == hash(chosen_options(chosen, {}))
+
+
+def test_a_recipe_may_have_no_options():
+    nothing = dataclasses.make_dataclass("NoOptions", [], frozen=True)()
+    assert chosen_options(nothing, {}) == nothing
+    with pytest.raises(ValueError, match="unknown option 'steps' of this run's generator; it has none"):
+        chosen_options(nothing, {"steps": 4})
 
 
 @pytest.mark.parametrize(

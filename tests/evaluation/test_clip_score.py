@@ -12,14 +12,21 @@ from tests.generators_for_tests import TOKENS, Greys, Numbers, Validation, by_la
 
 
 class Circle(Greys):
-    """A contrastive recipe: an image's grey and a prompt's number are angles in sixteenths of a turn."""
+    """A contrastive recipe: an image's grey and a prompt's number are angles in sixteenths of a turn.
+
+    It embeds texts alone, or images beside them.
+    """
+
+    def conditions(self):
+        return ("tokens",)
 
     def generate(self, params, frozen, conditions, keys, options):
         def unit(number):
             angle = number.astype(jnp.float32) * (2 * np.pi / 16)
             return jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
-        return {"image": unit(conditions["image"][:, 0, 0, 0]), "text": unit(conditions["tokens"][:, 0])}
+        image = {"image": unit(conditions["image"][:, 0, 0, 0])} if "image" in conditions else {}
+        return {**image, "text": unit(conditions["tokens"][:, 0])}
 
 
 @pytest.fixture
@@ -51,9 +58,10 @@ def test_the_run_is_by_default_the_one_whose_tokenizer_the_generator_reads(loade
     assert loaded == ["text"]
 
 
-def test_a_run_of_another_kind_is_refused_before_anything_is_drawn(monkeypatch):
-    monkeypatch.setattr(clip_score, "load", lambda workdir: by_prompt())
+@pytest.mark.parametrize("other", [by_prompt, by_label])
+def test_a_run_of_another_kind_is_refused_before_anything_is_drawn(monkeypatch, other):
     made = by_prompt()
+    monkeypatch.setattr(clip_score, "load", lambda workdir: other())
     with pytest.raises(ValueError, match=r"other does not compare images with texts; name a run of .* 'contrastive'"):
         ClipScore("other", prompts=("1",))(made)
     assert made.recipe.traced == 0

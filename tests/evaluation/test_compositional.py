@@ -106,7 +106,8 @@ def test_the_output_that_is_judged_is_named():
     class Run(Painter):
         """A run that also gives the empty picture."""
 
-        recipe, takes_prompts, condition_names = None, True, ()
+        recipe = params = frozen = None
+        takes_prompts, condition_names = True, ()
 
         def run(self, prompts, *, conditions=None, seed=0, indices=None, **options):
             images = self.generate(prompts)
