@@ -190,7 +190,7 @@ def condition_arrays(recipe: Recipe, conditions: Mapping[str, Any]) -> dict[str,
     arrays = {}
     for name, value in conditions.items():
         if name not in known:
-            raise ValueError(f"unknown condition {name!r}{closest(name, known)}; this run reads {', '.join(known)}")
+            raise ValueError(f"unknown condition {name!r}{closest(name, known)}")
         specs = [specs[name] for specs in buckets.values() if name in specs]
         array = _as_dtype(np.asarray(value), specs[0].dtype if specs else np.dtype(np.float32))
         right_shape = not specs or any(array.shape[1:] == spec.shape[1:] for spec in specs)
@@ -221,7 +221,8 @@ def chosen_options(default: Any, changes: Mapping[str, Any]) -> Any:
     values = {}
     for name, value in changes.items():
         if name not in names:
-            raise ValueError(f"unknown option {name!r} of this run's generator{closest(name, names)}")
+            known = closest(name, names) if names else "; it has none"
+            raise ValueError(f"unknown option {name!r} of this run's generator{known}")
         value = coerce(value.item() if isinstance(value, np.generic) else value, hints[name], name, what)
         if not all(math.isfinite(x) for x in jax.tree.leaves(value) if isinstance(x, float)):
             raise ValueError(f"{what} {name!r} is {value}; give a finite number")

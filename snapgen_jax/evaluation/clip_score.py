@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from snapgen_jax.evaluation.interfaces import EvaluationResult, Generator, ImageGenerator, ValidationData
@@ -42,7 +43,7 @@ class ClipScore:
         """
         workdir = self.workdir or text_workdir(generator)
         clip = load(workdir)
-        if not clip.takes_prompts or "image" not in clip.condition_names:
+        if not compares(clip):
             raise ValueError(
                 f"{workdir} does not compare images with texts; name a run of the recipe 'contrastive' in the option "
                 "`workdir` of clip_score"
@@ -77,6 +78,18 @@ def text_workdir(generator: ImageGenerator) -> str:
             f"that reads its text encoder ({known})"
         )
     return found[0]
+
+
+def compares(run: Generator) -> bool:
+    """Whether a run embeds images and texts. Its `generate` is traced, and nothing is computed."""
+    recipe, batch = run.recipe, next(iter(run.recipe.batch_specs().values()))
+    names = {"image", *recipe.conditions()}
+    if not run.takes_prompts or not names <= set(batch):
+        return False
+    given = {name: batch[name] for name in names}
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch["image"].shape[0]))
+    outputs = jax.eval_shape(lambda *a: recipe.generate(*a, recipe.options), run.params, run.frozen, given, keys)
+    return {"image", "text"} <= set(outputs)
 
 
 def embeddings(clip: Generator, images: np.ndarray, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

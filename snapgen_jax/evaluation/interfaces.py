@@ -85,9 +85,13 @@ class Generator(ImageGenerator, Protocol):
 
     Attributes:
         recipe: the `training.recipe.Recipe` of the run.
+        params: `{player: weights}`.
+        frozen: its frozen networks.
     """
 
     recipe: Any
+    params: Any
+    frozen: Any
 
     @property
     def takes_prompts(self) -> bool:

@@ -1,6 +1,7 @@
 """The compositional score: its prompts are fixed and balanced, and a perfect model scores one."""
 
 import collections
+import dataclasses
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from snapgen_jax.data.prompts import CATEGORIES, Demand, Requirement
 from snapgen_jax.data.shapes import COLOURS, Scene, SceneObject, holds, render
 from snapgen_jax.evaluation.compositional import PROMPT_FILE, CompositionalScore, fixed_prompts, prompt_lines, score
 from snapgen_jax.evaluation.detector import detect
+from tests.generators_for_tests import by_label
 
 CORNERS = [(0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)]
 SIDES = {"left of": (0.27, 0.5), "right of": (0.73, 0.5), "above": (0.5, 0.27), "below": (0.5, 0.73)}
@@ -98,6 +100,26 @@ def test_fewer_categories_are_a_score_of_their_own():
     assert set(found.pictures) == {"score_colours", "score_counting"}
     with pytest.raises(ValueError, match="choose from single_object, two_objects"):
         CompositionalScore(categories=("colors",))
+
+
+def test_the_output_that_is_judged_is_named():
+    class Run(Painter):
+        """A run that also gives the empty picture."""
+
+        recipe = params = frozen = None
+        takes_prompts, condition_names = True, ()
+
+        def run(self, prompts, *, conditions=None, seed=0, indices=None, **options):
+            images = self.generate(prompts)
+            return {"image": np.full_like(images, 240), "edited": images, "grey": images[..., 0]}
+
+    score = CompositionalScore(per_category=2)
+    assert score(Run()).numbers["score.overall"] == 0.0
+    assert dataclasses.replace(score, output="edited")(Run()).numbers["score.overall"] == 1.0
+    with pytest.raises(ValueError, match=r"'grey' is uint8 \[N, 32, 32\], .* gives 'image' uint8 \[N, 32, 32, 3\]"):
+        dataclasses.replace(score, output="grey")(Run())
+    with pytest.raises(ValueError, match="takes no prompts"):
+        score(by_label())
 
 
 def test_pictures_frame_passes_green_and_failures_red():

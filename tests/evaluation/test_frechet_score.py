@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from snapgen_jax.evaluation.frechet_score import DiversityScore, FrechetScore
+from tests.generators_for_tests import Validation as Split
+from tests.generators_for_tests import by_edit, by_label, by_prompt
 
 
 @dataclasses.dataclass
@@ -82,3 +84,41 @@ def test_seeds_differ_or_do_not():
     numbers = found.numbers
     assert found.values["diversity.pairwise"].mean() == pytest.approx(numbers["diversity.pairwise"])
     assert numbers["diversity.pairwise.low"] < numbers["diversity.pairwise"] < numbers["diversity.pairwise.high"]
+
+
+# --- runs with other conditions and outputs --------------------------------------------------------------------------
+
+
+def test_a_class_conditional_run_is_given_the_labels_of_one_half_of_the_split():
+    made = by_label()
+    asked = []
+    draw = made.recipe.generate
+    made.recipe.generate = lambda params, frozen, conditions, keys, options: (
+        asked.append(conditions) or draw(params, frozen, conditions, keys, options)
+    )
+    numbers = FrechetScore()(made, Split()).numbers
+    assert numbers["frechet.distance"] > numbers["frechet.real"] > 0  # labels are ten times the grey of the image
+    assert [set(conditions) for conditions in asked] == [{"label"}]
+    assert asked[0]["label"].shape == (5,)  # of ten readable examples
+
+
+def test_the_real_images_are_the_array_that_is_named():
+    image, source = (FrechetScore(reference=name)(by_edit(), Split()).numbers for name in ("image", "source"))
+    assert source["frechet.real"] > image["frechet.real"]  # its greys are twice as far apart
+    with pytest.raises(ValueError, match="no array 'target'; it has 'image', 'source', 'label', 'states'"):
+        FrechetScore(reference="target")(by_prompt(), Split())
+    with pytest.raises(ValueError, match=r"array 'label' .* is int32 \[N\], .* set its option `reference`"):
+        FrechetScore(reference="label")(by_prompt(), Split())
+
+
+@pytest.mark.parametrize("evaluator", [FrechetScore, DiversityScore])
+def test_outputs_that_are_no_images_are_refused_with_those_there_are(evaluator):
+    with pytest.raises(ValueError, match=r"'clip' is uint8 \[N, 12, 8, 8, 3\], .* reads images.*'image' uint8"):
+        evaluator(output="clip")(by_prompt(), Split())
+    with pytest.raises(ValueError, match=r"no output 'video'; .*`output` to one of 'clip' uint8 .* 'image' uint8"):
+        evaluator(output="video")(by_prompt(), Split())
+
+
+def test_the_diversity_of_a_class_conditional_run_is_that_of_its_labels():
+    found = DiversityScore(count=3, images=2)(by_label(), Split())
+    assert found.values["diversity.pairwise"].tolist() == [0, 0, 0]  # it paints a label in one grey, whatever the seed

@@ -52,3 +52,9 @@ def test_options_reach_the_evaluator():
 def test_mistakes_are_named(spec, message):
     with pytest.raises(ValueError, match=message):
         create(spec)
+
+
+@pytest.mark.parametrize("name", [name for name in EVALUATORS if name not in ("validation_loss", "reconstruction")])
+def test_every_evaluator_that_draws_names_the_output_that_it_reads(name):
+    assert create(EvaluatorSpec(name)).output == "image"
+    assert create(EvaluatorSpec(name, options={"output": "edited"})).output == "edited"
