@@ -67,8 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--weights", help="folder of a published system's weights; goes with --config")
     _config(sample, default="configs/teacher/sd35_large.py")
     sample.add_argument("--prompt", action="append", required=True, help="text; repeat for several images")
-    sample.add_argument("--steps", type=int, help="sampling steps (default: the run's)")
-    sample.add_argument("--guidance", type=float, help="guidance scale; 1 is none (default: the run's)")
+    _generation(sample)
     sample.add_argument("--seed", type=int, default=0, help="of the noise")
     sample.add_argument("--decoder", help="a run of a tiny decoder, in place of the run's own; with --workdir")
     sample.add_argument("--out", default="samples.png", help="PNG file to write (default: %(default)s)")
@@ -79,8 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--names", default="compositional", help="evaluators, separated by commas (default: %(default)s)"
     )
     evaluate.add_argument("--step", type=int, help="checkpoint (default: the newest)")
-    evaluate.add_argument("--steps", type=int, help="sampling steps (default: the run's)")
-    evaluate.add_argument("--guidance", type=float, help="guidance scale; 1 is none (default: the run's)")
+    _generation(evaluate)
     evaluate.add_argument("--decoder", help="a run of a tiny decoder, in place of the run's own")
     evaluate.add_argument(
         "--set", action="append", default=[], metavar="NAME.OPTION=VALUE", help="an evaluator's: frechet.examples=2048"
@@ -125,6 +123,9 @@ def build_parser() -> argparse.ArgumentParser:
     status = add("status", _status, "Where a run stands, and what to do next.")
     _workdir(status)
 
+    upgrade = add("upgrade", _upgrade, "Rewrite the configs of a workdir that an earlier version wrote.")
+    upgrade.add_argument("workdir", help="folder of a run, or of a chain of runs")
+
     count = add("count", _count, "Parameters and compute of networks, from shapes alone.")
     which = count.add_mutually_exclusive_group(required=True)
     which.add_argument("--ladder", action="store_true", help="the design steps A to G beside the published changes")
@@ -134,6 +135,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _workdir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, help="folder of the run, local or gs://")
+
+
+def _generation(parser: argparse.ArgumentParser) -> None:
+    """The options of generation: the usual ones by name, and every other field of the run's options as it is."""
+    group = parser.add_argument_group("options of the generator, by default the run's own; --NAME=VALUE for any other")
+    group.add_argument("--steps", type=int, help="sampling steps")
+    group.add_argument("--guidance", type=float, help="guidance scale; 1 is none")
+    parser.set_defaults(takes_options=True)
 
 
 def _codec(parser: argparse.ArgumentParser) -> None:
@@ -158,7 +167,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
     arguments, overrides = split_overrides(list(sys.argv[1:] if argv is None else argv))
     parser = build_parser()
-    options = parser.parse_args(arguments)
+    options, others = parser.parse_known_args(arguments)
+    try:
+        options.generation = _generation_options(options, others) if "takes_options" in options else {}
+    except ConfigError as error:
+        parser.error(str(error))
+    if others and "takes_options" not in options:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     if overrides and not hasattr(options, "config"):
         parser.error(f"`snapgen {options.command}` takes no --config overrides (given: {', '.join(overrides)})")
     options.overrides = overrides
@@ -226,6 +241,23 @@ def split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
     return [a for a in arguments if not a.startswith("--config.")], overrides
 
 
+def _generation_options(options: argparse.Namespace, others: Sequence[str]) -> dict[str, Any]:
+    """`{option: value}` of the generator: those that are named, and "--NAME=VALUE" of others.
+
+    Raises:
+        ConfigError: an argument is none of these.
+    """
+    from snapgen_jax.overrides import parse_override
+
+    chosen = {name: value for name in ("steps", "guidance") if (value := getattr(options, name)) is not None}
+    for text in others:
+        if not text.startswith("--"):
+            raise ConfigError(f"unrecognized argument {text!r}; an option of the generator is --NAME=VALUE")
+        path, value = parse_override(text.removeprefix("--"), "--")
+        chosen[".".join(path).replace("-", "_")] = value
+    return chosen
+
+
 def _load(options: argparse.Namespace) -> Any:
     from snapgen_jax.config import load_config
 
@@ -233,10 +265,9 @@ def _load(options: argparse.Namespace) -> Any:
 
 
 def _load_experiment(options: argparse.Namespace) -> Any:
-    config = _load(options)
-    if "system" in config:
-        raise ConfigError(f"{options.config} describes a published system, which is not trained; see `snapgen sample`")
-    return config
+    from snapgen_jax.config import load_experiment
+
+    return load_experiment(options.config, options.overrides)
 
 
 def _quickstart(options: argparse.Namespace) -> None:
@@ -256,16 +287,17 @@ def _chain(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from snapgen_jax.experiment import Experiment, prepare_workdir
+    from snapgen_jax.experiment import Experiment
     from snapgen_jax.parallel import hosts
+    from snapgen_jax.workdir import prepare_workdir
 
-    config = _load_experiment(options)
+    resolved = _load_experiment(options)
     try:
         hosts.start(options.processes, options.coordinator, options.index, options.start_timeout_seconds)
     except hosts.ClusterError as error:
         raise ConfigError(str(error)) from error
-    experiment = Experiment(config, options.workdir)
-    prepare_workdir(config, options.workdir)
+    experiment = Experiment(resolved, options.workdir)
+    prepare_workdir(resolved.config, options.workdir)
     experiment.train(began())
 
 
@@ -280,7 +312,7 @@ def _data(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from snapgen_jax.experiment import derive, plan
+    from snapgen_jax.planning import derive, plan
 
     if options.earlier:
         if options.part:
@@ -305,7 +337,7 @@ def _show_config(options: argparse.Namespace) -> None:
 def _sample(options: argparse.Namespace) -> None:
     from snapgen_jax.evaluation.pictures import grid, png_bytes
 
-    chosen = {k: v for k in ("steps", "guidance") if (v := getattr(options, k)) is not None}
+    chosen = options.generation
     if options.overrides and not options.weights:
         raise ConfigError("--config overrides go with --weights; a run or a bundle is sampled as it was configured")
     if options.decoder and not options.workdir:
@@ -331,13 +363,17 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from snapgen_jax.experiment import evaluate
+    from snapgen_jax.scoring import evaluate
 
     names = options.names.split(",")
     of_evaluators = _evaluator_options(options.set, names)
-    generation = {k: v for k in ("steps", "guidance") if (v := getattr(options, k)) is not None}
     numbers = evaluate(
-        options.workdir, names, options.step, generation=generation, options=of_evaluators, decoder=options.decoder
+        options.workdir,
+        names,
+        options.step,
+        generation=options.generation,
+        options=of_evaluators,
+        decoder=options.decoder,
     )
     print(json.dumps(numbers, indent=2))
 
@@ -361,10 +397,10 @@ def _evaluator_options(assignments: Sequence[str], names: Sequence[str]) -> dict
 
 
 def _export(options: argparse.Namespace) -> None:
-    from snapgen_jax.experiment import export
+    from snapgen_jax.export.run import export_run
 
     out = options.out or str(epath.Path(options.workdir) / "export" / "bundle")
-    report = export(options.workdir, out, backend=options.backend, decoder=options.decoder)
+    report = export_run(options.workdir, out, backend=options.backend, decoder=options.decoder)
     print(json.dumps(report, indent=2))
 
 
@@ -414,6 +450,13 @@ def _status(options: argparse.Namespace) -> None:
     from snapgen_jax.training.status import status
 
     print(status(epath.Path(options.workdir)))
+
+
+def _upgrade(options: argparse.Namespace) -> None:
+    from snapgen_jax.upgrade import upgrade
+
+    rewritten = upgrade(options.workdir)
+    print("\n".join(f"rewrote {file}" for file in rewritten) or f"{options.workdir} is up to date")
 
 
 def _count(options: argparse.Namespace) -> None:

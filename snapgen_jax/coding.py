@@ -31,7 +31,7 @@ def codec_of_run(workdir: epath.PathLike, decoder: epath.PathLike | None = None)
         ConfigError: there is no run, no checkpoint, or the decoder does not fit.
     """
     generator = load(workdir, decoder=decoder)
-    return generator.recipe.trained_codec(generator.params, generator.frozen)  # type: ignore[attr-defined]
+    return generator.recipe.codec(generator.params, generator.frozen)
 
 
 def codec_of_weights(folder: epath.PathLike) -> Codec:
