@@ -225,16 +225,16 @@ def changes(chain: ChainConfig, name: str, began: Mapping[str, str], now: Mappin
     found, depends = [], with_earlier(chain, name)
     for stage in chain.stages:
         if stage.name in depends:
-            old = _described(began[stage.name], stage.name) if stage.name in began else {}
-            for key, (was, is_now) in differences(old, _described(now[stage.name], stage.name)).items():
+            old = _described(began[stage.name]) if stage.name in began else {}
+            for key, (was, is_now) in differences(old, _described(now[stage.name])).items():
                 if stage.derive or (key not in stage.earlier and key.partition(".")[0] not in LEARNS_THE_SAME):
                     found.append(f"{stage.name}.{key} was {was}, is now {is_now}")
     return "; ".join(found)
 
 
-def _described(text: str, name: str) -> Mapping[str, Any] | ConfigDict:
+def _described(text: str) -> Mapping[str, Any] | ConfigDict:
     values = json.loads(text)
-    return values if "derive" in values else from_json(text, name)
+    return values if "derive" in values else from_json(text)
 
 
 def _part(stage: StageConfig) -> str:
