@@ -1,50 +1,39 @@
-"""Several runs in a row, each of which starts from earlier ones: trained, resumed, scored and set side by side.
+"""A chain of runs, each of which starts from earlier ones: its config, and what can be wrong with it.
 
-A chain is a config file whose `get_config` names stages; each stage is a config of its own, in whose keys the workdirs
-of earlier stages are filled in.
+A chain is a config file whose `get_config` names stages. A stage is a run or derives.
+
+A run has a config of its own, in whose keys the workdirs of earlier stages are filled in:
+
+    {"name": "student", "config": "student.py", "earlier": {"teacher.workdir": "teacher"}}
+
+A stage that derives has a function in place of a config (see `chain_derive`). It trains, evaluates or counts what it
+needs, and returns JSON; later runs take values of it for keys of their configs:
+
+    {"name": "search", "derive": "my_package.search:depth", "earlier": {"teacher": "teacher"},
+     "options": {"depths": (2, 4, 8)}, "example": {"depth": 4}}
+    {"name": "student", "config": "student.py", "filled": {"network.depth": "search.depth"}}
+
+`example` is what the result will look like. Its values stand in for the derived ones when the chain starts, so that
+every config is checked before anything is trained; the result is checked against it when it is there.
+
+`chain_run` trains, resumes and scores a chain; `chain_table` sets its rows side by side.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
-import json
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from etils import epath
-
-from snapgen_jax import experiment as experiments
-from snapgen_jax.config import build_dataclass, from_json, load_config, to_json
+from snapgen_jax.bookkeeping import as_json
+from snapgen_jax.chain_derive import function_of, taken
+from snapgen_jax.config import build_dataclass
 from snapgen_jax.config_file import read
 from snapgen_jax.data.prompts import CATEGORIES
-from snapgen_jax.experiment import Experiment, differences
-from snapgen_jax.networks.module import count_parameters
-from snapgen_jax.quickstart import Stages
+from snapgen_jax.overrides import parse_override
 from snapgen_jax.training.exits import ConfigError
-from snapgen_jax.training.files import write_whole
-from snapgen_jax.training.loop import LoopConfig
-from snapgen_jax.training.metrics import read_lines
-from snapgen_jax.training.state import TrainState
 from snapgen_jax.typed import closest
-
-Numbers = dict[str, float]
-COLUMNS = {
-    "params": "parameters",
-    "images_seen": "images seen",
-    "score.overall": "score",
-    "score.seen": "seen",
-    "score.heldout": "held-out",
-    "frechet.distance": "Frechet",
-    "diversity.pairwise": "diversity",
-    "clip.score": "CLIP",
-    "validation_loss.accuracy": "accuracy",
-}
-# How a run is watched and kept, and over which devices it is spread.
-LEARNS_THE_SAME = {f.name for f in dataclasses.fields(LoopConfig)} - {"seed", "train_steps", "microbatches"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +44,7 @@ class RowConfig:
         label: its name.
         options: of the generator, such as `steps` and `guidance`; the stage's own otherwise.
         decoder: an earlier stage whose tiny decoder takes the place of the codec's; "" for the codec's own.
-        against: label of the row that it is to better.
+        against: label of its baseline.
     """
 
     label: str = ""
@@ -66,19 +55,37 @@ class RowConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """One run of a chain.
+    """One stage of a chain: a run, which has a `config`, or one that derives, which has a `derive`.
 
     Attributes:
         name: of the stage, and of its workdir under the chain's.
-        config: its config file, beside the chain's, with ":arg" where it takes one.
-        earlier: {config key: name of the earlier stage whose workdir is filled in}.
-        rows: how it is drawn from; none for a stage that draws nothing.
+        config: a run: its config file, beside the chain's, with ":arg" where it takes one.
+        derive: "module.path:function" of `derive(stages, workdir, options)`.
+        earlier: a run: {config key: name of the earlier stage whose workdir is filled in}. One that derives: {name that
+            its function knows a workdir by: name of the earlier stage}.
+        filled: a run: {config key: "STAGE.dotted.path" of a value that an earlier stage derives}.
+        rows: a run: how it is drawn from; none for a run that draws nothing.
+        options: one that derives: of its function.
+        example: one that derives: a result with the keys and the types of what it will return, whose values later
+            configs accept.
     """
 
     name: str = ""
     config: str = ""
+    derive: str = ""
     earlier: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    filled: Mapping[str, str] = dataclasses.field(default_factory=dict)
     rows: tuple[RowConfig, ...] = ()
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    example: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def sources(self) -> dict[str, tuple[str, str]]:
+        """`{config key: (stage, dotted path)}` of what is filled in."""
+        return {key: (source.partition(".")[0], source.partition(".")[2]) for key, source in self.filled.items()}
+
+    def needs(self) -> tuple[str, ...]:
+        """The earlier stages that it starts from or takes values of."""
+        return tuple(dict.fromkeys([*self.earlier.values(), *(name for name, _ in self.sources().values())]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,16 +112,18 @@ def load_chain(spec: str, overrides: Sequence[str] = ()) -> tuple[ChainConfig, d
 
     Args:
         spec: the config file.
-        overrides: "STAGE.key=value", each for the config of a stage.
+        overrides: "STAGE.key=value", each for the config of a run, or for the options of a stage that derives.
 
     Returns:
-        The chain, with paths of configs as they are from here, and the overrides of each stage.
+        The chain, with paths of configs as they are from here, and the overrides of each run.
 
     Raises:
-        ConfigError: a key, a stage or a file that is named is not there.
+        ConfigError: a key, a stage, a file or a function that is named is not there.
     """
     chain: ChainConfig = build_dataclass(ChainConfig, read(spec))
     names = [stage.name for stage in chain.stages]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"two stages are called {', '.join(map(repr, sorted(repeated)))}; each needs its own name")
     of_stage: dict[str, list[str]] = {name: [] for name in names}
     for override in overrides:
         name, _, rest = override.partition(".")
@@ -122,148 +131,68 @@ def load_chain(spec: str, overrides: Sequence[str] = ()) -> tuple[ChainConfig, d
             raise ConfigError(f"--config.{override}: the chain has no stage {name!r}{closest(name, names)}")
         of_stage[name].append(rest)
     folder = pathlib.Path(spec.partition(":")[0]).parent
-    stages = []
-    for i, stage in enumerate(chain.stages):
-        needed = [*stage.earlier.values(), *(row.decoder for row in stage.rows if row.decoder)]
-        if unknown := [name for name in needed if name not in names[:i]]:
-            raise ConfigError(
-                f"stage {stage.name!r} starts from {', '.join(unknown)}; before it there are {', '.join(names[:i])}"
-            )
-        stages.append(dataclasses.replace(stage, config=str(folder / stage.config)))
+    stages: list[StageConfig] = []
+    for stage in chain.stages:
+        _check(stage, {earlier.name: earlier for earlier in stages})
+        if stage.derive:
+            stages.append(_with_options(stage, of_stage.pop(stage.name)))
+        else:
+            stages.append(dataclasses.replace(stage, config=str(folder / stage.config)))
     return dataclasses.replace(chain, stages=tuple(stages)), of_stage
 
 
-def run_chain(
-    chain: ChainConfig, overrides: Mapping[str, Sequence[str]], workdir: epath.PathLike
-) -> dict[str, Numbers]:
-    """Trains every stage, or goes on with it, and scores the rows that are not on record.
-
-    A stage that began with another config, or that starts from one that did, is trained anew; the folder of what was
-    gets a number. That of a stage on record may be deleted: it is trained again where something still needs it.
-
-    Args:
-        chain, overrides: as from `load_chain`.
-        workdir: the stages lie in it, each in a folder of its name; `chain.json` and the table `chain.md` too.
-
-    Returns:
-        {row: numbers}.
-    """
-    root = epath.Path(workdir)
-    configs = {}
-    for stage in chain.stages:
-        earlier = [f"{key}={root / name}" for key, name in stage.earlier.items()]
-        configs[stage.name] = load_config(stage.config, [*earlier, *overrides.get(stage.name, ())])
-    asked = {
-        "compositional": {"per_category": chain.per_category, "categories": chain.categories},
-        "frechet": {"examples": chain.examples},
-    }
-    parts = Stages(root / "chain.json")
-    stages = {stage.name: stage for stage in chain.stages}
-
-    def train(name: str) -> Numbers:
-        present(stages[name].earlier.values())
-        folder, config = root / name, configs[name]
-        began = folder / "began.json"
-        if began.exists() and (changed := changes(chain, name, json.loads(began.read_text()), configs)):
-            aside = next(path for i in itertools.count(1) if not (path := root / f"{name}.{i}").exists())
-            folder.rename(aside)
-            print(f"{name} is trained anew ({changed}); what it was lies in {aside}", flush=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(began, json.dumps(depends(name)))
-        experiment = Experiment(config, folder)
-        experiments.prepare_workdir(config, folder)
-        state = experiment.train()
-        seen = read_lines(folder / "metrics" / "evaluation.jsonl")
-        last = seen[-1] if seen and seen[-1]["step"] == int(state.step) else {}
-        return {
-            "params": parameters(state),
-            "images_seen": int(state.step) * int(config.batch_size),
-            **{k: v for k, v in last.items() if k.startswith("validation_loss.")},
-        }
-
-    def depends(name: str) -> dict[str, str]:
-        return {other: to_json(configs[other]) for other in with_earlier(chain, name)}
-
-    def trained(name: str) -> Numbers:
-        return parts.run(f"train {name}", depends(name), functools.partial(train, name))
-
-    def present(names: Iterable[str]) -> None:
-        """Trains a stage again whose numbers are on record, and whose folder is gone."""
-        for name in names:
-            if not (root / name).exists():
-                parts.forget(f"train {name}")
-            trained(name)
-
-    def score(name: str, row: RowConfig) -> Numbers:
-        present([name, *([row.decoder] if row.decoder else [])])
-        decoder = root / row.decoder if row.decoder else None
-        return experiments.evaluate(root / name, chain.scores, generation=row.options, options=asked, decoder=decoder)
-
-    rows: dict[str, Numbers] = {}
-    for name, stage in stages.items():
-        numbers = trained(name)
-        rows |= {} if stage.rows else {name: numbers}
-        for row in stage.rows:
-            all_of_row = [depends(name), depends(row.decoder), row.decoder, dict(row.options), chain.scores, asked]
-            scores = parts.run(f"score {row.label}", all_of_row, functools.partial(score, name, row))
-            rows[row.label] = {**numbers, **scores}
-    text = f"{table(chain, rows)}\n\n{parts.minutes():.1f} minutes in all\n"
-    write_whole(root / "chain.md", text)
-    print("\n" + text)
-    return rows
-
-
 def with_earlier(chain: ChainConfig, name: str) -> list[str]:
-    """A stage, and all that it starts from, directly or not; nothing for ""."""
+    """A stage, and all that it starts from or takes values of, directly or not; nothing for ""."""
     if not name:
         return []
-    earlier = next(stage.earlier.values() for stage in chain.stages if stage.name == name)
-    return list(dict.fromkeys([name, *(more for other in earlier for more in with_earlier(chain, other))]))
+    needs = next(stage.needs() for stage in chain.stages if stage.name == name)
+    return list(dict.fromkeys([name, *(more for other in needs for more in with_earlier(chain, other))]))
 
 
-def changes(chain: ChainConfig, name: str, began: Mapping[str, str], configs: Mapping[str, Any]) -> str:
-    """What a stage began with and is otherwise now, in it and in all that it starts from; "" if it may go on.
+def _check(stage: StageConfig, earlier: Mapping[str, StageConfig]) -> None:
+    """Raises ConfigError where a stage is at odds with itself or with the stages before it."""
+    where = f"stage {stage.name!r}"
+    if bool(stage.config) == bool(stage.derive):
+        raise ConfigError(f"{where} has config={stage.config!r} and derive={stage.derive!r}; give it one of the two")
+    of_others = ("filled", "rows") if stage.derive else ("options", "example")
+    if wrong := [name for name in of_others if getattr(stage, name)]:
+        kind, other = ("derives", "is a run") if stage.derive else ("is a run", "derives")
+        raise ConfigError(f"{where} {kind}, and {', '.join(wrong)} is for a stage that {other}; leave it out")
+    decoders = [row.decoder for row in stage.rows if row.decoder]
+    if unknown := [name for name in (*stage.needs(), *decoders) if name not in earlier]:
+        raise ConfigError(f"{where} starts from {', '.join(unknown)}; before it there are {', '.join(earlier)}")
+    if wrong := [name for name in decoders if earlier[name].derive]:
+        raise ConfigError(f"{where} draws with the decoder of {', '.join(wrong)}, which derives and is not a run")
+    if twice := sorted(set(stage.earlier) & set(stage.filled)):
+        raise ConfigError(f"{where}: {', '.join(twice)} is in `earlier` and in `filled`; leave one of them out")
+    for key, (name, path) in stage.sources().items():
+        if not earlier[name].derive:
+            raise ConfigError(
+                f"{where} fills {key!r} from {name!r}, which is a run and derives nothing; "
+                "`earlier` fills in the workdir of a run"
+            )
+        try:
+            taken(as_json(earlier[name].example, f"the example of stage {name!r}"), path)
+        except KeyError as error:
+            raise ConfigError(
+                f"{where} fills {key!r} from '{name}.{path}', and the example of stage {name!r} has {error.args[0]}"
+            ) from error
+    if stage.derive:
+        function_of(stage.name, stage.derive)
 
-    Args:
-        chain: that it is of.
-        name: the stage.
-        began: {stage: its config as JSON}, of the stage and of all that it starts from.
-        configs: {stage: its config now}.
-    """
-    found, depends = [], with_earlier(chain, name)
-    for stage in chain.stages:
-        if stage.name in depends:
-            old = from_json(began[stage.name], name) if stage.name in began else {}
-            for key, (was, now) in differences(old, configs[stage.name]).items():
-                if key not in stage.earlier and key.partition(".")[0] not in LEARNS_THE_SAME:
-                    found.append(f"{stage.name}.{key} was {was}, is now {now}")
-    return "; ".join(found)
 
-
-def parameters(state: TrainState) -> int:
-    """Of the model, without the projectors that distillation drops."""
-    params = state.players["model"].params
-    return count_parameters({name: leaf for name, leaf in params.items() if "projector" not in name})
-
-
-def table(chain: ChainConfig, rows: Mapping[str, Numbers]) -> str:
-    """The rows as Markdown; in a row that has another to better, differences stand in parentheses."""
-    against = {row.label: row.against for stage in chain.stages for row in stage.rows}
-    columns = {key: title for key, title in COLUMNS.items() if any(key in numbers for numbers in rows.values())}
-
-    def cell(label: str, key: str) -> str:
-        if key not in rows[label]:
-            return ""
-        value = rows[label][key]
-        if key in ("params", "images_seen"):
-            return f"{int(value):,}"
-        other = rows.get(against.get(label, ""), {}).get(key)
-        return f"{value:.3f}" + ("" if other is None else f" ({value - other:+.3f})")
-
-    def name(label: str) -> str:
-        return label + (f", against {against[label]}" if against.get(label) else "")
-
-    lines = [["stage", *columns.values()], *[[name(label), *(cell(label, key) for key in columns)] for label in rows]]
-    widths = np.max([[len(text) for text in line] for line in lines], axis=0)
-    text = ["| " + " | ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)) + " |" for line in lines]
-    return "\n".join([text[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *text[1:]])
+def _with_options(stage: StageConfig, overrides: Sequence[str]) -> StageConfig:
+    """A stage that derives, with overrides of its options, and with options and example as JSON has them."""
+    options: Any = as_json(stage.options, f"options of stage {stage.name!r}")
+    for text in overrides:
+        path, value = parse_override(text, f"--config.{stage.name}.")
+        node = options
+        for i, part in enumerate(path):
+            if not isinstance(node, dict) or part not in node:
+                known = closest(part, node) if isinstance(node, dict) else ""
+                raise ConfigError(f"stage {stage.name!r} has no option {'.'.join(path[: i + 1])!r}{known}")
+            if i + 1 < len(path):
+                node = node[part]
+        node[path[-1]] = as_json(value, f"--config.{stage.name}.{text}")
+    example = as_json(stage.example, f"the example of stage {stage.name!r}")
+    return dataclasses.replace(stage, options=options, example=example)

@@ -281,7 +281,8 @@ def _quickstart(options: argparse.Namespace) -> None:
 
 
 def _chain(options: argparse.Namespace) -> None:
-    from snapgen_jax.chain import load_chain, run_chain
+    from snapgen_jax.chain import load_chain
+    from snapgen_jax.chain_run import run_chain
 
     run_chain(*load_chain(options.config, options.overrides), options.workdir)
 

@@ -116,7 +116,7 @@ def load_experiment(spec: str, overrides: Sequence[str] = ()) -> Resolved:
     Raises:
         ConfigError: as for `load_config`; or the file describes a published system.
     """
-    return resolve(_read_one(spec), overrides, spec)
+    return resolve(read_one(spec), overrides, spec)
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -125,10 +125,15 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     Raises:
         ConfigError: the file is missing or has no `get_config`; a key is unknown; a value has the wrong type.
     """
-    return complete(_read_one(spec), overrides)
+    return complete(read_one(spec), overrides)
 
 
-def _read_one(spec: str) -> Config:
+def read_one(spec: str) -> Config:
+    """What a config file says of one run or of one published system; not of a chain.
+
+    Raises:
+        ConfigError: the file is missing, has no `get_config`, or describes a chain.
+    """
     partial = read(spec)
     if "stages" in partial:
         raise ConfigError(f"{spec} describes a chain of runs; run it with `snapgen chain --config={spec}`")

@@ -5,13 +5,10 @@ Each part leaves its result in the workdir, so a quickstart that was stopped goe
 
 from __future__ import annotations
 
-import hashlib
-import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import numpy as np
@@ -19,55 +16,16 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from snapgen_jax import experiment as experiments
+from snapgen_jax.bookkeeping import Stages
 from snapgen_jax.config import to_json
 from snapgen_jax.evaluation.pictures import grid, png_bytes
 from snapgen_jax.evaluation.report import write_report
 from snapgen_jax.experiment import Experiment
 from snapgen_jax.generation import load
 from snapgen_jax.networks.module import count_parameters
-from snapgen_jax.training.files import write_whole
 from snapgen_jax.training.metrics import read_lines
 
 Numbers = dict[str, float]
-
-
-class Stages:
-    """Runs each part once per file and config: its numbers are kept in that file, with the seconds spent,
-    those of parts that were stopped included."""
-
-    def __init__(self, path: epath.Path):
-        self._path = path
-        self._done: dict[str, Any] = {"seconds": 0.0, "parts": {}}
-        if self._path.exists():
-            self._done |= {k: v for k, v in json.loads(self._path.read_text()).items() if k in self._done}
-        self._since = time.monotonic()
-
-    def run(self, name: str, config: Any, part: Callable[[], Numbers]) -> Numbers:
-        """The numbers of a part, computed now, or before with the same config (all that they depend on, as JSON)."""
-        label = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-        if self._done["parts"].get(name, {}).get("config") != label:
-            print(f"\n== {name} ==", flush=True)
-            try:
-                self._done["parts"][name] = {"config": label, "numbers": part()}
-            finally:
-                self._store()
-        return self._done["parts"][name]["numbers"]
-
-    def forget(self, name: str) -> None:
-        """The part is to be done again when it is next asked for."""
-        self._done["parts"].pop(name, None)
-        self._store()
-
-    def minutes(self) -> float:
-        """Minutes spent in all, over restarts."""
-        self._store()
-        return self._done["seconds"] / 60
-
-    def _store(self) -> None:
-        now = time.monotonic()
-        self._done["seconds"] += now - self._since
-        self._since = now
-        write_whole(self._path, json.dumps(self._done))
 
 
 def quickstart(config: ConfigDict, workdir: epath.PathLike) -> dict[str, float | None]:

@@ -1,18 +1,22 @@
-"""A chain of runs: what it refuses before it trains, and that a chain that was stopped goes on where it was."""
+"""A chain of runs: what it refuses before it trains, that a chain that was stopped goes on, and stages that derive."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import shutil
+import types
 
 import pytest
 
-from snapgen_jax import chain as chains
-from snapgen_jax import quickstart
-from snapgen_jax.chain import ChainConfig, RowConfig, StageConfig, changes, load_chain, run_chain, table, with_earlier
+from snapgen_jax import chain_run
+from snapgen_jax.chain import ChainConfig, RowConfig, StageConfig, load_chain, with_earlier
+from snapgen_jax.chain_derive import check_like
+from snapgen_jax.chain_run import changes, run_chain
+from snapgen_jax.chain_table import table
 from snapgen_jax.config import build, load_config, recipe_class, to_json
-from snapgen_jax.quickstart import Stages
-from snapgen_jax.training.exits import ConfigError, PreemptedError
+from snapgen_jax.training.exits import ConfigError
+from tests import derive_for_tests
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 SHAPES = pathlib.Path(__file__).parents[1] / "configs" / "shapes"
@@ -74,8 +78,8 @@ def test_two_stages_train_score_and_are_done_again_only_where_they_changed(tmp_p
         raise AssertionError(f"done anew: {args[-1]}")
 
     with monkeypatch.context() as patched:
-        patched.setattr(chains, "Experiment", never)
-        patched.setattr(chains.experiments, "evaluate", never)
+        patched.setattr(chain_run, "Experiment", never)
+        patched.setattr(chain_run.experiments, "evaluate", never)
         assert run_chain(first, overrides, tmp_path) == rows
         shutil.move(tmp_path / "clip", tmp_path / "kept")
         assert run_chain(first, overrides, tmp_path) == rows, "nothing needs its folder"
@@ -98,17 +102,19 @@ def test_a_stage_goes_on_with_what_learns_the_same_and_with_nothing_else(tmp_pat
 
     def configs(folder, *changed, of="clip"):
         return {
-            stage.name: load_config(
-                stage.config,
-                [
-                    *(f"{key}={folder}/{name}" for key, name in stage.earlier.items()),
-                    *(changed if stage.name == of else ()),
-                ],
+            stage.name: to_json(
+                load_config(
+                    stage.config,
+                    [
+                        *(f"{key}={folder}/{name}" for key, name in stage.earlier.items()),
+                        *(changed if stage.name == of else ()),
+                    ],
+                )
             )
             for stage in chain.stages
         }
 
-    began = {name: to_json(config) for name, config in configs("/runs").items()}
+    began = configs("/runs")
 
     def changed(name, now):
         return changes(chain, name, began, now)
@@ -116,31 +122,6 @@ def test_a_stage_goes_on_with_what_learns_the_same_and_with_nothing_else(tmp_pat
     assert changed("student", configs("/moved", "log_every_steps=3", "checkpoint.keep_every_steps=3")) == ""
     assert changed("student", configs("/runs", "train_steps=7")) == "clip.train_steps was 6, is now 7"
     assert changed("teacher", configs("/runs", "train_steps=7", of="student")) == ""
-
-
-def test_a_part_is_done_anew_when_what_it_depends_on_has_changed_and_the_others_are_not(tmp_path):
-    def parts_done(teacher):
-        done = []
-        stages = Stages(tmp_path / "chain.json")
-        for name, config in (("clip", {"steps": 1}), ("teacher", {"steps": teacher})):
-            assert stages.run(name, config, lambda name=name: done.append(name) or {"n": 1.0}) == {"n": 1.0}
-        return done
-
-    assert [parts_done(2), parts_done(2), parts_done(3)] == [["clip", "teacher"], [], ["teacher"]]
-
-
-def test_the_minutes_of_a_part_that_was_stopped_count(tmp_path, monkeypatch):
-    now = iter([0.0, 60.0, 100.0, 160.0, 220.0])
-    monkeypatch.setattr(quickstart.time, "monotonic", lambda: next(now))
-
-    def stopped():
-        raise PreemptedError("SIGTERM")
-
-    with pytest.raises(PreemptedError):
-        Stages(tmp_path / "chain.json").run("teacher", {}, stopped)
-    stages = Stages(tmp_path / "chain.json")
-    assert stages.run("teacher", {}, lambda: {"n": 1.0}) == {"n": 1.0}
-    assert stages.minutes() == 3.0
 
 
 def test_a_stage_depends_on_all_that_it_starts_from():
@@ -155,3 +136,216 @@ def test_a_stage_depends_on_all_that_it_starts_from():
     assert with_earlier(chain, "student") == ["student", "teacher", "clip", "autoencoder"]
     assert with_earlier(chain, "clip") == ["clip"]
     assert with_earlier(chain, "") == []
+
+
+def test_a_stage_depends_on_what_it_takes_values_of():
+    search = StageConfig("search", derive="m:f", earlier={"teacher": "teacher"})
+    student = StageConfig("student", config="s.py", filled={"network.depth": "search.a.depth"})
+    chain = ChainConfig(stages=(StageConfig("teacher", config="t.py"), search, student))
+    assert student.sources() == {"network.depth": ("search", "a.depth")}
+    assert with_earlier(chain, "student") == ["student", "search", "teacher"]
+
+
+CLIP = f"{SHAPES}/clip.py:runlocal"
+COUNT = {
+    "name": "search",
+    "derive": "tests.derive_for_tests:count",
+    "earlier": {"text": "clip"},
+    "options": {"rounds": ("one", "three")},
+    "example": {"schedule": {"steps": 5}},
+}
+FILLED = {"name": "student", "config": CLIP, "filled": {"train_steps": "search.schedule.steps"}}
+LAST = {"name": "last", "config": CLIP, "earlier": {"init_from": "student"}}
+
+
+def load(folder, *stages, overrides=()):
+    file = folder / "chain.py"
+    file.write_text(f"def get_config(arg=None):\n    return {{'stages': {list(stages)!r}}}\n")
+    return load_chain(str(file), overrides)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Runs that train at once and learn nothing; the list of them, as (stage, steps)."""
+    runs = []
+
+    class Quick:
+        def __init__(self, config, workdir):
+            self.config, self.workdir = config, workdir
+
+        def train(self):
+            runs.append((self.workdir.name, self.config.train_steps))
+            return types.SimpleNamespace(
+                step=self.config.train_steps, players={"model": types.SimpleNamespace(params={})}
+            )
+
+    monkeypatch.setattr(chain_run, "Experiment", Quick)
+    for name in ("calls", "stop_before"):
+        monkeypatch.setattr(derive_for_tests, name, [])
+    monkeypatch.setattr(derive_for_tests, "result", {})
+    return runs
+
+
+def test_what_a_stage_derives_fills_the_config_of_a_later_one(tmp_path, trained):
+    chain, overrides = load(tmp_path, {"name": "clip", "config": CLIP}, COUNT, FILLED)
+    rows = run_chain(chain, overrides, tmp_path)
+    assert trained == [("clip", 6), ("student", 8)] and set(rows) == {"clip", "student"}
+    assert json.loads((tmp_path / "search" / "derived.json").read_text()) == {
+        "schedule": {"steps": 8, "started_from": ["text"]}
+    }
+    assert run_chain(chain, overrides, tmp_path) == rows and len(trained) == 2
+    shutil.rmtree(tmp_path / "search")
+    assert run_chain(chain, overrides, tmp_path) == rows and len(trained) == 2, "nothing needs its folder"
+    assert derive_for_tests.calls == ["one", "three"]
+
+
+def test_a_stage_that_derives_and_was_stopped_repeats_no_finished_item(tmp_path, trained):
+    chain, overrides = load(tmp_path, {"name": "clip", "config": CLIP}, COUNT, FILLED)
+    derive_for_tests.stop_before.append("three")
+    with pytest.raises(KeyboardInterrupt):
+        run_chain(chain, overrides, tmp_path)
+    assert not (tmp_path / "search" / "derived.json").exists() and trained == [("clip", 6)]
+    derive_for_tests.stop_before.clear()
+    run_chain(chain, overrides, tmp_path)
+    assert derive_for_tests.calls == ["one", "three"] and trained == [("clip", 6), ("student", 8)]
+
+
+def test_other_options_derive_beside_and_what_comes_after_is_trained_beside(tmp_path, trained, capsys):
+    stages = {"name": "clip", "config": CLIP}, COUNT, FILLED, LAST
+    run_chain(*load(tmp_path, *stages), tmp_path)
+    run_chain(*load(tmp_path, *stages, overrides=["search.rounds=('one',)"]), tmp_path)
+    assert trained == [("clip", 6), ("student", 8), ("last", 6), ("student", 3), ("last", 6)]
+    folders = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert folders == {"clip", "search", "search.1", "student", "student.1", "last", "last.1"}
+    assert json.loads((tmp_path / "search.1" / "derived.json").read_text())["schedule"]["steps"] == 8
+    said = capsys.readouterr().out
+    assert "search is derived anew (search.options.rounds was ['one', 'three'], is now ['one'])" in said
+    assert "student.train_steps was 8, is now 3" in said
+
+
+def test_another_derived_result_trains_what_comes_after_it_anew(tmp_path, trained, capsys):
+    chain, overrides = load(tmp_path, {"name": "clip", "config": CLIP}, COUNT, FILLED, LAST)
+    run_chain(chain, overrides, tmp_path)
+    derived = tmp_path / "search" / "derived.json"
+    derived.write_text(json.dumps({**json.loads(derived.read_text()), "more": 1}))  # of no config, and yet what it is
+    run_chain(chain, overrides, tmp_path)
+    assert trained == [("clip", 6), ("student", 8), ("last", 6), ("student", 8), ("last", 6)]
+    assert "last is trained anew (search.derived.more was None, is now 1)" in capsys.readouterr().out
+    derived.unlink()
+    run_chain(chain, overrides, tmp_path)
+    assert trained[5:] == [("student", 8), ("last", 6)] and derive_for_tests.calls == ["one", "three"]
+
+
+def test_a_result_unlike_the_example_is_refused_and_nothing_of_it_is_kept(tmp_path, trained):
+    stages = {"name": "clip", "config": CLIP}, COUNT, FILLED
+    derive_for_tests.result["schedule"] = {"steps": "eight"}
+    with pytest.raises(ConfigError, match=r"'search' .*derived 'eight' \(str\) as 'schedule.steps'.* has 5 \(int\)"):
+        run_chain(*load(tmp_path, *stages), tmp_path)
+    derive_for_tests.result["schedule"] = {"speed": 1}
+    with pytest.raises(ConfigError, match=r"\(tests.derive_for_tests:count\) derived no 'schedule.steps'"):
+        run_chain(*load(tmp_path, *stages), tmp_path)
+    derive_for_tests.result["schedule"] = {"steps": float("nan")}
+    with pytest.raises(ConfigError, match="is not JSON"):
+        run_chain(*load(tmp_path, *stages), tmp_path)
+    assert not (tmp_path / "search" / "derived.json").exists()
+    del derive_for_tests.result["schedule"]
+    run_chain(*load(tmp_path, *stages), tmp_path)
+    assert derive_for_tests.calls == ["one", "three"] and trained == [("clip", 6), ("student", 8)]
+    other = {**COUNT, "example": {"schedule": {"steps": 5, "batch": 2}}}
+    with pytest.raises(ConfigError, match=r"derived no 'schedule.batch'.*delete .*search/derived.json"):
+        run_chain(*load(tmp_path, stages[0], other, FILLED), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("search", "student", "message"),
+    [
+        ({"derive": "tests.derive_for_tests"}, {}, r'no name of a function; write "module.path:function"'),
+        ({"derive": "print(1):f"}, {}, "no name of a function"),
+        ({"derive": "tests.derive_for_test:count"}, {}, "cannot be imported: No module named 'tests.derive_for_test'"),
+        ({"derive": "tests.derive_for_tests:coutn"}, {}, "has no function 'coutn'; did you mean 'count'"),
+        ({"derive": "tests.derive_for_tests:not_a_function"}, {}, "has no function 'not_a_function'"),
+        ({"derive": "tests.derive_for_tests:of_two"}, {}, r"must take \(stages, workdir, options\): too many"),
+        ({"config": CLIP}, {}, "'search' has config=.* and derive=.*; give it one of the two"),
+        ({"derive": ""}, {}, "'search' has config='' and derive=''"),
+        ({"rows": ({"label": "x"},)}, {}, "'search' derives, and rows is for a stage that is a run"),
+        ({}, {"options": {"a": 1}}, "'student' is a run, and options is for a stage that derives"),
+        ({"earlier": {"text": "student"}}, {}, "'search' starts from student; before it there are clip"),
+        ({}, {"filled": {"train_steps": "clip.steps"}}, "fills 'train_steps' from 'clip', which is a run"),
+        (
+            {},
+            {"filled": {"seed": "search.schedule.step"}},
+            "search.schedule.step.* has no 'step'; did you mean 'steps'",
+        ),
+        ({}, {"filled": {"seed": "search.schedule.steps.x"}}, "no 'x' in 5"),
+        ({}, {"earlier": {"train_steps": "clip"}}, "train_steps is in `earlier` and in `filled`"),
+        ({}, {"rows": ({"label": "x", "decoder": "search"},)}, "the decoder of search, which derives"),
+        ({"name": "clip"}, {}, "two stages are called 'clip'"),
+        ({"example": {"schedule": {"steps": {1}}}}, {}, "the example of stage 'search' is not JSON"),
+    ],
+)
+def test_a_stage_that_cannot_derive_or_be_filled_is_refused_when_the_chain_is_read(tmp_path, search, student, message):
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, {"name": "clip", "config": CLIP}, {**COUNT, **search}, {**FILLED, **student})
+
+
+def test_a_config_that_refuses_the_example_is_refused_before_anything_is_trained(tmp_path, trained):
+    student = {**FILLED, "filled": {"text.heads": "search.schedule"}}
+    chain, overrides = load(tmp_path, {"name": "clip", "config": CLIP}, COUNT, student)
+    with pytest.raises(
+        ConfigError, match=r"stage 'student', filled with text.heads=\{'steps': 5\} \(search.schedule\)"
+    ):
+        run_chain(chain, overrides, tmp_path)
+    assert trained == [] and derive_for_tests.calls == []
+
+
+def test_a_config_that_refuses_what_was_derived_is_refused_with_what_it_was_filled_with(tmp_path, trained):
+    search = {**COUNT, "example": {"curve": "cosine"}}
+    student = {**FILLED, "filled": {"optimizer.schedule": "search.curve"}}
+    chain, overrides = load(tmp_path, {"name": "clip", "config": CLIP}, search, student)
+    derive_for_tests.result["curve"] = "cosin"
+    with pytest.raises(
+        ConfigError, match=r"'student', filled with optimizer.schedule='cosin' \(search.curve\): .*choose"
+    ):
+        run_chain(chain, overrides, tmp_path)
+    assert trained == [("clip", 6)]
+
+
+@pytest.mark.parametrize(
+    ("example", "value", "error"),
+    [
+        ({"a": [1, "x"]}, {"a": [2, "y", "z"], "more": None}, ""),
+        ({"a": []}, {"a": [None, 1]}, ""),
+        ({"a": 0.5}, {"a": 1}, ""),
+        ({"a": 1}, {"a": 0.5}, r"0.5 \(float\) as 'a', and the example has 1 \(int\)"),
+        ({"a": 1}, {"a": True}, r"True \(bool\) as 'a'"),
+        ({"a": [{"b": 1}]}, {"a": [{"b": 1}, {}]}, r"no 'a\[1\].b'"),
+        ({}, [1], r"\[1\] \(list\) as its result"),
+    ],
+)
+def test_a_result_is_like_its_example_in_keys_and_types(example, value, error):
+    with pytest.raises(ConfigError, match=error) if error else contextlib.nullcontext():
+        check_like(example, value, "stage 'search'")
+
+
+def test_an_override_reaches_an_option_of_a_stage_that_derives(tmp_path):
+    stages = {"name": "clip", "config": CLIP}, COUNT
+    chain, overrides = load(tmp_path, *stages, overrides=["search.rounds=('two',)", "clip.train_steps=7"])
+    assert chain.stages[1].options == {"rounds": ["two"]} and overrides == {"clip": ["train_steps=7"]}
+    with pytest.raises(ConfigError, match="stage 'search' has no option 'round'; did you mean 'rounds'"):
+        load(tmp_path, *stages, overrides=["search.round=1"])
+
+
+@pytest.mark.slow
+def test_a_stage_trains_through_the_loop_and_its_result_shapes_the_next_run(tmp_path):
+    search = {
+        "name": "search",
+        "derive": "tests.derive_for_tests:shortest",
+        "earlier": {"from": "clip"},
+        "options": {"config": CLIP, "steps": (3, 2)},
+        "example": {"steps": 1},
+    }
+    filled = {"name": "student", "config": CLIP, "filled": {"train_steps": "search.steps"}}
+    rows = run_chain(*load(tmp_path, {"name": "clip", "config": CLIP}, search, filled), tmp_path)
+    assert rows["clip"]["images_seen"] == 6 * 8 and rows["student"]["images_seen"] == 2 * 8
+    names = [json.loads(line)["name"] for line in (tmp_path / "search" / "items.jsonl").read_text().splitlines()]
+    assert names == ["train 3", "train 2"] and (tmp_path / "search" / "steps_3" / "checkpoints").exists()
