@@ -19,10 +19,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from snapgen_jax.diffusion.guidance import drop_condition, with_guidance
+from snapgen_jax.diffusion.guidance import draw_kept, keep, with_guidance
 from snapgen_jax.diffusion.path import interpolate, velocity, velocity_from_x0
 from snapgen_jax.diffusion.samplers import Method, sample
-from snapgen_jax.diffusion.timesteps import TimestepConfig, sample_times, time_grid
+from snapgen_jax.diffusion.schedules import FlowSchedule
+from snapgen_jax.diffusion.timesteps import sample_times, time_grid
 from snapgen_jax.evaluation.interfaces import EvaluationConfig, EvaluatorSpec
 from snapgen_jax.losses.flow_matching import flow_matching_loss
 from snapgen_jax.networks import clip, mmdit, unet
@@ -107,7 +108,7 @@ class FlowMatchingConfig:
     text_workdir: str = ""
     codec: CodecConfig = CodecConfig()
     prediction: Prediction = "velocity"
-    timesteps: TimestepConfig = TimestepConfig()
+    timesteps: FlowSchedule = FlowSchedule()
     loss_full_from: float = 0.0
     caption_dropout: float = 0.1
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -300,7 +301,8 @@ class FlowMatching:
         """What `condition` takes of a batch: its captions, some of them dropped."""
         del frozen
         caption = {"tokens": batch["tokens"], "mask": batch["mask"]}
-        return drop_condition(key, caption, self._null_caption(), self.config.caption_dropout)
+        kept = draw_kept(key, caption["tokens"].shape[0], self.config.caption_dropout)
+        return keep(kept, caption, self._null_caption())
 
     def update(self, state: TrainState, frozen: Tree, batch: Tree, key: jax.Array) -> tuple[TrainState, Metrics]:
         """One AdamW step on the loss."""

@@ -16,8 +16,8 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
-from snapgen_jax.diffusion.guidance import drop_condition
-from snapgen_jax.diffusion.timesteps import TimestepConfig
+from snapgen_jax.diffusion.guidance import draw_kept, keep
+from snapgen_jax.diffusion.schedules import FlowSchedule
 from snapgen_jax.evaluation.interfaces import EvaluationConfig
 from snapgen_jax.networks import unet
 from snapgen_jax.networks.codec import CodecConfig, build_codec
@@ -53,7 +53,7 @@ class LatentFlowMatchingConfig:
     reduction: int = 8
     context_tokens: int = 205
     unet: UNetConfig = UNetConfig.preset("t2i")
-    timesteps: TimestepConfig = TimestepConfig()
+    timesteps: FlowSchedule = FlowSchedule()
     caption_dropout: float = 0.1
     optimizer: OptimizerConfig = OptimizerConfig()
     ema_decay: float = 0.9999
@@ -130,7 +130,8 @@ class LatentFlowMatching(FlowMatching):
         """The stored text states, some of them dropped."""
         del frozen
         condition = {name: batch[name] for name in self.conditions}
-        return drop_condition(key, condition, self._null(condition), self.config.caption_dropout)
+        kept = draw_kept(key, batch["latent"].shape[0], self.config.caption_dropout)
+        return keep(kept, condition, self._null(condition))
 
     @staticmethod
     def _null(condition: Tree) -> Tree:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from snapgen_jax.diffusion.timesteps import TimestepConfig
+from snapgen_jax.diffusion.schedules import FlowSchedule
 from snapgen_jax.evaluation.interfaces import EvaluationConfig
 from snapgen_jax.networks import autoencoder, clip, context, gemma2, unet
 from snapgen_jax.networks.autoencoder import AutoencoderConfig
@@ -89,7 +89,7 @@ class T2IFlowMatchingConfig:
     encoders: EncodersConfig = EncodersConfig()
     conditioner: ConditionerConfig = ConditionerConfig.preset("t2i")
     codec: CodecConfig = CodecConfig(kind="autoencoder", autoencoder=AutoencoderConfig.preset("sd3"))
-    timesteps: TimestepConfig = TimestepConfig()
+    timesteps: FlowSchedule = FlowSchedule()
     encoder_dropout: float = 0.464
     optimizer: OptimizerConfig = OptimizerConfig()
     ema_decay: float = 0.9999
