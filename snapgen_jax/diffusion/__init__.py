@@ -1,1 +1,1 @@
-"""Rectified flow in the papers' notation: the path, timestep densities, guidance, samplers. Pure functions only."""
+"""Diffusion in the papers' notation: the path, noise schedules, predictions, guidance, samplers. Pure functions only."""

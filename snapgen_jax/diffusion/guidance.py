@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from snapgen_jax.diffusion.path import expand_like
 from snapgen_jax.diffusion.samplers import Carry, Denoise
@@ -26,9 +27,25 @@ def guided(v_null: jax.Array, v_cond: jax.Array, w: jax.typing.ArrayLike) -> jax
 
     Args:
         v_null, v_cond: `[B, ...]` velocities without and with the condition.
-        w: guidance scale, a scalar or one an example `[B]`.
+        w: guidance scale: a scalar, one an example `[B]`, or an array with as many axes as v that broadcasts to it:
+            `[1, 1, 1, C]` is one a channel, `[1, F, 1, 1, 1]` one a frame.
+
+    Raises:
+        ValueError: w is none of these.
     """
-    return v_null + expand_like(w, v_null) * (v_cond - v_null)
+    return v_null + _scale_like(w, v_null) * (v_cond - v_null)
+
+
+def _scale_like(w: jax.typing.ArrayLike, v: jax.Array) -> jax.Array:
+    """The guidance scale with the axes of v, or a scalar; see `guided`."""
+    given = np.shape(w)
+    w = expand_like(w, v) if len(given) < 2 else jnp.asarray(w)
+    if w.ndim not in (0, v.ndim) or any(n not in (1, m) for n, m in zip(w.shape, v.shape, strict=False)):
+        raise ValueError(
+            f"a guidance scale of shape {given} does not fit a velocity of shape {v.shape}; give a scalar, one an "
+            f"example ({v.shape[0]},), or an array of {v.ndim} axes that broadcasts to the velocity"
+        )
+    return w
 
 
 def with_guidance(
@@ -38,10 +55,14 @@ def with_guidance(
 
     Args:
         denoise: `(x_t, t, i, carry, condition) -> (v, carry)`. Its batch, and that of any activations in the carry, is
-            2 B: examples 2b and 2b + 1 are the null and the conditional half of example b.
+            2 B: examples 2b and 2b + 1 are the null and the conditional half of example b. `i` and the carry pass
+            through as they are, so that the carry given to `sample` has 2 B rows too.
         condition, null: see the top of this file.
-        w: guidance scale, a scalar or `[B]`. At the Python number 1 guidance is the identity, and `denoise` is called
+        w: guidance scale, as for `guided`. At the Python number 1 guidance is the identity, and `denoise` is called
             once on the B conditional examples.
+
+    Raises:
+        ValueError: when called, if w does not fit the velocity.
     """
     if isinstance(w, int | float) and w == 1:
         return lambda x_t, t, i, carry: denoise(x_t, t, i, carry, condition)
@@ -61,11 +82,14 @@ def with_guidance(
     return guided_denoise
 
 
-def drop_condition(key: jax.Array, condition: Condition, null: Condition, rate: float) -> Condition:
-    """Replaces each example's condition by the null condition with probability `rate`, all leaves together.
+def draw_kept(key: jax.Array, batch: int, rate: float) -> jax.Array:
+    """Which examples keep their condition, bool `[batch]`: False with probability `rate`, the dropout.
 
     Ho & Salimans 2022, algorithm 1, line 3.
     """
-    batch = jax.tree.leaves(condition)[0].shape[0]
-    drop = jax.random.bernoulli(key, rate, (batch,))
-    return jax.tree.map(lambda null_leaf, leaf: jnp.where(expand_like(drop, leaf), null_leaf, leaf), null, condition)
+    return ~jax.random.bernoulli(key, rate, (batch,))
+
+
+def keep(kept: jax.Array, condition: Condition, null: Condition) -> Condition:
+    """The condition where `kept` `[B]` is True and the null condition elsewhere, all leaves together."""
+    return jax.tree.map(lambda leaf, null_leaf: jnp.where(expand_like(kept, leaf), leaf, null_leaf), condition, null)

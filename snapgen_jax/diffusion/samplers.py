@@ -31,20 +31,24 @@ def sample(
         renoise:  x_0 = x_t - t v(x_t, t),         x_s = (1 - s) x_0 + s eps_i,   eps_i fresh
 
     The first two follow the flow, with global error O(h) and O(h^2) (Karras et al. 2022, algorithm 1). Heun calls
-    `denoise` twice an interval, the second time with the same i and the carry of the first. The third is for networks
-    that were trained to jump to the data in one step (Song et al. 2023, "Consistency Models", algorithm 1).
+    `denoise` twice an interval, the second time at s with index i + 1 and the carry of the first call. The third is for
+    networks that were trained to jump to the data in one step (Song et al. 2023, "Consistency Models", algorithm 1).
 
-    Calls chain: sampling over `times[: k + 1]` and then, with `start=k`, over `times[k:]` equals one call over `times`.
+    The index that `denoise` receives is that of its time in `times`, counted from `start`: `grid.at(i, B)` of a
+    schedule's grid is the level of the call.
+
+    Calls chain: sampling over `times[: k + 1]` and then, with `start=k` and the carry of the first call, over
+    `times[k:]` equals one call over `times`.
     Heun also evaluates the velocity at the last time. A network that predicts velocity is finite at t = 0, so nothing
     is special there; a `denoise` that divides by t can end with a chained Euler step.
 
     Args:
-        denoise: `(x_t [B, ...], t [B] float32, i int32 scalar, carry) -> (v [B, ...], carry)`.
+        denoise: `(x_t [B, ...], t [B] float32, i int32 scalar, carry) -> (v [B, ...], carry)`; `t = times[i - start]`.
         x: `[B, ...]` of any rank, the state at `times[0]`.
         times: `[S + 1]`, usually `time_grid(S)`; may run in either direction.
         carry: any tree that `denoise` reads and rewrites (cached activations, a recorded trajectory); its shapes and
-            dtypes stay the same.
-        start: the index of the first interval, as seen by `denoise` and in `noise`.
+            dtypes stay the same. Its leaves need not have the batch of x: under guidance activations have 2 B rows.
+        start: the index of `times[0]` in the whole trajectory, as seen by `denoise` and in `noise`.
         noise: `[start + S, B, ...]` standard normal, "renoise" only: `noise[i]` is mixed in at the end of interval i,
             and not at all where that is 0.
 
@@ -71,7 +75,7 @@ def sample(
         x, carry = state
         i, t, s = interval
         v_t, carry = velocity(x, t, i, carry)
-        v_s, carry = velocity(x + (s - t) * v_t, s, i, carry)
+        v_s, carry = velocity(x + (s - t) * v_t, s, i + 1, carry)
         return (x + (s - t) * (v_t + v_s) / 2, carry), None
 
     def renoise(state, interval):

@@ -1,36 +1,18 @@
-"""Where in time to train and where to sample: timestep densities, the resolution shift, the grid of inference."""
+"""Where in time flow matching trains and samples: timestep densities, the resolution shift, the grid of inference."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+if TYPE_CHECKING:
+    from snapgen_jax.diffusion.schedules import FlowSchedule
+
 ArrayT = TypeVar("ArrayT", float, np.ndarray, jax.Array)
-
-
-@dataclasses.dataclass(frozen=True)
-class TimestepConfig:
-    """The density of training times.
-
-    Attributes:
-        density: "logit_normal" (Esser et al. 2024, section 3.1) or "uniform" on [0, 1].
-        mean: mean of logit(t) before the shift; logit_normal only. Positive values favour noise.
-        std: standard deviation of logit(t); logit_normal only.
-        shift: s of `shift_time`, applied to what was drawn. 1 changes nothing.
-        final_mean: where the mean has moved to by the end of the run, linearly; None to stay. What a picture is to show
-            is decided at much noise and how it is drawn at less, so that a run may learn the one before the other.
-    """
-
-    density: Literal["logit_normal", "uniform"] = "logit_normal"
-    mean: float = 0.0
-    std: float = 1.0
-    shift: float = 1.0
-    final_mean: float | None = None
 
 
 def shift_time(t: ArrayT, shift: float) -> ArrayT:
@@ -45,20 +27,21 @@ def shift_time(t: ArrayT, shift: float) -> ArrayT:
 
 
 def sample_times(
-    key: jax.Array, shape: tuple[int, ...], config: TimestepConfig, progress: float | jax.Array = 0.0
+    key: jax.Array, shape: tuple[int, ...], schedule: FlowSchedule, progress: float | jax.Array = 0.0
 ) -> jax.Array:
-    """Draws training times, float32 of the given shape in [0, 1]; `progress` is the share of the run that is done."""
-    match config.density:
+    """Draws training times from the density of a flow schedule, float32 of the given shape in [0, 1]; `progress` is the
+    share of the run that is done."""
+    match schedule.density:
         case "logit_normal":
-            mean = config.mean
-            if config.final_mean is not None:
-                mean += progress * (config.final_mean - config.mean)
-            t = jax.nn.sigmoid(mean + config.std * jax.random.normal(key, shape))
+            mean = schedule.mean
+            if schedule.final_mean is not None:
+                mean += progress * (schedule.final_mean - schedule.mean)
+            t = jax.nn.sigmoid(mean + schedule.std * jax.random.normal(key, shape))
         case "uniform":
             t = jax.random.uniform(key, shape)
         case other:
             raise ValueError(f"unknown timestep density {other!r}; expected 'logit_normal' or 'uniform'")
-    return shift_time(t, config.shift)
+    return shift_time(t, schedule.shift)
 
 
 def logit_normal_density(t: jax.typing.ArrayLike, mean: float = 0.0, std: float = 1.0) -> jax.Array:

@@ -1,6 +1,7 @@
 """Classifier-free guidance: its identities, its closed form on Gaussians, and one fused call a step."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from snapgen_jax.diffusion.guidance import drop_condition, guided, with_guidance
+from snapgen_jax.diffusion.guidance import draw_kept, guided, keep, with_guidance
 from snapgen_jax.diffusion.path import expand_like
 from snapgen_jax.diffusion.samplers import sample
 from snapgen_jax.diffusion.timesteps import time_grid
@@ -44,6 +45,48 @@ def test_each_example_may_have_its_own_scale():
     w = jnp.array([0.0, 1.0, 3.0])
     one_by_one = jnp.stack([guided(v_null[b], v_cond[b], w[b]) for b in range(3)])
     np.testing.assert_allclose(guided(v_null, v_cond, w), one_by_one, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((3, 2, 2, 4), 3), ((3, 5, 2, 2, 4), 1), ((3, 2, 2, 4), 0)], ids=["channel", "frame", "example"]
+)
+def test_a_scale_may_be_any_array_that_broadcasts_to_the_velocity(shape, axis):
+    v_null, v_cond = jax.random.normal(jax.random.key(0), (2, *shape))
+    w = jnp.linspace(0, 4, shape[axis])
+    slices = [guided(jnp.take(v_null, k, axis), jnp.take(v_cond, k, axis), float(w[k])) for k in range(shape[axis])]
+    v = guided(v_null, v_cond, w.reshape([-1 if a == axis else 1 for a in range(len(shape))]))
+    np.testing.assert_allclose(v, jnp.stack(slices, axis), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2,), (4, 4), (1, 1, 4), (3, 2, 2, 5), (2, 3, 2, 2, 4), (1, 1, 1, 1, 4)])
+def test_a_scale_that_does_not_fit_the_velocity_is_refused_with_both_shapes(shape):
+    v = jnp.ones((3, 2, 2, 4))
+    with pytest.raises(ValueError, match=rf"{re.escape(str(shape))} does not fit .*\(3, 2, 2, 4\).*one an example"):
+        guided(v, v, jnp.ones(shape))
+
+
+def test_a_guided_sampler_carries_activations_of_both_halves():
+    # The network reuses its activations of the step before, so that mixing up the halves would show.
+    def cached(x_t, t, i, carry, condition):
+        v, _ = network(x_t, t, i, 0, condition)
+        return v + 0.5 * carry["v"] + 0.1 * i, {"v": v}
+
+    eps, condition = jax.random.normal(jax.random.key(0), (3, 4, 4, 2)), contexts(3)
+    null = jax.tree.map(lambda n, c: jnp.broadcast_to(n, c.shape), NULL, condition)
+
+    def separately(x_t, t, i, carry):
+        v_null, left = cached(x_t, t, i, carry[0], null)
+        v_cond, right = cached(x_t, t, i, carry[1], condition)
+        return guided(v_null, v_cond, 3.0), (left, right)
+
+    start = {"v": jnp.zeros_like(eps)}
+    for method in ("euler", "heun"):
+        expected, carries = sample(separately, eps, time_grid(3), (start, start), method)
+        both = {"v": jnp.zeros((6, 4, 4, 2))}
+        x, carry = sample(with_guidance(cached, condition, NULL, 3.0), eps, time_grid(3), both, method)
+        np.testing.assert_allclose(x, expected, rtol=1e-4, atol=1e-4)
+        for half in (0, 1):
+            np.testing.assert_allclose(carry["v"][half::2], carries[half]["v"], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("w", [0.0, 1.0, 3.5, jnp.array([0.0, 1.0, 3.5])], ids=["0", "1", "3.5", "each"])
@@ -101,19 +144,20 @@ def test_guiding_a_batch_that_is_split_over_devices_moves_nothing_between_them()
 
 def test_dropped_examples_lose_every_part_of_their_condition_and_the_rest_keep_theirs():
     condition = contexts(4000)
-    result = drop_condition(jax.random.key(3), condition, NULL, 0.1)
-    dropped = np.asarray(jnp.all(result.pooled == -1.0, axis=1))
+    kept = draw_kept(jax.random.key(3), 4000, 0.1)
+    assert kept.shape == (4000,) and kept.dtype == bool
+    np.testing.assert_array_equal(kept, ~jax.random.bernoulli(jax.random.key(3), 0.1, (4000,)))
+    result = keep(kept, condition, NULL)
+    dropped = ~np.asarray(kept)
     assert dropped.mean() == pytest.approx(0.1, abs=4 * np.sqrt(0.1 * 0.9 / 4000))
-    for given, null, kept in zip(
-        jax.tree.leaves(result), jax.tree.leaves(NULL), jax.tree.leaves(condition), strict=True
-    ):
-        np.testing.assert_array_equal(given[dropped], np.broadcast_to(null, given[dropped].shape))
-        np.testing.assert_array_equal(given[~dropped], kept[~dropped])
+    for new, null, old in zip(jax.tree.leaves(result), jax.tree.leaves(NULL), jax.tree.leaves(condition), strict=True):
+        np.testing.assert_array_equal(new[dropped], np.broadcast_to(null, new[dropped].shape))
+        np.testing.assert_array_equal(new[~dropped], old[~dropped])
 
 
 def test_rate_zero_drops_nothing_and_rate_one_everything():
     tokens, null = jnp.arange(12, dtype=jnp.int32).reshape(3, 4), jnp.array([1, 2, 0, 0], jnp.int32)
-    np.testing.assert_array_equal(drop_condition(jax.random.key(0), tokens, null, 0.0), tokens)
-    everything = drop_condition(jax.random.key(0), tokens, null, 1.0)
+    np.testing.assert_array_equal(keep(draw_kept(jax.random.key(0), 3, 0.0), tokens, null), tokens)
+    everything = keep(draw_kept(jax.random.key(0), 3, 1.0), tokens, null)
     np.testing.assert_array_equal(everything, np.broadcast_to(null, (3, 4)))
     assert everything.dtype == jnp.int32

@@ -9,9 +9,10 @@ import pytest
 
 from snapgen_jax.diffusion.path import expand_like
 from snapgen_jax.diffusion.samplers import sample
+from snapgen_jax.diffusion.schedules import EDMSchedule, VPSchedule
 from snapgen_jax.diffusion.timesteps import time_grid
 
-RANKS = {"blocks": (4, 3), "images": (2, 2, 3), "clips": (3, 2, 2, 1)}  # twelve numbers an example
+RANKS = {"vectors": (12,), "blocks": (4, 3), "images": (2, 2, 3), "clips": (3, 2, 2, 1)}  # twelve numbers an example
 
 
 @pytest.fixture(params=["euler", "heun"])
@@ -69,7 +70,7 @@ def test_two_chained_calls_over_split_times_equal_one(gaussian, method, split):
     jax.tree.map(np.testing.assert_array_equal, whole, chained)
 
 
-def test_denoise_sees_each_time_for_the_whole_batch_with_the_index_of_its_interval(method):
+def test_denoise_sees_each_time_for_the_whole_batch_with_its_index(method):
     calls = {"euler": 1, "heun": 2}[method]
 
     def denoise(x_t, t, i, carry):
@@ -83,7 +84,36 @@ def test_denoise_sees_each_time_for_the_whole_batch_with_the_index_of_its_interv
     ends = np.stack([times[:-1], times[1:]], axis=1)[:, :calls].ravel()  # Heun looks at both ends of an interval
     assert count == 3 * calls
     np.testing.assert_array_equal(seen_t, np.stack([ends, ends], axis=1))
-    np.testing.assert_array_equal(seen_i, np.repeat([5, 6, 7], calls))
+    assert seen_i.dtype == jnp.int32
+    np.testing.assert_array_equal(seen_i, {"euler": [5, 6, 7], "heun": [5, 6, 6, 7, 7, 8]}[method])
+    np.testing.assert_array_equal(times[seen_i - 5], seen_t[:, 0])
+
+
+@pytest.mark.parametrize("shape", RANKS.values(), ids=RANKS.keys())
+@pytest.mark.parametrize("split", [1, 4])
+@pytest.mark.parametrize("method", ["euler", "heun", "renoise"])
+@pytest.mark.parametrize("schedule", [VPSchedule(), EDMSchedule()], ids=["vp", "edm"])
+def test_chained_calls_that_read_their_level_from_a_grid_equal_one(schedule, method, split, shape):
+    grid = schedule.grid(5)
+
+    def denoise(x_t, t, i, carry):
+        level = grid.at(i, x_t.shape[0])
+        output = jnp.sin(schedule.network_input(x_t, level) + expand_like(level.time, x_t))
+        return schedule.velocity(output, x_t, level, "v"), carry.at[i].add(level.time[0] + jnp.sum(level.t - t))
+
+    noise = jax.random.normal(jax.random.key(0), (6, 2, *shape))
+    x = schedule.initial(noise[0], grid)
+    more = {"method": method, "noise": noise[1:]} if method == "renoise" else {"method": method}
+    whole = sample(denoise, x, grid.t, jnp.zeros(6), **more)
+    if method == "renoise":
+        more["noise"] = noise[1 : 1 + split]
+    half = sample(denoise, x, grid.t[: split + 1], jnp.zeros(6), **more)
+    if method == "renoise":
+        more["noise"] = noise[1:]
+    chained = sample(denoise, half[0], grid.t[split:], half[1], start=split, **more)
+    jax.tree.map(np.testing.assert_array_equal, whole, chained)
+    calls = {"euler": [1, 1, 1, 1, 1, 0], "heun": [1, 2, 2, 2, 2, 1], "renoise": [1, 1, 1, 1, 1, 0]}[method]
+    np.testing.assert_allclose(whole[1], calls * np.asarray(grid.time), rtol=1e-6)
 
 
 def test_one_step_along_a_straight_path_is_exact(method):

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from scipy import integrate, special, stats
 
-from snapgen_jax.diffusion.timesteps import TimestepConfig, logit_normal_density, sample_times, shift_time, time_grid
+from snapgen_jax.diffusion.schedules import FlowSchedule
+from snapgen_jax.diffusion.timesteps import logit_normal_density, sample_times, shift_time, time_grid
 
 
 @pytest.mark.parametrize(("mean", "std", "shift"), [(0.0, 1.0, 1.0), (-0.5, 0.7, 1.0), (0.0, 1.0, 3.0)])
 def test_logit_of_logit_normal_times_is_normal_and_a_shift_adds_its_logarithm_to_the_mean(mean, std, shift):
-    t = sample_times(jax.random.key(1), (20_000,), TimestepConfig("logit_normal", mean, std, shift))
+    t = sample_times(jax.random.key(1), (20_000,), FlowSchedule(mean=mean, std=std, shift=shift))
     assert t.dtype == jnp.float32
     logit = special.logit(np.asarray(t, np.float64))
     assert stats.kstest(logit, stats.norm(mean + np.log(shift), std).cdf).pvalue > 0.01
@@ -19,27 +20,27 @@ def test_logit_of_logit_normal_times_is_normal_and_a_shift_adds_its_logarithm_to
 
 @pytest.mark.parametrize(("progress", "mean"), [(0.0, 2.0), (0.5, 1.5), (1.0, 1.0)])
 def test_the_mean_moves_with_the_progress_of_the_run(progress, mean):
-    config = TimestepConfig("logit_normal", 2.0, 0.5, final_mean=1.0)
+    config = FlowSchedule(mean=2.0, std=0.5, final_mean=1.0)
     logit = special.logit(np.asarray(sample_times(jax.random.key(1), (20_000,), config, progress), np.float64))
     assert stats.kstest(logit, stats.norm(mean, 0.5).cdf).pvalue > 0.01
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_uniform_times_are_uniform_before_the_shift(shift):
-    t = sample_times(jax.random.key(2), (20_000,), TimestepConfig("uniform", shift=shift))
+    t = sample_times(jax.random.key(2), (20_000,), FlowSchedule(density="uniform", shift=shift))
     assert stats.kstest(shift_time(np.asarray(t, np.float64), 1 / shift), stats.uniform.cdf).pvalue > 0.01
 
 
 def test_times_keep_the_asked_shape_and_lie_in_the_unit_interval():
     for density in ("logit_normal", "uniform"):
-        t = sample_times(jax.random.key(0), (64, 3), TimestepConfig(density, shift=2.0))
+        t = sample_times(jax.random.key(0), (64, 3), FlowSchedule(density=density, shift=2.0))
         assert t.shape == (64, 3)
         assert jnp.all((t >= 0) & (t <= 1))
 
 
 def test_an_unknown_density_is_refused_by_name():
     with pytest.raises(ValueError, match="'cosine'"):
-        sample_times(jax.random.key(0), (1,), TimestepConfig("cosine"))
+        sample_times(jax.random.key(0), (1,), FlowSchedule(density="cosine"))
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.5, 0.6)])

@@ -16,6 +16,12 @@ def test_features_are_cosines_then_sines_of_a_thousand_t_at_falling_frequencies(
     np.testing.assert_allclose(features, np.concatenate([np.cos(angles), np.sin(angles)], axis=1), atol=2e-4)
 
 
+def test_native_steps_are_taken_as_they_are_with_scale_one():
+    n = jnp.array([0.0, 1.0, 981.0])
+    np.testing.assert_array_equal(time_features(n, 8, scale=1.0)[:, 0], jnp.cos(n))
+    np.testing.assert_allclose(time_features(n, 8, scale=1.0), time_features(n / 1000, 8), atol=1e-4)
+
+
 def test_times_in_bfloat16_are_computed_in_float32():
     t = jnp.array([0.5], jnp.bfloat16)  # exact in both
     np.testing.assert_array_equal(time_features(t, 8), time_features(t.astype(jnp.float32), 8))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from snapgen_jax.diffusion.path import interpolate, velocity_from_x0, x0_from_velocity
-from snapgen_jax.diffusion.timesteps import TimestepConfig
+from snapgen_jax.diffusion.schedules import FlowSchedule
 from snapgen_jax.losses.adversarial import gradient_penalty
 from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.codec import CodecConfig
@@ -296,7 +296,7 @@ def test_where_critic_and_teacher_say_the_same_there_is_nothing_to_match(matchin
 
 def test_the_critic_learns_at_the_times_and_with_the_weight_of_the_student(matching):
     _, params, drawn, *_ = matching
-    settled = TimestepConfig(mean=-3.0, std=0.1, final_mean=3.0)
+    settled = FlowSchedule(mean=-3.0, std=0.1, final_mean=3.0)
     made = recipe(critic_weight=1.0, adversarial_weight=0.0, timesteps=settled, loss_full_from=0.5)
     early, late = (jax.jit(made.draw)(params, greys(), jax.random.key(0), step)["critic_t"] for step in (0, 40))
     assert (early < 0.1).all() and (late > 0.9).all()
