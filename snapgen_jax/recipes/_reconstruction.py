@@ -26,6 +26,7 @@ from snapgen_jax.networks.codec import Codec, from_uint8, to_uint8
 from snapgen_jax.networks.lpips import LPIPSConfig
 from snapgen_jax.networks.module import Platform, apply, build, for_platform, frozen_spec, init
 from snapgen_jax.networks.patch_discriminator import PatchDiscriminatorConfig
+from snapgen_jax.training.exports import ExportPlan
 from snapgen_jax.training.optimizer import (
     OptimizerConfig,
     clip_by_joint_norm,
@@ -34,7 +35,7 @@ from snapgen_jax.training.optimizer import (
     new_player,
     step_player,
 )
-from snapgen_jax.training.recipe import ExportPlan, Metrics, Part
+from snapgen_jax.training.recipe import Metrics, Part
 from snapgen_jax.training.state import Player, TrainState
 from snapgen_jax.weights.frozen import load_perceptual
 

@@ -24,6 +24,7 @@ from snapgen_jax.networks.clip_vision import ClipVisionConfig
 from snapgen_jax.networks.codec import from_uint8
 from snapgen_jax.networks.module import Platform, apply, build, for_platform, init
 from snapgen_jax.networks.rules import within
+from snapgen_jax.training.exports import ExportPlan
 from snapgen_jax.training.optimizer import (
     OptimizerConfig,
     clip_by_joint_norm,
@@ -32,7 +33,7 @@ from snapgen_jax.training.optimizer import (
     new_player,
     step_player,
 )
-from snapgen_jax.training.recipe import ExportPlan, Metrics
+from snapgen_jax.training.recipe import Metrics
 from snapgen_jax.training.state import TrainState
 
 Tree = Any

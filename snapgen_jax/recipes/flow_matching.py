@@ -24,6 +24,7 @@ from snapgen_jax.diffusion.path import interpolate, velocity, velocity_from_x0
 from snapgen_jax.diffusion.samplers import Method, sample
 from snapgen_jax.diffusion.timesteps import TimestepConfig, sample_times, time_grid
 from snapgen_jax.evaluation.interfaces import EvaluationConfig, EvaluatorSpec
+from snapgen_jax.inputs import _export
 from snapgen_jax.losses.flow_matching import flow_matching_loss
 from snapgen_jax.networks import clip, mmdit, unet
 from snapgen_jax.networks.clip import ClipTextConfig, null_tokens
@@ -35,8 +36,9 @@ from snapgen_jax.networks.rules import within
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.time_features import time_features
 from snapgen_jax.networks.unet import UNetConfig
-from snapgen_jax.recipes._flow_export import export_plan
+from snapgen_jax.recipes._flow_export import flow_plan
 from snapgen_jax.training.accumulate import accumulate_gradients
+from snapgen_jax.training.exports import ExportPlan, GoldenInputs
 from snapgen_jax.training.optimizer import (
     OptimizerConfig,
     clip_by_joint_norm,
@@ -45,7 +47,7 @@ from snapgen_jax.training.optimizer import (
     new_player,
     step_player,
 )
-from snapgen_jax.training.recipe import ExportPlan, Metrics, Part
+from snapgen_jax.training.recipe import Metrics, Part
 from snapgen_jax.training.state import Player, TrainState
 from snapgen_jax.weights.frozen import load_codec, load_run
 
@@ -452,9 +454,32 @@ class FlowMatching:
         }
         return [when.spec(name, **parts.get(name, {})) for name in when.names]
 
+    def weights(self, params: Tree, frozen: Tree) -> dict[str, Tree]:
+        """`{role: parameters}` of the trained and the frozen networks; "codec/decoder" is that of a tiny decoder."""
+        codec = frozen.get("codec", {})
+        return {
+            **frozen,
+            **params["model"],
+            **({"codec/decoder": codec["decoder"]} if "decoder" in codec else {}),
+        }
+
     def exports(self) -> ExportPlan:
         """The network, the text encoder and, where it is a network, the decoder; see `_flow_export`."""
-        return export_plan(self.config, self.codec, self._null_caption())
+        config, latent_shape = self.config, self.codec.latent_shape(self.config.image_sizes[0])
+        decoder = {"decoder": _export.decoder_unit(config.codec, latent_shape)} if self.codec.spec() else {}
+        return flow_plan(
+            denoiser_role=self.network_name,
+            network_config=self.network_config,
+            prediction=self.prediction,
+            sampling=config.sampling,
+            latent_shape=latent_shape,
+            image_shape=(*config.image_sizes[0], 3),
+            context=_export.context_spec(config.text),
+            null=self._null_caption(),
+            codec=self.codec.describe(),
+            units={"text_encoder": _export.text_unit("text", config.text), **decoder},
+            golden=GoldenInputs(prompts=tuple(config.sample_prompts[:2]) or ("",)),
+        )
 
 
 def predict(

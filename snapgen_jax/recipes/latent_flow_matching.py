@@ -25,8 +25,8 @@ from snapgen_jax.networks.module import Platform, build, for_platform, init
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.unet import UNetConfig
 from snapgen_jax.recipes.flow_matching import FlowMatching, SamplingConfig
+from snapgen_jax.training.exports import ExportPlan
 from snapgen_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
-from snapgen_jax.training.recipe import ExportPlan
 from snapgen_jax.training.state import TrainState
 
 Tree = Any

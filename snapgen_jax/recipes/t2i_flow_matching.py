@@ -32,8 +32,8 @@ from snapgen_jax.networks.rules import within
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.unet import UNetConfig
 from snapgen_jax.recipes.flow_matching import FlowMatching, SamplingConfig
+from snapgen_jax.training.exports import ExportPlan
 from snapgen_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
-from snapgen_jax.training.recipe import ExportPlan
 from snapgen_jax.training.state import TrainState
 from snapgen_jax.weights.frozen import draw_stand_ins, load_codec, load_text_encoder
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,43 +9,13 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from snapgen_jax.evaluation.interfaces import EvaluatorSpec
+from snapgen_jax.training.exports import ExportPlan
 from snapgen_jax.training.state import TrainState
 
 Tree = Any
 Metrics = dict[str, jax.Array]
 Part = Callable[[TrainState, Tree, Tree, jax.Array], Tree]
 """`part(state, frozen, batch, key)`, with the arguments of `Recipe.update`."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ExportUnit:
-    """One function that becomes one `.tflite` file.
-
-    Attributes:
-        name: file stem and signature name, "unet".
-        function: `function(params, **inputs) -> {name: array}`, pure, static shapes, float32 and int32 only.
-        select: picks the tree that `function` takes out of `{player: params, "frozen": frozen}`.
-        inputs: named input shapes, batch 1.
-    """
-
-    name: str
-    function: Callable[..., dict[str, jax.Array]]
-    select: Callable[[Tree], Tree]
-    inputs: Mapping[str, jax.ShapeDtypeStruct]
-
-
-@dataclasses.dataclass(frozen=True)
-class ExportPlan:
-    """All that a client needs to run a recipe's generator away from JAX: the units, and the sampler as plain data.
-
-    Attributes:
-        units: the functions to convert.
-        scheduler: JSON-able description of the sampler loop (times, step rule, guidance, time features, codec, latent
-            shape), which the client replays.
-    """
-
-    units: Sequence[ExportUnit]
-    scheduler: Mapping[str, Any]
 
 
 @runtime_checkable

@@ -17,8 +17,9 @@ from jax.sharding import Mesh, PartitionSpec
 
 from snapgen_jax.evaluation.interfaces import EvaluatorSpec
 from snapgen_jax.training import keys, progress
+from snapgen_jax.training.exports import ExportPlan
 from snapgen_jax.training.loop import PlainBatch
-from snapgen_jax.training.recipe import ExportPlan, Metrics, Recipe
+from snapgen_jax.training.recipe import Metrics, Recipe
 from snapgen_jax.training.state import TrainState
 
 Tree = Any
