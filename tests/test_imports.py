@@ -25,7 +25,10 @@ MAY_IMPORT = {
     # the contracts
     "evaluation.interfaces": [],
     "training.state": [],
-    "training.recipe": ["training.state", "evaluation.interfaces"],
+    "training.exports": [],
+    "training.recipe": ["training.state", "training.exports", "evaluation.interfaces"],
+    "inputs": ["networks", "diffusion", "weights", "training.exports", "training.exits"],
+    "inputs.interfaces": [],
     # what a method may use, and what runs it: the loop knows no recipe and no network
     "recipes": [
         "networks",
@@ -38,7 +41,9 @@ MAY_IMPORT = {
         "training.ema",
         "training.accumulate",
         "training.recipe",
+        "training.exports",
         "training.exits",
+        "inputs",
         "evaluation.interfaces",
     ],
     "training": ["parallel", "evaluation.interfaces"],
@@ -75,9 +80,12 @@ MAY_IMPORT = {
         "typed",
     ],
     "evaluation.report": ["evaluation", "data.prompts", "training.files", "training.metrics"],
-    "export": ["generation", "networks", "diffusion", "training.recipe"],
-    "export.client": [],
-    "export.verify": ["export.client"],
+    "export": ["networks", "diffusion", "training.exports"],
+    # copied into every bundle
+    "export.program": [],
+    "export.sampler": ["export.program"],
+    "export.client": ["export.program", "export.sampler"],
+    "export.verify": ["export.program", "export.sampler", "export.client"],
     # the edge
     "config": ["config_file", "overrides", "data.config", "training", "recipes", "systems", "typed"],
     "config_file": ["training.exits"],
@@ -110,8 +118,10 @@ LIBRARIES = {
     "losses": {"jax", "flax", "einops", "numpy"},
     "evaluation.interfaces": {"numpy"},
     # copied into every bundle, where there is nothing else
-    "export.client": {"numpy", "ai_edge_litert", "tokenizers"},
-    "export.verify": {"numpy", "ai_edge_litert", "client"},
+    "export.program": {"numpy"},
+    "export.sampler": {"numpy", "program"},
+    "export.client": {"numpy", "ai_edge_litert", "tokenizers", "program", "sampler"},
+    "export.verify": {"numpy", "ai_edge_litert", "program", "sampler", "client"},
 }
 
 # What brings TensorFlow in, and where it may be brought in: there only, and only when a function needs it.

@@ -2,10 +2,10 @@
 
     manifest.json     what is here: units, signatures, shapes, ranges, operators, errors, versions, SHA-256 of each file
     <unit>_f32.tflite, <unit>_f16.tflite
-    scheduler.json    the sampler as data; its schema stands at the top of client.py
-    tokenizer.json    of the `tokenizers` library
-    golden/           .npy arrays and golden.json: prompts, tolerances
-    client.py         numpy and ai-edge-litert alone
+    program.json      which calls make an example, as data; its schema stands at the top of program.py
+    tokenizer.json    of the `tokenizers` library, where the program takes prompts
+    golden/           .npy arrays, whose names `golden.run` explains, and golden.json: prompts, tolerances
+    program.py, sampler.py, client.py   what runs it: numpy and ai-edge-litert alone
     verify.py         checks all of this, with the same two libraries
     README.md         for the person who loads it
 
@@ -15,6 +15,7 @@ A bundle is written beside its place under another name, verified there, and mov
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import pathlib
 import re
@@ -22,23 +23,36 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
-from snapgen_jax.export import client, compare, golden, verify
-from snapgen_jax.export.client import Arrays, Sampler, Scheduler, Unit
+from snapgen_jax.export import client, compare, golden, program, sampler, verify
 from snapgen_jax.export.compat import Requirements, check, flex_operators
 from snapgen_jax.export.convert import Backend, to_tflite
 from snapgen_jax.export.flatbuffer import Description, describe
 from snapgen_jax.export.manifest import Ranges, describe_unit, fingerprints, versions, write_json
 from snapgen_jax.export.precision import PRECISIONS, Precision, cast_float16
+from snapgen_jax.export.program import Flow, Program
 from snapgen_jax.export.readme import readme
-from snapgen_jax.training.recipe import ExportUnit, Recipe, frozen_for_generation
+from snapgen_jax.export.sampler import Arrays, Sampler, Unit
+from snapgen_jax.export.storage import describe_storage
+from snapgen_jax.training.exports import ExportPlan, ExportUnit, GoldenInputs
 
-Reference = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-GOLDEN_PROMPTS = ("a red circle left of a blue square", "two green stars")
+Reference = Callable[[Mapping[str, np.ndarray], np.ndarray | None], Mapping[str, np.ndarray]]
+"""`({input: [N, ...]}, noise [N, *noise_shape] or None) -> {output: [N, ...]}`"""
+
+
+class Exportable(Protocol):
+    """What the exporter asks of a recipe; see `training.recipe.Recipe`."""
+
+    def exports(self) -> ExportPlan: ...
+
+    def weights(self, params: Any, frozen: Any) -> dict[str, Any]: ...
+
+    def generate(self, *arguments: Any, **options: Any) -> dict[str, jax.Array]: ...
+
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +66,9 @@ class BundleReport:
         numbers: for each unit `export.<unit>.rel_l2_<precision>` (the worst case), `.bytes_<precision>`,
             `.max_activation`, `.convert_seconds` (the first unit's includes loading the converter); over all units
             `export.bytes_<precision>` and `export.flex_ops`; of whole trajectories
-            `export.trajectory.rel_l2_<precision>` (the last latent), `export.image.max_grey_f32`, and
-            `export.image.max_grey_to_generator` against the recipe's own sampler.
+            `export.trajectory.rel_l2_<precision>` (the last latent); of each output `export.<output>.max_grey_f32` and,
+            against the recipe's own generator, `.max_grey_to_generator`. The last two are `.rel_l2_f32` and
+            `.rel_l2_to_generator` for an output that is no picture.
         operators: {unit: {operator: nodes}} of the float32 files.
     """
 
@@ -63,125 +78,147 @@ class BundleReport:
 
 
 def export_bundle(
-    recipe: Recipe,
+    recipe: Exportable,
     params: Any,
-    tokenizer_path: str | pathlib.Path,
+    frozen: Any,
+    tokenizer_path: str | pathlib.Path | None,
     out_dir: str | pathlib.Path,
     *,
     precisions: Sequence[Precision] = PRECISIONS,
     backend: Backend = "jax2tf",
-    prompts: Sequence[str] = GOLDEN_PROMPTS,
-    seed: int = 0,
+    golden_inputs: GoldenInputs | None = None,
     reference: Reference | None = None,
-    frozen: Any = None,
 ) -> BundleReport:
     """Exports a recipe's generator.
 
     Args:
-        recipe: whose `exports()` names the units and the sampler. Build it for the platform "cpu" where its own
+        recipe: whose `exports()` names the units and the program. Build it for the platform "cpu" where its own
             generator is to be the reference.
         params: `{player: parameters}`, the averaged ones as a rule.
-        tokenizer_path: the tokenizer.json that the recipe was trained with.
+        frozen: `{role: parameters}` of the recipe's frozen networks, those that generation needs.
+        tokenizer_path: the tokenizer.json that the recipe was trained with; None for a program without prompts.
         out_dir: the bundle's folder. One that holds a bundle is replaced; any other that is not empty is refused.
         precisions: weights to write, of "f32" and "f16".
         backend: see `to_tflite`.
-        prompts: of the golden examples, at least one.
-        seed: of their noise.
-        reference: `(tokens [N, L], mask [N, L], noise [N, *noise_shape]) -> uint8 [N, H, W, 3]`, an independent sampler
-            over the same weights; `generator_of(recipe, params)` is the recipe's own. Its images may differ by one grey
-            level from those of the float32 files.
-        frozen: the recipe's frozen networks, where they are at hand; read by the recipe otherwise.
+        golden_inputs: what the golden examples begin with; the plan's own where none is given.
+        reference: an independent sampler over the same weights; `generator_of(recipe, params, frozen)` is the recipe's
+            own. Its pictures may differ by one grey level from those of the client's sampler.
 
     Raises:
+        ValueError: the plan or its program does not fit together; names what is wrong.
         IncompatibleModelError: a file holds what a phone does not run.
-        VerificationError: a file does not compute what JAX computes. Both leave `out_dir` as it was.
+        VerificationError: a file does not compute what JAX computes. All leave `out_dir` as it was.
     """
     out_dir = pathlib.Path(out_dir).absolute()
-    if not prompts:
-        raise ValueError("a bundle needs at least one golden prompt")
     if not precisions or set(precisions) - set(PRECISIONS):
         raise ValueError(f"precisions are some of {', '.join(PRECISIONS)}; got {list(precisions)}")
     if out_dir.exists() and any(out_dir.iterdir()) and not (out_dir / "manifest.json").is_file():
         raise FileExistsError(f"{out_dir} holds files and is no bundle; name another folder, or empty this one")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer = None if tokenizer_path is None else pathlib.Path(tokenizer_path)
     with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}.partial.", dir=out_dir.parent) as scratch:
-        held = {**params, "frozen": frozen_for_generation(recipe) if frozen is None else frozen}
-        export = _Export(recipe, held, pathlib.Path(scratch) / "bundle", tuple(precisions), backend)
-        report = export.run(pathlib.Path(tokenizer_path), list(prompts), seed, reference)
+        weights = recipe.weights(params, frozen)
+        export = _Export(recipe.exports(), weights, pathlib.Path(scratch) / "bundle", tuple(precisions), backend)
+        report = export.run(tokenizer, golden_inputs, reference)
         if out_dir.exists():
             out_dir.rename(pathlib.Path(scratch) / "before")
         report.folder.rename(out_dir)
     return dataclasses.replace(report, folder=out_dir)
 
 
-def generator_of(recipe: Recipe, params: Any, frozen: Any = None) -> Reference:
-    """The recipe's own sampler as a reference: `generate` with the noise given among its conditions.
+def generator_of(recipe: Exportable, params: Any, frozen: Any) -> Reference:
+    """The recipe's own generator as a reference: `generate` with the noise given among its conditions."""
 
-    `frozen` are the recipe's frozen networks, where they are at hand.
-    """
-
-    def run(tokens: np.ndarray, mask: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    def run(inputs: Mapping[str, np.ndarray], noise: np.ndarray | None) -> dict[str, np.ndarray]:
         cpu = compare.cpu_device()
+        conditions = {**inputs, **({} if noise is None else {"noise": noise})}
         with jax.default_device(cpu):
-            weights = jax.device_put(params, cpu)
-            keys = jax.random.split(jax.random.key(0), len(tokens))
-            conditions = {"tokens": tokens, "mask": mask, "noise": noise}
-            given = jax.device_put(frozen_for_generation(recipe) if frozen is None else frozen, cpu)
-            made = jax.jit(recipe.generate)(weights, given, conditions, keys)
-            return np.asarray(made["image"])
+            keys = jax.random.split(jax.random.key(0), len(next(iter(conditions.values()))))
+            made = _generate(recipe, jax.device_put(params, cpu), jax.device_put(frozen, cpu), conditions, keys)
+            return {name: np.asarray(array) for name, array in made.items()}
 
     return run
+
+
+def _generate(recipe: Exportable, params: Any, frozen: Any, conditions: Any, keys: jax.Array) -> dict[str, jax.Array]:
+    return jax.jit(recipe.generate)(params, frozen, conditions, keys)
+
+
+def _parsed(plan: ExportPlan) -> Program:
+    """The program of a plan, held against its units. Raises `ValueError` that names what does not fit."""
+    try:
+        parsed = program.parse(json.loads(json.dumps(plan.program, allow_nan=False)))
+    except TypeError as error:
+        raise ValueError(f"the plan's program is no plain JSON: {error}") from error
+    names = [unit.name for unit in plan.units]
+    if bad := [name for name in [*names, *parsed.inputs, *parsed.outputs] if not re.fullmatch(r"[a-z0-9_]+", name)]:
+        raise ValueError(f"{bad[0]!r} is no name of a file: lower-case letters, digits and underscores are")
+    if set(names) != parsed.units() or len(set(names)) < len(names):
+        raise ValueError(f"the program calls the units {sorted(parsed.units())}; the plan has {names}")
+    if both := set(names) & set(parsed.outputs):
+        raise ValueError(f"{both.pop()!r} is both a unit and an output; rename one")
+    return parsed
 
 
 class _Export:
     """One export, step by step; the state that its steps share."""
 
     def __init__(
-        self, recipe: Recipe, params: Any, folder: pathlib.Path, precisions: tuple[Precision, ...], backend: Backend
+        self,
+        plan: ExportPlan,
+        weights: Mapping[str, Any],
+        folder: pathlib.Path,
+        precisions: tuple[Precision, ...],
+        backend: Backend,
     ) -> None:
-        plan = recipe.exports()
+        self.plan, self.program = plan, _parsed(plan)
         self.units = {unit.name: unit for unit in plan.units}
-        self.schedule = plan.scheduler
-        self.scheduler = Scheduler.parse(plan.scheduler)
-        for name in [*self.units, *self.scheduler.units.values()]:
-            if name not in self.units or not re.fullmatch(r"[a-z0-9_]+", name):
-                raise ValueError(
-                    f"the scheduler's units are {dict(self.scheduler.units)}; the plan has {list(self.units)}"
-                )
-        self.params = params
+        self.weights = {name: unit.select(weights) for name, unit in self.units.items()}
+        self.storage = {name: describe_storage(unit, weights) for name, unit in self.units.items()}
+        self.shapes = {
+            name: {tensor: tuple(spec.shape) for tensor, spec in unit.inputs.items()}
+            for name, unit in self.units.items()
+        }
         self.folder, self.precisions = folder, precisions
         self.backend: Backend = backend
-        self.inputs = {name: tuple(unit.inputs) for name, unit in self.units.items()}
         self.numbers: dict[str, float] = {}
         self.described: dict[str, dict[str, Any]] = {}
 
-    def run(self, tokenizer: pathlib.Path, prompts: list[str], seed: int, reference: Reference | None) -> BundleReport:
+    def run(
+        self, tokenizer: pathlib.Path | None, inputs: GoldenInputs | None, reference: Reference | None
+    ) -> BundleReport:
+        inputs = self.plan.golden if inputs is None else inputs
+        begin, noise = golden.begin(self.program, inputs, tokenizer)
         self.folder.mkdir()
-        (self.folder / "golden").mkdir()
-        shutil.copyfile(tokenizer, self.folder / "tokenizer.json")
-        for module in (client, verify):
+        if self.program.tokenizer and tokenizer:
+            shutil.copyfile(tokenizer, self.folder / "tokenizer.json")
+        for module in (program, sampler, client, verify):
             shutil.copyfile(str(module.__file__), self.folder / pathlib.Path(str(module.__file__)).name)
-        write_json(self.folder / "scheduler.json", self.schedule)
+        write_json(self.folder / "program.json", self.plan.program)
 
-        tokens, mask = client.tokenize(tokenizer, prompts, self.scheduler.text)
-        noise = np.stack([client.draw_noise(seed, i, self.scheduler.noise_shape()) for i in range(len(prompts))])
-        jax_units = {name: compare.jax_unit(unit, self.params) for name, unit in self.units.items()}
-        ranges = Ranges()
-        watched = {name: ranges.watch(name, unit) for name, unit in jax_units.items()}
-        log.info("golden trajectories of %d prompts in JAX", len(prompts))
-        arrays = golden.run(Sampler(self.scheduler, watched, self.inputs), tokens, mask, noise)
+        jax_units = {name: compare.jax_unit(unit, self.weights[name]) for name, unit in self.units.items()}
+        ranges, calls = Ranges(), golden.Calls()
+        watched = {name: calls.watch(name, ranges.watch(name, unit)) for name, unit in jax_units.items()}
+        log.info("golden examples in JAX")
+        arrays = golden.run(Sampler(self.program, watched, self.shapes), begin, noise)
 
         descriptions = {name: self._convert(unit) for name, unit in self.units.items()}
         for name, unit in self.units.items():
-            self._compare(unit, jax_units[name], self._cases(name, arrays))
+            free = golden.takes_any_time(self.program, name)
+            exact = Sampler(self.program, jax_units, self.shapes)
+            cases = golden.denoiser_cases(exact, arrays) if free else calls.cases(name)
+            self._compare(unit, jax_units[name], cases)
             self.described[name] |= describe_unit(name, descriptions[name], ranges)
         tolerances = self._trajectories(arrays)
         if reference is not None:
-            self._images(reference, arrays)
+            self._outputs(reference, arrays)
 
         for name, array in arrays.items():
-            np.save(self.folder / "golden" / f"{name}.npy", array, allow_pickle=False)
-        facts = {"prompts": prompts, "seed": seed, "tolerances": tolerances}
+            path = self.folder / "golden" / f"{name}.npy"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, array, allow_pickle=False)
+        count = len(next(iter(arrays.values())))
+        facts = {"prompts": list(inputs.prompts), "seed": inputs.seed, "examples": count, "tolerances": tolerances}
         write_json(self.folder / "golden" / "golden.json", facts)
         self._finish()
         operators = {name: description.histogram for name, description in descriptions.items()}
@@ -192,12 +229,14 @@ class _Export:
 
     def _convert(self, unit: ExportUnit) -> Description:
         """Writes every precision of a unit and holds each file to what phones take."""
-        # An embedding table is read by a gather, which no GPU runs: a text encoder is for the CPU.
-        wanted = Requirements(gpu=unit.name != self.scheduler.units["text_encoder"])
+        # An embedding table is read by a gather, which no GPU runs: an encoder of token ids is for the CPU.
+        encoders = self.program.encoders() if isinstance(self.program, Flow) else set()
+        ids = any(np.issubdtype(spec.dtype, np.integer) for spec in unit.inputs.values())
+        wanted = Requirements(gpu=not (unit.name in encoders and ids))
         f32 = self._path(unit.name, "f32")
         log.info("converting %s by %s", unit.name, self.backend)
         start = time.perf_counter()
-        to_tflite(unit.function, unit.select(self.params), unit.inputs, unit.name, f32, self.backend)
+        to_tflite(unit.function, self.weights[unit.name], unit.inputs, unit.name, f32, self.backend)
         self.numbers[f"export.{unit.name}.convert_seconds"] = time.perf_counter() - start
         description = check(f32, wanted)
         if "f16" in self.precisions:
@@ -210,13 +249,6 @@ class _Export:
             total = f"export.bytes_{precision}"
             self.numbers[total] = self.numbers.get(total, 0) + size
         return description
-
-    def _cases(self, name: str, arrays: Arrays) -> dict[str, Arrays]:
-        if name == self.scheduler.units["denoiser"]:
-            return golden.denoiser_cases(arrays, self.scheduler)
-        if name == self.scheduler.units.get("decoder"):
-            return golden.decoder_cases(arrays)
-        return golden.text_cases(arrays)
 
     def _compare(self, unit: ExportUnit, reference: Unit, cases: Mapping[str, Arrays]) -> None:
         """LiteRT against JAX, and the size of the numbers on the way."""
@@ -240,36 +272,53 @@ class _Export:
             "rel_l2": errors,
             "max_activation": {"value": value, "tensor": tensor},
         }
+        if unit.storage:
+            self.described[unit.name]["storage"] = self.storage[unit.name]
 
     def _trajectories(self, arrays: Arrays) -> dict[str, Any]:
         """The tolerances of the golden arrays, by precision, and how close LiteRT comes here."""
-        tolerances = {}
-        exact = self._litert("f32")
+        exact, inputs, noise = self._litert("f32"), golden.inputs_of(arrays), arrays.get("noise")
+        tolerances = {precision: golden.tolerances(exact, arrays, precision) for precision in self.precisions}
         for precision in self.precisions:
-            tolerances[precision] = golden.tolerances(exact, arrays, precision)
-            found = golden.run(self._litert(precision), arrays["tokens"], arrays["mask"], arrays["noise"])
-            last = max(map(verify.relative_l2, found["latents"][:, -1], arrays["latents"][:, -1]))
-            self.numbers[f"export.trajectory.rel_l2_{precision}"] = last
+            found = golden.run(self._litert(precision), inputs, noise)
+            if noise is not None:
+                last = max(map(verify.relative_l2, found["latents"][:, -1], arrays["latents"][:, -1]))
+                self.numbers[f"export.trajectory.rel_l2_{precision}"] = last
             if precision == "f32":
-                self.numbers["export.image.max_grey_f32"] = int(
-                    verify.grey_levels(found["image"], arrays["image"]).max()
-                )
+                for name in self.program.outputs:
+                    kind, error = self._difference(name, found[f"outputs/{name}"], arrays)
+                    self.numbers[f"export.{name}.{kind}_f32"] = error
         return tolerances
 
     def _litert(self, precision: Precision) -> Sampler:
         units = {name: client.litert_unit(self._path(name, precision), name) for name in self.units}
-        return Sampler(self.scheduler, units, self.inputs)
+        return Sampler(self.program, units, self.shapes)
 
-    def _images(self, reference: Reference, arrays: Arrays) -> None:
-        """The golden images against those of an independent sampler."""
-        images = reference(arrays["tokens"], arrays["mask"], arrays["noise"])
-        worst = int(verify.grey_levels(images, arrays["image"]).max())
-        self.numbers["export.image.max_grey_to_generator"] = worst
-        if worst > 1:
+    def _difference(self, name: str, made: np.ndarray, arrays: Arrays) -> tuple[str, float]:
+        """How far an output is from the golden one: ("max_grey", levels) or ("rel_l2", error)."""
+        expected = arrays[f"outputs/{name}"]
+        if self.program.outputs[name].dtype == "uint8":
+            return "max_grey", int(verify.grey_levels(made, expected).max())
+        return "rel_l2", max(map(verify.relative_l2, made, expected))
+
+    def _outputs(self, reference: Reference, arrays: Arrays) -> None:
+        """The golden outputs against those of an independent sampler."""
+        made = reference(golden.inputs_of(arrays), arrays.get("noise"))
+        if missing := [name for name in self.program.outputs if name not in made]:
             raise compare.VerificationError(
-                f"the client's sampler and the recipe's own differ by {worst} grey levels for the same prompt and "
-                "noise; 1 is accepted. Does scheduler.json say what the recipe does? Nothing was written."
+                f"the recipe's own generator gives {', '.join(made)}, and the program also {', '.join(missing)}"
             )
+        limits = {"max_grey": 1, "rel_l2": golden.SAFETY * compare.LIMITS["f32"]}
+        for name in self.program.outputs:
+            kind, worst = self._difference(name, np.asarray(made[name]), arrays)
+            self.numbers[f"export.{name}.{kind}_to_generator"] = worst
+            if not worst <= limits[kind]:
+                measure = "grey levels" if kind == "max_grey" else "in relative L2"
+                raise compare.VerificationError(
+                    f"{name}: the client's sampler and the recipe's own differ by {worst:g} {measure} for the same "
+                    f"inputs and noise; {limits[kind]:g} is accepted. Does program.json say what the recipe does? "
+                    "Nothing was written."
+                )
 
     def _finish(self) -> None:
         """Writes the manifest last, and reads the whole bundle as its user will."""
@@ -277,14 +326,14 @@ class _Export:
             for name in self.units:
                 self._path(name, "f32").unlink()
         manifest = {
-            "schema": client.SCHEMA,
+            "schema": program.SCHEMA,
             "precisions": list(self.precisions),
             "backend": self.backend,
             "units": self.described,
             "measured": self.numbers,
             "versions": versions(),
         }
-        (self.folder / "README.md").write_text(readme(manifest, self.scheduler), "utf-8")
+        (self.folder / "README.md").write_text(readme(manifest, self.program), "utf-8")
         manifest["files"] = fingerprints(self.folder)
         write_json(self.folder / "manifest.json", manifest)
         failed = [f"{c.name}: {c.finding}" for c in verify.checks(self.folder) if not c.passed]

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from snapgen_jax.export.client import Arrays, Unit
 from snapgen_jax.export.flatbuffer import describe
 from snapgen_jax.export.precision import Precision
+from snapgen_jax.export.sampler import Arrays, Unit
 from snapgen_jax.export.verify import relative_l2
-from snapgen_jax.training.recipe import ExportUnit
+from snapgen_jax.training.exports import ExportUnit
 
 # Relative L2 error of one call. Float32 files differ from XLA in the order of their sums alone; a float16 weight is
 # off by 2^-12 of itself on average, which some tens of layers add up to under 1e-3.
@@ -41,9 +41,9 @@ def cpu_device() -> Any:
         ) from error
 
 
-def jax_unit(unit: ExportUnit, params: Any) -> Unit:
+def jax_unit(unit: ExportUnit, weights: Mapping[str, Any]) -> Unit:
     """The unit's function in JAX on the CPU, numpy in and numpy out: the reference of its file."""
-    params = jax.device_put(unit.select(params), cpu_device())
+    params = jax.device_put(unit.select(weights), cpu_device())
     compiled = jax.jit(unit.function)
 
     def run(**inputs: np.ndarray) -> Arrays:

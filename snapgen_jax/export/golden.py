@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import numpy as np
 
-from snapgen_jax.export.client import Arrays, Sampler, Scheduler, Unit, time_features
+from snapgen_jax.export import client
 from snapgen_jax.export.compare import LIMITS
 from snapgen_jax.export.precision import Precision
+from snapgen_jax.export.program import Flow, Program
+from snapgen_jax.export.sampler import Arrays, Sampler, Unit, time_input
 from snapgen_jax.export.verify import grey_levels, relative_l2
+from snapgen_jax.training.exports import GoldenInputs
 
 TIMES = (0.0, 0.25, 0.5, 0.75, 1.0)
 # A tolerance is the deviation that errors at the limit of one call add up to, times this.
@@ -15,81 +22,173 @@ SAFETY = 2.0
 ROUNDING = 1e-6  # relative; what float32 alone loses over some tens of steps
 
 
-def run(sampler: Sampler, tokens: np.ndarray, mask: np.ndarray, noise: np.ndarray) -> Arrays:
+def begin(program: Program, given: GoldenInputs, tokenizer: pathlib.Path | None) -> tuple[Arrays, np.ndarray | None]:
+    """What the golden examples begin with: {input: `[N, ...]`}, and the noise `[N, *noise_shape]` of a flow.
+
+    Raises:
+        ValueError: the program takes other inputs, or the examples are not all of one number.
+    """
+    found: Arrays = {name: np.asarray(array) for name, array in given.arrays.items()}
+    if names := program.tokenizer:
+        if tokenizer is None or not given.prompts:
+            raise ValueError("the program takes prompts: its bundle needs a tokenizer and at least one golden prompt")
+        tokens, mask = client.tokenize(tokenizer, given.prompts, program.inputs[names["tokens"]].null)
+        found |= {names["tokens"]: tokens, names["mask"]: mask}
+    if set(found) != set(program.inputs):
+        raise ValueError(f"the golden inputs are {sorted(found)}; the program takes {sorted(program.inputs)}")
+    counts = {len(array) for array in found.values()} or {given.examples}
+    if len(counts) > 1 or not all(counts):
+        raise ValueError(f"the golden inputs hold different numbers of examples, or none: {sorted(counts)}")
+    if not isinstance(program, Flow):
+        return found, None
+    shape = program.noise_shape()
+    return found, np.stack([client.draw_noise(given.seed, i, shape) for i in range(counts.pop())])
+
+
+def run(sampler: Sampler, inputs: Mapping[str, np.ndarray], noise: np.ndarray | None) -> Arrays:
     """Runs N examples and keeps all that a client should see on the way.
 
+    Args:
+        sampler: over JAX functions or files.
+        inputs: `{name: [N, ...]}`, all that the program lists.
+        noise: `[N, *noise_shape]` of a flow; None for a program of one call.
+
     Returns:
-        tokens int32 and mask `[N, L]`, noise `[N, *noise_shape]`, sequence `[N, L, D]`, pooled `[N, P]`, their null_*
-        counterparts `[1, ...]`, latents `[N, S, h, w, c]` after each step, image uint8 `[N, H, W, 3]`.
+        By the names of their files: `inputs/<name>` `[N, ...]`, `outputs/<name>` `[N, ...]`, and of a flow also
+        `noise`, `latents` `[N, S, ...]` after each step, and what each encoder gave, `contexts/<context>/<name>` and,
+        where guidance asks, `null_contexts/<context>/<name>` `[N, 1, ...]`.
     """
-    null = sampler.encode_null()
-    contexts = [sampler.encode(*pair) for pair in zip(tokens, mask, strict=True)]
-    latents = np.stack([sampler.trajectory(x, c, null) for x, c in zip(noise, contexts, strict=True)])
-    return {
-        "tokens": tokens,
-        "mask": mask,
-        "noise": noise,
-        **{name: np.concatenate([c[name] for c in contexts]) for name in ("sequence", "pooled")},
-        **{f"null_{name}": null[name] for name in ("sequence", "pooled")},
-        "latents": latents,
-        "image": np.stack([sampler.decode(x[-1]) for x in latents]),
-    }
+    count = len(next(iter(inputs.values()))) if noise is None else len(noise)
+    examples = [{name: array[i] for name, array in inputs.items()} for i in range(count)]
+    found: Arrays = {f"inputs/{name}": np.asarray(array) for name, array in inputs.items()}
+    if noise is None or not isinstance(sampler.program, Flow):
+        made = [sampler.run(example) for example in examples]
+        return {**found, **{f"outputs/{name}": np.stack([one[name] for one in made]) for name in made[0]}}
+    given = [sampler.given(example) for example in examples]
+    contexts, nulls = [sampler.contexts(one) for one in given], [{} for _ in given]
+    for name in sampler.program.contexts:
+        found |= _encoded("contexts", name, contexts, sampler)
+    if any(step.guided for step in sampler.program.steps):
+        nulls = [sampler.null_contexts(one) for one in given]
+        for name in sampler.program.contexts:
+            found |= _encoded("null_contexts", name, nulls, sampler)
+    latents = np.stack([sampler.trajectory(*three) for three in zip(noise, contexts, nulls, strict=True)])
+    made = [sampler.decode(one[-1]) for one in latents]
+    outputs = {f"outputs/{name}": np.stack([one[name] for one in made]) for name in made[0]}
+    return {**found, "noise": noise, "latents": latents, **outputs}
 
 
-def denoiser_cases(golden: Arrays, scheduler: Scheduler, example: int = 0) -> dict[str, Arrays]:
-    """Inputs of the denoiser at each of `TIMES`, along a golden example's path `x_t = (1 - t) x_0 + t noise`."""
+def _encoded(kind: str, context: str, contexts: list[Any], sampler: Sampler) -> Arrays:
+    """What the encoders added to a context."""
+    names = [name for name in contexts[0][context] if name not in sampler.program.inputs]
+    return {f"{kind}/{context}/{name}": np.stack([one[context][name] for one in contexts]) for name in names}
+
+
+def inputs_of(golden: Arrays) -> Arrays:
+    """{input: `[N, ...]`} of what `run` returned."""
+    return {name.removeprefix("inputs/"): array for name, array in golden.items() if name.startswith("inputs/")}
+
+
+class Calls:
+    """Some calls of each unit, spread evenly over all that pass by: what its file is compared at."""
+
+    LIMIT = 8
+
+    def __init__(self) -> None:
+        self._kept: dict[str, list[Arrays]] = {}
+        self._stride: dict[str, int] = {}
+        self._count: dict[str, int] = {}
+
+    def watch(self, name: str, unit: Unit) -> Unit:
+        """The same function, which also notes what goes in."""
+        self._kept[name], self._stride[name], self._count[name] = [], 1, 0
+
+        def run(**inputs: np.ndarray) -> Mapping[str, np.ndarray]:
+            if self._count[name] % self._stride[name] == 0:
+                self._kept[name].append(inputs)
+            self._count[name] += 1
+            if len(self._kept[name]) > self.LIMIT:  # an odd stride keeps calls of both halves of guidance
+                self._kept[name], self._stride[name] = self._kept[name][::3], 3 * self._stride[name]
+            return unit(**inputs)
+
+        return run
+
+    def cases(self, name: str) -> dict[str, Arrays]:
+        """{"call <number>": inputs}."""
+        return {f"call {i * self._stride[name]}": inputs for i, inputs in enumerate(self._kept[name])}
+
+
+def takes_any_time(program: Program, unit: str) -> bool:
+    """Whether a unit is the one denoiser of a flow whose grid is free, and without a state."""
+    if not isinstance(program, Flow) or program.shift is None or program.state:
+        return False
+    return unit == program.steps[0].unit
+
+
+def denoiser_cases(sampler: Sampler, golden: Arrays, example: int = 0) -> dict[str, Arrays]:
+    """Inputs of such a denoiser at each of `TIMES`, along a golden example's path `x_t = (1 - t) x_0 + t noise`."""
+    flow = sampler.program
+    assert isinstance(flow, Flow)
     x_0, noise = golden["latents"][example, -1], golden["noise"][example]
-    noise = noise[0] if scheduler.method == "renoise" else noise
-    text = {name: golden[name][example : example + 1] for name in ("sequence", "mask", "pooled")}
-    return {
-        f"t={t:g}": {
-            "latent": ((1 - t) * x_0 + t * noise)[None].astype(np.float32),
-            "time": time_features(np.array([t]), scheduler.time_features),
-            **text,
-        }
-        for t in TIMES
-    }
+    noise = noise if noise.shape == flow.latent_shape else noise[0]
+    step = flow.steps[0]
+    given = sampler.given({name: array[example] for name, array in inputs_of(golden).items()})
+    context = sampler.contexts(given)[step.context]
+    cases = {}
+    for t in np.asarray(TIMES, np.float32):
+        latent = np.float32(step.scale) * ((1 - t) * x_0 + t * noise).astype(np.float32)
+        cases[f"t={t:g}"] = sampler.take(step.unit, {**context, "latent": latent, **time_input(step, t, 0)})
+    return cases
 
 
-def text_cases(golden: Arrays) -> dict[str, Arrays]:
-    """Inputs of the text encoder: each golden prompt."""
-    pairs = zip(golden["tokens"], golden["mask"], strict=True)
-    return {f"prompt {i}": {"tokens": tokens[None], "mask": mask[None]} for i, (tokens, mask) in enumerate(pairs)}
-
-
-def decoder_cases(golden: Arrays) -> dict[str, Arrays]:
-    """Inputs of a decoder that is a network: the last latent of each golden prompt."""
-    return {f"prompt {i}": {"latent": latents[-1:]} for i, latents in enumerate(golden["latents"])}
-
-
-def tolerances(sampler: Sampler, golden: Arrays, precision: Precision) -> dict[str, object]:
+def tolerances(sampler: Sampler, golden: Arrays, precision: Precision) -> dict[str, Any]:
     """How far a client may be from the golden arrays.
 
     Each call of a unit may be off by the limit of its precision. Here every call is put off by exactly that much, in
     one direction throughout, so that the steps add up as badly as they can; guidance widens an error of the velocity by
     |w| + |w - 1|, with opposite signs in its two calls. The deviation that this leads to, measured on LiteRT and
-    doubled, is the tolerance: it includes how much this sampler, with these weights, amplifies an error.
+    doubled, is the tolerance: it includes how much this sampler, with these weights, amplifies an error. What a single
+    call gives is held to the limit itself.
 
     Returns:
-        text_encoder: relative L2; latents: relative L2 after each step; image_max_grey (float32: the one grey level
-        that rounding may flip) or image_rms_grey (root mean square).
+        outputs: {name: {"max_grey": 1} (float32: the one grey level that rounding may flip), {"rms_grey"} (root mean
+        square) or {"rel_l2"} (relative L2, where the output is no picture)}. Of a flow also contexts: {name: relative
+        L2}, and latents: relative L2 after each step.
     """
-    limit, scheduler = LIMITS[precision], sampler.scheduler
-    widening = abs(scheduler.guidance) + abs(scheduler.guidance - 1)
-    units = dict(sampler.units)
-    denoiser = scheduler.units["denoiser"]
-    units[denoiser] = _put_off(units[denoiser], limit * widening)
-    for name in units.keys() - {denoiser}:
-        units[name] = _put_off(units[name], limit)
-    inputs = (golden["tokens"], golden["mask"], golden["noise"])
-    exact, off = run(sampler, *inputs), run(Sampler(scheduler, units, sampler.inputs), *inputs)
-    steps = range(golden["latents"].shape[1])
-    deviation = [max(map(relative_l2, off["latents"][:, i], exact["latents"][:, i])) for i in steps]
-    found: dict[str, object] = {"text_encoder": limit, "latents": [SAFETY * d + ROUNDING for d in deviation]}
-    if precision == "f32":
-        return {**found, "image_max_grey": 1}
-    grey = max(np.sqrt(np.mean(grey_levels(a, b) ** 2)) for a, b in zip(off["image"], exact["image"], strict=True))
-    return {**found, "image_rms_grey": SAFETY * float(grey) + 0.5}  # half a level for rounding
+    limit, program = LIMITS[precision], sampler.program
+    units = {name: _put_off(unit, limit * _widening(program, name)) for name, unit in sampler.units.items()}
+    inputs, noise = inputs_of(golden), golden.get("noise")
+    exact, off = run(sampler, inputs, noise), run(Sampler(program, units, sampler.shapes), inputs, noise)
+
+    def deviation(name: str, worst: Callable[[np.ndarray, np.ndarray], float] = relative_l2) -> float:
+        return max(worst(a, b) for a, b in zip(off[name], exact[name], strict=True))
+
+    found: dict[str, Any] = {"outputs": {}}
+    if isinstance(program, Flow):
+        steps = range(golden["latents"].shape[1])
+        errors = [max(map(relative_l2, off["latents"][:, i], exact["latents"][:, i])) for i in steps]
+        found["latents"] = [SAFETY * error + ROUNDING for error in errors]
+        found["contexts"] = {}
+        for context, encoders in program.contexts.items():
+            arrays = [name for name in exact if name.startswith(f"contexts/{context}/")]
+            chained = max((SAFETY * deviation(name) + ROUNDING for name in arrays), default=limit)
+            found["contexts"][context] = limit if len(encoders) < 2 else max(limit, chained)
+    for name, array in program.outputs.items():
+        if array.dtype != "uint8":
+            error = SAFETY * deviation(f"outputs/{name}") + ROUNDING
+            found["outputs"][name] = {"rel_l2": error if isinstance(program, Flow) else limit}
+        elif precision == "f32":
+            found["outputs"][name] = {"max_grey": 1}
+        else:
+            grey = deviation(f"outputs/{name}", lambda a, b: float(np.sqrt(np.mean(grey_levels(a, b) ** 2))))
+            found["outputs"][name] = {"rms_grey": SAFETY * grey + 0.5}  # half a level for rounding
+    return found
+
+
+def _widening(program: Program, unit: str) -> float:
+    """What guidance makes of an error of a denoiser, at most; 1 for other units."""
+    scales = [step.guidance for step in program.steps if step.unit == unit] if isinstance(program, Flow) else []
+    return max((float(np.max(np.abs(w) + np.abs(w - 1))) for w in scales), default=1.0)
 
 
 def _put_off(unit: Unit, amount: float) -> Unit:

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from snapgen_jax.export.client import Unit
 from snapgen_jax.export.flatbuffer import Description, Tensor
+from snapgen_jax.export.sampler import Unit
 
-LAYOUTS = {"latent": "NHWC", "prediction": "NHWC", "image": "NHWC", "sequence": "NLD"}
+LAYOUTS = {1: "N", 2: "NC", 3: "NLD", 4: "NHWC"}  # by rank
 LIBRARIES = (
     "snapgen-jax",
     "jax",
@@ -59,7 +59,7 @@ def describe_unit(name: str, description: Description, ranges: Ranges) -> dict[s
             tensor_name: {
                 "shape": list(tensor.shape),
                 "dtype": tensor.dtype,
-                "layout": LAYOUTS.get(tensor_name, "NC"),
+                "layout": LAYOUTS.get(len(tensor.shape), ""),
                 "range": ranges.of(name, tensor_name),
             }
             for tensor_name, tensor in sorted(found.items())

@@ -5,26 +5,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from snapgen_jax.export.client import Scheduler
+import numpy as np
+
+from snapgen_jax.export.program import Flow, Program
 
 PAGE = """\
 # Export bundle
 
 Check it: `pip install numpy ai-edge-litert`, then `python verify.py`. Run it: `client.py` is a complete client in
-numpy. Its first lines define `scheduler.json`, and its functions are short enough to port.
+numpy. The first lines of `program.py` define `program.json`, and `sampler.py` holds the formulas, short enough to port.
 
-An image is: token ids -> **{encoder}**, once for the prompt and once for the empty prompt -> noise -> {steps} steps of
-**{denoiser}** (method {method}, guidance {guidance:g}) -> `decode`. Every call has batch 1; guidance is two calls. The
-noise, the time features and the sampler loop are the client's, in float32.
+{story}
 
 {units}
-`golden/` holds `.npy` arrays (little-endian, C order): token ids, noise, text states, the latent after each step, the
-image. `golden/golden.json` holds their prompts, and says how close a client must come: what the accepted error of one
-call adds up to over the steps of this sampler.
+`golden/` holds `.npy` arrays (little-endian, C order): `inputs/` and `outputs/` by name{flow}. Their first axis counts
+examples. `golden/golden.json` says how close a client must come: what the accepted error of one call adds up to over
+all calls.
 
 In float16 files the weights are float16, and inputs and outputs stay float32. Float16 arithmetic ends at 65504; the
 largest number inside a unit is given above, so that a GPU driver's rounding can be judged.
 """
+
+FLOW = """\
+An example is: {inputs} -> {encoders}noise -> {steps} steps (rule {rules}) of {denoisers} -> {decoder}{outputs}. Every
+call has batch 1. Guidance ({guidance}) is two calls, the second with the null inputs. The noise, the time features and
+the sampler loop are the client's, in float32."""
+
+CALL = "An example is one call: {inputs} -> **{unit}** -> {outputs}."
 
 UNIT = """\
 ## {name}
@@ -37,15 +44,33 @@ Files: {files}. Signature: `{signature}`. Largest number inside: {largest:.3g}. 
 """
 
 
-def readme(manifest: Mapping[str, Any], scheduler: Scheduler) -> str:
-    """Markdown from the contents of manifest.json and scheduler.json."""
-    return PAGE.format(
-        encoder=scheduler.units["text_encoder"],
-        denoiser=scheduler.units["denoiser"],
-        steps=len(scheduler.times) - 1,
-        method=scheduler.method,
-        guidance=scheduler.guidance,
-        units="\n".join(_unit(name, unit) for name, unit in manifest["units"].items()),
+def readme(manifest: Mapping[str, Any], program: Program) -> str:
+    """Markdown from the contents of manifest.json and program.json."""
+    flow = (
+        ", `noise`, `contexts/`, `null_contexts/`, and `latents` after each step" if isinstance(program, Flow) else ""
+    )
+    units = "\n".join(_unit(name, unit) for name, unit in manifest["units"].items())
+    return PAGE.format(story=_story(program), units=units, flow=flow)
+
+
+def _story(program: Program) -> str:
+    inputs, outputs = (", ".join(f"`{name}`" for name in ends) for ends in (program.inputs, program.outputs))
+    if not isinstance(program, Flow):
+        return CALL.format(inputs=inputs, unit=program.unit, outputs=outputs)
+    steps = program.steps[: len(program.times) - 1]
+    scales = {np.array2string(step.guidance, separator=", ") for step in steps}
+    network = program.decoder is not None and program.decoder["kind"] == "network"
+    return FLOW.format(
+        inputs=inputs or "no input",
+        encoders="".join(
+            f"**{unit}** -> " for unit in dict.fromkeys(u for us in program.contexts.values() for u in us)
+        ),
+        steps=len(steps),
+        rules=" and ".join(dict.fromkeys(step.rule for step in steps)),
+        denoisers=" and ".join(f"**{unit}**" for unit in dict.fromkeys(step.unit for step in steps)),
+        decoder=f"**{program.decoder['unit']}** -> " if program.decoder and network else "",
+        outputs=outputs,
+        guidance=scales.pop() if len(scales) == 1 else "by step",
     )
 
 

@@ -1,7 +1,7 @@
 """Checks an export bundle with numpy and ai-edge-litert alone: `python verify.py`, in the bundle's folder.
 
-Every file against its size and SHA-256, every signature against the manifest, and the golden examples: what the text
-encoder gives, the latent after each step of the sampler, and the image. This file is copied into every bundle.
+Every file against its size and SHA-256, every signature against the manifest, and the golden examples: what the
+encoders give, the latent after each step of the sampler, and the outputs. This file is copied into every bundle.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ import importlib.util
 import json
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
 
 if __package__:
-    from snapgen_jax.export.client import Bundle, BundleError, tokenize
+    from snapgen_jax.export.client import Bundle
+    from snapgen_jax.export.program import SCHEMA, BundleError, Flow
+    from snapgen_jax.export.sampler import Arrays, Sampler
 else:  # beside its own copy of the client, in a bundle
-    from client import Bundle, BundleError, tokenize  # type: ignore[import-not-found]
+    from client import Bundle  # type: ignore[import-not-found]
+    from program import SCHEMA, BundleError, Flow  # type: ignore[import-not-found]
+    from sampler import Arrays, Sampler  # type: ignore[import-not-found]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +53,8 @@ def checks(
 ) -> Iterator[Check]:
     """Checks a bundle, one finding at a time; `precisions` default to all that it has."""
     bundle = Bundle(folder)
+    if bundle.schema != SCHEMA:
+        raise BundleError(f"this bundle is of schema {bundle.schema}; check it with the verify.py that lies in it")
     files = list(_files(bundle))
     yield from files
     if not all(check.passed for check in files):
@@ -77,12 +83,11 @@ def _files(bundle: Bundle) -> Iterator[Check]:
 
 
 def _token_ids(bundle: Bundle) -> Iterator[Check]:
-    """Only where the `tokenizers` library is installed."""
-    if importlib.util.find_spec("tokenizers") is None:
-        return
+    """Only where the program takes prompts and the `tokenizers` library is installed."""
     prompts = _facts(bundle)["prompts"]
-    tokens, mask = tokenize(bundle.file("tokenizer.json"), prompts, bundle.scheduler.text)
-    same = np.array_equal(tokens, bundle.golden("tokens")) and np.array_equal(mask, bundle.golden("mask"))
+    if not prompts or importlib.util.find_spec("tokenizers") is None:
+        return
+    same = all(np.array_equal(made, bundle.golden(f"inputs/{name}")) for name, made in bundle.tokenize(prompts).items())
     yield Check("tokenizer", f"{len(prompts)} prompts to the golden ids", same)
 
 
@@ -104,25 +109,45 @@ def _signatures(bundle: Bundle, precision: str) -> Iterator[Check]:
 
 
 def _golden(bundle: Bundle, precision: str, num_threads: int | None) -> Iterator[Check]:
-    sampler = bundle.sampler(precision, num_threads)
-    tolerances = _facts(bundle)["tolerances"][precision]
-    golden = {n: bundle.golden(n) for n in ("tokens", "mask", "noise", "sequence", "pooled", "latents", "image")}
-    null = sampler.encode_null()
-    for i in range(len(golden["tokens"])):
+    sampler, facts = bundle.sampler(precision, num_threads), _facts(bundle)
+    limits = facts["tolerances"][precision]
+    for i in range(facts["examples"]):
         example = f"{precision} golden {i}"
-        context = sampler.encode(golden["tokens"][i], golden["mask"][i])
-        error = max(relative_l2(context[n][0], golden[n][i]) for n in ("sequence", "pooled"))
-        yield _below(f"{example} text encoder", error, tolerances["text_encoder"])
-        latents = sampler.trajectory(golden["noise"][i], context, null)
-        errors = [relative_l2(x, y) for x, y in zip(latents, golden["latents"][i], strict=True)]
-        worst = int(np.argmax(np.array(errors) / tolerances["latents"]))
-        yield _below(f"{example} latent after step {worst + 1}", errors[worst], tolerances["latents"][worst])
-        levels = grey_levels(sampler.decode(latents[-1]), golden["image"][i])
-        if "image_max_grey" in tolerances:
-            yield _below(f"{example} image, largest grey level difference", levels.max(), tolerances["image_max_grey"])
+        inputs = {name: bundle.golden(f"inputs/{name}")[i] for name in bundle.program.inputs}
+        if isinstance(bundle.program, Flow):
+            made = yield from _flow(bundle, bundle.program, sampler, inputs, i, example, limits)
         else:
-            root = float(np.sqrt(np.mean(levels**2)))
-            yield _below(f"{example} image, rms grey level difference", root, tolerances["image_rms_grey"])
+            made = sampler.run(inputs)
+        for name, limit in limits["outputs"].items():
+            expected = bundle.golden(f"outputs/{name}")[i]
+            if "rel_l2" in limit:
+                yield _below(f"{example} {name}", relative_l2(made[name], expected), limit["rel_l2"])
+                continue
+            levels = grey_levels(made[name], expected)
+            if "max_grey" in limit:
+                yield _below(f"{example} {name}, largest grey level difference", levels.max(), limit["max_grey"])
+            else:
+                root = float(np.sqrt(np.mean(levels**2)))
+                yield _below(f"{example} {name}, rms grey level difference", root, limit["rms_grey"])
+
+
+def _flow(
+    bundle: Bundle, flow: Flow, sampler: Sampler, inputs: Arrays, i: int, example: str, limits: dict
+) -> Generator[Check, None, Arrays]:
+    """Checks contexts and latents of example i on the way to its outputs, which it returns."""
+    given = sampler.given(inputs)
+    contexts = sampler.contexts(given)
+    for context, limit in limits["contexts"].items():
+        names = [name for name in contexts[context] if name not in inputs]
+        errors = [relative_l2(contexts[context][n], bundle.golden(f"contexts/{context}/{n}")[i]) for n in names]
+        yield _below(f"{example} context {context}", max(errors, default=0.0), limit)
+    guided = any(step.guided for step in flow.steps)
+    null = sampler.null_contexts(given) if guided else {}
+    latents = sampler.trajectory(bundle.golden("noise")[i], contexts, null)
+    errors = [relative_l2(x, y) for x, y in zip(latents, bundle.golden("latents")[i], strict=True)]
+    worst = int(np.argmax(np.array(errors) / limits["latents"]))
+    yield _below(f"{example} latent after step {worst + 1}", errors[worst], limits["latents"][worst])
+    return sampler.decode(latents[-1])
 
 
 def _below(name: str, value: float, limit: float) -> Check:

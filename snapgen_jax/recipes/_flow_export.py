@@ -1,11 +1,10 @@
-"""What leaves a run of flow matching for a phone: its networks as functions, and its sampler as plain data."""
+"""What leaves a run of flow matching for a phone: its denoiser as a function, and its sampler as plain data."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,122 +12,109 @@ import numpy as np
 
 from snapgen_jax.diffusion.path import T_MIN
 from snapgen_jax.diffusion.timesteps import time_grid
-from snapgen_jax.networks.codec import Codec, build_codec
 from snapgen_jax.networks.module import apply, build
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.time_features import MAX_PERIOD, TIME_SCALE
-from snapgen_jax.training.recipe import ExportPlan, ExportUnit
-
-if TYPE_CHECKING:
-    from snapgen_jax.recipes.flow_matching import FlowMatchingConfig
+from snapgen_jax.training.exports import ExportPlan, ExportUnit, GoldenInputs
 
 Tree = Any
 
 
-def export_plan(config: FlowMatchingConfig, codec: Codec, null_caption: Mapping[str, np.ndarray]) -> ExportPlan:
-    """All networks at the first image size, batch 1, in float32 with real depthwise convolutions.
+class Sampling(Protocol):
+    """How examples are made: steps, guidance scale, step rule, shift of the grid of times."""
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def guidance(self) -> float: ...
+
+    @property
+    def method(self) -> str: ...
+
+    @property
+    def shift(self) -> float: ...
+
+
+def flow_plan(
+    *,
+    denoiser_role: str,
+    network_config: Any,
+    prediction: Literal["velocity", "x_0"],
+    sampling: Sampling,
+    latent_shape: tuple[int, ...],
+    image_shape: tuple[int, ...],
+    context: TextContext,
+    null: Mapping[str, np.ndarray],
+    codec: Mapping[str, Any] | None,
+    units: Mapping[str, ExportUnit],
+    golden: GoldenInputs,
+) -> ExportPlan:
+    """The denoiser at batch 1, in float32 with real depthwise convolutions, and the sampler that calls all units.
 
     Args:
-        config: of the run.
-        codec: its codec, without parameters.
-        null_caption: `tokens` and `mask` `[L]` of the empty caption.
+        denoiser_role: whose weights the denoiser has: "unet".
+        network_config: its config.
+        prediction: what its output stands for.
+        sampling: the sampler's settings.
+        latent_shape, image_shape: of one example.
+        context: ShapeDtypeStructs `[1, ...]` of what the denoiser attends to.
+        null: `{input of the program: array of one example}`, the inputs of the empty condition, which also give names,
+            shapes and dtypes. With a text encoder they are `tokens` and `mask` `[L]`, which the tokenizer makes of
+            prompts; without one `sequence` `[L, D]`, `mask` `[L]` and `pooled` `[P]`, which the caller gives.
+        codec: `Codec.describe()`; None leaves latents to the caller.
+        units: "text_encoder" and "decoder", where there are such.
+        golden: what the golden examples begin with.
     """
-    latent_shape = codec.latent_shape(config.image_sizes[0])
-    text, context = _text_unit(config)
-    units = {
-        "denoiser": _denoiser_unit(config, latent_shape, context),
-        "text_encoder": text,
-        **({"decoder": _decoder_unit(config, latent_shape)} if codec.spec() else {}),
-    }
-    names = {role: unit.name for role, unit in units.items()}
-    scheduler = _scheduler(config, latent_shape, null_caption)
-    return ExportPlan(list(units.values()), {**scheduler, "codec": codec.describe(), "units": names})
-
-
-def _f32(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
-def _text_unit(config: FlowMatchingConfig) -> tuple[ExportUnit, TextContext]:
-    """The text encoder, and the shapes of what it gives."""
-    network, spec = build(dataclasses.replace(config.text, dtype="float32"))
-    length = config.text.max_tokens
-    inputs = {"tokens": jax.ShapeDtypeStruct((1, length), jnp.int32), "mask": _f32(1, length)}
-
-    def encode_text(params: Tree, *, tokens: Any, mask: Any) -> dict[str, jax.Array]:
-        context = apply(network, params, tokens, mask)
-        return {"sequence": context.sequence, "pooled": context.pooled}
-
-    def select(weights: Tree) -> Tree:
-        return {**weights["frozen"], **weights["model"]}["text"]
-
-    context = jax.eval_shape(functools.partial(apply, network), spec, *inputs.values())
-    return ExportUnit("text_encoder", encode_text, select, inputs), context
-
-
-def _denoiser_unit(config: FlowMatchingConfig, latent_shape: tuple[int, ...], context: TextContext) -> ExportUnit:
-    name, settings = config.network, getattr(config, config.network)
-    form = {"depthwise": "grouped"} if name == "unet" else {}
-    network, _ = build(dataclasses.replace(settings, dtype="float32", **form))
-
-    def denoise(params: Tree, *, latent: Any, time: Any, sequence: Any, mask: Any, pooled: Any) -> dict[str, jax.Array]:
-        out, _ = apply(network, params, latent, time, TextContext(sequence, mask, pooled))
-        return {"prediction": out}
-
-    inputs = {
-        "latent": _f32(1, *latent_shape),
-        "time": _f32(1, settings.time_width),
-        "sequence": _f32(*context.sequence.shape),
-        "mask": _f32(1, config.text.max_tokens),
-        "pooled": _f32(*context.pooled.shape),
-    }
-    return ExportUnit(name, denoise, lambda weights: weights["model"][name], inputs)
-
-
-def _decoder_unit(config: FlowMatchingConfig, latent_shape: tuple[int, ...]) -> ExportUnit:
-    settings = config.codec
-    codec = build_codec(
-        dataclasses.replace(
-            settings,
-            autoencoder=dataclasses.replace(settings.autoencoder, dtype="float32"),
-            tiny_decoder=dataclasses.replace(settings.tiny_decoder, dtype="float32", depthwise="grouped"),
-        )
-    )
-
-    def decode(params: Tree, *, latent: Any) -> dict[str, jax.Array]:
-        return {"image": codec.bind(params).decode(latent)}
-
-    def select(weights: Tree) -> Tree:
-        params = weights["frozen"]["codec"]
-        return {"decoder": params["decoder"]} if settings.decoder == "tiny" else params
-
-    return ExportUnit("decoder", decode, select, {"latent": _f32(1, *latent_shape)})
-
-
-def _scheduler(
-    config: FlowMatchingConfig, latent_shape: tuple[int, ...], null_caption: Mapping[str, np.ndarray]
-) -> dict[str, Any]:
-    """The sampler loop, which the client replays."""
-    sampling = config.sampling
-    return {
-        "schema": 1,
-        "kind": "flow_matching",
-        "prediction": {"kind": "velocity"} if config.prediction == "velocity" else {"kind": "x_0", "t_min": T_MIN},
-        "method": sampling.method,
+    denoiser = _denoiser_unit(denoiser_role, network_config, latent_shape, context)
+    text, decoder = units.get("text_encoder"), units.get("decoder")
+    latent, image = (list(latent_shape), "float32"), (list(image_shape), "uint8")
+    name, (shape, dtype) = ("latent", latent) if codec is None else ("image", image)
+    program = {
+        "schema": 2,
+        "kind": "flow",
+        "inputs": {
+            key: {"shape": list(array.shape), "dtype": str(array.dtype), "null": array.tolist()}
+            for key, array in null.items()
+        },
+        "outputs": {name: {"shape": shape, "dtype": dtype}},
+        "latent_shape": list(latent_shape),
         "times": [float(t) for t in time_grid(sampling.steps, sampling.shift)],
         "shift": sampling.shift,
-        "guidance": sampling.guidance,
-        "latent_shape": list(latent_shape),
-        "image_shape": [*config.image_sizes[0], 3],
-        "time_features": {
-            "dim": getattr(config, config.network).time_width,
-            "scale": TIME_SCALE,
-            "max_period": MAX_PERIOD,
-            "order": "cos,sin",
+        "step": {
+            "unit": denoiser.name,
+            "rule": sampling.method,
+            "time": {
+                "kind": "features",
+                "dim": network_config.time_width,
+                "scale": TIME_SCALE,
+                "max_period": MAX_PERIOD,
+                "order": "cos,sin",
+            },
+            "prediction": {"kind": "velocity"} if prediction == "velocity" else {"kind": "x_0", "t_min": T_MIN},
+            "guidance": sampling.guidance,
+            **({"context": "text"} if text else {}),
         },
-        "text": {
-            "length": config.text.max_tokens,
-            "null_tokens": [int(i) for i in null_caption["tokens"]],
-            "null_mask": [float(i) for i in null_caption["mask"]],
-        },
+        "decoder": None if codec is None else {**codec, **({"unit": decoder.name} if decoder else {})},
+        **({"tokenizer": {"tokens": "tokens", "mask": "mask"}, "contexts": {"text": [text.name]}} if text else {}),
     }
+    return ExportPlan([denoiser, *units.values()], program, golden)
+
+
+def _denoiser_unit(role: str, config: Any, latent_shape: tuple[int, ...], context: TextContext) -> ExportUnit:
+    form = {"depthwise": "grouped"} if "depthwise" in {field.name for field in dataclasses.fields(config)} else {}
+    network, _ = build(dataclasses.replace(config, dtype="float32", **form))
+
+    def denoise(weights: Tree, *, latent: Any, time: Any, sequence: Any, mask: Any, pooled: Any) -> dict[str, Any]:
+        out, _ = apply(network, weights[role], latent, time, TextContext(sequence, mask, pooled))
+        return {"prediction": out}
+
+    shapes = {
+        "latent": (1, *latent_shape),
+        "time": (1, config.time_width),
+        "sequence": context.sequence.shape,
+        "mask": context.mask.shape,
+        "pooled": context.pooled.shape,
+    }
+    inputs = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    return ExportUnit(role.replace("/", "_"), denoise, (role,), inputs)

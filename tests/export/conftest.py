@@ -19,7 +19,7 @@ from snapgen_jax.networks.codec import CodecConfig, build_codec, to_uint8
 from snapgen_jax.networks.time_features import time_features
 from snapgen_jax.networks.unet import UNetConfig
 from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig, SamplingConfig
-from snapgen_jax.training.recipe import ExportPlan, ExportUnit
+from snapgen_jax.training.exports import ExportPlan, ExportUnit, GoldenInputs
 
 # The converter without TensorFlow is published for Linux only.
 QUICK = "litert" if importlib.util.find_spec("litert_converter") else "jax2tf"
@@ -52,15 +52,19 @@ class ToyRecipe:
         }
         return {"net": net, "text": {"table": draw(300, self.WIDTH)}}
 
+    def weights(self, params, frozen):
+        return {**params, **frozen}
+
     @staticmethod
-    def denoise(params, *, latent, time, sequence, mask, pooled):
+    def denoise(weights, *, latent, time, sequence, mask, pooled):
+        params = weights["net"]
         x = jnp.einsum("bhwc,cd->bhwd", latent, params["conv"][0, 0])
         text = jnp.einsum("bl,bld,dc->bc", mask, sequence, params["text"]) / 6
         return {"prediction": x + (jnp.tanh(time @ params["time"] + text + pooled @ params["pooled"]))[:, None, None]}
 
     @staticmethod
-    def encode(params, *, tokens, mask):
-        sequence = params["table"].at[tokens].get(mode="clip") * mask[..., None]
+    def encode(weights, *, tokens, mask):
+        sequence = weights["text"]["table"].at[tokens].get(mode="clip") * mask[..., None]
         return {"sequence": sequence, "pooled": sequence.mean(axis=1)}
 
     def exports(self) -> ExportPlan:
@@ -71,36 +75,42 @@ class ToyRecipe:
         }
         denoiser = {"latent": array(1, 4, 4, 3), "time": array(1, 16), **text}
         tokens = {"tokens": array(1, self.LENGTH, dtype=jnp.int32), "mask": array(1, self.LENGTH)}
-        scheduler = {
-            "schema": 1,
-            "kind": "flow_matching",
-            "prediction": {"kind": "velocity"},
-            "method": "euler",
+        length = [self.LENGTH]
+        program = {
+            "schema": 2,
+            "kind": "flow",
+            "inputs": {
+                "tokens": {"shape": length, "dtype": "int32", "null": [1, 2, 0, 0, 0, 0]},
+                "mask": {"shape": length, "dtype": "float32", "null": [1, 1, 0, 0, 0, 0]},
+            },
+            "outputs": {"image": {"shape": [4, 4, 3], "dtype": "uint8"}},
+            "tokenizer": {"tokens": "tokens", "mask": "mask"},
+            "latent_shape": [4, 4, 3],
             "times": time_grid(self.STEPS).tolist(),
             "shift": 1.0,
-            "guidance": self.GUIDANCE,
-            "latent_shape": [4, 4, 3],
-            "image_shape": [4, 4, 3],
-            "time_features": {"dim": 16, "scale": 1000.0, "max_period": 10_000.0, "order": "cos,sin"},
-            "codec": self.codec.describe(),
-            "text": {"length": self.LENGTH, "null_tokens": [1, 2, 0, 0, 0, 0], "null_mask": [1, 1, 0, 0, 0, 0]},
-            "units": {"denoiser": "net", "text_encoder": "text"},
+            "step": {
+                "unit": "net",
+                "rule": "euler",
+                "time": {"kind": "features", "dim": 16, "scale": 1000.0, "max_period": 10_000.0, "order": "cos,sin"},
+                "prediction": {"kind": "velocity"},
+                "context": "text",
+                "guidance": self.GUIDANCE,
+            },
+            "contexts": {"text": ["text"]},
+            "decoder": self.codec.describe(),
         }
         units = [
-            ExportUnit("net", self.denoise, lambda params: params["net"], denoiser),
-            ExportUnit("text", self.encode, lambda params: params["text"], tokens),
+            ExportUnit("net", self.denoise, ("net",), denoiser),
+            ExportUnit("text", self.encode, ("text",), tokens),
         ]
-        return ExportPlan(units, scheduler)
-
-    def load_frozen(self, mesh):
-        return {}
+        return ExportPlan(units, program, GoldenInputs(prompts=PROMPTS))
 
     def generate(self, params, frozen, conditions, key):
         def context(tokens, mask):
-            return {"mask": mask, **self.encode(params["text"], tokens=tokens, mask=mask)}
+            return {"mask": mask, **self.encode(params, tokens=tokens, mask=mask)}
 
         def denoise(x, t, i, carry, condition):
-            return self.denoise(params["net"], latent=x, time=time_features(t, 16), **condition)["prediction"], carry
+            return self.denoise(params, latent=x, time=time_features(t, 16), **condition)["prediction"], carry
 
         null = context(jnp.array([[1, 2, 0, 0, 0, 0]]), jnp.array([[1.0, 1, 0, 0, 0, 0]]))
         guided = with_guidance(denoise, context(conditions["tokens"], conditions["mask"]), null, self.GUIDANCE)
@@ -133,9 +143,7 @@ def toy(tmp_path_factory, tokenizer_json) -> Exported:
     """The toy's bundle, float32 and float16, by the quicker backend."""
     recipe = ToyRecipe()
     params, folder = recipe.params(), tmp_path_factory.mktemp("toy") / "bundle"
-    return Exported(
-        recipe, params, export_bundle(recipe, params, tokenizer_json, folder, backend=QUICK, prompts=PROMPTS)
-    )
+    return Exported(recipe, params, export_bundle(recipe, params, {}, tokenizer_json, folder, backend=QUICK))
 
 
 @pytest.fixture(scope="session")
@@ -148,15 +156,14 @@ def smoke(tmp_path_factory, tokenizer_json) -> Exported:
         text=ClipTextConfig.preset("smoke", vocab_size=300, max_tokens=12),
         codec=CodecConfig(patch=2, scale=1.5, shift=0.1, frequency_scale=(1.0, 1.5, 1.5, 2.0)),
         sampling=SamplingConfig(steps=4, guidance=2.0, shift=1.5),
+        sample_prompts=PROMPTS,
     )
     recipe = FlowMatching(config, "cpu")
     rng = np.random.default_rng(0)
     spec = {"unet": recipe.network_spec, "text": recipe.text_spec}  # drawn here: a fresh UNet's output is zero
     params = {"model": jax.tree.map(lambda leaf: _draw(rng, leaf.shape), spec)}
     folder = tmp_path_factory.mktemp("smoke") / "bundle"
-    report = export_bundle(
-        recipe, params, tokenizer_json, folder, prompts=PROMPTS, reference=generator_of(recipe, params)
-    )
+    report = export_bundle(recipe, params, {}, tokenizer_json, folder, reference=generator_of(recipe, params, {}))
     return Exported(recipe, params, report)
 
 

@@ -16,6 +16,7 @@ from snapgen_jax.export.client import LiteRTGenerator
 from snapgen_jax.export.compare import VerificationError
 from snapgen_jax.export.convert import to_tflite
 from snapgen_jax.export.flatbuffer import describe
+from snapgen_jax.training.exports import GoldenInputs
 
 from .conftest import PROMPTS, QUICK, Exported
 
@@ -71,9 +72,9 @@ def test_the_files_compute_what_jax_computes(smoke):
 def test_litert_and_jax_make_the_same_image_to_one_grey_level(smoke):
     assert smoke.report.numbers["export.image.max_grey_to_generator"] <= 1
     noise = np.random.default_rng(5).standard_normal((2, 8, 8, 12)).astype(np.float32)
-    tokens, mask = (np.load(smoke.folder / "golden" / f"{name}.npy") for name in ("tokens", "mask"))
-    images = LiteRTGenerator(smoke.folder).generate_from(tokens, mask, noise)
-    expected = generator_of(smoke.recipe, smoke.params)(tokens, mask, noise)
+    inputs = {name: np.load(smoke.folder / "golden" / "inputs" / f"{name}.npy") for name in ("tokens", "mask")}
+    images = LiteRTGenerator(smoke.folder).run(inputs, noise=noise)["image"]
+    expected = generator_of(smoke.recipe, smoke.params, {})(inputs, noise)["image"]
     assert verify.grey_levels(images, expected).max() <= 1
     assert images.std() > 10  # a picture, not a constant
 
@@ -88,14 +89,15 @@ def test_the_unet_has_real_depthwise_convolutions_and_only_what_a_gpu_runs(smoke
 @pytest.mark.skipif(QUICK != "litert", reason="litert-converter is not installed")
 def test_both_backends_compute_the_same(smoke, tmp_path):
     from snapgen_jax.export.client import litert_unit
-    from snapgen_jax.export.golden import denoiser_cases, text_cases
+    from snapgen_jax.export.golden import denoiser_cases, inputs_of
 
-    sampler = LiteRTGenerator(smoke.folder).sampler
-    golden = {path.stem: np.load(path) for path in (smoke.folder / "golden").glob("*.npy")}
-    cases = {"unet": denoiser_cases(golden, sampler.scheduler), "text_encoder": text_cases(golden)}
+    sampler, root = LiteRTGenerator(smoke.folder).sampler, smoke.folder / "golden"
+    golden = {path.relative_to(root).with_suffix("").as_posix(): np.load(path) for path in root.rglob("*.npy")}
+    texts = {f"prompt {i}": {name: x[i : i + 1] for name, x in inputs_of(golden).items()} for i in range(2)}
+    cases = {"unet": denoiser_cases(sampler, golden), "text_encoder": texts}
     for unit in smoke.recipe.exports().units:
         path = tmp_path / f"{unit.name}.tflite"
-        to_tflite(unit.function, unit.select({**smoke.params, "frozen": {}}), unit.inputs, unit.name, path, "litert")
+        to_tflite(unit.function, unit.select(smoke.params["model"]), unit.inputs, unit.name, path, "litert")
         errors = compare.compare(sampler.units[unit.name], litert_unit(path, unit.name), cases[unit.name])
         assert max(errors.values()) <= 1e-5, (unit.name, errors)
         assert describe(path).histogram.keys() == smoke.report.operators[unit.name].keys()
@@ -155,17 +157,19 @@ def resign(folder: pathlib.Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"guidance": 2.2}, {"times": [1.0, 0.7, 0.3, 0.0]}, {"codec": {"kind": "identity", "scale": 2.1, "shift": 0.1}}],
+    [{"step": {"guidance": 2.2}}, {"times": [1.0, 0.7, 0.3, 0.0]}, {"decoder": {"scale": 2.1}}],
 )
 def test_golden_values_notice_another_sampler(copy, change):
-    schedule = json.loads((copy / "scheduler.json").read_text())
-    (copy / "scheduler.json").write_text(json.dumps({**schedule, **change}))
+    program = json.loads((copy / "program.json").read_text())
+    for name, value in change.items():
+        program[name] = {**program[name], **value} if isinstance(value, dict) else value
+    (copy / "program.json").write_text(json.dumps(program))
     resign(copy)
     assert any("golden" in name for name in failures(copy))
 
 
 def test_golden_values_notice_other_weights(copy, toy):
-    params = {**toy.params["net"], "conv": toy.params["net"]["conv"] * 1.001}
+    params = {"net": {**toy.params["net"], "conv": toy.params["net"]["conv"] * 1.001}}
     unit = toy.recipe.exports().units[0]
     to_tflite(unit.function, params, unit.inputs, unit.name, copy / "net_f32.tflite", QUICK)
     resign(copy)
@@ -173,18 +177,21 @@ def test_golden_values_notice_other_weights(copy, toy):
 
 
 def export_toy(toy, tokenizer_json, folder, **options):
-    return export_bundle(toy.recipe, toy.params, tokenizer_json, folder, backend=QUICK, prompts=PROMPTS[:1], **options)
+    options = {"backend": QUICK, "golden_inputs": GoldenInputs(prompts=PROMPTS[:1]), **options}
+    return export_bundle(
+        toy.recipe, toy.params, {}, tokenizer_json, folder, backend=QUICK, golden_inputs=one, **options
+    )
 
 
 def test_a_failed_export_leaves_nothing_and_keeps_the_earlier_bundle(toy, tokenizer_json, tmp_path, monkeypatch):
-    def wrong(tokens, mask, noise):
-        return generator_of(toy.recipe, toy.params)(tokens, mask, 1.1 * noise)
+    def wrong(inputs, noise):
+        return generator_of(toy.recipe, toy.params, {})(inputs, 1.1 * noise)
 
     with pytest.raises(VerificationError, match=r"differ by \d+ grey levels"):
         export_toy(toy, tokenizer_json, tmp_path / "bundle", reference=wrong)
     assert list(tmp_path.iterdir()) == []
 
-    export_toy(toy, tokenizer_json, tmp_path / "bundle", reference=generator_of(toy.recipe, toy.params))
+    export_toy(toy, tokenizer_json, tmp_path / "bundle", reference=generator_of(toy.recipe, toy.params, {}))
     before = (tmp_path / "bundle" / "manifest.json").read_bytes()
     monkeypatch.setitem(compare.LIMITS, "f16", 1e-7)
     with pytest.raises(VerificationError, match="net in f16: LiteRT differs from JAX by"):
@@ -213,6 +220,6 @@ def test_a_folder_with_other_files_is_not_overwritten(toy, tokenizer_json, tmp_p
 def test_large_activations_are_named(toy, tokenizer_json, tmp_path, caplog):
     params = {**toy.params, "net": {**toy.params["net"], "conv": toy.params["net"]["conv"] * 1e4}}
     with caplog.at_level("WARNING", logger=bundle_module.__name__):
-        report = export_bundle(toy.recipe, params, tokenizer_json, tmp_path / "b", backend=QUICK, prompts=PROMPTS[:1])
+        report = export_bundle(toy.recipe, params, {}, tokenizer_json, tmp_path / "b", backend=QUICK)
     assert report.numbers["export.net.max_activation"] > 32_768
     assert "float16 ends at 65504" in caplog.text

@@ -11,38 +11,41 @@ from snapgen_jax.data.tokenizer import Tokenizer
 from snapgen_jax.diffusion.path import T_MIN, velocity_from_x0
 from snapgen_jax.diffusion.samplers import sample
 from snapgen_jax.diffusion.timesteps import time_grid
-from snapgen_jax.export import client
-from snapgen_jax.export.client import Bundle, BundleError, LiteRTGenerator, Scheduler
+from snapgen_jax.export import client, sampler
+from snapgen_jax.export.client import Bundle, LiteRTGenerator
+from snapgen_jax.export.program import BundleError, parse
 from snapgen_jax.networks.codec import CodecConfig, build_codec, to_uint8
 from snapgen_jax.networks.time_features import time_features
 
 from .conftest import PROMPTS, ToyRecipe
 
 
-def schedule(**changes):
-    return {**ToyRecipe().exports().scheduler, **changes}
+def program(step=None, **changes):
+    """The toy's program, changed."""
+    plain = ToyRecipe().exports().program
+    return {**plain, **changes, "step": {**plain["step"], **(step or {})}}
 
 
 def test_time_features_are_those_of_the_library():
     t = np.linspace(0, 1, 13, dtype=np.float32)
     spec = {"dim": 256, "scale": 1000.0, "max_period": 10_000.0, "order": "cos,sin"}
     # A last-bit difference of the frequency 1 / 1 turns the angle 1000 by 6e-5.
-    np.testing.assert_allclose(client.time_features(t, spec), time_features(jnp.asarray(t), 256), atol=1e-4)
+    np.testing.assert_allclose(sampler.time_features(t, spec), time_features(jnp.asarray(t), 256), atol=1e-4)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_another_number_of_steps_has_the_librarys_grid(shift):
-    scheduler = Scheduler.parse(schedule(shift=shift, times=time_grid(3, shift).tolist()))
-    np.testing.assert_array_equal(scheduler.grid(), time_grid(3, shift))
-    np.testing.assert_array_equal(scheduler.grid(7), time_grid(7, shift))
+    flow = parse(program(shift=shift, times=time_grid(3, shift).tolist()))
+    np.testing.assert_array_equal(flow.times, time_grid(3, shift))
+    np.testing.assert_array_equal(flow.with_options(steps=7).times, time_grid(7, shift))
 
 
 @pytest.mark.parametrize("t", [0.0, 0.01, 0.5, 1.0])
 def test_a_predicted_image_gives_the_velocity_of_the_library(t):
     x, out = np.random.default_rng(0).standard_normal((2, 1, 5)).astype(np.float32)
-    made = client.as_velocity(out, x, np.float32(t), {"kind": "x_0", "t_min": T_MIN})
+    made = sampler.as_velocity(out, x, np.float32(t), {"kind": "x_0", "t_min": T_MIN})
     np.testing.assert_allclose(made, velocity_from_x0(x, out, t), rtol=1e-6)
-    assert client.as_velocity(out, x, np.float32(t), {"kind": "velocity"}) is out
+    assert sampler.as_velocity(out, x, np.float32(t), {"kind": "velocity"}) is out
 
 
 @pytest.mark.parametrize("method", ["euler", "heun"])
@@ -51,7 +54,7 @@ def test_steps_are_those_of_the_library(method):
     times = time_grid(6, 2.0)
     expected, _ = sample(lambda x, t, i, c: (jnp.sin(3 * x) + t[:, None], c), jnp.asarray(x), times, method=method)
     for t, s in itertools.pairwise(times):
-        x = client.step(lambda x, t: np.sin(3 * x) + t, x, t, s, method)
+        x = sampler.advance(lambda x, t, end: np.sin(3 * x) + t, x, t, s, method)
     np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -66,15 +69,16 @@ def test_jumps_are_those_of_the_library_with_one_call_a_step():
         calls.append(arrays["time"])
         return {"prediction": np.sin(3 * arrays["latent"])}
 
-    few = schedule(method="renoise", guidance=1.0, times=times.tolist(), latent_shape=[1, 2, 5])
-    scheduler = Scheduler.parse({**few, "prediction": {"kind": "velocity"}})
-    name = scheduler.units["denoiser"]
-    sampler = client.Sampler(scheduler, {name: unit}, {name: ("latent", "time")})
-    latents = sampler.trajectory(noise, {}, {})
+    step = {"rule": "renoise", "guidance": 1.0, "context": None}
+    outputs = {"latent": {"shape": [1, 2, 5], "dtype": "float32"}}
+    few = program(step, times=times.tolist(), latent_shape=[1, 2, 5], decoder=None, outputs=outputs)
+    name = few["step"]["unit"]
+    few = sampler.Sampler(parse(few), {name: unit}, {name: {"latent": (1, 1, 2, 5), "time": (1, 16)}})
+    latents = few.trajectory(noise, {None: {}}, {})
     assert len(calls) == 4
     np.testing.assert_allclose(latents[-1], expected, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match=r"takes \(4, 1, 2, 5\)"):
-        sampler.trajectory(noise[0], {}, {})
+    with pytest.raises(ValueError, match=r"take \(4, 1, 2, 5\)"):
+        few.trajectory(noise[0], {None: {}}, {})
 
 
 @pytest.mark.parametrize(
@@ -89,14 +93,16 @@ def test_codecs_decode_as_the_library_does(config):
     codec = build_codec(config)
     images = jax.random.uniform(jax.random.key(0), (8, 12, 3), minval=-1, maxval=1)
     latents = codec.encode(images)
-    np.testing.assert_array_equal(client.decode(np.asarray(latents), codec.describe()), to_uint8(codec.decode(latents)))
+    np.testing.assert_array_equal(
+        sampler.decode(np.asarray(latents), codec.describe()), to_uint8(codec.decode(latents))
+    )
 
 
 def test_prompts_get_the_ids_of_training(tokenizer_json):
     prompts = [*PROMPTS, "", "Two GREEN stars", "a red circle " * 20, "naïve ★ 星"]
-    text = ToyRecipe().exports().scheduler["text"]
-    tokens, mask = client.tokenize(tokenizer_json, prompts, text)
-    expected_tokens, expected_mask = Tokenizer.load(tokenizer_json).encode(prompts, text["length"])
+    null = ToyRecipe().exports().program["inputs"]["tokens"]["null"]
+    tokens, mask = client.tokenize(tokenizer_json, prompts, null)
+    expected_tokens, expected_mask = Tokenizer.load(tokenizer_json).encode(prompts, len(null))
     np.testing.assert_array_equal(tokens, expected_tokens)
     np.testing.assert_array_equal(mask, expected_mask)
 
@@ -120,37 +126,13 @@ def test_options_replace_the_bundles_own(toy):
         generator.generate(PROMPTS[:1], method="ddim")
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"schema": 2}, "schema is 2"),
-        ({"kind": "ddpm"}, "kind is 'ddpm'"),
-        ({"method": "rk4"}, "method is 'rk4'"),
-        ({"prediction": {"kind": "eps"}}, "the prediction is 'eps'"),
-        ({"codec": {"kind": "vae"}}, "the codec is 'vae'"),
-        ({"times": [1.0]}, "two entries"),
-        ({"text": {"length": 6, "null_tokens": [1, 2], "null_mask": [1, 1]}}, "as many as `length`"),
-    ],
-)
-def test_an_unknown_schedule_is_refused(changes, message):
-    with pytest.raises(BundleError, match=message):
-        Scheduler.parse(schedule(**changes))
-
-
-def test_a_missing_field_of_the_schedule_is_named():
-    broken = schedule()
-    del broken["guidance"], broken["codec"]
-    with pytest.raises(BundleError, match=r"lacks guidance, codec"):
-        Scheduler.parse(broken)
-
-
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "golden/../../secret", "link", "..\\secret"])
 def test_no_file_name_leaves_the_bundle(tmp_path, toy, name):
     folder = tmp_path / "bundle"
     folder.mkdir()
     (tmp_path / "secret").write_text("secret")
     (folder / "link").symlink_to(tmp_path / "secret")
-    for file in ("manifest.json", "scheduler.json"):
+    for file in ("manifest.json", "program.json"):
         (folder / file).write_bytes((toy.folder / file).read_bytes())
     with pytest.raises(BundleError, match="leads out of the bundle"):
         Bundle(folder).file(name)

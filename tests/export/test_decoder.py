@@ -10,12 +10,13 @@ import pytest
 
 from snapgen_jax.export import verify
 from snapgen_jax.export.bundle import export_bundle, generator_of
-from snapgen_jax.export.client import BundleError, LiteRTGenerator, Scheduler
+from snapgen_jax.export.client import LiteRTGenerator
 from snapgen_jax.export.flatbuffer import describe
+from snapgen_jax.export.program import BundleError, parse
 from snapgen_jax.networks.codec import to_uint8
 from snapgen_jax.networks.module import apply, build
 from snapgen_jax.networks.tiny_decoder import TinyDecoderCodec, TinyDecoderConfig
-from snapgen_jax.training.recipe import ExportPlan, ExportUnit
+from snapgen_jax.training.exports import ExportPlan, ExportUnit
 from tests.networks.tiny import drawn
 
 from .conftest import PROMPTS, QUICK, ToyRecipe, array
@@ -35,18 +36,17 @@ class WithDecoder(ToyRecipe):
         plan = super().exports()
         unit = ExportUnit(
             "decoder",
-            lambda params, *, latent: {"image": apply(self.decoder, params, latent)},
-            lambda weights: weights["frozen"]["codec"]["decoder"],
+            lambda weights, *, latent: {"image": apply(self.decoder, weights["codec/decoder"], latent)},
+            ("codec/decoder",),
             {"latent": array(1, 4, 4, 3)},
         )
-        codec = TinyDecoderCodec(self.decoder).describe()
-        units = {**plan.scheduler["units"], "decoder": "decoder"}
-        return ExportPlan(
-            [*plan.units, unit], {**plan.scheduler, "codec": codec, "units": units, "image_shape": [8, 8, 3]}
-        )
+        codec = {**TinyDecoderCodec(self.decoder).describe(), "unit": "decoder"}
+        outputs = {"image": {"shape": [8, 8, 3], "dtype": "uint8"}}
+        program = {**plan.program, "decoder": codec, "outputs": outputs}
+        return ExportPlan([*plan.units, unit], program, plan.golden)
 
-    def load_frozen(self, mesh):
-        return self.frozen
+    def weights(self, params, frozen):
+        return {**params, "codec/decoder": frozen["codec"]["decoder"]}
 
     def generate(self, params, frozen, conditions, key):
         codec = TinyDecoderCodec(self.decoder).bind(frozen["codec"])
@@ -58,8 +58,9 @@ class WithDecoder(ToyRecipe):
 def exported(tmp_path_factory, tokenizer_json):
     recipe = WithDecoder()
     params, folder = recipe.params(), tmp_path_factory.mktemp("decoder") / "bundle"
-    reference = generator_of(recipe, params)
-    report = export_bundle(recipe, params, tokenizer_json, folder, backend=QUICK, prompts=PROMPTS, reference=reference)
+    frozen = recipe.frozen
+    reference = generator_of(recipe, params, frozen)
+    report = export_bundle(recipe, params, frozen, tokenizer_json, folder, backend=QUICK, reference=reference)
     return recipe, params, report
 
 
@@ -77,8 +78,8 @@ def test_the_bundle_draws_with_it_what_the_recipe_draws(exported):
 def test_golden_images_notice_another_decoder(exported):
     recipe, _, report = exported
     sampler = LiteRTGenerator(report.folder).sampler
-    latent, image = (np.load(report.folder / "golden" / f"{name}.npy") for name in ("latents", "image"))
-    np.testing.assert_array_equal(sampler.decode(latent[0, -1]), image[0])
+    latent, image = (np.load(report.folder / "golden" / f"{name}.npy") for name in ("latents", "outputs/image"))
+    np.testing.assert_array_equal(sampler.decode(latent[0, -1])["image"], image[0])
     other = copy.deepcopy(recipe.frozen["codec"])
     other["decoder"]["conv_out"]["bias"] += 0.05
     shifted = to_uint8(TinyDecoderCodec(recipe.decoder).bind(other).decode(jnp.asarray(latent[:1, -1])))
@@ -86,7 +87,7 @@ def test_golden_images_notice_another_decoder(exported):
 
 
 def test_a_description_without_the_file_is_refused(exported):
-    schedule = json.loads((exported[2].folder / "scheduler.json").read_text())
-    del schedule["units"]["decoder"]
-    with pytest.raises(BundleError, match="the codec is a network, and `units` names no decoder"):
-        Scheduler.parse(schedule)
+    program = json.loads((exported[2].folder / "program.json").read_text())
+    del program["decoder"]["unit"]
+    with pytest.raises(BundleError, match="the decoder is a network, and names no `unit`"):
+        parse(program)

@@ -1,0 +1,355 @@
+"""What program.json says: the calls that make one example, as plain data.
+
+This file is copied into every bundle, beside sampler.py, which does what it says. program.json, schema 2 (arithmetic is
+float32; arrays are channels last and of one example; the client adds an axis of 1 where the file of a unit has one):
+
+    schema          2
+    kind            "flow" or "feed_forward"
+    inputs          {name: {"shape", "dtype", "null"}}: what the caller gives. "uint8" is a picture, which the client
+                    turns into x / 127.5 - 1. "null", optional, is what guidance leads away from: a number, an array, or
+                    "keep" for the caller's own
+    outputs         {name: {"shape", "dtype"}}: what comes out. "uint8": the unit gives pixels, about -1..1, which the
+                    client rounds to grey levels
+    tokenizer       optional {"tokens": input, "mask": input}: tokenizer.json makes these of a prompt, see `tokenize`
+
+Kind "feed_forward" has one more:
+
+    unit            the one file; it takes `inputs` and gives `outputs`
+
+Kind "flow": x_t = (1 - t) x_0 + t noise, and the sampler follows v = dx/dt.
+
+    latent_shape    of x: [h, w, c]; [f, h, w, c] for a clip
+    times           [S + 1] t, as a rule from 1 (noise) down to 0 (data)
+    initial_scale   optional: x at times[0] is this times the noise; 1
+    shift           optional: s of t' = s t / (1 + (s - 1) t), which makes a grid of another number of steps. Without it
+                    there is no other grid
+    step            what holds at each of `times`:
+        unit        the denoiser. It takes "latent", "time", and what else it names among context and state; it gives
+                    "prediction"
+        rule        "euler", "heun" or "renoise", of the interval that begins here, see `advance`
+        time        optional, what the input "time" is: {"kind": "features", "dim", "scale", "max_period",
+                    "order": "cos,sin"}, see `time_features`; {"kind": "index"}: int32 [1], the position in `times`;
+                    {"kind": "values", "values": [n]}
+        native      optional: the time that features and index are made of, in place of t and the position
+        scale       optional: the input "latent" is this times x; 1
+        prediction  {"kind": "velocity"}: v itself. {"kind": "x_0", "t_min"}: v = (x - out) / max(t, t_min).
+                    {"kind": "linear", "x": a, "out": b}: v = a x + b out
+        context     optional: a name in `contexts`; the caller's inputs alone without it
+        guidance    w of v = v_null + w (v - v_null), a number or an array that broadcasts to x (one w a channel, or a
+                    frame). There is no null call where w is 1 throughout
+    steps           optional [S] or [S + 1]: what differs from `step` at each time. The last is asked by "heun" alone
+    contexts        optional {name: [unit, ...]}: encoders, called in this order before the first step. Each takes what
+                    it names among the inputs and earlier outputs. All that there is then is the context
+    state           optional {name: {"shape", "dtype", "initial": "zeros"}}: a unit's input of that name is given it,
+                    its output of that name rewrites it. The null calls and the decoder each have a state of their own
+    decoder         null: the output is {"latent": x}. {"kind": "identity" | "patch", ...}: see `decode`.
+                    {"kind": "network", "unit", "chunk"}: a unit that takes "latent" and gives `outputs`; with "chunk",
+                    optional, it is called with so many of the first axis at a time, and the results are joined
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+
+SCHEMA = 2
+RULES = ("euler", "heun", "renoise")
+DTYPES = ("float32", "int32", "uint8")
+PREDICTIONS = {"velocity": (), "x_0": ("t_min",), "linear": ("x", "out")}
+TIMES = {"features": ("dim", "scale", "max_period", "order"), "index": (), "values": ("values",)}
+DECODERS = ("identity", "patch", "network")
+NEEDED, OPTIONAL = ("unit", "rule", "prediction", "guidance"), ("time", "native", "scale", "context")  # of a step
+RESERVED = ("latent", "time", "prediction")
+
+
+class BundleError(ValueError):
+    """The folder is not a bundle that this client can run, or not the one that was written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """A named array of one example: `null` is None where it has none."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    null: Any = None
+
+    @classmethod
+    def read(cls, where: str, entries: Mapping[str, Any], optional: Sequence[str] = ()) -> dict[str, Array]:
+        """The arrays of one section of program.json, by name."""
+        found = {}
+        for name, entry in entries.items():
+            _known(f"{where}.{name}", entry, ("shape", "dtype"), optional)
+            _one_of(f"{where}.{name}: dtype", entry["dtype"], DTYPES)
+            found[name] = cls(name, tuple(entry["shape"]), entry["dtype"], entry.get("null"))
+            if found[name].null is not None and not found[name].keeps:
+                found[name].null_of(np.zeros(()))
+        return found
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the null calls are given the caller's own array."""
+        return isinstance(self.null, str) and self.null == "keep"
+
+    def of(self, value: Any) -> np.ndarray:
+        """The caller's array as units take it. Raises `ValueError` where shape or dtype is another."""
+        array = np.asarray(value)
+        kinds = {"uint8": np.uint8, "int32": np.integer, "float32": np.floating}
+        if array.shape != self.shape or not np.issubdtype(array.dtype, kinds[self.dtype]):
+            raise ValueError(f"the input {self.name!r} is {self.dtype} {self.shape}; got {array.dtype} {array.shape}")
+        if self.dtype == "uint8":
+            return array.astype(np.float32) / np.float32(127.5) - np.float32(1)
+        return array.astype(self.dtype)
+
+    def null_of(self, own: np.ndarray) -> np.ndarray:
+        """What takes the place of the caller's own array, as units take it, in the null calls."""
+        if self.keeps:
+            return own
+        try:
+            return self.of(np.broadcast_to(np.asarray(self.null, self.dtype), self.shape))
+        except (TypeError, ValueError) as error:
+            _refuse(f"inputs.{self.name}: the null {self.null!r} is neither 'keep' nor fits {self.shape}", error)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """How the denoiser is asked at one time, and what follows."""
+
+    unit: str
+    rule: str
+    prediction: Mapping[str, Any]
+    guidance: np.ndarray
+    time: Mapping[str, Any] | None = None
+    native: float | None = None
+    scale: float = 1.0
+    context: str | None = None
+
+    @classmethod
+    def read(cls, where: str, entry: Mapping[str, Any]) -> Step:
+        """Checks what can be checked of one step by itself."""
+        _known(where, entry, NEEDED, OPTIONAL)
+        _one_of(f"{where}: rule", entry["rule"], RULES)
+        _kind(f"{where}: prediction", entry["prediction"], PREDICTIONS)
+        if (time := entry.get("time")) is not None:
+            _kind(f"{where}: time", time, TIMES)
+            if time.get("order", "cos,sin") != "cos,sin":
+                _refuse(f"{where}: time features in the order {time['order']!r}; 'cos,sin'")
+        return cls(**{**entry, "guidance": np.asarray(entry["guidance"], np.float32)})
+
+    @property
+    def guided(self) -> bool:
+        return bool((self.guidance != 1).any())
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedForward:
+    """One call of one unit."""
+
+    unit: str
+    inputs: Mapping[str, Array]
+    outputs: Mapping[str, Array]
+    tokenizer: Mapping[str, str] | None = None
+
+    @classmethod
+    def read(cls, data: Mapping[str, Any]) -> FeedForward:
+        _known("", data, ("schema", "kind", "unit", "inputs", "outputs"), ("tokenizer",))
+        inputs, outputs, tokenizer = _ends(data)
+        return cls(data["unit"], inputs, outputs, tokenizer)
+
+    def units(self) -> set[str]:
+        """The names of all units that are called."""
+        return {self.unit}
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """The fields of a program of the kind "flow", checked; `steps` are whole, and `alike` where the file has none."""
+
+    inputs: Mapping[str, Array]
+    outputs: Mapping[str, Array]
+    tokenizer: Mapping[str, str] | None
+    latent_shape: tuple[int, ...]
+    times: np.ndarray
+    initial_scale: float
+    shift: float | None
+    steps: tuple[Step, ...]
+    alike: bool
+    contexts: Mapping[str, Sequence[str]]
+    state: Mapping[str, Array]
+    decoder: Mapping[str, Any] | None
+
+    @classmethod
+    def read(cls, data: Mapping[str, Any]) -> Flow:
+        needed = ("schema", "kind", "inputs", "outputs", "latent_shape", "times", "step", "decoder")
+        _known("", data, needed, ("tokenizer", "initial_scale", "shift", "steps", "contexts", "state"))
+        inputs, outputs, tokenizer = _ends(data)
+        times = np.asarray(data["times"], np.float32)
+        if len(times) < 2:
+            _refuse("`times` needs two entries at least")
+        differ = data.get("steps")
+        if differ is not None and len(differ) not in (len(times) - 1, len(times)):
+            _refuse(f"{len(times)} times need {len(times) - 1} steps, or one more; got {len(differ)}")
+        where = "step" if differ is None else "steps[{}]"
+        steps = []
+        for i, entry in enumerate([{}] * len(times) if differ is None else differ):
+            for name, part in (("step", data["step"]), (f"steps[{i}]", entry)):
+                _known(name, part, (), (*NEEDED, *OPTIONAL))
+            steps.append(Step.read(where.format(i), {**data["step"], **entry}))
+        state = Array.read("state", data.get("state", {}), ("initial",))
+        for name, entry in data.get("state", {}).items():
+            _one_of(f"state.{name}: initial", entry.get("initial"), ("zeros",))
+            _one_of(f"state.{name}: dtype", entry["dtype"], ("float32",))
+            if name in inputs or name in RESERVED:
+                _refuse(f"the state {name!r} has the name of an input; give it another")
+        flow = cls(
+            inputs, outputs, tokenizer, tuple(data["latent_shape"]), times, float(data.get("initial_scale", 1.0)),
+            data.get("shift"), tuple(steps), differ is None, data.get("contexts", {}), state, data["decoder"],
+        )  # fmt: skip
+        flow._check_decoder()
+        return flow._checked()
+
+    def units(self) -> set[str]:
+        """The names of all units that are called."""
+        decoder = {self.decoder["unit"]} if self.decoder and self.decoder["kind"] == "network" else set()
+        return {step.unit for step in self.steps} | self.encoders() | decoder
+
+    def encoders(self) -> set[str]:
+        """The names of the units that make contexts."""
+        return {unit for units in self.contexts.values() for unit in units}
+
+    def noise_shape(self) -> tuple[int, ...]:
+        """Of the noise of one example: that of x; `[S, ...]`, what is begun with and then mixed in before each further
+        step, where a step renoises."""
+        intervals = len(self.times) - 1
+        renoises = any(step.rule == "renoise" for step in self.steps[:intervals])
+        return (intervals, *self.latent_shape) if renoises else self.latent_shape
+
+    def initial_state(self) -> dict[str, np.ndarray]:
+        """The state before the first call."""
+        return {name: np.zeros(array.shape, array.dtype) for name, array in self.state.items()}
+
+    def with_options(self, steps: int | None = None, guidance: Any = None, method: str | None = None) -> Flow:
+        """The flow with another number of steps, guidance or rule of all steps; None leaves what is.
+
+        Raises:
+            ValueError: the program does not allow it, or there is no such thing.
+        """
+        intervals, made = len(self.times) - 1, list(self.steps)
+        if method is not None and {step.rule for step in made[:intervals]} != {method}:
+            if method not in RULES:
+                raise ValueError(f"unknown sampling method {method!r}; expected one of {', '.join(RULES)}")
+            if not self.alike:
+                raise ValueError("the steps of this bundle differ, and so their method is fixed; leave out `method`")
+            made = [dataclasses.replace(step, rule=method) for step in made]
+        if guidance is not None:
+            scale = np.asarray(guidance, np.float32)
+            if other := {step.guidance.shape for step in made if step.guidance.shape != scale.shape}:
+                raise ValueError(f"the guidance of this bundle has the shape {other.pop()}; got {scale.shape}")
+            made = [dataclasses.replace(step, guidance=scale) for step in made]
+        times = self.times
+        if steps is not None and steps != intervals:
+            if steps < 1:
+                raise ValueError(f"a sample needs at least one step, got {steps}")
+            if self.shift is None:
+                raise ValueError(f"this bundle takes {intervals} steps and no other number; leave out `steps`")
+            t = np.linspace(1.0, 0.0, steps + 1)
+            times = (self.shift * t / (1 + (self.shift - 1) * t)).astype(np.float32)
+            made = made[:1] * (steps + 1)
+        return dataclasses.replace(self, times=times, steps=tuple(made))._checked()
+
+    def _checked(self) -> Flow:
+        """Itself. Raises `BundleError` with the name of what does not fit."""
+        last = self.steps[len(self.times) - 2]
+        if last.rule == "heun" and len(self.steps) < len(self.times):
+            _refuse("the last rule is 'heun', which asks at the last time: add an entry to steps")
+        if last.rule == "renoise" and self.times[-1] != 0:
+            _refuse(f"the last rule is 'renoise', which ends at time 0, not {self.times[-1]}")
+        if self.shift is not None and not (self.alike and _free(self.steps[0])):
+            _refuse("`shift` offers other grids, but the steps are made for this one; leave it out")
+        for step in self.steps:
+            if step.context is not None and step.context not in self.contexts:
+                _refuse(f"a step has the context {step.context!r}; there are {list(self.contexts)}")
+            if len(step.guidance.shape) > len(self.latent_shape) or any(
+                n not in (1, size) for n, size in zip(step.guidance.shape[::-1], self.latent_shape[::-1], strict=False)
+            ):
+                _refuse(f"guidance {step.guidance.shape} does not fit x, {self.latent_shape}")
+            if step.guided and (without := [name for name, array in self.inputs.items() if array.null is None]):
+                _refuse(f"guidance needs the `null` of the inputs {', '.join(without)}")
+        return self
+
+    def _check_decoder(self) -> None:
+        decoder, outputs = self.decoder, self.outputs
+        if decoder is None:
+            expected = {"latent": ("float32", self.latent_shape)}
+            if {name: (array.dtype, array.shape) for name, array in outputs.items()} != expected:
+                _refuse(f"without a decoder the outputs are {expected}; got {list(outputs)}")
+            return
+        _one_of("decoder", decoder.get("kind"), DECODERS)
+        if decoder["kind"] != "network":
+            if list(outputs) != ["image"]:
+                _refuse(f"a decoder without a unit gives 'image'; outputs are {list(outputs)}")
+        elif "unit" not in decoder:
+            _refuse("the decoder is a network, and names no `unit`")
+        elif (chunk := decoder.get("chunk")) is not None and (chunk < 1 or self.latent_shape[0] % chunk):
+            _refuse(f"the decoder's chunk {chunk} does not divide {self.latent_shape[0]}")
+
+
+Program = Flow | FeedForward
+
+
+def parse(data: Mapping[str, Any]) -> Program:
+    """Reads the contents of program.json. Raises `BundleError` that names what is missing or unknown."""
+    kinds: dict[str, Callable[[Mapping[str, Any]], Program]] = {"flow": Flow.read, "feed_forward": FeedForward.read}
+    _one_of("schema", data.get("schema"), (SCHEMA,))
+    _one_of("kind", data.get("kind"), kinds)
+    return kinds[data["kind"]](data)
+
+
+def _ends(data: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Array], Mapping[str, str] | None]:
+    """Inputs, outputs and tokenizer."""
+    inputs, outputs = Array.read("inputs", data["inputs"], ("null",)), Array.read("outputs", data["outputs"])
+    if taken := [name for name in inputs if name in RESERVED]:
+        _refuse(f"the input {taken[0]!r} has the name of what the sampler gives; rename it")
+    tokenizer = data.get("tokenizer")
+    if tokenizer is not None:
+        _known("tokenizer", tokenizer, ("tokens", "mask"))
+        for name in tokenizer.values():
+            if name not in inputs or inputs[name].null is None or inputs[name].keeps:
+                _refuse(f"the tokenizer makes {name!r}, which is no input with a null of its own")
+    return inputs, outputs, tokenizer
+
+
+def _refuse(why: str, cause: Exception | None = None) -> NoReturn:
+    raise BundleError(f"program.json: {why}") from cause
+
+
+def _free(step: Step) -> bool:
+    """Whether a step can be taken at any time."""
+    kind = None if step.time is None else step.time["kind"]
+    return kind in (None, "features") and step.native is None
+
+
+def _known(where: str, entry: Any, needed: Sequence[str], optional: Sequence[str] = ()) -> None:
+    where = f"program.json: {where}" if where else "program.json"
+    if not isinstance(entry, Mapping):
+        raise BundleError(f"{where} is {entry!r}; an object was expected")
+    if missing := [name for name in needed if name not in entry]:
+        raise BundleError(f"{where} lacks {', '.join(missing)}")
+    if unknown := [name for name in entry if name not in (*needed, *optional)]:
+        raise BundleError(f"{where} has {', '.join(unknown)}; this client knows {', '.join((*needed, *optional))}")
+
+
+def _one_of(what: str, value: Any, known: Iterable[Any]) -> None:
+    if value not in (known := tuple(known)):
+        _refuse(f"{what} is {value!r}; this client knows {', '.join(map(str, known))}")
+
+
+def _kind(what: str, entry: Any, kinds: Mapping[str, Sequence[str]]) -> None:
+    """Checks a mapping whose "kind" says which other keys it has."""
+    kind: Any = entry["kind"] if isinstance(entry, Mapping) and "kind" in entry else entry
+    _one_of(what, kind, kinds)
+    _known(what, entry, ("kind", *kinds[kind]))

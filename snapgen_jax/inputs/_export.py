@@ -1,0 +1,70 @@
+"""The networks that an `Inputs` brings to a bundle, as functions to convert: batch 1, float32."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from snapgen_jax.networks.codec import CodecConfig, build_codec
+from snapgen_jax.networks.module import apply, build
+from snapgen_jax.networks.text import TextContext
+from snapgen_jax.training.exports import ExportUnit
+
+Tree = Any
+
+
+def text_unit(role: str, config: Any) -> ExportUnit:
+    """The text encoder: tokens int32 and mask float32 `[1, L]` to sequence `[1, L, D]` and pooled `[1, P]`.
+
+    Args:
+        role: whose weights it has.
+        config: of a text encoder with `max_tokens`.
+    """
+    network, _ = build(dataclasses.replace(config, dtype="float32"))
+
+    def encode_text(weights: Tree, *, tokens: Any, mask: Any) -> dict[str, jax.Array]:
+        context = apply(network, weights[role], tokens, mask)
+        return {"sequence": context.sequence, "pooled": context.pooled}
+
+    return ExportUnit("text_encoder", encode_text, (role,), _text_inputs(config))
+
+
+def context_spec(config: Any) -> TextContext:
+    """ShapeDtypeStructs `[1, ...]` of what a text encoder gives."""
+    network, spec = build(dataclasses.replace(config, dtype="float32"))
+    return jax.eval_shape(functools.partial(apply, network), spec, *_text_inputs(config).values())
+
+
+def _text_inputs(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    shape = (1, config.max_tokens)
+    return {"tokens": jax.ShapeDtypeStruct(shape, jnp.int32), "mask": jax.ShapeDtypeStruct(shape, jnp.float32)}
+
+
+def decoder_unit(config: CodecConfig, latent_shape: tuple[int, ...]) -> ExportUnit:
+    """The decoder of a codec that is a network: latent `[1, h, w, c]` to image `[1, H, W, 3]` in [-1, 1].
+
+    Its role is "codec", or "codec/decoder" where a tiny decoder takes the place of the autoencoder's own.
+
+    Args:
+        config: of the codec.
+        latent_shape: `(h, w, c)`.
+    """
+    codec = build_codec(
+        dataclasses.replace(
+            config,
+            autoencoder=dataclasses.replace(config.autoencoder, dtype="float32"),
+            tiny_decoder=dataclasses.replace(config.tiny_decoder, dtype="float32", depthwise="grouped"),
+        )
+    )
+    tiny = config.decoder == "tiny"
+    role = "codec/decoder" if tiny else "codec"
+
+    def decode(weights: Tree, *, latent: Any) -> dict[str, jax.Array]:
+        params = {"decoder": weights[role]} if tiny else weights[role]
+        return {"image": codec.bind(params).decode(latent)}
+
+    return ExportUnit("decoder", decode, (role,), {"latent": jax.ShapeDtypeStruct((1, *latent_shape), jnp.float32)})

@@ -1,0 +1,94 @@
+"""What leaves a recipe for a phone: functions to convert, the program that calls them, and golden inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A weight whose values are `scale * integers`, as quantisation-aware training leaves it.
+
+    Attributes:
+        integers: any integer dtype, in the shape of the weight.
+        scale: float32; its shape broadcasts to that of the weight.
+        bits: b; the integers lie in -2^(b-1) .. 2^(b-1), both ends included (Sui et al. 2024, "BitsFusion").
+    """
+
+    integers: np.ndarray
+    scale: np.ndarray
+    bits: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportUnit:
+    """One function that becomes one `.tflite` file.
+
+    Attributes:
+        name: file stem and signature name, "unet": lower-case letters, digits and underscores.
+        function: `function(weights, **inputs) -> {name: array}`, pure, static shapes, float32 and int32 only. `weights`
+            is `{role: parameters}` of `roles`.
+        roles: which of `recipe.weights(params, frozen)` it needs.
+        inputs: named input shapes. The batch is 1; a clip has its frames in the place of the batch.
+        storage: `{path: Stored}`, path being "role/module/kernel": weights that take few values. The exporter checks
+            that they are those values, and the manifest lists them. The `.tflite` file holds them as floats all the
+            same.
+    """
+
+    name: str
+    function: Callable[..., dict[str, jax.Array]]
+    roles: tuple[str, ...]
+    inputs: Mapping[str, jax.ShapeDtypeStruct]
+    storage: Mapping[str, Stored] = dataclasses.field(default_factory=dict)
+
+    def select(self, weights: Mapping[str, Tree]) -> dict[str, Tree]:
+        """The roles that `function` takes.
+
+        Raises:
+            ValueError: a role is not among the weights.
+        """
+        if missing := [role for role in self.roles if role not in weights]:
+            raise ValueError(
+                f"the export unit {self.name!r} needs the weights {', '.join(missing)}; the recipe has "
+                f"{', '.join(sorted(weights))}. Load them among the frozen networks, or change the unit's roles"
+            )
+        return {role: weights[role] for role in self.roles}
+
+
+@dataclasses.dataclass(frozen=True)
+class GoldenInputs:
+    """What the golden examples of a bundle begin with.
+
+    Attributes:
+        prompts: become token ids by the bundle's tokenizer, for a program that has one.
+        arrays: `{input of the program: [N, ...]}`, for inputs that no tokenizer makes.
+        seed: example i begins with the noise of (seed, i).
+        examples: how many, where there are neither prompts nor arrays to say it.
+    """
+
+    prompts: tuple[str, ...] = ()
+    arrays: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+    examples: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportPlan:
+    """All that a client needs to run a recipe's generator away from JAX.
+
+    Attributes:
+        units: the functions to convert.
+        program: how to call them, as plain JSON-able data. `export/program.py` describes it at its top.
+        golden: what the bundle's golden examples begin with.
+    """
+
+    units: Sequence[ExportUnit]
+    program: Mapping[str, Any]
+    golden: GoldenInputs = GoldenInputs()
