@@ -33,6 +33,22 @@ def text_unit(role: str, config: Any) -> ExportUnit:
     return ExportUnit("text_encoder", encode_text, (role,), _text_inputs(config))
 
 
+def label_unit(role: str, config: Any) -> ExportUnit:
+    """The embedding of class labels: label int32 `[1]` to sequence `[1, 1, D]`, mask `[1, 1]` and pooled `[1, D]`.
+
+    Args:
+        role: whose weights it has.
+        config: its `LabelEmbeddingConfig`.
+    """
+    network, _ = build(dataclasses.replace(config, dtype="float32"))
+
+    def embed_label(weights: Tree, *, label: Any) -> dict[str, jax.Array]:
+        context = apply(network, weights[role], label)
+        return {"sequence": context.sequence, "mask": context.mask, "pooled": context.pooled}
+
+    return ExportUnit("label_embedding", embed_label, (role,), {"label": jax.ShapeDtypeStruct((1,), jnp.int32)})
+
+
 def context_spec(config: Any) -> TextContext:
     """ShapeDtypeStructs `[1, ...]` of what a text encoder gives."""
     network, spec = build(dataclasses.replace(config, dtype="float32"))

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from snapgen_jax.inputs._export import decoder_unit
 from snapgen_jax.inputs.interfaces import Networks, Tree, prefixed, subtree
 from snapgen_jax.networks.codec import Codec, CodecConfig, build_codec, from_uint8, to_uint8
 from snapgen_jax.networks.module import Network, Platform
 from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.training.exports import ExportUnit
 from snapgen_jax.weights.frozen import load_codec
 
 CODEC = "codec"
@@ -75,6 +77,14 @@ class ImageCodec:
     def decode(self, networks: Networks, x_0: jax.Array) -> dict[str, Any]:
         """Latents to `{"image": uint8 [B, H, W, 3]}`."""
         return {"image": to_uint8(self.bind(networks).decode(x_0))}
+
+    def describe(self) -> dict[str, Any]:
+        """How a client makes pictures of latents, as plain JSON."""
+        return self.codec.describe()
+
+    def export_units(self) -> dict[str, ExportUnit]:
+        """The decoder, where the codec is a network."""
+        return {"decoder": decoder_unit(self.config, self.latent_shape())} if self.networks() else {}
 
     def check_run(self, workdir: str, inputs: Mapping[str, Any]) -> None:
         """Compares the latents with those of an earlier run, of which `inputs` is that section of its config.

@@ -14,7 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from snapgen_jax.diffusion.guidance import draw_kept, keep
-from snapgen_jax.inputs._export import decoder_unit, text_unit
+from snapgen_jax.inputs._export import text_unit
 from snapgen_jax.inputs._images import ImageCodec, Size, image_specs
 from snapgen_jax.inputs.interfaces import Networks, TokenizerSpec, Tree, is_kept
 from snapgen_jax.networks.clip import ClipTextConfig, null_tokens
@@ -23,6 +23,7 @@ from snapgen_jax.networks.module import Network, Platform, apply, build, for_pla
 from snapgen_jax.networks.rules import rules_of
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.training.exports import InputsExport
 from snapgen_jax.weights.frozen import load_run
 
 TEXT = "text"
@@ -157,12 +158,10 @@ class Captions:
                 f"{self.config.text_workdir or 'its own'!r}; set inputs.text_workdir to the same"
             )
 
-    def export_units(self) -> Mapping[str, Any]:
-        """The text encoder and, where the codec is a network, the decoder."""
-        units = {"text_encoder": text_unit(TEXT, self.config.text)}
-        if self.images.networks():
-            units["decoder"] = decoder_unit(self.config.codec, self.latent_shape())
-        return units
+    def exports(self) -> InputsExport:
+        """The text encoder, the tokenizer's arrays and, where the codec is a network, the decoder."""
+        units = {"text_encoder": text_unit(TEXT, self.config.text), **self.images.export_units()}
+        return InputsExport(units, self._null(), {name: name for name in self.conditions()}, self.images.describe())
 
 
 def same_tokens(*workdirs: epath.PathLike) -> bool:

@@ -8,16 +8,18 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from snapgen_jax.diffusion.guidance import draw_kept, keep
-from snapgen_jax.inputs._export import decoder_unit, label_unit
+from snapgen_jax.inputs._export import label_unit
 from snapgen_jax.inputs._images import ImageCodec, Size, image_specs
 from snapgen_jax.inputs.interfaces import Networks, TokenizerSpec, Tree, is_kept
 from snapgen_jax.networks.codec import Codec, CodecConfig
 from snapgen_jax.networks.label import LabelEmbeddingConfig
 from snapgen_jax.networks.module import Network, Platform, apply, build, for_platform
 from snapgen_jax.networks.text import TextContext
+from snapgen_jax.training.exports import InputsExport
 
 LABEL = "label"
 
@@ -122,9 +124,8 @@ class ClassLabels:
         if "latent" in parts:
             self.images.check_run(workdir, inputs)
 
-    def export_units(self) -> Mapping[str, Any]:
+    def exports(self) -> InputsExport:
         """The embedding, which takes the place of a text encoder, and the decoder where the codec is a network."""
-        units = {"text_encoder": label_unit(LABEL, self.config.label)}
-        if self.images.networks():
-            units["decoder"] = decoder_unit(self.config.codec, self.latent_shape())
-        return units
+        units = {"text_encoder": label_unit(LABEL, self.config.label), **self.images.export_units()}
+        null = {"label": np.asarray(self.config.label.classes, np.int32)}
+        return InputsExport(units, null, {}, self.images.describe())

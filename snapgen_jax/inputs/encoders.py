@@ -27,6 +27,7 @@ from snapgen_jax.networks.module import Network, Platform, apply, build, for_pla
 from snapgen_jax.networks.rules import rules_of
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.training.exports import InputsExport
 from snapgen_jax.weights.frozen import draw_stand_ins, load_text_encoder
 
 PUBLISHED = {"clip_l": "clip_l", "clip_g": "clip_g", "language": "gemma2_2b"}  # encoder -> whose weights it has
@@ -188,7 +189,7 @@ class Encoders:
         if "latent" in parts:
             self.images.check_run(workdir, inputs)
 
-    def export_units(self) -> Mapping[str, Any]:
+    def exports(self) -> InputsExport:
         """A phone does not hold encoders of this size.
 
         Raises:

@@ -13,6 +13,8 @@ from snapgen_jax.inputs._images import ImageCodec, Size, image_specs
 from snapgen_jax.inputs.interfaces import Networks, TokenizerSpec, Tree
 from snapgen_jax.networks.codec import Codec, CodecConfig
 from snapgen_jax.networks.module import Network, Platform
+from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.training.exports import InputsExport
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +105,10 @@ class Images:
         if "latent" in parts:
             self.images.check_run(workdir, inputs)
 
-    def export_units(self) -> Mapping[str, Any]:
-        """None."""
-        return {}
+    def exports(self) -> InputsExport:
+        """Nothing draws from images alone.
+
+        Raises:
+            ConfigError: always, with what to do instead.
+        """
+        raise ConfigError("inputs of the kind 'images' hold no condition to draw from; export a run of a generator")

@@ -141,8 +141,12 @@ class Inputs(Protocol):
         """
         ...
 
-    def export_units(self) -> Mapping[str, Any]:
-        """`{part: training.exports.ExportUnit}`: "text_encoder" and "decoder", where a phone has such."""
+    def exports(self) -> Any:
+        """What it brings to a bundle, a `training.exports.InputsExport`.
+
+        Raises:
+            ConfigError: a phone does not hold it; says what to do instead.
+        """
         ...
 
 

@@ -22,6 +22,7 @@ from snapgen_jax.networks.codec import Codec
 from snapgen_jax.networks.module import Network, Platform
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.training.exports import InputsExport
 
 CONTEXT = ("sequence", "mask", "pooled")
 
@@ -171,7 +172,7 @@ class Stored:
         """Nothing: a run does not say of what its stored latents and text states were made."""
         del workdir, inputs, parts
 
-    def export_units(self) -> Mapping[str, Any]:
+    def exports(self) -> InputsExport:
         """None of a bundle's parts but the network are here.
 
         Raises:

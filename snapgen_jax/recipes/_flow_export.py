@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from snapgen_jax.diffusion.path import T_MIN
 from snapgen_jax.diffusion.timesteps import time_grid
 from snapgen_jax.networks.module import apply, build
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.time_features import MAX_PERIOD, TIME_SCALE
-from snapgen_jax.training.exports import ExportPlan, ExportUnit, GoldenInputs
+from snapgen_jax.systems.denoiser import Denoiser
+from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.training.exports import ExportPlan, ExportUnit, GoldenInputs, InputsExport
 
 Tree = Any
 
@@ -39,37 +39,39 @@ class Sampling(Protocol):
 def flow_plan(
     *,
     denoiser_role: str,
-    network_config: Any,
-    prediction: Literal["velocity", "x_0"],
+    denoiser: Denoiser,
     sampling: Sampling,
     latent_shape: tuple[int, ...],
     image_shape: tuple[int, ...],
     context: TextContext,
-    null: Mapping[str, np.ndarray],
-    codec: Mapping[str, Any] | None,
-    units: Mapping[str, ExportUnit],
+    inputs: InputsExport,
     golden: GoldenInputs,
 ) -> ExportPlan:
     """The denoiser at batch 1, in float32 with real depthwise convolutions, and the sampler that calls all units.
 
     Args:
         denoiser_role: whose weights the denoiser has: "unet".
-        network_config: its config.
-        prediction: what its output stands for.
+        denoiser: the network and what its output stands for.
         sampling: the sampler's settings.
         latent_shape, image_shape: of one example.
         context: ShapeDtypeStructs `[1, ...]` of what the denoiser attends to.
-        null: `{input of the program: array of one example}`, the inputs of the empty condition, which also give names,
-            shapes and dtypes. With a text encoder they are `tokens` and `mask` `[L]`, which the tokenizer makes of
-            prompts; without one `sequence` `[L, D]`, `mask` `[L]` and `pooled` `[P]`, which the caller gives.
-        codec: `Codec.describe()`; None leaves latents to the caller.
-        units: "text_encoder" and "decoder", where there are such.
+        inputs: the units around it, and the inputs of the empty condition.
         golden: what the golden examples begin with.
+
+    Raises:
+        ConfigError: the denoiser's schedule is not that of a flow.
     """
-    denoiser = _denoiser_unit(denoiser_role, network_config, latent_shape, context)
+    if denoiser.schedule.kind != "flow":
+        raise ConfigError(
+            f"a bundle's sampler follows a flow, and this network has the schedule {denoiser.schedule.kind!r}; distil it "
+            "into one whose schedule.kind is 'flow', and export that"
+        )
+    network_config, prediction = denoiser.network.config, denoiser.prediction
+    if prediction not in ("velocity", "x_0"):
+        raise ConfigError(f"a bundle knows the predictions 'velocity' and 'x_0', and this network predicts {prediction!r}")
+    units, null, codec = inputs.units, inputs.null, inputs.codec
+    unit = _denoiser_unit(denoiser_role, network_config, latent_shape, context)
     text, decoder = units.get("text_encoder"), units.get("decoder")
-    latent, image = (list(latent_shape), "float32"), (list(image_shape), "uint8")
-    name, (shape, dtype) = ("latent", latent) if codec is None else ("image", image)
     program = {
         "schema": 2,
         "kind": "flow",
@@ -77,12 +79,12 @@ def flow_plan(
             key: {"shape": list(array.shape), "dtype": str(array.dtype), "null": array.tolist()}
             for key, array in null.items()
         },
-        "outputs": {name: {"shape": shape, "dtype": dtype}},
+        "outputs": {"image": {"shape": list(image_shape), "dtype": "uint8"}},
         "latent_shape": list(latent_shape),
         "times": [float(t) for t in time_grid(sampling.steps, sampling.shift)],
         "shift": sampling.shift,
         "step": {
-            "unit": denoiser.name,
+            "unit": unit.name,
             "rule": sampling.method,
             "time": {
                 "kind": "features",
@@ -95,10 +97,11 @@ def flow_plan(
             "guidance": sampling.guidance,
             **({"context": "text"} if text else {}),
         },
-        "decoder": None if codec is None else {**codec, **({"unit": decoder.name} if decoder else {})},
-        **({"tokenizer": {"tokens": "tokens", "mask": "mask"}, "contexts": {"text": [text.name]}} if text else {}),
+        "decoder": {**codec, **({"unit": decoder.name} if decoder else {})},
+        **({"tokenizer": dict(inputs.tokenizer)} if inputs.tokenizer else {}),
+        **({"contexts": {"text": [text.name]}} if text else {}),
     }
-    return ExportPlan([denoiser, *units.values()], program, golden)
+    return ExportPlan([unit, *units.values()], program, golden)
 
 
 def _denoiser_unit(role: str, config: Any, latent_shape: tuple[int, ...], context: TextContext) -> ExportUnit:

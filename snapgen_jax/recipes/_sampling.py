@@ -82,5 +82,5 @@ def sample_flow(
     guided = with_guidance(at_grid, condition, null, options.guidance)
     if options.method == "renoise":
         later = jnp.moveaxis(jnp.roll(noise, -1, axis=1), 1, 0)  # the last interval ends in data and uses none
-        return sample(guided, noise[:, 0], grid.t, carry, method="renoise", noise=later)
-    return sample(guided, noise, grid.t, carry, method=options.method)
+        return sample(guided, schedule.initial(noise[:, 0], grid), grid.t, carry, method="renoise", noise=later)
+    return sample(guided, schedule.initial(noise, grid), grid.t, carry, method=options.method)

@@ -42,7 +42,7 @@ from snapgen_jax.recipes._flow_export import flow_plan
 from snapgen_jax.recipes._sampling import SamplingConfig, initial_noise, noise_shape, sample_flow
 from snapgen_jax.systems.denoiser import Denoiser, Prediction
 from snapgen_jax.training.accumulate import accumulate_gradients
-from snapgen_jax.training.exports import ExportPlan
+from snapgen_jax.training.exports import ExportPlan, GoldenInputs
 from snapgen_jax.training.optimizer import (
     OptimizerConfig,
     clip_by_joint_norm,
@@ -240,10 +240,12 @@ class FlowMatching:
         return Point(x_t, v, condition), features
 
     def time_weight(self, level: Level) -> jax.Array | float:
-        """Of the velocity's squared error, see `loss_full_from`; under another schedule, that of its native loss."""
+        """Of the velocity's squared error: see `loss_full_from`; under another schedule than a flow's, what makes it
+        the error of the network's own output."""
         config = self.config
-        weight = config.schedule.loss_weight(level, config.prediction)
-        return weight * jnp.square(jnp.minimum(1.0, level.t / config.loss_full_from)) if config.loss_full_from else weight
+        if config.schedule.kind != "flow":
+            return config.schedule.loss_weight(level, config.prediction)
+        return jnp.square(jnp.minimum(1.0, level.t / config.loss_full_from)) if config.loss_full_from else 1.0
 
     def report(self, extra: Tree, aux: Tree) -> tuple[Tree, Metrics]:
         """The next `extra`, and further metrics, from what the loss found beside its value."""
@@ -372,8 +374,23 @@ class FlowMatching:
         return [when.spec(name, **parts.get(name, {})) for name in when.names]
 
     def exports(self) -> ExportPlan:
-        """The network and the inputs' own units (text encoder, decoder); see `_flow_export`."""
-        return flow_plan(self)
+        """The network and the inputs' own units (text encoder, decoder), at the first image size."""
+        brought = self.inputs.exports()
+        told = {name: jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for name, x in brought.null.items()}
+        networks = {role: build(network.config)[1] for role, network in self.networks().items()}
+        decoded = jax.eval_shape(
+            self.inputs.decode, networks, jax.ShapeDtypeStruct((1, *self.inputs.latent_shape()), jnp.float32)
+        )
+        return flow_plan(
+            denoiser_role=self.role,
+            denoiser=self.denoiser,
+            sampling=self.options,
+            latent_shape=self.inputs.latent_shape(),
+            image_shape=decoded["image"].shape[1:],
+            context=jax.eval_shape(self.inputs.condition, networks, told),
+            inputs=brought,
+            golden=GoldenInputs(prompts=(self.config.sample_prompts[:2] or ("",)) if brought.tokenizer else ()),
+        )
 
 
 RECIPE = FlowMatching

@@ -80,6 +80,23 @@ class GoldenInputs:
 
 
 @dataclasses.dataclass(frozen=True)
+class InputsExport:
+    """What a kind of example brings to a plan.
+
+    Attributes:
+        units: "text_encoder", which makes what the denoiser attends to, and "decoder", where there are such.
+        null: `{input of the program: array of one example}`, those of the empty condition.
+        tokenizer: `{array: what the bundle's tokenizer makes}`; empty where the program reads no text.
+        codec: `Codec.describe()`, how latents become pictures.
+    """
+
+    units: Mapping[str, ExportUnit]
+    null: Mapping[str, np.ndarray]
+    tokenizer: Mapping[str, str]
+    codec: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
 class ExportPlan:
     """All that a client needs to run a recipe's generator away from JAX.
 
