@@ -21,11 +21,12 @@ from jax.sharding import Mesh, PartitionSpec
 
 from snapgen_jax.evaluation.interfaces import EvaluationConfig, EvaluatorSpec
 from snapgen_jax.losses.adversarial import adaptive_weight, hinge_discriminator_loss, hinge_generator_loss
-from snapgen_jax.networks import autoencoder, lpips, patch_discriminator, tiny_decoder
+from snapgen_jax.networks.autoencoder import AutoencoderConfig
 from snapgen_jax.networks.codec import Codec, from_uint8, to_uint8
 from snapgen_jax.networks.lpips import LPIPSConfig
 from snapgen_jax.networks.module import Platform, apply, build, for_platform, frozen_spec, init
 from snapgen_jax.networks.patch_discriminator import PatchDiscriminatorConfig
+from snapgen_jax.networks.tiny_decoder import TinyDecoderConfig
 from snapgen_jax.training.optimizer import (
     OptimizerConfig,
     clip_by_joint_norm,
@@ -192,7 +193,12 @@ class Reconstruction:
 
     def rules(self) -> Sequence[tuple[str, PartitionSpec]]:
         """Those of the networks."""
-        return [*autoencoder.RULES, *tiny_decoder.RULES, *patch_discriminator.RULES, *lpips.RULES]
+        return [
+            *AutoencoderConfig().rules(),
+            *TinyDecoderConfig().rules(),
+            *self.config.discriminator.rules(),
+            *self.config.perceptual.rules(),
+        ]
 
     # --- training ---
 

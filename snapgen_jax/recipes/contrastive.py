@@ -18,7 +18,6 @@ from jax.sharding import Mesh, PartitionSpec
 
 from snapgen_jax.evaluation.interfaces import EvaluationConfig, EvaluatorSpec
 from snapgen_jax.losses.contrastive import contrastive_loss, normalised
-from snapgen_jax.networks import clip, clip_vision
 from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.clip_vision import ClipVisionConfig
 from snapgen_jax.networks.codec import from_uint8
@@ -130,7 +129,7 @@ class Contrastive:
 
     def rules(self) -> Sequence[tuple[str, PartitionSpec]]:
         """Those of the two encoders."""
-        return [*within("text", clip.RULES), *within("image", clip_vision.RULES)]
+        return [*within("text", self.config.text.rules()), *within("image", self.config.image.rules())]
 
     def embed_text(self, params: Tree, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """`[B, L]` tokens to unit vectors `[B, D]`."""

@@ -35,7 +35,6 @@ from snapgen_jax.losses.distillation import (
     update_means,
 )
 from snapgen_jax.losses.flow_matching import flow_matching_loss
-from snapgen_jax.networks import clip, mmdit, unet
 from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.codec import CodecConfig, build_codec, from_uint8
 from snapgen_jax.networks.mmdit import MMDiTConfig
@@ -53,7 +52,6 @@ from snapgen_jax.training.state import TrainState
 from snapgen_jax.weights.frozen import draw_stand_ins, load_codec, load_mmdit, load_run
 
 Tree = Any
-RULES = {"unet": unet.RULES, "mmdit": mmdit.RULES}
 # Keys of what a teacher adds are folded from here on: `split(key, n)[i]` is `fold_in(key, i)`, and so is the key of a
 # network's i-th parameter, so that small numbers are taken by what is drawn without him.
 OWN_KEYS = 10_000
@@ -272,7 +270,7 @@ class Distilled(FlowMatching):
         codec = {}
         if wanted.pop("codec", None) and self.teacher_codec is not None:
             codec = {"codec": load_codec(teacher.codec, self.teacher_codec, mesh)}
-        rules = [*_teacher_rules(), *within("text", clip.RULES)]
+        rules = self._teacher_rules()
         if teacher.random:
             networks = {teacher.network: self.teacher, "text": self.teacher_text}
             found = draw_stand_ins({name: networks[name] for name in wanted}, rules, mesh)
@@ -326,7 +324,11 @@ class Distilled(FlowMatching):
     def rules(self) -> Sequence[tuple[str, PartitionSpec]]:
         """Those of the teacher and, if it is to be split, of the student."""
         ours = super().rules() if self.config.shard_student else []
-        return [*within("teacher", [*_teacher_rules(), *within("text", clip.RULES)]), *ours]
+        return [*within("teacher", self._teacher_rules()), *ours]
+
+    def _teacher_rules(self) -> list[tuple[str, PartitionSpec]]:
+        text = [] if self.teacher_text is None else within("text", self.teacher_text.config.rules())
+        return [*within(self.config.teacher.network, self.teacher_config.rules()), *text]
 
     # --- training ---
 
@@ -453,10 +455,6 @@ class Distillation(Distilled):
     Config = DistillationConfig
 
 
-def _teacher_rules() -> list[tuple[str, PartitionSpec]]:
-    return [rule for name, rules in RULES.items() for rule in within(name, rules)]
-
-
 def _run_config(workdir: epath.PathLike) -> dict[str, Any]:
     """The config of a run, as it was when trained; `{}` if it was trained without one, by `training.loop` alone."""
     path = epath.Path(workdir) / "config.json"
@@ -480,8 +478,7 @@ def tap_shapes(
     network: Network, spec: Tree, latent: tuple[int, ...], taps: Sequence[str]
 ) -> dict[str, tuple[int, ...]]:
     """`{tap: [1, h, w, C]}` of a UNet or an MMDiT at a latent of shape `(h, w, c)`."""
-    config, size = network.config, latent[:2]
-    inputs = unet.input_spec(config, 1, *size) if isinstance(config, UNetConfig) else mmdit.input_spec(config, 1, *size)
+    inputs = network.config.input_spec(1, *latent[:2])
     _, found = jax.eval_shape(lambda params, *args: apply(network, params, *args, taps=taps), spec, *inputs)
     return {tap: leaf.shape for tap, leaf in found.items()}
 

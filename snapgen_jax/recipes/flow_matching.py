@@ -25,7 +25,6 @@ from snapgen_jax.diffusion.samplers import Method, sample
 from snapgen_jax.diffusion.timesteps import TimestepConfig, sample_times, time_grid
 from snapgen_jax.evaluation.interfaces import EvaluationConfig, EvaluatorSpec
 from snapgen_jax.losses.flow_matching import flow_matching_loss
-from snapgen_jax.networks import clip, mmdit, unet
 from snapgen_jax.networks.clip import ClipTextConfig, null_tokens
 from snapgen_jax.networks.codec import Codec, CodecConfig, build_codec, from_uint8, to_uint8
 from snapgen_jax.networks.mmdit import MMDiTConfig
@@ -209,7 +208,7 @@ class FlowMatching:
         spec = FlowMatching.frozen_spec(self)
         frozen = {}
         if "text" in spec:
-            frozen = load_run(self.text_workdir, {"text": spec["text"]}, mesh=mesh, rules=clip.RULES)
+            frozen = load_run(self.text_workdir, {"text": spec["text"]}, mesh=mesh, rules=self.text.config.rules())
         if "codec" in spec:
             frozen["codec"] = load_codec(self.config.codec, self.codec, mesh)
         return frozen
@@ -225,7 +224,10 @@ class FlowMatching:
 
     def rules(self) -> Sequence[tuple[str, PartitionSpec]]:
         """Those of the networks."""
-        return [*within("text", clip.RULES), *within("unet", unet.RULES), *within("mmdit", mmdit.RULES)]
+        return [
+            *within("text", self.text.config.rules()),
+            *within(self.network_name, self.network_config.rules()),
+        ]
 
     # --- training ---
 

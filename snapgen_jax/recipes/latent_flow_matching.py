@@ -19,7 +19,6 @@ from jax.sharding import PartitionSpec
 from snapgen_jax.diffusion.guidance import drop_condition
 from snapgen_jax.diffusion.timesteps import TimestepConfig
 from snapgen_jax.evaluation.interfaces import EvaluationConfig
-from snapgen_jax.networks import unet
 from snapgen_jax.networks.codec import CodecConfig, build_codec
 from snapgen_jax.networks.module import Platform, build, for_platform, init
 from snapgen_jax.networks.text import TextContext
@@ -114,7 +113,7 @@ class LatentFlowMatching(FlowMatching):
 
     def rules(self) -> Sequence[tuple[str, PartitionSpec]]:
         """Those of the UNet."""
-        return list(unet.RULES)
+        return list(self.config.unet.rules())
 
     def condition(self, params: Tree, drawn: Tree) -> TextContext:
         """The stored text states."""

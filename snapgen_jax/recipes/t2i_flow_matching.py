@@ -20,7 +20,6 @@ from jax.sharding import Mesh, PartitionSpec
 
 from snapgen_jax.diffusion.timesteps import TimestepConfig
 from snapgen_jax.evaluation.interfaces import EvaluationConfig
-from snapgen_jax.networks import autoencoder, clip, context, gemma2, unet
 from snapgen_jax.networks.autoencoder import AutoencoderConfig
 from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.codec import CodecConfig, build_codec
@@ -178,12 +177,10 @@ class T2IFlowMatching(FlowMatching):
     def rules(self) -> Sequence[tuple[str, PartitionSpec]]:
         """Those of the networks."""
         return [
-            *within("unet", unet.RULES),
-            *within("conditioner", context.RULES),
-            *within("clip_l", clip.RULES),
-            *within("clip_g", clip.RULES),
-            *within("language", gemma2.RULES),
-            *within("codec", autoencoder.RULES),
+            *within("unet", self.network_config.rules()),
+            *within("conditioner", self.conditioner.config.rules()),
+            *(rule for name, network in self.encoders.items() for rule in within(name, network.config.rules())),
+            *within("codec", self.codec.network.config.rules()),
         ]
 
     # --- training ---
