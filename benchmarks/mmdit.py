@@ -26,7 +26,7 @@ import numpy as np
 from benchmarks.measuring import fastest, machine, random_like
 from snapgen_jax.networks.counting import macs
 from snapgen_jax.networks.long_attention import AttentionKernel
-from snapgen_jax.networks.mmdit import MMDiTConfig, input_spec
+from snapgen_jax.networks.mmdit import MMDiTConfig
 from snapgen_jax.networks.module import Tree, apply, build, count_parameters
 
 SMALL = MMDiTConfig(depth=38, heads=2, head_dim=64, context_width=64, pooled_width=64, position_size=32, remat="none")
@@ -36,7 +36,7 @@ def measure_compile() -> dict[str, Any]:
     """Seconds to trace and lower, and to compile, without the compilation cache."""
     jax.config.update("jax_enable_compilation_cache", False)
     network, params = build(SMALL)
-    x, *rest = input_spec(SMALL, batch=1, height=32, width=32, tokens=77)
+    x, *rest = SMALL.input_spec(batch=1, height=32, width=32, tokens=77)
 
     def velocity(x: jax.Array, params: Tree, rest: Any) -> jax.Array:
         return apply(network, params, x, *rest)[0]
@@ -59,7 +59,7 @@ def measure_torch(threads: int) -> dict[str, Any]:
 
     config = MMDiTConfig(depth=6, heads=6, head_dim=64, context_width=512, pooled_width=256, position_size=32)
     network, spec = build(config)
-    x, features, context = random_like(input_spec(config, batch=2, height=32, width=32, tokens=77))
+    x, features, context = random_like(config.input_spec(batch=2, height=32, width=32, tokens=77))
     params, run = random_like(spec), jax.jit(functools.partial(apply, network))
 
     torch.set_num_threads(threads)
@@ -123,7 +123,7 @@ def measure_full(preset: str, side: int, batch: int, attention: AttentionKernel,
     `torch`, diffusers' too."""
     config = MMDiTConfig.preset(preset, dtype="bfloat16", attention=attention)
     network, spec = build(config)
-    shapes = input_spec(config, batch=batch, height=side // 8, width=side // 8)
+    shapes = config.input_spec(batch=batch, height=side // 8, width=side // 8)
     work = 2 * macs(dataclasses.replace(config, attention="whole"), shapes)  # the other kernels hide their products
     params, inputs = random_like(spec, jnp.bfloat16), random_like(shapes)
     run = jax.jit(functools.partial(apply, network))

@@ -28,7 +28,6 @@ from snapgen_jax.config import build, load_config, to_json
 from snapgen_jax.data.prompts import CATEGORIES
 from snapgen_jax.experiment import Experiment, prepare_workdir
 from snapgen_jax.generation import load
-from snapgen_jax.networks import unet
 from snapgen_jax.networks.counting import STEPS, ladder, macs
 from snapgen_jax.networks.module import apply, for_platform, init
 from snapgen_jax.networks.module import build as build_network
@@ -415,7 +414,7 @@ def _ladder_changes(name: str, arg: str) -> list[str]:
 
 def multiply_adds(config: UNetConfig) -> float:
     """Of one call for one image of the shapes world, in millions."""
-    return macs(config, unet.input_spec(config, 1, *LATENT, 20)) / 1e6
+    return macs(config, config.input_spec(1, *LATENT, 20)) / 1e6
 
 
 def milliseconds(configs: Mapping[str, UNetConfig], rounds: int = 5, batch: int = 16) -> dict[str, float]:
@@ -426,7 +425,7 @@ def milliseconds(configs: Mapping[str, UNetConfig], rounds: int = 5, batch: int 
         for name, config in configs.items():
             network, _ = build_network(for_platform(config, "cpu"))
             params = jax.jit(lambda key, network=network: init(network, key))(jax.random.key(0))
-            inputs = jax.tree.map(lambda s: np.ones(s.shape, s.dtype), unet.input_spec(config, batch, *LATENT, 20))
+            inputs = jax.tree.map(lambda s: np.ones(s.shape, s.dtype), config.input_spec(batch, *LATENT, 20))
             forward = jax.jit(lambda p, *x, network=network: apply(network, p, *x)[0])
             calls[name] = functools.partial(forward, params, *inputs)
         return {name: 1e3 * seconds for name, seconds in fastest(calls, rounds).items()}

@@ -68,7 +68,7 @@ def measure(folder: pathlib.Path, config: t5.T5Config) -> dict[str, float | int 
     """Loads the folder fully sharded over all devices."""
     _, spec = build(config)
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
-    shardings = tree_shardings(spec, t5.RULES, mesh)
+    shardings = tree_shardings(spec, config.rules(), mesh)
     jax.block_until_ready(jax.device_put(jnp.zeros(8), jax.devices()[-1]))
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before, start = memory("VmRSS"), time.perf_counter()

@@ -15,16 +15,16 @@ from jax.sharding import PartitionSpec
 
 from snapgen_jax.networks.layers import Conv, GroupNorm, Linear, upsample_nearest
 from snapgen_jax.networks.long_attention import attend_long
-from snapgen_jax.networks.module import Network, Preset, Tree, apply, compute_dtype, frozen_spec, shard
+from snapgen_jax.networks.module import Network, Preset, Rules, Tree, apply, compute_dtype, frozen_spec, shard
 from snapgen_jax.networks.sizes import reduced
 from snapgen_jax.networks.tiling import decode_tiled
 
-__all__ = ["RULES", "Autoencoder", "AutoencoderCodec", "AutoencoderConfig", "input_spec"]
+__all__ = ["Autoencoder", "AutoencoderCodec", "AutoencoderConfig"]
 
 # Convolutions are split over their outputs alone: where some also sum over channels that `tensor` splits, XLA's CPU
 # compiler (jax 0.10.2) gives wrong numbers on a mesh of data, fsdp and tensor.
 _SPLIT = ("tensor", "fsdp")
-RULES: list[tuple[str, PartitionSpec]] = [
+_RULES: Rules = [
     (r"(conv_in|conv_1|conv_2|skip|sampler)/kernel$", PartitionSpec(None, None, None, _SPLIT)),
     (r"attention/(query|key|value)/kernel$", PartitionSpec(None, _SPLIT)),
     (r"attention/out/kernel$", PartitionSpec(_SPLIT, None)),
@@ -53,6 +53,7 @@ class AutoencoderConfig(Preset):
         dtype: platform choice, fixed by `module.for_platform`.
     """
 
+    kind: Literal["autoencoder"] = "autoencoder"
     channels: tuple[int, ...] = (128, 256, 512, 512)
     layers: int = 2
     latent_channels: int = 16
@@ -79,6 +80,14 @@ class AutoencoderConfig(Preset):
     def module(self, rngs: nnx.Rngs) -> nnx.Module:
         """Creates the autoencoder with freshly drawn parameters."""
         return Autoencoder(self, rngs)
+
+    def rules(self) -> Rules:
+        """How its parameters are split over a mesh; the first match wins."""
+        return _RULES
+
+    def input_spec(self, batch: int = 1, height: int = 256, width: int = 256) -> tuple[Any, ...]:
+        """Shapes of the positional arguments of an `Autoencoder`: images."""
+        return (jax.ShapeDtypeStruct((batch, height, width, COLOURS), jnp.float32),)
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {"channels": (8, 16), "layers": 1, "latent_channels": 4, "groups": 4, "tile": 8, "tile_overlap": 2},
@@ -311,6 +320,10 @@ class AutoencoderCodec:
         config = self.network.config
         return (*reduced(image_size, config.reduction), config.latent_channels)
 
+    def networks(self) -> dict[str, Network]:
+        """`{"": the autoencoder}`: its parameters are the whole of `spec`."""
+        return {"": self.network}
+
     def spec(self) -> Tree:
         """Shapes of the autoencoder's parameters, in the dtype in which it computes."""
         return frozen_spec(self.network)
@@ -323,9 +336,3 @@ class AutoencoderCodec:
         """The decoder is a network of its own, which takes normalised latents."""
         config = self.network.config
         return {"kind": "network", "reduction": config.reduction, "latent_channels": config.latent_channels}
-
-
-def input_spec(config: AutoencoderConfig, batch: int = 1, height: int = 256, width: int = 256) -> tuple[Any, ...]:
-    """Shapes of the positional arguments of an `Autoencoder`: images."""
-    del config
-    return (jax.ShapeDtypeStruct((batch, height, width, COLOURS), jnp.float32),)

@@ -13,12 +13,12 @@ from jax.sharding import PartitionSpec
 
 from snapgen_jax.networks.attention import Attention, causal_bias, mask_bias
 from snapgen_jax.networks.layers import LayerNorm, Linear
-from snapgen_jax.networks.module import Preset, compute_dtype, shard
+from snapgen_jax.networks.module import Preset, Rules, compute_dtype, shard
 from snapgen_jax.networks.text import TextContext
 
-__all__ = ["RULES", "ClipText", "ClipTextConfig", "input_spec", "null_tokens"]
+__all__ = ["ClipText", "ClipTextConfig", "null_tokens"]
 
-RULES: list[tuple[str, PartitionSpec]] = [
+_RULES: Rules = [
     (r"token_embedding$", PartitionSpec("fsdp", None)),
     (r"(query|key|value|inner)/kernel$", PartitionSpec("fsdp", "tensor")),
     (r"(out|outer|projection)/kernel$", PartitionSpec("tensor", "fsdp")),
@@ -53,6 +53,7 @@ class ClipTextConfig(Preset):
         dtype: platform choice, fixed by `module.for_platform`.
     """
 
+    kind: Literal["clip_text"] = "clip_text"
     vocab_size: int = 512
     width: int = 128
     layers: int = 2
@@ -78,6 +79,15 @@ class ClipTextConfig(Preset):
     def module(self, rngs: nnx.Rngs) -> nnx.Module:
         """Creates the text encoder with freshly drawn parameters."""
         return ClipText(self, rngs)
+
+    def rules(self) -> Rules:
+        """How its parameters are split over a mesh; the first match wins."""
+        return _RULES
+
+    def input_spec(self, batch: int = 1, tokens: int = 77) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """`ShapeDtypeStruct`s of a `ClipText`'s positional arguments, tokens and mask; no longer than `max_tokens`."""
+        length = min(tokens, self.max_tokens)
+        return jax.ShapeDtypeStruct((batch, length), jnp.int32), jax.ShapeDtypeStruct((batch, length), jnp.float32)
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {"vocab_size": 32, "width": 16, "heads": 2, "max_tokens": 8, "projection": 16},
@@ -225,9 +235,3 @@ def null_tokens(config: ClipTextConfig, length: int) -> tuple[np.ndarray, np.nda
     mask = np.zeros(length, np.float32)
     mask[:2] = 1
     return tokens, mask
-
-
-def input_spec(config: ClipTextConfig, batch: int = 1, tokens: int = 77) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """`ShapeDtypeStruct`s of a `ClipText`'s positional arguments, tokens and mask; no longer than `max_tokens`."""
-    length = min(tokens, config.max_tokens)
-    return jax.ShapeDtypeStruct((batch, length), jnp.int32), jax.ShapeDtypeStruct((batch, length), jnp.float32)

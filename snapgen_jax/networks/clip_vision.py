@@ -13,11 +13,11 @@ from jax.sharding import PartitionSpec
 
 from snapgen_jax.networks.clip import ClipLayer
 from snapgen_jax.networks.layers import Conv, LayerNorm, Linear
-from snapgen_jax.networks.module import Preset, compute_dtype, shard
+from snapgen_jax.networks.module import Preset, Rules, compute_dtype, shard
 
-__all__ = ["RULES", "ClipVision", "ClipVisionConfig", "input_spec"]
+__all__ = ["ClipVision", "ClipVisionConfig"]
 
-RULES: list[tuple[str, PartitionSpec]] = [
+_RULES: Rules = [
     (r"(query|key|value|inner)/kernel$", PartitionSpec("fsdp", "tensor")),
     (r"(out|outer|projection)/kernel$", PartitionSpec("tensor", "fsdp")),
 ]
@@ -35,6 +35,7 @@ class ClipVisionConfig(Preset):
         dtype: platform choice, fixed by `module.for_platform`.
     """
 
+    kind: Literal["clip_vision"] = "clip_vision"
     image_size: int = 32
     patch: int = 4
     width: int = 128
@@ -55,6 +56,14 @@ class ClipVisionConfig(Preset):
     def module(self, rngs: nnx.Rngs) -> nnx.Module:
         """Creates the image encoder with freshly drawn parameters."""
         return ClipVision(self, rngs)
+
+    def rules(self) -> Rules:
+        """How its parameters are split over a mesh; the first match wins."""
+        return _RULES
+
+    def input_spec(self, batch: int = 1) -> tuple[jax.ShapeDtypeStruct]:
+        """`ShapeDtypeStruct` of a `ClipVision`'s positional argument."""
+        return (jax.ShapeDtypeStruct((batch, self.image_size, self.image_size, 3), jnp.float32),)
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {"patch": 8, "width": 16, "layers": 1, "heads": 2, "projection": 16},
@@ -102,8 +111,3 @@ class ClipVision(nnx.Module):
         for layer in self.layers:
             x = layer(x, None)
         return self.projection(self.norm(x[:, 0])).astype(jnp.float32)
-
-
-def input_spec(config: ClipVisionConfig, batch: int = 1) -> tuple[jax.ShapeDtypeStruct]:
-    """`ShapeDtypeStruct` of a `ClipVision`'s positional argument."""
-    return (jax.ShapeDtypeStruct((batch, config.image_size, config.image_size, 3), jnp.float32),)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from snapgen_jax.networks.autoencoder import AutoencoderCodec, AutoencoderConfig
-from snapgen_jax.networks.module import Platform, Tree, build, for_platform
+from snapgen_jax.networks.module import Network, Platform, Tree, build, for_platform
 from snapgen_jax.networks.sizes import height_width
 from snapgen_jax.networks.tiny_decoder import TinyDecoderCodec, TinyDecoderConfig
 
@@ -43,6 +43,10 @@ class Codec(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """What a client needs to decode without this library, as plain JSON."""
+        ...
+
+    def networks(self) -> dict[str, Network]:
+        """Its networks, by where their parameters stand in `spec`: "" for a tree that is one network's."""
         ...
 
     def spec(self) -> Tree:
@@ -139,6 +143,10 @@ class IdentityCodec:
         """`images = latents / scale + shift`."""
         return {"kind": "identity", "scale": self.config.scale, "shift": self.config.shift}
 
+    def networks(self) -> dict[str, Network]:
+        """It has none."""
+        return {}
+
     def spec(self) -> Tree:
         """It has no parameters."""
         return {}
@@ -201,6 +209,10 @@ class PatchCodec:
             "shift": self.config.shift,
             "frequency_scale": list(self.config.frequency_scale or (1.0,) * p**2),
         }
+
+    def networks(self) -> dict[str, Network]:
+        """It has none."""
+        return {}
 
     def spec(self) -> Tree:
         """It has no parameters."""

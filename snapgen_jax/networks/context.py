@@ -11,11 +11,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from snapgen_jax.networks.layers import Linear, RMSNorm
-from snapgen_jax.networks.module import Preset, compute_dtype
+from snapgen_jax.networks.module import Preset, Rules, compute_dtype
 from snapgen_jax.networks.text import TextContext
 
 ENCODERS = ("clip_l", "clip_g", "language")
-RULES: list[tuple[str, PartitionSpec]] = [(r"linear/kernel$", PartitionSpec("fsdp", None))]
+_RULES: Rules = [(r"linear/kernel$", PartitionSpec("fsdp", None))]
 
 
 def join_clip(clip_l: TextContext, clip_g: TextContext) -> TextContext:
@@ -84,6 +84,7 @@ class ConditionerConfig(Preset):
         dtype: platform choice, fixed by `module.for_platform`.
     """
 
+    kind: Literal["conditioner"] = "conditioner"
     width: int = 2048
     language_width: int = 2304
     epsilon: float = 1e-6
@@ -92,6 +93,21 @@ class ConditionerConfig(Preset):
     def module(self, rngs: nnx.Rngs) -> nnx.Module:
         """Creates the conditioner with freshly drawn parameters."""
         return Conditioner(self, rngs)
+
+    def rules(self) -> Rules:
+        """How its parameters are split over a mesh; the first match wins."""
+        return _RULES
+
+    def input_spec(self, batch: int = 1, tokens: int = 77) -> tuple[TextContext, ...]:
+        """`ShapeDtypeStruct`s of a `Conditioner`'s positional arguments, CLIP widths in the ratio of SnapGen's."""
+        clip_l = self.width * 3 // 8
+
+        def context(width: int) -> TextContext:
+            shapes = ((batch, tokens, width), (batch, tokens), (batch, width))
+            arrays: Any = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+            return TextContext(*arrays)
+
+        return context(clip_l), context(self.width - clip_l), context(self.language_width)
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"smoke": {"width": 16, "language_width": 12}, "t2i": {}}
 
@@ -155,15 +171,3 @@ def _keep(context: TextContext, kept: jax.Array) -> TextContext:
     """The encodings of the examples where `kept` `[B]` is 1, and zeros for the others."""
     column = kept[:, None]
     return TextContext(context.sequence * column[:, :, None], context.mask * column, context.pooled * column)
-
-
-def input_spec(config: ConditionerConfig, batch: int = 1, tokens: int = 77) -> tuple[TextContext, ...]:
-    """`ShapeDtypeStruct`s of a `Conditioner`'s positional arguments, CLIP widths in the ratio of SnapGen's."""
-    clip_l = config.width * 3 // 8
-
-    def context(width: int) -> TextContext:
-        shapes = ((batch, tokens, width), (batch, tokens), (batch, width))
-        arrays: Any = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-        return TextContext(*arrays)
-
-    return context(clip_l), context(config.width - clip_l), context(config.language_width)

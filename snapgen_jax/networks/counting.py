@@ -1,7 +1,7 @@
 """Parameters and multiply-adds of networks, from abstract shapes: no parameter is drawn and nothing is compiled.
 
-A new network is listed in `NETWORKS`, and every preset of it is counted by `snapgen count --all`. The ladder is the
-ablation of SnapGen (arXiv 2412.09619, section 3.1): eight networks, each one design step from the one before.
+`snapgen count --all` counts every preset of every network in `networks/registry.py`. The ladder is the ablation of
+SnapGen (arXiv 2412.09619, section 3.1): eight networks, each one design step from the one before.
 """
 
 from __future__ import annotations
@@ -14,44 +14,9 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
-from snapgen_jax.networks import (
-    autoencoder,
-    clip,
-    clip_vision,
-    context,
-    discriminator,
-    gemma2,
-    lpips,
-    mmdit,
-    patch_discriminator,
-    t5,
-    tiny_decoder,
-    unet,
-)
-from snapgen_jax.networks.module import Preset, apply, build, count_parameters
+from snapgen_jax.networks.module import apply, build, count_parameters
+from snapgen_jax.networks.registry import CONFIGS
 from snapgen_jax.networks.unet import UNetConfig
-
-
-def _mmdit_inputs(config: mmdit.MMDiTConfig) -> tuple:
-    side = min(128, config.position_size * config.patch)  # the largest latent that the position table covers
-    return mmdit.input_spec(config, height=side, width=side)
-
-
-# name, config class, and the function `input_spec(config)` that gives the shapes of its positional arguments
-NETWORKS: tuple[tuple[str, type[Preset], Callable[..., tuple]], ...] = (
-    ("unet", unet.UNetConfig, unet.input_spec),
-    ("clip", clip.ClipTextConfig, clip.input_spec),
-    ("clip_vision", clip_vision.ClipVisionConfig, clip_vision.input_spec),
-    ("t5", t5.T5Config, t5.input_spec),
-    ("gemma2", gemma2.Gemma2Config, gemma2.input_spec),
-    ("conditioner", context.ConditionerConfig, context.input_spec),
-    ("mmdit", mmdit.MMDiTConfig, _mmdit_inputs),
-    ("autoencoder", autoencoder.AutoencoderConfig, autoencoder.input_spec),
-    ("tiny_decoder", tiny_decoder.TinyDecoderConfig, tiny_decoder.input_spec),
-    ("lpips", lpips.LPIPSConfig, lpips.input_spec),
-    ("patch_discriminator", patch_discriminator.PatchDiscriminatorConfig, patch_discriminator.input_spec),
-    ("discriminator", discriminator.DiscriminatorConfig, discriminator.input_spec),
-)
 
 PIXELS_PER_LATENT = 8  # side, of the autoencoder that SnapGen works on
 
@@ -125,7 +90,7 @@ def _subjaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:
 def unet_macs(config: UNetConfig, pixels: int) -> int:
     """Multiply-adds of one UNet call for a square image of that many pixels a side, with 77 text tokens."""
     side = pixels // PIXELS_PER_LATENT
-    return macs(config, unet.input_spec(config, height=side, width=side))
+    return macs(config, config.input_spec(height=side, width=side))
 
 
 # --- every network ---------------------------------------------------------------------------------------------------
@@ -143,14 +108,14 @@ class Count:
 
 
 def all_counts() -> list[Count]:
-    """Every preset of every network in `NETWORKS`."""
+    """Every preset of every network."""
     counts = []
-    for name, config_class, input_spec in NETWORKS:
+    for config_class in CONFIGS:
         for preset in config_class.PRESETS:
-            config = config_class.preset(preset)
-            inputs = input_spec(config)
+            config: Any = config_class.preset(preset)
+            inputs = config.input_spec()
             shapes = " ".join("x".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(inputs))
-            counts.append(Count(name, preset, parameters(config), macs(config, inputs), shapes))
+            counts.append(Count(config.kind, preset, parameters(config), macs(config, inputs), shapes))
     return counts
 
 

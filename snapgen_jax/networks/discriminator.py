@@ -14,15 +14,14 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 
 from snapgen_jax.networks.layers import Conv, GroupNorm, Linear
-from snapgen_jax.networks.module import Preset, compute_dtype, shard
+from snapgen_jax.networks.module import Preset, Rules, compute_dtype, shard
 from snapgen_jax.networks.unet_blocks import EmbeddingMLP
 
-__all__ = ["RULES", "Discriminator", "DiscriminatorConfig", "input_spec"]
+__all__ = ["Discriminator", "DiscriminatorConfig"]
 
-RULES: list[tuple[str, PartitionSpec]] = []  # a few hundred thousand numbers: whole on every device
+_RULES: Rules = []  # a few hundred thousand numbers: whole on every device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +38,7 @@ class DiscriminatorConfig(Preset):
         dtype: platform choice, fixed by `module.for_platform`.
     """
 
+    kind: Literal["discriminator"] = "discriminator"
     taps: tuple[str, ...] = ("down_0", "down_1", "down_2", "mid")
     channels: tuple[int, ...] = (256, 512, 896, 896)
     hidden: int = 64
@@ -57,6 +57,20 @@ class DiscriminatorConfig(Preset):
     def module(self, rngs: nnx.Rngs) -> nnx.Module:
         """Creates the heads with freshly drawn parameters."""
         return Discriminator(self, rngs)
+
+    def rules(self) -> Rules:
+        """How its parameters are split over a mesh; the first match wins."""
+        return _RULES
+
+    def input_spec(self, batch: int = 1, height: int = 32, width: int = 32) -> tuple[Any, ...]:
+        """`ShapeDtypeStruct`s of a `Discriminator`'s positional arguments, every tap at `height` x `width`."""
+
+        def array(*shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+        taps = zip(self.taps, self.channels, strict=True)
+        features = {tap: array(batch, height, width, channels) for tap, channels in taps}
+        return features, array(batch, self.time_width), array(batch, self.pooled_width)
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {
@@ -128,14 +142,3 @@ class Discriminator(nnx.Module):
             raise ValueError(f"Discriminator: the trunk's features have widths {given}, the config says {expected}")
         embedding = jax.nn.silu(shard(self.time(time) + self.pooled(pooled), "vector"))
         return {tap: head(features[tap], embedding) for tap, head in zip(self.config.taps, self.heads, strict=True)}
-
-
-def input_spec(config: DiscriminatorConfig, batch: int = 1, height: int = 32, width: int = 32) -> tuple[Any, ...]:
-    """`ShapeDtypeStruct`s of a `Discriminator`'s positional arguments, every tap at `height` x `width`."""
-
-    def array(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-    taps = zip(config.taps, config.channels, strict=True)
-    features = {tap: array(batch, height, width, channels) for tap, channels in taps}
-    return features, array(batch, config.time_width), array(batch, config.pooled_width)

@@ -20,13 +20,13 @@ from jax.typing import DTypeLike
 from snapgen_jax.networks.attention import MASKED, attend, causal_bias, mask_bias, rotate
 from snapgen_jax.networks.depth import scan, stack
 from snapgen_jax.networks.layers import Linear
-from snapgen_jax.networks.module import Preset, compute_dtype, shard
+from snapgen_jax.networks.module import Preset, Rules, compute_dtype, shard
 from snapgen_jax.networks.text import TextContext
 
 # Kernels are split along their output, which a checkpoint stores as whole rows: each host reads one run of bytes. What
 # leads back to the stream of tokens is split along its input too, among `tensor` (Shoeybi et al. 2019, section 3).
 _SPLIT = ("tensor", "fsdp")
-RULES: list[tuple[str, PartitionSpec]] = [
+_RULES: Rules = [
     (r"token_embedding$", PartitionSpec(_SPLIT, None)),
     (r"blocks/.*(out|outer)/kernel$", PartitionSpec(None, "tensor", "fsdp")),
     (r"blocks/.*kernel$", PartitionSpec(None, None, _SPLIT)),
@@ -49,6 +49,7 @@ class Gemma2Config(Preset):
         dtype: platform choice, fixed by `module.for_platform`.
     """
 
+    kind: Literal["gemma2"] = "gemma2"
     vocab_size: int = 256_000
     width: int = 2304
     layers: int = 26
@@ -70,6 +71,14 @@ class Gemma2Config(Preset):
     def module(self, rngs: nnx.Rngs) -> nnx.Module:
         """Creates the encoder with freshly drawn parameters."""
         return Gemma2(self, rngs)
+
+    def rules(self) -> Rules:
+        """How its parameters are split over a mesh; the first match wins."""
+        return _RULES
+
+    def input_spec(self, batch: int = 1, tokens: int = 256) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """`ShapeDtypeStruct`s of a `Gemma2`'s positional arguments, tokens and mask."""
+        return jax.ShapeDtypeStruct((batch, tokens), jnp.int32), jax.ShapeDtypeStruct((batch, tokens), jnp.float32)
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {
@@ -192,8 +201,3 @@ class Gemma2(nnx.Module):
         carry = (shard(x), jnp.int32(0))
         (x, _), found = scan(body, self.blocks, carry, taps=taps, feature=lambda carry: carry[0])
         return self.norm(x).astype(jnp.float32), found
-
-
-def input_spec(config: Gemma2Config, batch: int = 1, tokens: int = 256) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """`ShapeDtypeStruct`s of a `Gemma2`'s positional arguments, tokens and mask."""
-    return jax.ShapeDtypeStruct((batch, tokens), jnp.int32), jax.ShapeDtypeStruct((batch, tokens), jnp.float32)

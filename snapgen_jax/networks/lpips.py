@@ -16,11 +16,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from snapgen_jax.networks.layers import Conv
-from snapgen_jax.networks.module import Preset, compute_dtype, shard
+from snapgen_jax.networks.module import Preset, Rules, compute_dtype, shard
 
-__all__ = ["RULES", "LPIPSConfig", "PerceptualDistance", "input_spec"]
+__all__ = ["LPIPSConfig", "PerceptualDistance"]
 
-RULES: list[tuple[str, PartitionSpec]] = [(r"convolutions/.*/kernel$", PartitionSpec(None, None, None, "fsdp"))]
+_RULES: Rules = [(r"convolutions/.*/kernel$", PartitionSpec(None, None, None, "fsdp"))]
 
 COLOURS = 3
 # Mean and deviation of the photographs that VGG-16 was trained on, for pixels in [-1, 1].
@@ -38,6 +38,7 @@ class LPIPSConfig(Preset):
         dtype: platform choice, fixed by `module.for_platform`.
     """
 
+    kind: Literal["lpips"] = "lpips"
     channels: tuple[int, ...] = (64, 128, 256, 512, 512)
     layers: tuple[int, ...] = (2, 2, 3, 3, 3)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -57,6 +58,14 @@ class LPIPSConfig(Preset):
     def module(self, rngs: nnx.Rngs) -> nnx.Module:
         """Creates the distance with freshly drawn parameters."""
         return PerceptualDistance(self, rngs)
+
+    def rules(self) -> Rules:
+        """How its parameters are split over a mesh; the first match wins."""
+        return _RULES
+
+    def input_spec(self, batch: int = 1, height: int = 64, width: int = 64) -> tuple[Any, ...]:
+        """Shapes of the positional arguments of a `PerceptualDistance`: two batches of images."""
+        return (jax.ShapeDtypeStruct((batch, height, width, COLOURS), jnp.float32),) * 2
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {"channels": (4, 8), "layers": (1, 2)},
@@ -124,9 +133,3 @@ class PerceptualDistance(nnx.Module):
         pairs = zip(self.features(images), self.features(others), strict=True)
         distances = [lin(jnp.square(x - y)) for lin, (x, y) in zip(self.lins, pairs, strict=True)]
         return jnp.sum(jnp.stack(distances), axis=0)
-
-
-def input_spec(config: LPIPSConfig, batch: int = 1, height: int = 64, width: int = 64) -> tuple[Any, ...]:
-    """Shapes of the positional arguments of a `PerceptualDistance`: two batches of images."""
-    del config
-    return (jax.ShapeDtypeStruct((batch, height, width, COLOURS), jnp.float32),) * 2

@@ -7,8 +7,8 @@ scan, so that the program is as large for 38 blocks as for 2.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,19 +20,20 @@ from jax.sharding import PartitionSpec
 from snapgen_jax.networks import depth
 from snapgen_jax.networks.attention import mask_bias
 from snapgen_jax.networks.layers import Conv, Linear
-from snapgen_jax.networks.long_attention import AttentionKernel
 from snapgen_jax.networks.mmdit_blocks import Block, layer_norm, modulate
-from snapgen_jax.networks.module import Preset, compute_dtype, shard
+from snapgen_jax.networks.mmdit_config import MMDiTArchitecture
+from snapgen_jax.networks.module import Rules, compute_dtype, shard
+from snapgen_jax.networks.taps import Reuse, Taps
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.unet_blocks import EmbeddingMLP
 
-__all__ = ["RULES", "MMDiT", "MMDiTConfig", "input_spec", "tap_names"]
+__all__ = ["MMDiT", "MMDiTConfig"]
 
 # First match wins. Everything of size is split, over its outputs; only the gains of the head width stay whole. What
 # leads back to the stream of tokens is split over its inputs among `tensor`, so that the heads and hidden units of one
 # device need no other before their sum (Shoeybi et al. 2019, arXiv 1909.08053, section 3).
 _SPLIT = ("tensor", "fsdp")
-RULES: list[tuple[str, PartitionSpec]] = [
+_RULES: Rules = [
     (r"patch/kernel$", PartitionSpec(None, None, None, _SPLIT)),
     (r"(dual|joint)_blocks/.*(back|outer)/kernel$", PartitionSpec(None, "tensor", "fsdp")),
     (r"(dual|joint)_blocks/.*kernel$", PartitionSpec(None, None, _SPLIT)),
@@ -43,99 +44,42 @@ RULES: list[tuple[str, PartitionSpec]] = [
     (r"bias$", PartitionSpec(_SPLIT)),
 ]
 
-_SD35_LARGE: dict[str, Any] = {"depth": 38, "heads": 38, "position_size": 192}
-
 
 @dataclasses.dataclass(frozen=True)
-class MMDiTConfig(Preset):
-    """Architecture of an `MMDiT`. The defaults are Stable Diffusion 3.5 Large, 8,056,627,520 parameters beside the
-    position table.
-
-    Attributes:
-        latent_channels: C of the latent `[B, H, W, C]` that goes in and of the velocity that comes out.
-        patch: side of a patch of the latent, one token each.
-        depth: blocks, counted with the dual ones and the last.
-        dual: how many of the first blocks also attend among the image tokens alone.
-        heads, head_dim: of every attention; their product is the width.
-        ffn_ratio: hidden width of the feed-forward networks, as a multiple of the width.
-        context_width, pooled_width, time_width: of the text states, the pooled text vector and the time features.
-        position_size: side of the stored position table in patches; a latent takes the middle of it.
-        position_base: side, in patches, of the images whose positions a fresh table counts in steps of one.
-        text_mask: whether padding is hidden from attention ("attend") or taken for text ("ignore", as SD3 was trained).
-        attention: kernel of the attention, see `long_attention`.
-        attention_chunk: queries at a time, "chunked" only.
-        remat: what the backward pass recomputes, see `depth.scan`.
-        dtype: platform choice, fixed by `module.for_platform`.
-    """
-
-    latent_channels: int = 16
-    patch: int = 2
-    depth: int = 38
-    dual: int = 0
-    heads: int = 38
-    head_dim: int = 64
-    ffn_ratio: int = 4
-    context_width: int = 4096
-    pooled_width: int = 2048
-    time_width: int = 256
-    position_size: int = 192
-    position_base: int = 64
-    text_mask: Literal["ignore", "attend"] = "ignore"
-    attention: AttentionKernel = "whole"
-    attention_chunk: int = 512
-    remat: depth.Remat = "block"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-
-    def __post_init__(self):
-        if not 0 <= self.dual < self.depth:
-            raise ValueError(
-                f"MMDiTConfig: dual={self.dual} of depth={self.depth} blocks; the last block cannot be dual, so give "
-                f"0 to {self.depth - 1}"
-            )
-        if self.width % 4:
-            raise ValueError(f"MMDiTConfig: heads * head_dim = {self.width} must be a multiple of 4")
-
-    @property
-    def width(self) -> int:
-        """Width of both streams."""
-        return self.heads * self.head_dim
+class MMDiTConfig(MMDiTArchitecture):
+    """Architecture of an `MMDiT`; `mmdit_config.MMDiTArchitecture` says what each field is."""
 
     def module(self, rngs: nnx.Rngs) -> nnx.Module:
         """Creates the MMDiT with freshly drawn parameters."""
         return MMDiT(self, rngs)
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "smoke": {
-            "latent_channels": 4,
-            "depth": 3,
-            "dual": 1,
-            "heads": 2,
-            "head_dim": 8,
-            "context_width": 16,
-            "pooled_width": 16,
-            "time_width": 16,
-            "position_size": 8,
-            "position_base": 4,
-            "text_mask": "attend",
-            "remat": "none",
-        },
-        "shapes": {
-            "latent_channels": 48,
-            "patch": 1,
-            "depth": 6,
-            "heads": 4,
-            "head_dim": 32,
-            "context_width": 128,
-            "pooled_width": 128,
-            "position_size": 16,
-            "position_base": 8,
-            "text_mask": "attend",
-            "remat": "none",
-        },
-        "sd35_large": _SD35_LARGE,
-        "sd35_large_turbo": _SD35_LARGE,
-        "sd35_medium": {"depth": 24, "dual": 13, "heads": 24, "position_size": 384},
-    }
+    def rules(self) -> Rules:
+        """How its parameters are split over a mesh; the first match wins."""
+        return _RULES
+
+    def input_spec(
+        self, batch: int = 1, height: int | None = None, width: int | None = None, tokens: int = 333
+    ) -> tuple[Any, Any, TextContext]:
+        """`ShapeDtypeStruct`s of an `MMDiT`'s positional arguments: latent, time features, text.
+
+        `height` and `width` are the latent's: 128 where none is given, or what the position table covers.
+        """
+        largest = min(128, self.position_size * self.patch)
+        height, width = (largest if side is None else side for side in (height, width))
+
+        def array(*shape: int) -> Any:
+            return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+        context = TextContext(
+            sequence=array(batch, tokens, self.context_width),
+            mask=array(batch, tokens),
+            pooled=array(batch, self.pooled_width),
+        )
+        return array(batch, height, width, self.latent_channels), array(batch, self.time_width), context
+
+    def tap_names(self) -> tuple[str, ...]:
+        """Names of the intermediates in the order in which they are computed: the image tokens after each block."""
+        return tuple(f"block_{i:02d}" for i in range(self.depth))
 
 
 class MMDiT(nnx.Module):
@@ -161,7 +105,13 @@ class MMDiT(nnx.Module):
         self.out = Linear(width, config.patch**2 * config.latent_channels, init="zeros", dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: jax.Array, time: jax.Array, context: TextContext, *, taps: Sequence[str] = ()
+        self,
+        x: jax.Array,
+        time: jax.Array,
+        context: TextContext,
+        *,
+        taps: Sequence[str] = (),
+        reuse: Mapping[str, Reuse | jax.Array] | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Predicts the velocity.
 
@@ -174,20 +124,26 @@ class MMDiT(nnx.Module):
             context: sequence `[B, L, context_width]`, pooled `[B, pooled_width]`, and mask `[B, L]`, which only
                 `text_mask="attend"` reads: Stable Diffusion 3 attends to padding too.
             taps: blocks whose image tokens to return, "block_00" ...; each costs the memory of one such array.
+            reuse: image tokens `[B, H/patch, W/patch, width]` to use in place of a block's, always or where `Reuse.run`
+                says. The text tokens pass a block that does not run unchanged.
 
         Returns:
             v: `[B, H, W, C]` float32.
             intermediates: `{tap: [B, H/patch, W/patch, width]}` in the compute dtype.
 
         Raises:
-            ValueError: a shape does not fit the config, or a tap is unknown.
+            ValueError: a shape does not fit the config, or a name is unknown.
         """
         config, dtype = self.config, compute_dtype(self.config)
         _check_inputs(config, x, time, context)
-        wanted = _tapped_blocks(config, taps)
+        names = config.tap_names()
+        tap = Taps(names, taps, reuse)
+        wanted = sorted(names.index(name) for name in tap.wanted)
 
         image = self.patch(shard(x, "image"))
         b, h, w, _ = image.shape
+        like = jax.ShapeDtypeStruct(image.shape, image.dtype)
+        reused = {names.index(name): _on_tokens(name, given, like) for name, given in tap.reuse.items()}
         image = image + self._positions(h, w).astype(dtype)
         image = shard(rearrange(image, "b h w d -> b (h w) d"), "tokens")
         text = shard(self.context(context.sequence), "tokens")
@@ -208,19 +164,23 @@ class MMDiT(nnx.Module):
                 blocks,
                 streams,
                 taps=[i - first for i in wanted if first <= i < first + count],
+                reuse={i - first: given for i, given in reused.items() if first <= i < first + count},
                 feature=lambda streams: streams[0],
+                replace=lambda streams, image: (image, streams[1]),
                 remat=config.remat,
             )
             found |= {first + i: feature for i, feature in tapped.items()}
             first += count
-        image, _ = run(self.last_block, streams)
+        image, text = streams
+        last = reused.get(first, Reuse(image, run=True))
+        image = last.instead_of(lambda image: run(self.last_block, (image, text))[0], image, name=names[first])
         if first in wanted:
             found[first] = image
 
         scale, shift = jnp.split(self.modulation_out(embedding), 2, axis=-1)
         v = self.out(modulate(layer_norm(image), shift, scale))
         v = rearrange(v, "b (h w) (p q c) -> b (h p) (w q) c", h=h, p=config.patch, q=config.patch)
-        maps = {_tap_name(i): rearrange(found[i], "b (h w) d -> b h w d", h=h) for i in wanted}
+        maps = {names[i]: rearrange(found[i], "b (h w) d -> b h w d", h=h) for i in wanted}
         return shard(v.astype(jnp.float32), "image"), maps
 
     def _positions(self, height: int, width: int) -> jax.Array:
@@ -230,42 +190,16 @@ class MMDiT(nnx.Module):
         return self.position[...].reshape(size, size, -1)[top : top + height, left : left + width]
 
 
-def tap_names(config: MMDiTConfig) -> tuple[str, ...]:
-    """Names of the intermediates in the order in which they are computed, one a block."""
-    return tuple(_tap_name(i) for i in range(config.depth))
+def _on_tokens(name: str, reuse: Reuse, like: jax.ShapeDtypeStruct) -> Reuse:
+    """A replacement of a map like `like` `[B, h, w, D]` as one of tokens `[B, h * w, D]`."""
+    value = rearrange(reuse.fitted(like, name), "b h w d -> b (h w) d")
+    run = reuse.run
+    if not callable(run):
+        return Reuse(value, run)
+    return Reuse(value, lambda tokens: run(rearrange(tokens, "b (h w) d -> b h w d", h=like.shape[1])))
 
 
-def input_spec(
-    config: MMDiTConfig, batch: int = 1, height: int = 128, width: int = 128, tokens: int = 333
-) -> tuple[Any, Any, TextContext]:
-    """`ShapeDtypeStruct`s of an `MMDiT`'s positional arguments: latent, time features, text.
-
-    `height` and `width` are the latent's.
-    """
-
-    def array(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-    context = TextContext(
-        sequence=array(batch, tokens, config.context_width),
-        mask=array(batch, tokens),
-        pooled=array(batch, config.pooled_width),
-    )
-    return array(batch, height, width, config.latent_channels), array(batch, config.time_width), context
-
-
-def _tap_name(block: int) -> str:
-    return f"block_{block:02d}"
-
-
-def _tapped_blocks(config: MMDiTConfig, taps: Sequence[str]) -> list[int]:
-    names = tap_names(config)
-    if unknown := [tap for tap in taps if tap not in names]:
-        raise ValueError(f"unknown intermediate {', '.join(unknown)}; the network has {names[0]} to {names[-1]}")
-    return sorted({names.index(tap) for tap in taps})
-
-
-def _position_table(config: MMDiTConfig) -> jax.Array:
+def _position_table(config: MMDiTArchitecture) -> jax.Array:
     """`[1, S*S, D]`: sines, then cosines, of the column in the first half of D and of the row in the second.
 
     Only the two axes are computed eagerly, so that the shapes of a full-size network cost nothing.
@@ -279,7 +213,7 @@ def _position_table(config: MMDiTConfig) -> jax.Array:
     return jnp.concatenate([columns, rows], axis=-1).reshape(1, size * size, 4 * quarter)
 
 
-def _check_inputs(config: MMDiTConfig, x: jax.Array, time: jax.Array, context: TextContext) -> None:
+def _check_inputs(config: MMDiTArchitecture, x: jax.Array, time: jax.Array, context: TextContext) -> None:
     _, h, w, c = x.shape
     most = config.position_size * config.patch
     if h % config.patch or w % config.patch or max(h, w) > most:

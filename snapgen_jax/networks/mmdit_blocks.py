@@ -6,7 +6,7 @@ tokens alone ("MMDiT-X").
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,8 @@ from flax import nnx
 
 from snapgen_jax.networks.layers import Linear, RMSNorm
 from snapgen_jax.networks.long_attention import AttentionKernel, attend_long
+from snapgen_jax.networks.mmdit_config import MMDiTArchitecture
 from snapgen_jax.networks.module import compute_dtype, shard
-
-if TYPE_CHECKING:
-    from snapgen_jax.networks.mmdit import MMDiTConfig
 
 EPSILON = 1e-6
 Heads = tuple[jax.Array, jax.Array, jax.Array]
@@ -42,7 +40,7 @@ class Projections(nnx.Module):
     is only read.
     """
 
-    def __init__(self, config: MMDiTConfig, rngs: nnx.Rngs, *, back: bool = True):
+    def __init__(self, config: MMDiTArchitecture, rngs: nnx.Rngs, *, back: bool = True):
         width, dtype = config.width, compute_dtype(config)
         self.query = Linear(width, width, dtype=dtype, rngs=rngs)
         self.key = Linear(width, width, dtype=dtype, rngs=rngs)
@@ -66,7 +64,7 @@ class Projections(nnx.Module):
 class FeedForward(nnx.Module):
     """Linear, GELU (tanh), linear."""
 
-    def __init__(self, config: MMDiTConfig, rngs: nnx.Rngs):
+    def __init__(self, config: MMDiTArchitecture, rngs: nnx.Rngs):
         dtype, hidden = compute_dtype(config), config.ffn_ratio * config.width
         self.inner = Linear(config.width, hidden, dtype=dtype, rngs=rngs)
         self.outer = Linear(hidden, config.width, dtype=dtype, rngs=rngs)
@@ -80,7 +78,7 @@ class Stream(nnx.Module):
     ends there: its modulation is (scale, shift), in this order, and it has no feed-forward network.
     """
 
-    def __init__(self, config: MMDiTConfig, role: Literal["full", "dual", "read"], rngs: nnx.Rngs):
+    def __init__(self, config: MMDiTArchitecture, role: Literal["full", "dual", "read"], rngs: nnx.Rngs):
         parts = {"full": 6, "dual": 9, "read": 2}[role]
         full = role != "read"
         self.modulation = Linear(
@@ -113,7 +111,7 @@ class Block(nnx.Module):
         kind: "joint"; "dual" (the image tokens also attend among themselves); or "last" (the text is only read).
     """
 
-    def __init__(self, config: MMDiTConfig, kind: Literal["joint", "dual", "last"], rngs: nnx.Rngs):
+    def __init__(self, config: MMDiTArchitecture, kind: Literal["joint", "dual", "last"], rngs: nnx.Rngs):
         self.image = Stream(config, "dual" if kind == "dual" else "full", rngs)
         self.text = Stream(config, "read" if kind == "last" else "full", rngs)
         self.kernel: AttentionKernel = config.attention

@@ -15,8 +15,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, cast, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +26,34 @@ from jax.sharding import PartitionSpec
 Tree = Any
 Platform = Literal["cpu", "gpu", "tpu"]
 Path = tuple[str, ...]
+Rules = Sequence[tuple[str, PartitionSpec]]
 
 
-@runtime_checkable
 class NetworkConfig(Protocol):
-    """A frozen dataclass that knows which module it describes."""
+    """A frozen dataclass that describes a network: all that the rest of the package needs to know about it."""
+
+    @property
+    def kind(self) -> str:
+        """Tells the configs of a union apart: a field `kind: Literal["unet"] = "unet"`, the first of the dataclass."""
+        ...
 
     def module(self, rngs: nnx.Rngs) -> nnx.Module:
         """Creates the module with freshly drawn parameters."""
+        ...
+
+    def rules(self) -> Rules:
+        """Where the parameters lie on a mesh: `(pattern of the path, PartitionSpec)`; the first match wins."""
+        ...
+
+    def input_spec(self, batch: int = 1) -> tuple[Any, ...]:
+        """`ShapeDtypeStruct`s of the module's positional arguments; further arguments set sizes, each with a default.
+
+        A denoiser's is `input_spec(batch, height, width, tokens)`: latent, time features and `TextContext`.
+        """
+        ...
+
+    def tap_names(self) -> tuple[str, ...]:
+        """Names of the intermediates that the module returns and replaces (see `networks/taps.py`)."""
         ...
 
 
@@ -225,7 +245,10 @@ def shard(x: jax.Array, kind: Literal["tokens", "image", "vector"] = "tokens") -
 
 
 class Preset:
-    """Mixin of the configs that have named presets: a class attribute `PRESETS` maps a name to field values."""
+    """Base of the network configs: named presets, and no taps unless a network says which it has.
+
+    A class attribute `PRESETS` maps a preset's name to field values.
+    """
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
@@ -235,3 +258,7 @@ class Preset:
         if name not in cls.PRESETS:
             raise ValueError(f"{cls.__name__} has no preset {name!r}; the presets are {', '.join(cls.PRESETS)}")
         return cls(**{**cls.PRESETS[name], **changes})
+
+    def tap_names(self) -> tuple[str, ...]:
+        """This network has no named intermediates."""
+        return ()

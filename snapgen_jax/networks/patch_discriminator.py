@@ -16,11 +16,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from snapgen_jax.networks.layers import Conv, GroupNorm
-from snapgen_jax.networks.module import Preset, compute_dtype, shard
+from snapgen_jax.networks.module import Preset, Rules, compute_dtype, shard
 
-__all__ = ["RULES", "PatchDiscriminator", "PatchDiscriminatorConfig", "input_spec"]
+__all__ = ["PatchDiscriminator", "PatchDiscriminatorConfig"]
 
-RULES: list[tuple[str, PartitionSpec]] = [(r"convolutions/.*/kernel$", PartitionSpec(None, None, None, "fsdp"))]
+_RULES: Rules = [(r"convolutions/.*/kernel$", PartitionSpec(None, None, None, "fsdp"))]
 
 COLOURS = 3
 SLOPE = 0.2  # of the leaky ReLU
@@ -37,6 +37,7 @@ class PatchDiscriminatorConfig(Preset):
         dtype: platform choice, fixed by `module.for_platform`.
     """
 
+    kind: Literal["patch_discriminator"] = "patch_discriminator"
     channels: int = 64
     layers: int = 3
     groups: int = 32
@@ -49,6 +50,14 @@ class PatchDiscriminatorConfig(Preset):
     def module(self, rngs: nnx.Rngs) -> nnx.Module:
         """Creates the discriminator with freshly drawn parameters."""
         return PatchDiscriminator(self, rngs)
+
+    def rules(self) -> Rules:
+        """How its parameters are split over a mesh; the first match wins."""
+        return _RULES
+
+    def input_spec(self, batch: int = 1, height: int = 256, width: int = 256) -> tuple[Any, ...]:
+        """Shapes of the positional arguments of a `PatchDiscriminator`: images."""
+        return (jax.ShapeDtypeStruct((batch, height, width, COLOURS), jnp.float32),)
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {"channels": 8, "layers": 1, "groups": 4},
@@ -81,11 +90,3 @@ class PatchDiscriminator(nnx.Module):
 
 def _conv(in_width: int, out_width: int, stride: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> Conv:
     return Conv(in_width, out_width, 4, stride=stride, padding=(1, 1), dtype=dtype, rngs=rngs)
-
-
-def input_spec(
-    config: PatchDiscriminatorConfig, batch: int = 1, height: int = 256, width: int = 256
-) -> tuple[Any, ...]:
-    """Shapes of the positional arguments of a `PatchDiscriminator`: images."""
-    del config
-    return (jax.ShapeDtypeStruct((batch, height, width, COLOURS), jnp.float32),)

@@ -20,13 +20,13 @@ from jax.sharding import PartitionSpec
 from snapgen_jax.networks.attention import attend, mask_bias
 from snapgen_jax.networks.depth import scan, stack
 from snapgen_jax.networks.layers import Linear, RMSNorm
-from snapgen_jax.networks.module import Preset, compute_dtype, shard
+from snapgen_jax.networks.module import Preset, Rules, compute_dtype, shard
 from snapgen_jax.networks.text import TextContext
 
 # Kernels are split along their output, which a checkpoint stores as whole rows: each host reads one run of bytes. What
 # leads back to the stream of tokens is split along its input too, among `tensor` (Shoeybi et al. 2019, section 3).
 _SPLIT = ("tensor", "fsdp")
-RULES: list[tuple[str, PartitionSpec]] = [
+_RULES: Rules = [
     (r"token_embedding$", PartitionSpec(_SPLIT, None)),
     (r"blocks/.*(out|outer)/kernel$", PartitionSpec(None, "tensor", "fsdp")),
     (r"blocks/.*kernel$", PartitionSpec(None, None, _SPLIT)),
@@ -47,6 +47,7 @@ class T5Config(Preset):
         dtype: platform choice, fixed by `module.for_platform`. float16 is not offered: the largest T5 overflows in it.
     """
 
+    kind: Literal["t5"] = "t5"
     vocab_size: int = 32128
     width: int = 4096
     layers: int = 24
@@ -61,6 +62,14 @@ class T5Config(Preset):
     def module(self, rngs: nnx.Rngs) -> nnx.Module:
         """Creates the encoder with freshly drawn parameters."""
         return T5Encoder(self, rngs)
+
+    def rules(self) -> Rules:
+        """How its parameters are split over a mesh; the first match wins."""
+        return _RULES
+
+    def input_spec(self, batch: int = 1, tokens: int = 256) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """`ShapeDtypeStruct`s of a `T5Encoder`'s positional arguments, tokens and mask."""
+        return jax.ShapeDtypeStruct((batch, tokens), jnp.int32), jax.ShapeDtypeStruct((batch, tokens), jnp.float32)
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {
@@ -161,8 +170,3 @@ class T5Encoder(nnx.Module):
             bias = bias + mask_bias(mask)
         x, found = scan(lambda layer, x: layer(x, bias), self.blocks, x, taps=taps)
         return self.norm(x).astype(jnp.float32), found
-
-
-def input_spec(config: T5Config, batch: int = 1, tokens: int = 256) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """`ShapeDtypeStruct`s of a `T5Encoder`'s positional arguments, tokens and mask."""
-    return jax.ShapeDtypeStruct((batch, tokens), jnp.int32), jax.ShapeDtypeStruct((batch, tokens), jnp.float32)

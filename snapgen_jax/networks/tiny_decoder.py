@@ -17,14 +17,12 @@ from jax.sharding import PartitionSpec
 
 from snapgen_jax.networks.depthwise import DepthwiseConv
 from snapgen_jax.networks.layers import Conv, GroupNorm, Init, upsample_nearest
-from snapgen_jax.networks.module import Network, Preset, Tree, apply, compute_dtype, frozen_spec, shard
+from snapgen_jax.networks.module import Network, Preset, Rules, Tree, apply, compute_dtype, frozen_spec, shard
 from snapgen_jax.networks.sizes import reduced
 
-__all__ = ["RULES", "TinyDecoder", "TinyDecoderCodec", "TinyDecoderConfig", "input_spec"]
+__all__ = ["TinyDecoder", "TinyDecoderCodec", "TinyDecoderConfig"]
 
-RULES: list[tuple[str, PartitionSpec]] = [
-    (r"(conv_in|pointwise|conv)/kernel$", PartitionSpec(None, None, None, "fsdp"))
-]
+_RULES: Rules = [(r"(conv_in|pointwise|conv)/kernel$", PartitionSpec(None, None, None, "fsdp"))]
 
 COLOURS = 3
 
@@ -45,6 +43,7 @@ class TinyDecoderConfig(Preset):
         dtype, depthwise: platform choices, fixed by `module.for_platform`.
     """
 
+    kind: Literal["tiny_decoder"] = "tiny_decoder"
     channels: tuple[int, ...] = (320, 256, 128, 64)
     blocks: tuple[int, ...] = (2, 2, 2, 1)
     middle_blocks: int = 2
@@ -74,6 +73,14 @@ class TinyDecoderConfig(Preset):
     def module(self, rngs: nnx.Rngs) -> nnx.Module:
         """Creates the decoder with freshly drawn parameters."""
         return TinyDecoder(self, rngs)
+
+    def rules(self) -> Rules:
+        """How its parameters are split over a mesh; the first match wins."""
+        return _RULES
+
+    def input_spec(self, batch: int = 1, height: int = 32, width: int = 32) -> tuple[Any, ...]:
+        """Shapes of the positional arguments of a `TinyDecoder`: normalised latents."""
+        return (jax.ShapeDtypeStruct((batch, height, width, self.latent_channels), jnp.float32),)
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {"channels": (16, 8), "blocks": (1, 1), "middle_blocks": 1, "latent_channels": 4, "groups": 4},
@@ -197,6 +204,12 @@ class TinyDecoderCodec:
         config = self.network.config
         return (*reduced(image_size, config.reduction), config.latent_channels)
 
+    def networks(self) -> dict[str, Network]:
+        """`{"decoder"}`, and `{"encoder"}` where there is another codec; a path "encoder/..." if that has several."""
+        others = {} if self.encoder is None else self.encoder.networks()
+        encoder = {f"encoder/{name}".rstrip("/"): network for name, network in others.items()}
+        return {"decoder": self.network, **encoder}
+
     def spec(self) -> Tree:
         """`{"decoder", "encoder"}`: shapes of this decoder's parameters and of the other codec's."""
         encoder = {} if self.encoder is None else {"encoder": self.encoder.spec()}
@@ -211,8 +224,3 @@ class TinyDecoderCodec:
         """The decoder is a network of its own; it takes normalised latents."""
         config = self.network.config
         return {"kind": "network", "reduction": config.reduction, "latent_channels": config.latent_channels}
-
-
-def input_spec(config: TinyDecoderConfig, batch: int = 1, height: int = 32, width: int = 32) -> tuple[Any, ...]:
-    """Shapes of the positional arguments of a `TinyDecoder`: normalised latents."""
-    return (jax.ShapeDtypeStruct((batch, height, width, config.latent_channels), jnp.float32),)

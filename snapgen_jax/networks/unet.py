@@ -7,6 +7,7 @@ input on the way up.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,17 +19,17 @@ from jax.sharding import PartitionSpec
 
 from snapgen_jax.networks.attention import mask_bias, rope_table
 from snapgen_jax.networks.layers import Conv, GroupNorm
-from snapgen_jax.networks.module import compute_dtype, shard
-from snapgen_jax.networks.taps import Taps
+from snapgen_jax.networks.module import Rules, compute_dtype, shard
+from snapgen_jax.networks.taps import Reuse, Taps
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.unet_blocks import Downsample, EmbeddingMLP, ResidualBlock, Rope, Transformer, Unit, Upsample
-from snapgen_jax.networks.unet_config import UNetConfig
+from snapgen_jax.networks.unet_config import UNetArchitecture
 
-__all__ = ["RULES", "UNet", "UNetConfig", "input_spec", "tap_names"]
+__all__ = ["UNet", "UNetConfig"]
 
 # First match wins. Kernels are split over their outputs, or over their inputs where the outputs are the residual
 # stream; vectors are small and stay whole.
-RULES: list[tuple[str, PartitionSpec]] = [
+_RULES: Rules = [
     (r"depthwise/kernel$", PartitionSpec(None, None, None, "fsdp")),
     (r"conv_out/kernel$", PartitionSpec(None, None, "fsdp", None)),
     (r"(conv|conv_in|conv_1|conv_2|skip|pointwise)/kernel$", PartitionSpec(None, None, None, "fsdp")),
@@ -36,6 +37,53 @@ RULES: list[tuple[str, PartitionSpec]] = [
     (r"(out|outer|project_out)/kernel$", PartitionSpec("tensor", "fsdp")),
     (r"(query|inner|project_in|embedding)/kernel$", PartitionSpec("fsdp", "tensor")),
 ]
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig(UNetArchitecture):
+    """Architecture of a `UNet`; `unet_config.UNetArchitecture` says what each field is."""
+
+    def module(self, rngs: nnx.Rngs) -> nnx.Module:
+        """Creates the UNet with freshly drawn parameters."""
+        return UNet(self, rngs)
+
+    def rules(self) -> Rules:
+        """How its parameters are split over a mesh; the first match wins."""
+        return _RULES
+
+    def input_spec(
+        self, batch: int = 1, height: int = 32, width: int = 32, tokens: int = 77
+    ) -> tuple[Any, Any, TextContext]:
+        """`ShapeDtypeStruct`s of a UNet's positional arguments: latent, time features, text.
+
+        `height` and `width` are the latent's.
+        """
+
+        def array(*shape: int) -> Any:
+            return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+        context = TextContext(
+            sequence=array(batch, tokens, self.context_width),
+            mask=array(batch, tokens),
+            pooled=array(batch, self.pooled_width or 0),
+        )
+        return array(batch, height, width, self.latent_channels), array(batch, self.time_width), context
+
+    def tap_names(self) -> tuple[str, ...]:
+        """Names of a UNet's intermediates in the order in which they are computed.
+
+        `down_1_0` is the output of unit 0 of stage 1 on the way down, `down_1` that of its last unit; stage 0 has the
+        highest resolution on both ways.
+        """
+        names, stages = ["conv_in"], len(self.channels)
+        for stage in range(stages):
+            names += [*(f"down_{stage}_{i}" for i in range(self.units)), f"down_{stage}"]
+            names += [f"downsample_{stage}"] if stage < stages - 1 else []
+        names += ["mid"]
+        for stage in reversed(range(stages)):
+            names += [*(f"up_{stage}_{i}" for i in range(self.units + 1)), f"up_{stage}"]
+            names += [f"upsample_{stage}"] if stage else []
+        return tuple(names)
 
 
 _KEPT = jax.checkpoint_policies.save_only_these_names("attention")
@@ -102,7 +150,7 @@ class UNet(nnx.Module):
         context: TextContext,
         *,
         taps: Sequence[str] = (),
-        reuse: Mapping[str, jax.Array] | None = None,
+        reuse: Mapping[str, Reuse | jax.Array] | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Predicts the velocity.
 
@@ -110,8 +158,8 @@ class UNet(nnx.Module):
             x: `[B, H, W, C]` noisy latent; H and W multiples of `config.reduction`.
             time: `[B, time_width]` from `time_features`.
             context: sequence `[B, L, context_width]`, mask `[B, L]`, pooled `[B, pooled_width]`.
-            taps: names of intermediates to return; `tap_names(config)` lists them.
-            reuse: intermediates to use in place of the network's own.
+            taps: names of intermediates to return; `config.tap_names()` lists them.
+            reuse: intermediates to use in place of the network's own, always or where `Reuse.run` says.
 
         Returns:
             v: `[B, H, W, C]` float32.
@@ -122,7 +170,7 @@ class UNet(nnx.Module):
         """
         config, stages = self.config, len(self.config.channels)
         _check_inputs(config, x, time, context)
-        tap = Taps(tap_names(config), taps, reuse)
+        tap = Taps(config.tap_names(), taps, reuse)
         remember = REMAT[config.remat]
 
         embedding = self.time(time)
@@ -132,72 +180,41 @@ class UNet(nnx.Module):
         states = context.sequence.astype(compute_dtype(config))
         bias = mask_bias(context.mask)
 
-        h = tap(shard(self.conv_in(shard(x, "image")), "image"), "conv_in")
+        h = tap.module("conv_in", lambda x: shard(self.conv_in(shard(x, "image")), "image"), x)
         skips = [h]
         for stage, units in enumerate(self.down):
             rope = _rope(config, stage, h)
             for i, unit in enumerate(units):
-                h = remember(unit)(h, embedding, states, bias, rope)
-                h = tap(h, f"down_{stage}_{i}", *([f"down_{stage}"] if i == config.units - 1 else []))
+                names = [f"down_{stage}_{i}", *([f"down_{stage}"] if i == config.units - 1 else [])]
+                h = tap.module(names, remember(unit), h, embedding, states, bias, rope)
                 skips.append(h)
             if stage < stages - 1:
-                h = tap(self.downsamplers[stage](h), f"downsample_{stage}")
+                h = tap.module(f"downsample_{stage}", self.downsamplers[stage], h)
                 skips.append(h)
 
-        h = self.mid_residual(h, embedding)
-        if self.mid_transformer is not None:
-            h = remember(self.mid_transformer)(h, states, bias, _rope(config, stages - 1, h))
-        if self.mid_residual_2 is not None:
-            h = self.mid_residual_2(h, embedding)
-        h = tap(shard(h, "image"), "mid")
+        h = tap.module("mid", self._middle, h, embedding, states, bias)
 
         for stage in reversed(range(stages)):
             rope = _rope(config, stage, h)
             for i, unit in enumerate(self.up[stage]):
                 joined = jnp.concatenate([h, skips.pop()], axis=-1)
-                h = remember(unit)(joined, embedding, states, bias, rope)
-                h = tap(h, f"up_{stage}_{i}", *([f"up_{stage}"] if i == config.units else []))
+                names = [f"up_{stage}_{i}", *([f"up_{stage}"] if i == config.units else [])]
+                h = tap.module(names, remember(unit), joined, embedding, states, bias, rope)
             if stage:
-                h = tap(self.upsamplers[stage - 1](h), f"upsample_{stage}")
+                h = tap.module(f"upsample_{stage}", self.upsamplers[stage - 1], h)
 
         v = self.conv_out(jax.nn.silu(self.norm_out(h)))
         return shard(v.astype(jnp.float32), "image"), tap.found
 
-
-def tap_names(config: UNetConfig) -> tuple[str, ...]:
-    """Names of a UNet's intermediates in the order in which they are computed.
-
-    `down_1_0` is the output of unit 0 of stage 1 on the way down, `down_1` that of its last unit; stage 0 has the
-    highest resolution on both ways.
-    """
-    names, stages = ["conv_in"], len(config.channels)
-    for stage in range(stages):
-        names += [*(f"down_{stage}_{i}" for i in range(config.units)), f"down_{stage}"]
-        names += [f"downsample_{stage}"] if stage < stages - 1 else []
-    names += ["mid"]
-    for stage in reversed(range(stages)):
-        names += [*(f"up_{stage}_{i}" for i in range(config.units + 1)), f"up_{stage}"]
-        names += [f"upsample_{stage}"] if stage else []
-    return tuple(names)
-
-
-def input_spec(
-    config: UNetConfig, batch: int = 1, height: int = 32, width: int = 32, tokens: int = 77
-) -> tuple[Any, Any, TextContext]:
-    """`ShapeDtypeStruct`s of a UNet's positional arguments: latent, time features, text.
-
-    `height` and `width` are the latent's.
-    """
-
-    def array(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-    context = TextContext(
-        sequence=array(batch, tokens, config.context_width),
-        mask=array(batch, tokens),
-        pooled=array(batch, config.pooled_width or 0),
-    )
-    return array(batch, height, width, config.latent_channels), array(batch, config.time_width), context
+    def _middle(self, h: jax.Array, embedding: jax.Array, states: jax.Array, bias: jax.Array) -> jax.Array:
+        """The lowest resolution: `[B, h, w, C] -> [B, h, w, C]`."""
+        h = self.mid_residual(h, embedding)
+        if self.mid_transformer is not None:
+            rope = _rope(self.config, len(self.config.channels) - 1, h)
+            h = REMAT[self.config.remat](self.mid_transformer)(h, states, bias, rope)
+        if self.mid_residual_2 is not None:
+            h = self.mid_residual_2(h, embedding)
+        return shard(h, "image")
 
 
 def _rope(config: UNetConfig, stage: int, h: jax.Array) -> Rope | None:

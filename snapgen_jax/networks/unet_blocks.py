@@ -11,7 +11,7 @@ from snapgen_jax.networks.attention import Attention, rope_table
 from snapgen_jax.networks.depthwise import DepthwiseConv
 from snapgen_jax.networks.layers import GEGLU, Conv, GroupNorm, Init, LayerNorm, Linear, upsample_nearest
 from snapgen_jax.networks.module import compute_dtype, shard
-from snapgen_jax.networks.unet_config import UNetConfig
+from snapgen_jax.networks.unet_config import UNetArchitecture
 
 Rope = tuple[np.ndarray, np.ndarray]
 
@@ -21,7 +21,7 @@ class SeparableConv(nnx.Module):
 
     def __init__(
         self,
-        config: UNetConfig,
+        config: UNetArchitecture,
         in_width: int,
         out_width: int,
         *,
@@ -38,7 +38,7 @@ class SeparableConv(nnx.Module):
 
 
 def _conv(
-    config: UNetConfig,
+    config: UNetArchitecture,
     separable: bool,
     in_width: int,
     out_width: int,
@@ -57,7 +57,7 @@ class ResidualBlock(nnx.Module):
     SnapGen, section 3.1: the convolutions are separable and the width between them is expanded.
     """
 
-    def __init__(self, config: UNetConfig, in_width: int, out_width: int, rngs: nnx.Rngs):
+    def __init__(self, config: UNetArchitecture, in_width: int, out_width: int, rngs: nnx.Rngs):
         dtype = compute_dtype(config)
         base = {"out": out_width, "in": in_width, "max": max(in_width, out_width)}[config.expand_base]
         middle = base * config.expand_ratio
@@ -80,7 +80,9 @@ class ResidualBlock(nnx.Module):
 class TransformerBlock(nnx.Module):
     """Self-attention, cross-attention and a gated feed-forward network, each with a LayerNorm before and a residual."""
 
-    def __init__(self, config: UNetConfig, width: int, self_attention: bool, cross_attention: bool, rngs: nnx.Rngs):
+    def __init__(
+        self, config: UNetArchitecture, width: int, self_attention: bool, cross_attention: bool, rngs: nnx.Rngs
+    ):
         dtype = compute_dtype(config)
 
         def attention(context_width: int | None = None) -> Attention:
@@ -113,7 +115,7 @@ class TransformerBlock(nnx.Module):
 class Transformer(nnx.Module):
     """`depth` transformer blocks over the pixels of an image, inside a residual that starts at zero."""
 
-    def __init__(self, config: UNetConfig, stage: int, depth: int, rngs: nnx.Rngs):
+    def __init__(self, config: UNetArchitecture, stage: int, depth: int, rngs: nnx.Rngs):
         width, dtype = config.channels[stage], compute_dtype(config)
         flags = config.self_attention[stage], config.cross_attention[stage]
         self.norm = GroupNorm(width, config.groups, dtype=dtype)
@@ -137,7 +139,7 @@ class Transformer(nnx.Module):
 class Unit(nnx.Module):
     """A residual block, a transformer, or the one and then the other."""
 
-    def __init__(self, config: UNetConfig, stage: int, in_width: int, depth: int, residual: bool, rngs: nnx.Rngs):
+    def __init__(self, config: UNetArchitecture, stage: int, in_width: int, depth: int, residual: bool, rngs: nnx.Rngs):
         self.residual = ResidualBlock(config, in_width, config.channels[stage], rngs) if residual else None
         self.transformer = Transformer(config, stage, depth, rngs) if depth else None
 
@@ -154,7 +156,7 @@ class Unit(nnx.Module):
 class Downsample(nnx.Module):
     """3x3 convolution of stride 2: `[B, H, W, C] -> [B, H/2, W/2, C]`."""
 
-    def __init__(self, config: UNetConfig, width: int, rngs: nnx.Rngs):
+    def __init__(self, config: UNetArchitecture, width: int, rngs: nnx.Rngs):
         self.conv = _conv(config, config.sampler == "sep", width, width, rngs, stride=2)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -164,7 +166,7 @@ class Downsample(nnx.Module):
 class Upsample(nnx.Module):
     """Nearest-neighbour doubling and a 3x3 convolution: `[B, H, W, C] -> [B, 2H, 2W, C]`."""
 
-    def __init__(self, config: UNetConfig, width: int, rngs: nnx.Rngs):
+    def __init__(self, config: UNetArchitecture, width: int, rngs: nnx.Rngs):
         self.conv = _conv(config, config.sampler == "sep", width, width, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:

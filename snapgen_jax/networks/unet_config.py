@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar, Literal
 
-from flax import nnx
-
 from snapgen_jax.networks.module import Preset
 
 _SNAPGEN: dict[str, Any] = {"channels": (256, 512, 896), "down_depth": (1, 2, 4), "mid_depth": 4, "up_depth": (0, 2, 4)}
 
 
 @dataclasses.dataclass(frozen=True)
-class UNetConfig(Preset):
-    """Architecture of a `networks.unet.UNet`. The defaults are the text-to-image network, 379.04M parameters.
+class UNetArchitecture(Preset):
+    """The fields of `networks.unet.UNetConfig`, which its blocks read. The defaults are the text-to-image network of
+    379.04M parameters.
 
     Where the paper (arXiv 2412.09619) and its descriptions leave a choice open, the default is the reading whose
     parameter counts and compute fit the published ones best; the other readings are other values of these fields.
@@ -51,6 +50,7 @@ class UNetConfig(Preset):
         dtype, depthwise: platform choices, fixed by `module.for_platform`.
     """
 
+    kind: Literal["unet"] = "unet"
     latent_channels: int = 16
     channels: tuple[int, ...] = (256, 512, 896)
     units: int = 2
@@ -105,12 +105,6 @@ class UNetConfig(Preset):
     def reduction(self) -> int:
         """Height and width of a latent must be multiples of this."""
         return 2 ** (len(self.channels) - 1)
-
-    def module(self, rngs: nnx.Rngs) -> nnx.Module:
-        """Creates the UNet with freshly drawn parameters."""
-        from snapgen_jax.networks.unet import UNet  # the network imports its config
-
-        return UNet(self, rngs)
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {

@@ -24,13 +24,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from snapgen_jax.diffusion.guidance import with_guidance
 from snapgen_jax.diffusion.samplers import sample
 from snapgen_jax.diffusion.timesteps import shift_time
-from snapgen_jax.networks import autoencoder, clip, mmdit, t5
 from snapgen_jax.networks.autoencoder import AutoencoderCodec, AutoencoderConfig
 from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.codec import to_uint8
 from snapgen_jax.networks.context import sd3_context
 from snapgen_jax.networks.mmdit import MMDiTConfig
 from snapgen_jax.networks.module import Network, Platform, apply, build, for_platform
+from snapgen_jax.networks.rules import rules_of
 from snapgen_jax.networks.t5 import T5Config
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.time_features import time_features
@@ -48,20 +48,19 @@ CLIP_TOKENS = 77
 
 
 class Part(NamedTuple):
-    """One network of the system: its folder, how the folder is read, and how its parameters are split."""
+    """One network of the system: its folder, and how the folder is read."""
 
     folder: str
     maps: ModuleType
-    rules: Rules
     source: str
 
 
 PARTS = {
-    "transformer": Part("transformer", sd3_mmdit, mmdit.RULES, "sd35_large"),
-    "autoencoder": Part("vae", sd3_autoencoder, autoencoder.RULES, "sd3_vae"),
-    "clip_l": Part("text_encoder", clip_map, clip.RULES, "clip_l"),
-    "clip_g": Part("text_encoder_2", clip_map, clip.RULES, "clip_g"),
-    "t5": Part("text_encoder_3", t5_map, t5.RULES, "t5_xxl"),
+    "transformer": Part("transformer", sd3_mmdit, "sd35_large"),
+    "autoencoder": Part("vae", sd3_autoencoder, "sd3_vae"),
+    "clip_l": Part("text_encoder", clip_map, "clip_l"),
+    "clip_g": Part("text_encoder_2", clip_map, "clip_g"),
+    "t5": Part("text_encoder_3", t5_map, "t5_xxl"),
 }
 TOKENIZERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5": "tokenizer_3"}
 
@@ -176,7 +175,7 @@ class SD35:
 
     def rules(self) -> Rules:
         """Those of the networks, each under the name of its part."""
-        return [(f"(^|/){name}/.*({pattern})", place) for name in self.networks for pattern, place in PARTS[name].rules]
+        return rules_of(self.networks)
 
     def load(self, folder: pathlib.Path, mesh: Mesh | None) -> Tree:
         """Reads the parameters from a folder straight onto a mesh, slice by slice; without one onto one device.

@@ -12,7 +12,6 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from snapgen_jax.networks import autoencoder, clip, gemma2, lpips, mmdit, tiny_decoder
 from snapgen_jax.networks.codec import Codec, CodecConfig
 from snapgen_jax.networks.mmdit import MMDiTConfig
 from snapgen_jax.networks.module import Network, flatten, frozen_spec, init, unflatten
@@ -107,7 +106,7 @@ def load_codec(config: CodecConfig, codec: Codec, mesh: Mesh | None = None) -> T
         return _load_autoencoder(config, spec, mesh)
     if not config.decoder_workdir:
         raise ConfigError("the tiny decoder has no weights: set codec.decoder_workdir to a run that trained one")
-    tiny = load_run(config.decoder_workdir, {"decoder": spec["decoder"]}, mesh=mesh, rules=tiny_decoder.RULES)
+    tiny = load_run(config.decoder_workdir, {"decoder": spec["decoder"]}, mesh=mesh, rules=config.tiny_decoder.rules())
     return {**tiny, "encoder": _load_autoencoder(config, spec["encoder"], mesh)}
 
 
@@ -119,9 +118,9 @@ def _load_autoencoder(config: CodecConfig, spec: Tree, mesh: Mesh | None) -> Tre
         )
     folder = epath.Path(config.workdir)
     if not _is_published(folder):
-        held = load_run(folder, {"autoencoder": spec}, mesh=mesh, rules=autoencoder.RULES)
+        held = load_run(folder, {"autoencoder": spec}, mesh=mesh, rules=config.autoencoder.rules())
         return held["autoencoder"]
-    return _load_published("sd3_vae", folder, sd3_autoencoder, config.autoencoder, spec, autoencoder.RULES, mesh)
+    return _load_published("sd3_vae", folder, sd3_autoencoder, config.autoencoder, spec, mesh)
 
 
 def load_mmdit(folder: epath.PathLike, config: MMDiTConfig, spec: Tree, mesh: Mesh | None = None) -> Tree:
@@ -136,7 +135,7 @@ def load_mmdit(folder: epath.PathLike, config: MMDiTConfig, spec: Tree, mesh: Me
     Raises:
         ConfigError: the folder is not there, or holds another network.
     """
-    return _load_published("sd35_large", folder, sd3_mmdit, config, spec, mmdit.RULES, mesh)
+    return _load_published("sd35_large", folder, sd3_mmdit, config, spec, mesh)
 
 
 def load_text_encoder(network: Network, name: str, folder: str, mesh: Mesh | None = None) -> Tree:
@@ -155,8 +154,8 @@ def load_text_encoder(network: Network, name: str, folder: str, mesh: Mesh | Non
         raise ConfigError(
             f"the text encoder {name} has no weights: set its folder among `encoders`\n{source(name).advice}"
         )
-    maps, rules = (gemma2_map, gemma2.RULES) if name == "gemma2_2b" else (clip_map, clip.RULES)
-    return _load_published(name, folder, maps, network.config, frozen_spec(network), rules, mesh)
+    maps = gemma2_map if name == "gemma2_2b" else clip_map
+    return _load_published(name, folder, maps, network.config, frozen_spec(network), mesh)
 
 
 def draw_stand_ins(networks: dict[str, Network], rules: Rules = (), mesh: Mesh | None = None) -> Tree:
@@ -198,15 +197,13 @@ def load_perceptual(network: Network, folder: str = "", mesh: Mesh | None = None
         )
         drawn = jax.jit(init, static_argnums=0)(network, jax.random.key(_STAND_IN))
         drawn = jax.tree.map(lambda s, x: np.asarray(x).astype(s.dtype), spec, drawn)
-        return jax.device_put(drawn, _places(spec, mesh, lpips.RULES))
-    return _load_published("lpips", folder, lpips_map, network.config, spec, lpips.RULES, mesh)
+        return jax.device_put(drawn, _places(spec, mesh, network.config.rules()))
+    return _load_published("lpips", folder, lpips_map, network.config, spec, mesh)
 
 
-def _load_published(
-    name: str, folder: epath.PathLike, maps: Any, config: Any, spec: Tree, rules: Rules, mesh: Mesh | None
-) -> Tree:
+def _load_published(name: str, folder: epath.PathLike, maps: Any, config: Any, spec: Tree, mesh: Mesh | None) -> Tree:
     """The network of `config`, published as `name`, by the map that the module `maps` makes of its tensors."""
-    dtype, places = jax.tree.leaves(spec)[0].dtype, _places(spec, mesh, rules)
+    dtype, places = jax.tree.leaves(spec)[0].dtype, _places(spec, mesh, config.rules())
     try:
         return load(pathlib.Path(folder), maps.weight_map(config), spec, places, dtype=dtype, source=source(name))
     except ValueError as error:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from snapgen_jax.networks.autoencoder import RULES, AutoencoderCodec, AutoencoderConfig
+from snapgen_jax.networks.autoencoder import AutoencoderCodec, AutoencoderConfig
 from snapgen_jax.networks.module import apply, build, count_parameters, flatten, unflatten
 from snapgen_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from snapgen_jax.parallel.sharding import tree_shardings
@@ -155,7 +155,7 @@ def test_large_latents_are_decoded_in_tiles_close_to_the_whole():
 
 def test_the_codec_splits_its_parameters_and_its_batch(codec):
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
-    shardings = tree_shardings(codec.params, RULES, mesh)
+    shardings = tree_shardings(codec.params, codec.network.config.rules(), mesh)
     sizes = jax.tree.map(lambda leaf, s: 0 if s.is_fully_replicated else leaf.size, codec.params, shardings)
     assert sum(jax.tree.leaves(sizes)) > 0.9 * count_parameters(codec.params)
     images = np.random.default_rng(0).uniform(-1, 1, (8, 8, 8, 3)).astype(np.float32)

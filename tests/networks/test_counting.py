@@ -11,7 +11,8 @@ from snapgen_jax.networks import counting
 from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.depthwise import depthwise_grouped, depthwise_shifted
 from snapgen_jax.networks.module import apply, build, flatten
-from snapgen_jax.networks.unet import UNetConfig, input_spec
+from snapgen_jax.networks.registry import CONFIGS
+from snapgen_jax.networks.unet import UNetConfig
 
 # Readings of what the paper leaves open, and their millions of parameters by hand: ImageNet, text-to-image.
 READINGS = {
@@ -111,9 +112,10 @@ def test_the_ladder_table_has_a_row_a_step_with_the_published_changes(monkeypatc
 def test_every_network_and_preset_is_in_the_table_of_all(monkeypatch):
     monkeypatch.setattr(counting, "macs", lambda config, inputs: 7)
     table = counting.all_counts_table()
-    for name, config_class, _ in counting.NETWORKS:
+    for config_class in CONFIGS:
         for preset in config_class.PRESETS:
-            assert any(line.split("|")[1:3] == [f" {name} ", f" {preset} "] for line in _squeezed(table))
+            kind = config_class.preset(preset).kind
+            assert any(line.split("|")[1:3] == [f" {kind} ", f" {preset} "] for line in _squeezed(table))
     assert "371,780,228" in table and "379,044,496" in table
 
 
@@ -148,7 +150,7 @@ def test_convolutions_are_counted_by_their_window_and_group():
 def test_both_forms_of_the_depthwise_convolution_count_the_same():
     def count(form):
         config = UNetConfig.preset("smoke", depthwise=form)
-        return counting.macs(config, input_spec(config, height=8, width=8))
+        return counting.macs(config, config.input_spec(height=8, width=8))
 
     assert count("shifted") == count("grouped")
 
@@ -157,10 +159,8 @@ def test_the_sharding_rules_of_a_network_split_nearly_all_of_it():
     """Rules are (pattern, PartitionSpec); the first that matches a path counts."""
     import re
 
-    for name, config, rules in (
-        ("unet", UNetConfig.preset("t2i"), counting.unet.RULES),
-        ("clip", ClipTextConfig.preset("clip_g"), counting.clip.RULES),
-    ):
+    for config in (UNetConfig.preset("t2i"), ClipTextConfig.preset("clip_g")):
+        name, rules = config.kind, config.rules()
         split, total, used = 0, 0, set()
         for path, leaf in flatten(build(config)[1]).items():
             total += leaf.size
@@ -179,7 +179,7 @@ def test_the_sharding_rules_of_a_network_split_nearly_all_of_it():
 def test_what_a_replaced_intermediate_spares_can_be_counted():
     config = UNetConfig.preset("smoke")
     network, spec = build(config)
-    inputs = input_spec(config, 1, 8, 8, 5)
+    inputs = config.input_spec(1, 8, 8, 5)
     reuse = jax.ShapeDtypeStruct((1, 8, 8, 16), jnp.float32)
     whole = counting.macs(config, inputs)
     rest = counting.count_macs(lambda p, a, h: apply(network, p, *a, reuse={"upsample_1": h})[0], spec, inputs, reuse)

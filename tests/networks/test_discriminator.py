@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from snapgen_jax.networks.discriminator import DiscriminatorConfig, input_spec
+from snapgen_jax.networks.discriminator import DiscriminatorConfig
 from snapgen_jax.networks.module import apply, build
 from tests.networks.tiny import drawn, outputs_without_each_leaf
 
@@ -14,7 +14,7 @@ NETWORK, _ = build(CONFIG)
 
 
 def random_inputs(batch=3):
-    specs, tree = jax.tree.flatten(input_spec(CONFIG, batch, 4, 4))
+    specs, tree = jax.tree.flatten(CONFIG.input_spec(batch, 4, 4))
     generator = np.random.default_rng(0)
     return jax.tree.unflatten(tree, [jnp.asarray(generator.normal(size=s.shape), jnp.float32) for s in specs])
 

@@ -12,7 +12,7 @@ import pytest
 from jax.experimental.pallas.tpu import force_tpu_interpret_mode
 
 from snapgen_jax.networks.long_attention import attend_long
-from snapgen_jax.networks.mmdit import RULES, MMDiTConfig, input_spec, tap_names
+from snapgen_jax.networks.mmdit import MMDiTConfig
 from snapgen_jax.networks.module import apply, build, count_parameters, flatten, init, unflatten
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.time_features import time_features
@@ -44,7 +44,7 @@ def load_checkpoint(folder, **changes):
 
 def assert_equals_reference(network, params, example, tolerance):
     """`example`: a mapping with x, t, sequence, pooled, v and the taps, as the oracle writes it."""
-    taps = tap_names(network.config)
+    taps = network.config.tap_names()
     context = TextContext(example["sequence"], jnp.zeros(example["sequence"].shape[:2]), example["pooled"])
     run = jax.jit(lambda params, *inputs: apply(network, params, *inputs, taps=taps))
     v, found = run(params, example["x"], time_features(example["t"]), context)
@@ -67,7 +67,7 @@ def random_network(config):
         return jnp.asarray(scale * random.standard_normal(s.shape), s.dtype)
 
     params = jax.tree.map(draw, spec)
-    x, time, context = jax.tree.map(draw, input_spec(config, batch=2, height=8, width=4, tokens=5))
+    x, time, context = jax.tree.map(draw, config.input_spec(batch=2, height=8, width=4, tokens=5))
     mask = jnp.array([[1.0, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     return network, params, (x, time, TextContext(context.sequence, mask, context.pooled))
 
@@ -176,7 +176,7 @@ def test_padding_is_hidden_or_read_as_the_config_says():
 def test_taps_come_in_any_choice_and_as_maps():
     network, params, inputs = random_network(SMOKE)
     run = jax.jit(lambda taps: apply(network, params, *inputs, taps=taps), static_argnums=0)
-    v, every = run(tap_names(SMOKE))
+    v, every = run(SMOKE.tap_names())
     assert list(every) == ["block_00", "block_01", "block_02"]
     for choice in (("block_02",), ("block_01", "block_00")):
         same, found = run(choice)
@@ -259,7 +259,7 @@ def test_taps_cost_one_feature_each(what):
         "smoke", depth=7, dual=2, position_size=32, remat="block" if "recomputed" in what else "none"
     )
     network, params = build(config)
-    x, *rest = input_spec(config, batch=2, height=64, width=64, tokens=8)
+    x, *rest = config.input_spec(batch=2, height=64, width=64, tokens=8)
     every_stack = ("block_00", "block_03", "block_06")
     feature = 2 * 32 * 32 * config.width * 4
 
@@ -283,7 +283,7 @@ def test_the_teacher_lies_sharded_over_eight_devices_and_computes_the_same():
     run = jax.jit(lambda params, *inputs: apply(network, params, *inputs)[0])
     v = run(params, x, time, context)
     mesh = make_mesh(MeshConfig(data=1, fsdp=8))
-    shardings = tree_shardings(params, RULES, mesh)
+    shardings = tree_shardings(params, SMOKE.rules(), mesh)
     whole = ["/".join(path) for path, s in flatten(shardings).items() if s.is_fully_replicated]
     assert all(path.endswith(("query_norm/scale", "key_norm/scale")) for path in whole)
 
@@ -293,7 +293,9 @@ def test_the_teacher_lies_sharded_over_eight_devices_and_computes_the_same():
     assert len(sharded.sharding.device_set) == 8 and not sharded.sharding.is_fully_replicated
     np.testing.assert_allclose(sharded, np.repeat(v, 4, axis=0), rtol=1e-4, atol=1e-5)
 
-    large = tree_shardings(build(MMDiTConfig.preset("sd35_large"))[1], RULES, make_mesh(MeshConfig(data=1, fsdp=8)))
+    large = tree_shardings(
+        build(MMDiTConfig.preset("sd35_large"))[1], SMOKE.rules(), make_mesh(MeshConfig(data=1, fsdp=8))
+    )
     whole = ["/".join(path) for path, s in flatten(large).items() if s.is_fully_replicated]
     assert all(path.endswith(("query_norm/scale", "key_norm/scale")) for path in whole)
 
@@ -305,7 +307,7 @@ def test_the_teacher_lies_sharded_over_eight_devices_and_computes_the_same():
         ({"width": 18}, "at most 16"),
         ({"latent_channels": 3}, "latent channels 3 given, but the config says 4"),
         ({"context_width": 9}, "text state width 9 given"),
-        ({"taps": ("block_3",)}, "unknown intermediate block_3; the network has block_00 to block_02"),
+        ({"taps": ("block_3",)}, "unknown intermediate block_3; the network has block_00, block_01"),
     ],
 )
 def test_a_shape_or_tap_that_does_not_fit_is_refused(change, message):
@@ -313,7 +315,7 @@ def test_a_shape_or_tap_that_does_not_fit_is_refused(change, message):
     change = dict(change)
     sides = {key: change.pop(key, 8) for key in ("height", "width")}
     taps = change.pop("taps", ())
-    inputs = input_spec(MMDiTConfig.preset("smoke", **change), **sides, tokens=4)
+    inputs = MMDiTConfig.preset("smoke", **change).input_spec(**sides, tokens=4)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda params, inputs: apply(network, params, *inputs, taps=taps), params, inputs)
 

@@ -7,7 +7,7 @@ import pytest
 
 from snapgen_jax.networks.counting import parameters
 from snapgen_jax.networks.module import apply, build
-from snapgen_jax.networks.patch_discriminator import PatchDiscriminatorConfig, input_spec
+from snapgen_jax.networks.patch_discriminator import PatchDiscriminatorConfig
 from tests.networks.tiny import drawn, outputs_without_each_leaf
 
 
@@ -17,7 +17,7 @@ def test_it_has_the_published_size_and_gives_one_logit_a_patch():
     kernels = 16 * (3 * 64 + 64 * 128 + 128 * 256 + 256 * 512 + 512)
     assert parameters(config) == kernels + (64 + 128 + 256 + 512 + 1) + 2 * (128 + 256 + 512) == 2_766_529
     network, spec = build(config)
-    logits = jax.eval_shape(lambda p, x: apply(network, p, x), spec, *input_spec(config, 2))
+    logits = jax.eval_shape(lambda p, x: apply(network, p, x), spec, *config.input_spec(2))
     assert logits.shape == (2, 30, 30, 1) and logits.dtype == jnp.float32
 
 

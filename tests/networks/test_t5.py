@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from snapgen_jax.networks.module import apply, build, count_parameters, flatten, init, unflatten
-from snapgen_jax.networks.t5 import RULES, T5Config, distance_buckets
+from snapgen_jax.networks.t5 import T5Config, distance_buckets
 from snapgen_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from snapgen_jax.parallel.sharding import tree_shardings
 from snapgen_jax.weights.mapping import reference_shapes
@@ -121,7 +121,7 @@ def test_a_sharded_encoder_on_eight_devices_gives_the_same_states():
     example = np.load(GOLDENS / "t5" / "padded.npz")
     tokens, mask = (np.tile(example[name], (4, 1)) for name in ("tokens", "mask"))
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
-    params = jax.device_put(params, tree_shardings(params, RULES, mesh))
+    params = jax.device_put(params, tree_shardings(params, network.config.rules(), mesh))
     with jax.set_mesh(mesh):
         states = jax.jit(lambda *args: apply(network, *args).sequence)(params, *put_batch((tokens, mask), mesh))
     assert states.addressable_shards[0].data.shape[0] == 1
@@ -130,8 +130,8 @@ def test_a_sharded_encoder_on_eight_devices_gives_the_same_states():
 
 
 def test_the_full_size_encoder_is_split_over_eight_devices():
-    _, spec = build(T5Config.preset("xxl"))
-    shardings = tree_shardings(spec, RULES, make_mesh(MeshConfig(data=1, fsdp=8)))
+    network, spec = build(T5Config.preset("xxl"))
+    shardings = tree_shardings(spec, network.config.rules(), make_mesh(MeshConfig(data=1, fsdp=8)))
     for path, leaf in flatten(spec).items():
         if leaf.size > 100_000:
             assert np.prod(flatten(shardings)[path].shard_shape(leaf.shape)) * 8 == leaf.size, path

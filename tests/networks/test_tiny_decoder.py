@@ -11,7 +11,7 @@ from snapgen_jax.networks import autoencoder
 from snapgen_jax.networks.autoencoder import AutoencoderCodec, AutoencoderConfig
 from snapgen_jax.networks.counting import macs, parameters
 from snapgen_jax.networks.module import apply, build, for_platform, init
-from snapgen_jax.networks.tiny_decoder import TinyDecoderCodec, TinyDecoderConfig, input_spec
+from snapgen_jax.networks.tiny_decoder import TinyDecoderCodec, TinyDecoderConfig
 from tests.networks.tiny import drawn, outputs_without_each_leaf
 
 CONFIG = for_platform(TinyDecoderConfig.preset("smoke"), "cpu")
@@ -33,7 +33,7 @@ def images(network, params, latents):
 def test_it_is_the_published_size_and_a_thirty_sixth_of_the_decoder_it_replaces():
     """1.38M parameters (section 3.2); about 87 GMAC at 1024 px."""
     assert parameters(FULL) == 1_380_163
-    assert macs(FULL, input_spec(FULL, 1, 128, 128)) == pytest.approx(87e9, rel=0.01)
+    assert macs(FULL, FULL.input_spec(1, 128, 128)) == pytest.approx(87e9, rel=0.01)
     _, spec = build(AutoencoderConfig.preset("sd3"))
     large = sum(leaf.size for leaf in jax.tree.leaves(spec["decoder"]))
     assert large / parameters(FULL) == pytest.approx(36, abs=0.5)
@@ -51,7 +51,7 @@ def test_every_parameter_has_an_effect(tiny):
 def test_each_pixel_of_a_latent_becomes_a_square_of_the_image(changes):
     config = TinyDecoderConfig.preset("smoke", **changes)
     network, spec = build(config)
-    shape = jax.eval_shape(lambda p, a: apply(network, p, *a), spec, input_spec(config, 3, 6, 4)).shape
+    shape = jax.eval_shape(lambda p, a: apply(network, p, *a), spec, config.input_spec(3, 6, 4)).shape
     assert shape == (3, 12, 8, 3)
 
 
@@ -82,7 +82,7 @@ def test_bfloat16_computes_and_hands_out_float32_close_to_float32(tiny):
 def test_nothing_has_more_than_four_dimensions():
     config = dataclasses.replace(CONFIG, depthwise="grouped")
     network, spec = build(config)
-    text = str(jax.make_jaxpr(lambda p, a: apply(network, p, *a))(spec, input_spec(config, 1, 8, 8)))
+    text = str(jax.make_jaxpr(lambda p, a: apply(network, p, *a))(spec, config.input_spec(1, 8, 8)))
     assert "feature_group_count=16" in text
     assert max(text.split("f32[")[1:], key=lambda s: s.split("]")[0].count(",")).split("]")[0].count(",") == 3
 

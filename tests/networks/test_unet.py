@@ -11,7 +11,7 @@ import pytest
 
 from snapgen_jax.networks.module import apply, build, flatten, for_platform, init, unflatten
 from snapgen_jax.networks.text import TextContext
-from snapgen_jax.networks.unet import UNetConfig, input_spec, tap_names
+from snapgen_jax.networks.unet import UNetConfig
 from tests.networks.tiny import drawn, inputs, outputs_without_each_leaf
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
@@ -85,9 +85,9 @@ def test_every_parameter_has_an_effect(tiny):
 def test_every_reading_of_the_paper_is_a_network(changes):
     config = UNetConfig.preset("smoke", **changes)
     network, spec = build(config)
-    shapes = input_spec(config, 3, 16, 8, 5)
-    v, found = jax.eval_shape(lambda p, a: apply(network, p, *a, taps=tap_names(config)), spec, shapes)
-    assert v.shape == (3, 16, 8, 4) and set(found) == set(tap_names(config))
+    shapes = config.input_spec(3, 16, 8, 5)
+    v, found = jax.eval_shape(lambda p, a: apply(network, p, *a, taps=config.tap_names()), spec, shapes)
+    assert v.shape == (3, 16, 8, 4) and set(found) == set(config.tap_names())
 
 
 def test_the_text_matters_and_its_padding_does_not(tiny):
@@ -106,7 +106,7 @@ def test_the_text_matters_and_its_padding_does_not(tiny):
 
 def test_an_intermediate_replaced_by_itself_changes_nothing_and_by_zeros_changes_the_output(tiny):
     network, params, args = tiny
-    names = tap_names(CONFIG)
+    names = CONFIG.tap_names()
     whole, found = jax.jit(lambda: apply(network, params, *args, taps=names))()
     assert set(found) == set(names)
 
@@ -146,7 +146,7 @@ def test_nothing_has_more_than_four_dimensions_and_no_value_is_gathered():
     """What mobile GPU delegates ask for (the export takes the grouped form)."""
     config = dataclasses.replace(UNetConfig.preset("smoke", kv_heads=2), depthwise="grouped")
     network, spec = build(config)
-    jaxpr = jax.make_jaxpr(lambda p, a: apply(network, p, *a))(spec, input_spec(config, 1, 8, 8, 5))
+    jaxpr = jax.make_jaxpr(lambda p, a: apply(network, p, *a))(spec, config.input_spec(1, 8, 8, 5))
 
     def equations(jaxpr):
         for equation in jaxpr.eqns:

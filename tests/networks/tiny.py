@@ -8,7 +8,7 @@ import numpy as np
 
 from snapgen_jax.networks.module import Network, build, flatten, unflatten
 from snapgen_jax.networks.text import TextContext
-from snapgen_jax.networks.unet import UNetConfig, input_spec
+from snapgen_jax.networks.unet import UNetConfig
 
 
 def drawn(network: Network, seed: int = 0):
@@ -25,7 +25,7 @@ def drawn(network: Network, seed: int = 0):
 
 def inputs(config: UNetConfig, batch: int = 2, height: int = 8, width: int = 8, tokens: int = 5):
     """Random inputs of a UNet; the last token of every text is padding."""
-    specs, tree = jax.tree.flatten(input_spec(config, batch, height, width, tokens))
+    specs, tree = jax.tree.flatten(config.input_spec(batch, height, width, tokens))
     generator = np.random.default_rng(0)
     arrays = [jnp.asarray(generator.normal(size=spec.shape), jnp.float32) for spec in specs]
     x, time, context = jax.tree.unflatten(tree, arrays)

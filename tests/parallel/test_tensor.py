@@ -13,10 +13,10 @@ from snapgen_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from snapgen_jax.parallel.sharding import explain, tree_shardings
 
 CASES = {
-    "mmdit": (mmdit, mmdit.MMDiTConfig.preset("smoke", heads=4), {"height": 8, "width": 8, "tokens": 5}),
-    "t5": (t5, t5.T5Config.preset("smoke", heads=4), {"tokens": 6}),
-    "gemma2": (gemma2, gemma2.Gemma2Config.preset("smoke"), {"tokens": 6}),
-    "autoencoder": (autoencoder, autoencoder.AutoencoderConfig.preset("smoke"), {"height": 8, "width": 8}),
+    "mmdit": (mmdit.MMDiTConfig.preset("smoke", heads=4), {"height": 8, "width": 8, "tokens": 5}),
+    "t5": (t5.T5Config.preset("smoke", heads=4), {"tokens": 6}),
+    "gemma2": (gemma2.Gemma2Config.preset("smoke"), {"tokens": 6}),
+    "autoencoder": (autoencoder.AutoencoderConfig.preset("smoke"), {"height": 8, "width": 8}),
 }
 MIXED = MeshConfig(data=2, fsdp=2, tensor=2)
 FULL_SIZE = {
@@ -29,7 +29,7 @@ FULL_SIZE = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_split_among_tensor_a_network_gives_what_it_gives_on_one_device(name):
-    module, config, sizes = CASES[name]
+    config, sizes = CASES[name]
     network, spec = build(config)
     rng = np.random.default_rng(0)
 
@@ -39,12 +39,12 @@ def test_split_among_tensor_a_network_gives_what_it_gives_on_one_device(name):
         return (0.3 * rng.standard_normal(s.shape)).astype(s.dtype)
 
     params = jax.tree.map(draw, spec)
-    inputs = jax.tree.map(draw, module.input_spec(config, batch=8, **sizes))
+    inputs = jax.tree.map(draw, config.input_spec(batch=8, **sizes))
     run = jax.jit(lambda params, *inputs: apply(network, params, *inputs))
     expected = jax.tree.leaves(run(params, *inputs))
     mesh = make_mesh(MIXED)
     with jax.set_mesh(mesh):
-        split = jax.device_put(params, tree_shardings(spec, module.RULES, mesh))
+        split = jax.device_put(params, tree_shardings(spec, config.rules(), mesh))
         found = jax.tree.leaves(run(split, *put_batch(inputs, mesh)))
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -54,7 +54,7 @@ def test_split_among_tensor_a_network_gives_what_it_gives_on_one_device(name):
 @pytest.mark.parametrize("name", CASES)
 def test_at_full_size_a_device_holds_its_share_and_no_more(name, where):
     _, spec = build(FULL_SIZE[name])
-    shardings = tree_shardings(spec, CASES[name][0].RULES, make_mesh(where))
+    shardings = tree_shardings(spec, FULL_SIZE[name].rules(), make_mesh(where))
     placed = jax.tree.map(lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to), spec, shardings)
     whole, held = re.findall(r"([\d,]+) bytes", explain(placed))
     share = int(held.replace(",", "")) / int(whole.replace(",", ""))

@@ -1,0 +1,43 @@
+"""The networks there are. A new one is added here, in one place, and nowhere else.
+
+Config fields that hold a network are annotated with these unions; a value's `kind` says which config it is.
+"""
+
+from __future__ import annotations
+
+import typing
+
+from snapgen_jax.networks.autoencoder import AutoencoderConfig
+from snapgen_jax.networks.clip import ClipTextConfig
+from snapgen_jax.networks.clip_vision import ClipVisionConfig
+from snapgen_jax.networks.context import ConditionerConfig
+from snapgen_jax.networks.discriminator import DiscriminatorConfig
+from snapgen_jax.networks.gemma2 import Gemma2Config
+from snapgen_jax.networks.lpips import LPIPSConfig
+from snapgen_jax.networks.mmdit import MMDiTConfig
+from snapgen_jax.networks.module import Preset
+from snapgen_jax.networks.patch_discriminator import PatchDiscriminatorConfig
+from snapgen_jax.networks.projector import ProjectorConfig
+from snapgen_jax.networks.t5 import T5Config
+from snapgen_jax.networks.tiny_decoder import TinyDecoderConfig
+from snapgen_jax.networks.unet import UNetConfig
+
+DenoiserConfig = UNetConfig | MMDiTConfig
+"""Of networks from a noisy latent, time features and a `TextContext` to a velocity and taps."""
+
+TextEncoderConfig = ClipTextConfig | T5Config | Gemma2Config
+"""Of networks from token ids and a mask to a `TextContext`."""
+
+CONFIGS: tuple[type[Preset], ...] = (
+    *typing.get_args(DenoiserConfig),
+    *typing.get_args(TextEncoderConfig),
+    ConditionerConfig,
+    ClipVisionConfig,
+    AutoencoderConfig,
+    TinyDecoderConfig,
+    LPIPSConfig,
+    PatchDiscriminatorConfig,
+    DiscriminatorConfig,
+    ProjectorConfig,
+)
+"""Every network's config class, for what counts or lists them all."""
