@@ -46,7 +46,8 @@ MAY_IMPORT = {
     "weights": ["networks", "parallel", "typed"],
     "weights.frozen": ["weights", "networks", "parallel", "training.checkpoint", "training.exits"],
     "systems": ["networks", "diffusion", "weights", "parallel"],
-    "data": [],
+    "inputs.interfaces": [],
+    "data": ["inputs.interfaces"],
     "data.tokenizer": ["data", "training.files"],
     # from a trained run to images, numbers and files
     "generation": [
@@ -58,6 +59,7 @@ MAY_IMPORT = {
         "config",
         "data.tokenizer",
         "data.pretrained_tokenizers",
+        "data.tokenizer_specs",
         "training.checkpoint",
         "training.exits",
         "training.keys",

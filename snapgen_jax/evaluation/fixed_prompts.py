@@ -11,7 +11,8 @@ from snapgen_jax.evaluation.interfaces import ValidationData
 
 def captions(dataset: ValidationData, indices: Iterable[int], seed: int) -> list[str]:
     """Captions of examples of the validation split, each in the phrasing that (seed, index) draws."""
-    return [dataset.source.caption(int(index), np.random.default_rng((seed, int(index)))) for index in indices]
+    draws = [(int(index), np.random.default_rng((seed, int(index)))) for index in indices]
+    return [dataset.source.example(index, rng, ("caption",))["caption"] for index, rng in draws]
 
 
 def fixed_prompts(prompts: Sequence[str], count: int, dataset: ValidationData | None, seed: int) -> list[str]:

@@ -5,15 +5,17 @@ import itertools
 import logging
 import os
 import pathlib
+from collections.abc import Collection
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from snapgen_jax.data.arrays import IMAGE, TEXT, ArraySpec, Example
 from snapgen_jax.data.config import DataConfig
 from snapgen_jax.data.errors import DataError, UnreadableExampleError
 from snapgen_jax.data.pipeline import Batch, Pipeline
-from snapgen_jax.data.sources import Example, build_source
+from snapgen_jax.data.sources import build_source
 from snapgen_jax.data.tokenizer import Tokenizer, train, train_tokenizer
 from tests.data.conftest import assert_equal_batches, specs
 
@@ -42,13 +44,14 @@ class _Numbers:
     def __len__(self) -> int:
         return self._count
 
-    def example(self, index: int, rng: np.random.Generator) -> Example:
+    def spec(self) -> dict[str, ArraySpec]:
+        return {"image": IMAGE, "caption": TEXT}
+
+    def example(self, index: int, rng: np.random.Generator, names: Collection[str] | None = None) -> Example:
         if index in self._bad:
             raise UnreadableExampleError("made so")
-        return Example(np.full((4, 4, 3), index % 256, np.uint8), self.caption(index, rng))
-
-    def caption(self, index: int, rng: np.random.Generator) -> str:
-        return f"number {index} draw {rng.integers(1000)}"
+        caption = f"number {index} draw {rng.integers(1000)}"
+        return {"image": np.full((4, 4, 3), index % 256, np.uint8), "caption": caption}
 
     def name(self, index: int) -> str:
         return f"file {index}"
@@ -76,8 +79,8 @@ def test_images_and_captions_of_a_batch_belong_together(tokenizer: Tokenizer) ->
     batch = _take(pipeline, 1)[0]
     for row, index in enumerate(batch.source_index):
         example = pipeline.source.example(int(index), np.random.default_rng((5, 0, index)))
-        np.testing.assert_array_equal(batch.arrays["image"][row], example.image)
-        assert tokenizer.decode(batch.arrays["tokens"][row]) == example.caption
+        np.testing.assert_array_equal(batch.arrays["image"][row], example["image"])
+        assert tokenizer.decode(batch.arrays["tokens"][row]) == example["caption"]
 
 
 @pytest.mark.parametrize("config", [SHAPES, DIGITS], ids=["shapes", "digits"])
@@ -261,7 +264,7 @@ def test_a_file_that_vanished_is_unreadable_not_a_crash(photo_folder: pathlib.Pa
 
 
 class _Deadly(_Numbers):
-    def example(self, index: int, rng: np.random.Generator) -> Example:
+    def example(self, index: int, rng: np.random.Generator, names: Collection[str] | None = None) -> Example:
         os._exit(3)
 
 
@@ -278,17 +281,17 @@ def test_a_global_batch_that_does_not_divide_by_the_hosts_is_refused() -> None:
 
 
 def test_specs_that_image_data_cannot_fill_are_refused(tokenizer: Tokenizer) -> None:
-    with pytest.raises(DataError, match="asks for depth; the data has image, tokens, mask"):
+    with pytest.raises(
+        DataError,
+        match=r"asks for depth; the source has image \(uint8 \[\*, \*, 3\]\), caption \(text\), .* give tokens, mask",
+    ):
         Pipeline(SHAPES, {"a": {"depth": specs(2)["image"]}}, tokenizer)
     with pytest.raises(DataError, match=r"differ in their global batch, \[2, 4\]"):
         Pipeline(SHAPES, {"a": {"image": specs(2)["image"], "tokens": specs(4)["tokens"]}}, tokenizer)
     longer = {"tokens": specs(2)["tokens"], "mask": np.empty((2, 99), np.float32)}
     with pytest.raises(DataError, match=r"tokens and mask differ in length: \d+ and 99"):
         Pipeline(SHAPES, {"a": longer}, tokenizer)
-    with pytest.raises(
-        DataError,
-        match="asks for mask, tokens; the data has image, and captions for a tokenizer, of which there is none",
-    ):
+    with pytest.raises(DataError, match=r"asks for mask, tokens; the source has image .*, and there is no tokenizer"):
         Pipeline(SHAPES, {"a": specs(2)})
 
 

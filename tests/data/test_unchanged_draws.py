@@ -1,4 +1,4 @@
-"""The draws of images with captions never change: a run that is resumed sees the crops, flips and phrasings of before."""
+"""The draws of images with captions never change: a resumed run sees the crops, flips and phrasings of before."""
 
 import hashlib
 import itertools
@@ -59,7 +59,11 @@ def test_captions_beside_pictures_are_the_captions_alone() -> None:
 
 @pytest.mark.parametrize(
     ("size", "options", "expected"),
-    [((8, 8), {}, "97991603ee3a0a79"), ((16, 12), {}, "d7a10f9759c83fc4"), ((16, 12), {"split": "validation"}, "fa9d1230df5a6aa1")],
+    [
+        ((8, 8), {}, "97991603ee3a0a79"),
+        ((16, 12), {}, "d7a10f9759c83fc4"),
+        ((16, 12), {"split": "validation"}, "fa9d1230df5a6aa1"),
+    ],
 )
 def test_digits_are_cropped_and_mirrored_as_before(size, options, expected: str) -> None:
     config = DataConfig(source="digits", crop="random", flip="random")
