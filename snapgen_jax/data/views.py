@@ -122,11 +122,12 @@ def resize(image: np.ndarray, target: Size, box: Box, resample: Resample) -> np.
         rows = (top + (np.arange(target[0]) + 0.5) * (bottom - top) / target[0]).astype(int)
         columns = (left + (np.arange(target[1]) + 0.5) * (right - left) / target[1]).astype(int)
         return image[rows.clip(max=image.shape[0] - 1)[:, None], columns.clip(max=image.shape[1] - 1)]
+    size = target[1], target[0]
     if image.dtype == np.uint8 and image.shape[2] == 3:
         picture = Image.fromarray(np.ascontiguousarray(image))
-        return np.asarray(picture.resize(target[::-1], _FILTERS[resample], box=box, reducing_gap=3.0))
+        return np.asarray(picture.resize(size, _FILTERS[resample], box=box, reducing_gap=3.0))
     channels = [
-        Image.fromarray(np.ascontiguousarray(image[..., c], np.float32)).resize(target[::-1], _FILTERS[resample], box)
+        Image.fromarray(np.ascontiguousarray(image[..., c], np.float32)).resize(size, _FILTERS[resample], box)
         for c in range(image.shape[2])
     ]
     resized = np.stack([np.asarray(channel) for channel in channels], axis=-1)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from snapgen_jax.data.config import DataConfig
-from snapgen_jax.data.errors import DataError
+from snapgen_jax.data.errors import DataError, UnreadableExampleError
 from snapgen_jax.data.sources import Source, build_source
 
 
@@ -62,6 +62,15 @@ def test_of_several_captions_each_draw_takes_one(tmp_path) -> None:
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "caption": ["one", "two", "three"]}))
     source = _folder(tmp_path)
     assert {source.example(0, np.random.default_rng(i))["caption"] for i in range(50)} == {"one", "two", "three"}
+
+
+def test_captions_are_read_without_opening_the_image(tmp_path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    (tmp_path / "a.txt").write_text("a red picture")
+    source = _folder(tmp_path)
+    assert source.example(0, np.random.default_rng(0), ("caption",)) == {"caption": "a red picture"}
+    with pytest.raises(UnreadableExampleError):
+        source.example(0, np.random.default_rng(0), ("image",))
 
 
 def test_text_files_beside_images_at_any_depth(tmp_path, caplog) -> None:

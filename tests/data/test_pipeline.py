@@ -7,6 +7,7 @@ import os
 import pathlib
 from collections.abc import Collection
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,6 +19,7 @@ from snapgen_jax.data.pipeline import Batch, Pipeline
 from snapgen_jax.data.sources import build_source
 from snapgen_jax.data.tokenizer import Tokenizer, train, train_tokenizer
 from tests.data.conftest import assert_equal_batches, specs
+from tests.data.moving_dots import MovingDots, batch_specs
 
 SHAPES = DataConfig()
 DIGITS = DataConfig(source="digits", crop="random", flip="random")
@@ -105,6 +107,15 @@ def test_worker_processes_give_the_same_batches_as_threads_from_any_position(
     assert_equal_batches(in_workers, in_threads[3:])
     assert not np.concatenate([batch.valid for batch in in_workers]).all()
     assert "2.jpg" in caplog.text, "the main process names what a worker could not read"
+
+
+def test_clips_points_and_single_numbers_pass_through_worker_processes() -> None:
+    config = DataConfig(flip="random", workers=1)
+    wanted = {"a": batch_specs(4) | {"state": jax.ShapeDtypeStruct((4, 5), np.float16)}}
+    in_workers = _take(Pipeline(config, wanted, source=MovingDots()), 2)
+    in_threads = _take(Pipeline(dataclasses.replace(config, workers=0), wanted, source=MovingDots()), 2)
+    assert {array.ndim for array in in_workers[0].arrays.values()} == {1, 2, 3, 4, 5}
+    assert_equal_batches(in_workers, in_threads)
 
 
 def test_another_seed_gives_another_order_and_other_draws(tokenizer: Tokenizer) -> None:
