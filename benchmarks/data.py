@@ -43,7 +43,7 @@ def example_cost(size: int, tokenizer: Tokenizer) -> dict[str, Any]:
     source = build_source(DataConfig(shapes=ShapesConfig(size=size)))
     rng = np.random.default_rng(0)
     scenes = [sample_scene(rng) for _ in range(2000)]
-    captions = [source.caption(i, rng) for i in range(2000)]
+    captions = [source.example(i, rng, ("caption",))["caption"] for i in range(2000)]
     parts = {
         "generator_us": cpu_microseconds(lambda i: np.random.default_rng((0, 0, i))),
         "scene_us": cpu_microseconds(lambda i: sample_scene(rng)),
@@ -57,9 +57,9 @@ def throughput(size: int, workers: int, tokenizer: Tokenizer, seconds: float) ->
     """Images a second once the pipeline runs, and the seconds until its first batch."""
     config = dataclasses.replace(DataConfig(), shapes=ShapesConfig(size=size), workers=workers)
     specs = {
-        "image": SimpleNamespace(shape=(BATCH, size, size, 3)),
-        "tokens": SimpleNamespace(shape=(BATCH, LENGTH)),
-        "mask": SimpleNamespace(shape=(BATCH, LENGTH)),
+        "image": SimpleNamespace(shape=(BATCH, size, size, 3), dtype=np.uint8),
+        "tokens": SimpleNamespace(shape=(BATCH, LENGTH), dtype=np.int32),
+        "mask": SimpleNamespace(shape=(BATCH, LENGTH), dtype=np.float32),
     }
     batches = Pipeline(config, {"bucket": specs}, tokenizer).batches()
     start = time.perf_counter()

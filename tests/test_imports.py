@@ -51,7 +51,8 @@ MAY_IMPORT = {
     "weights": ["networks", "parallel", "typed"],
     "weights.frozen": ["weights", "networks", "parallel", "training.checkpoint", "training.exits"],
     "systems": ["networks", "diffusion", "weights", "parallel"],
-    "data": [],
+    "inputs.interfaces": [],
+    "data": ["inputs.interfaces"],
     "data.tokenizer": ["data", "training.files"],
     # from a trained run to images, numbers and files
     "generation": [
@@ -63,6 +64,7 @@ MAY_IMPORT = {
         "config",
         "data.tokenizer",
         "data.pretrained_tokenizers",
+        "data.tokenizer_specs",
         "training.checkpoint",
         "training.exits",
         "training.keys",

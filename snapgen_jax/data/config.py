@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 from snapgen_jax.data.shapes_grammar import ShapesConfig
@@ -32,7 +33,12 @@ class DataConfig:
         captions: "folder": "needed" leaves images without a caption out; "none" takes every image, for a recipe that
             reads no text.
         crop: which part of a training image is kept where its shape is not the bucket's; validation keeps the centre.
-        flip: whether training images are mirrored at random. Mirroring makes captions that say "left" wrong.
+        flip: whether training images are mirrored at random. An image whose caption says "left" or "right" never is,
+            where the batch holds tokens of that caption; and none is where the batch holds an array that cannot be
+            mirrored.
+        bucket_shares: {bucket: its share of the training batches}, such as `{"512x512": 3, "384x640": 1}`; relative
+            weights of all buckets. Empty: by the number of examples whose shape is nearest to the bucket's.
+        texts: {array of token ids: the text of the source that it is made of}; "caption" for those not named.
         tokenizer: "train" trains one on the captions of this source, else the path of a `tokenizer.json`.
         vocab_size: upper bound of a trained tokenizer's vocabulary.
         workers: worker processes; 0 reads in threads of the main process.
@@ -54,6 +60,8 @@ class DataConfig:
     captions: Literal["needed", "none"] = "needed"
     crop: Crop = "random"
     flip: Flip = "none"
+    bucket_shares: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    texts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     tokenizer: str = "train"
     vocab_size: int = 4096
     workers: int = 0

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 
+from snapgen_jax.data.arrays import IMAGE, LABEL, TEXT, ArraySpec, Example
 from snapgen_jax.data.config import DataConfig, Split
-from snapgen_jax.data.sources import Example, hold_out
+from snapgen_jax.data.sources import hold_out
 from snapgen_jax.data.words import article, pick
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -22,15 +25,16 @@ class DigitsSource:
     def __len__(self) -> int:
         return len(self._images)
 
-    def example(self, index: int, rng: np.random.Generator) -> Example:
-        """The scan `[8, 8, 3]`, in one of its phrasings."""
-        return Example(np.repeat(self._images[index, :, :, None], 3, axis=2), self.caption(index, rng))
+    def spec(self) -> dict[str, ArraySpec]:
+        """Image, caption, and the digit itself as `label`."""
+        return {"image": IMAGE, "caption": TEXT, "label": LABEL}
 
-    def caption(self, index: int, rng: np.random.Generator) -> str:
-        """One phrasing of the label."""
+    def example(self, index: int, rng: np.random.Generator, names: Collection[str] | None = None) -> Example:
+        """The scan `[8, 8, 3]`, one phrasing of its label, and the label."""
         digit = int(self._labels[index])
-        phrase = pick(rng, _PHRASES)
-        return phrase.format(an=article(WORDS[digit]), word=WORDS[digit], digit=digit)
+        caption = pick(rng, _PHRASES).format(an=article(WORDS[digit]), word=WORDS[digit], digit=digit)
+        image = np.repeat(self._images[index, :, :, None], 3, axis=2)
+        return {"image": image, "caption": caption, "label": np.int32(digit)}
 
     def name(self, index: int) -> str:
         """ "digit image 7", numbered as scikit-learn does."""

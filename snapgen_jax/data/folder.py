@@ -18,15 +18,16 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from snapgen_jax.data.arrays import IMAGE, TEXT, ArraySpec, Example
 from snapgen_jax.data.config import DataConfig, Split
 from snapgen_jax.data.errors import DataError
 from snapgen_jax.data.images import EXTENSIONS, decode, header_size
-from snapgen_jax.data.sources import Example, hold_out
+from snapgen_jax.data.sources import asked, hold_out
 from snapgen_jax.data.words import pick
 
 _METADATA = ("metadata.jsonl", "metadata.csv")
@@ -46,19 +47,20 @@ class Entry:
 class FolderSource:
     """Images in a folder, decoded when drawn."""
 
-    def __init__(self, root: str, entries: list[Entry]):
-        self._root, self._entries = root, entries
+    def __init__(self, root: str, entries: list[Entry], captioned: bool = True):
+        self._root, self._entries, self._captioned = root, entries, captioned
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def example(self, index: int, rng: np.random.Generator) -> Example:
-        """The decoded image at its own size, with one of its captions."""
-        return Example(decode(self._entries[index].path), self.caption(index, rng))
+    def spec(self) -> dict[str, ArraySpec]:
+        """Image, and caption where the config asks for captions."""
+        return {"image": IMAGE, "caption": TEXT} if self._captioned else {"image": IMAGE}
 
-    def caption(self, index: int, rng: np.random.Generator) -> str:
-        """One of the image's captions."""
-        return pick(rng, self._entries[index].captions)
+    def example(self, index: int, rng: np.random.Generator, names: Collection[str] | None = None) -> Example:
+        """The decoded image at its own size, and one of its captions, "" where it has none."""
+        image = {"image": decode(self._entries[index].path)} if asked("image", names) else {}
+        return {**image, "caption": pick(rng, self._entries[index].captions)}
 
     def name(self, index: int) -> str:
         """The path of the image, relative to the folder."""
@@ -86,7 +88,7 @@ def build(config: DataConfig, split: Split) -> FolderSource:
     chosen = hold_out(len(entries), split, config.validation_share)
     if split == "validation" and len(chosen) == len(entries):
         log.info("%s: %d images are too few to hold any out; validation uses the training images", root, len(entries))
-    return FolderSource(root, [entries[i] for i in chosen])
+    return FolderSource(root, [entries[i] for i in chosen], captioned=config.captions == "needed")
 
 
 def find_images(root: str) -> list[Entry]:

@@ -1,4 +1,4 @@
-"""Image files to arrays, and arrays to the shape of a bucket."""
+"""Image files to arrays."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-from snapgen_jax.data.config import Crop, Flip
 from snapgen_jax.data.errors import UnreadableExampleError
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -55,32 +54,3 @@ def header_size(file: str | os.PathLike[str]) -> tuple[int, int]:
             return (image.width, image.height) if turned else (image.height, image.width)
     except Exception:  # the pipeline names the file when it is drawn
         return (0, 0)
-
-
-def fit(
-    image: np.ndarray, size: tuple[int, int], rng: np.random.Generator, crop: Crop = "centre", flip: Flip = "none"
-) -> np.ndarray:
-    """Scales an image to cover a size, cuts what stands out, and mirrors it where asked.
-
-    Args:
-        image: uint8 `[h, w, 3]`.
-        size: height and width of the result.
-        rng: draws the place of a random crop, and the flip.
-        crop: which part is kept.
-        flip: "random" mirrors every other image.
-
-    Returns:
-        uint8 `[*size, 3]`, resampled with a Lanczos filter.
-    """
-    if flip == "random" and rng.random() < 0.5:
-        image = image[:, ::-1]
-    height, width = image.shape[:2]
-    if (height, width) == size:
-        return image
-    scale = min(height / size[0], width / size[1])  # source pixels a result pixel
-    kept_height, kept_width = scale * size[0], scale * size[1]
-    where_y, where_x = (rng.random(), rng.random()) if crop == "random" else (0.5, 0.5)
-    top, left = where_y * (height - kept_height), where_x * (width - kept_width)
-    box = (left, top, min(left + kept_width, width), min(top + kept_height, height))
-    picture = Image.fromarray(np.ascontiguousarray(image))
-    return np.asarray(picture.resize((size[1], size[0]), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0))

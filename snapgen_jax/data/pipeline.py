@@ -23,12 +23,14 @@ import grain
 import numpy as np
 from absl import flags
 
-from snapgen_jax.data.buckets import Bucket, Specs, assign
+from snapgen_jax.data.arrays import ArraySpec, Example, entry
+from snapgen_jax.data.buckets import Bucket, Specs, assign, weights
 from snapgen_jax.data.config import Crop, DataConfig, Flip, Split
 from snapgen_jax.data.errors import DataError, UnreadableExampleError
-from snapgen_jax.data.images import fit
-from snapgen_jax.data.sources import Example, Source, build_source
+from snapgen_jax.data.sources import Source, build_source
 from snapgen_jax.data.tokenizer import CaptionTokenizer
+from snapgen_jax.data.views import View
+from snapgen_jax.data.words import speaks_of_sides
 
 _REPLACEMENTS_TRIED = 100
 _JUDGED_AFTER = 200  # examples; a share of fewer says little
@@ -43,8 +45,8 @@ class Batch:
 
     Attributes:
         bucket: the bucket of this step, the same on all hosts.
-        arrays: "image" uint8 `[b, H, W, 3]`, and what the tokenizer makes of captions, such as "tokens" int32 `[b, L]`
-            and "mask" float32 `[b, L]`: those that the bucket's specs name.
+        arrays: those that the bucket's specs name: entries of the source, such as "image" uint8 `[b, H, W, 3]`, and
+            what the tokenizer makes of its texts, such as "tokens" int32 `[b, L]` and "mask" float32 `[b, L]`.
         valid: bool `[b]`, False where an unreadable example was replaced by the next good one.
         source_index: int64 `[b]`, the example drawn from the source, the unreadable one where it was replaced.
     """
@@ -74,34 +76,37 @@ class Pipeline:
 
         Args:
             config: the data config.
-            batch_specs: {bucket: {"image", or an array of the tokenizer's: spec with the global batch in `shape[0]`}}.
-                Each example goes to the bucket of the nearest aspect ratio, and the share of a bucket's batches follows
-                its share of examples.
-            tokenizer: needed where a spec names more than images.
+            batch_specs: {bucket: {array: spec with the global batch in `shape[0]`, and a dtype}}. An array is made by
+                the tokenizer, or else is an entry of the source. Each example goes to the bucket of the nearest aspect
+                ratio, and the share of a bucket's batches is `data.bucket_shares`, or else its share of examples.
+            tokenizer: makes token ids and masks of texts.
             seed: of the order, and with epoch and index of every draw.
             host_index: which share this process reads.
             host_count: into how many shares a global batch is split.
-            split: training draws random crops and flips as configured; validation keeps the centre.
+            split: training draws random crops, flips and bucket shares as configured; validation keeps the centre, and
+                takes buckets by their examples.
             source: used in place of the one that the config names.
 
         Raises:
-            DataError: a global batch does not divide by the hosts, a spec names an array that there is not, or the
-                source is missing or empty.
+            DataError: a global batch does not divide by the hosts; a spec names an array that there is not, or one of
+                another shape or dtype; `data.bucket_shares` does not fit the buckets; or the source is missing or
+                empty.
         """
         self.source = build_source(config, split) if source is None else source
         self._config = config
-        text = () if tokenizer is None else tokenizer.names
-        buckets = {name: Bucket.of(name, specs, host_count, text) for name, specs in batch_specs.items()}
-        crop, flip = (config.crop, config.flip) if split == "train" else ("centre", "none")
-        for bucket in buckets.values():
-            if tokenizer is not None and bucket.lengths:
-                tokenizer.arrays([""], bucket.lengths)  # what it cannot give is refused here
-        members = assign(self.source, list(buckets.values()))
-        self._buckets = [bucket for bucket in buckets.values() if len(members[bucket.name])]
+        declared = self.source.spec()
+        buckets = [
+            Bucket.of(name, specs, host_count, declared, tokenizer, config.texts) for name, specs in batch_specs.items()
+        ]
+        training = split == "train"
+        crop, flip = (config.crop, _possible_flip(config.flip, buckets, declared)) if training else ("centre", "none")
+        members = assign(self.source, buckets)
+        shares = weights(buckets, members, config.bucket_shares if training else {})
+        self._buckets = [bucket for bucket in buckets if bucket.name in shares]
         parts = []
         for number, bucket in enumerate(self._buckets):
             indices = members[bucket.name]
-            read = _Read(self.source, indices, bucket.size, seed, crop, flip)
+            read = _Read(self.source, declared, indices, bucket, seed, crop, flip)
             parts.append(
                 grain.MapDataset.range(len(indices))
                 .shuffle(seed=_shuffle_seed(seed, number))
@@ -110,8 +115,7 @@ class Pipeline:
                 .map(read)
                 .batch(bucket.local_batch, batch_fn=_Collate(number, bucket, tokenizer))
             )
-        weights = [len(members[bucket.name]) / bucket.local_batch for bucket in self._buckets]
-        self._dataset = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
+        self._dataset = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, list(shares.values()))
 
     def batches(self, position: int = 0) -> Generator[Batch, None, None]:
         """Yields the batches from a position on, without end. Close the generator to stop its threads or processes.
@@ -145,6 +149,20 @@ def _shuffle_seed(seed: int, bucket: int) -> int:
     return int(np.random.SeedSequence((seed, bucket)).generate_state(1)[0])
 
 
+def _possible_flip(flip: Flip, buckets: Sequence[Bucket], declared: Mapping[str, ArraySpec]) -> Flip:
+    """What of `data.flip` the entries allow; what they forbid is said once."""
+    shown = [bucket for bucket in buckets if bucket.view]
+    entries = {name for bucket in shown for name in bucket.entries}
+    if flip == "none" or not shown:
+        return flip
+    if fixed := sorted(name for name in entries if declared[name].mirror == "none"):
+        log.warning("data.flip is off: the source does not say how %s is mirrored", ", ".join(fixed))
+        return "none"
+    if texts := sorted(name for name in entries if declared[name].kind == "text"):
+        log.warning("data.flip leaves examples as they are whose %s says left or right", " or ".join(texts))
+    return flip
+
+
 # --- stages, as picklable callables ----------------------------------------------------------------------------------
 
 
@@ -163,8 +181,9 @@ class _Read:
     """(epoch, place) -> example in the bucket's shape, replaced by the next good one where it is unreadable."""
 
     source: Source
+    declared: Mapping[str, ArraySpec]
     indices: np.ndarray | range
-    size: tuple[int, int] | None
+    bucket: Bucket
     seed: int
     crop: Crop
     flip: Flip
@@ -180,17 +199,25 @@ class _Read:
             except UnreadableExampleError as error:
                 problem = problem or str(error)
                 continue
-            return {"image": example.image, "caption": example.caption, "source_index": wanted, "problem": problem}
+            return {"example": example, "source_index": wanted, "problem": problem}
         raise DataError(
             f"{self.source.name(wanted)} is unreadable ({problem}), and so are the next {step} examples: "
             "is the data where it should be?"
         )
 
     def _example(self, index: int, rng: np.random.Generator) -> Example:
-        if self.size is None:
-            return Example(np.empty((0, 0, 3), np.uint8), self.source.caption(index, rng))
-        example = self.source.example(index, rng)
-        return Example(fit(example.image, self.size, rng, self.crop, self.flip), example.caption)
+        bucket = self.bucket
+        example = self.source.example(index, rng, bucket.entries)
+        example = {name: entry(example, name, self.declared[name]) for name in bucket.entries}
+        if bucket.size is None:
+            return example
+        view = View.draw(example[bucket.view].shape[-3:-1], bucket.size, rng, self.crop, self.flip)
+        if view.mirrored and any(speaks_of_sides(example[text]) for text in bucket.lengths):
+            view = dataclasses.replace(view, mirrored=False)
+        return {
+            name: view.show(self.declared[name], value, bucket.shapes.get(name, ())[-3:-1])
+            for name, value in example.items()
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,17 +229,16 @@ class _Collate:
     tokenizer: CaptionTokenizer | None
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        arrays = {}
-        if "image" in self.bucket.arrays:
-            arrays["image"] = np.stack([example["image"] for example in examples])
-        if self.tokenizer is not None and self.bucket.lengths:
-            arrays |= self.tokenizer.arrays([example["caption"] for example in examples], self.bucket.lengths)
-        problems = [example["problem"] for example in examples]
+        arrays = {name: np.stack([item["example"][name] for item in examples]) for name in self.bucket.shapes}
+        for text, lengths in self.bucket.lengths.items():
+            assert self.tokenizer is not None
+            arrays |= self.tokenizer.arrays([item["example"][text] for item in examples], lengths)
+        problems = [item["problem"] for item in examples]
         return {
             "bucket": self.number,
             "arrays": arrays,
             "valid": np.array([not problem for problem in problems]),
-            "source_index": np.array([example["source_index"] for example in examples], np.int64),
+            "source_index": np.array([item["source_index"] for item in examples], np.int64),
             "problems": [problem for problem in problems if problem],
         }
 

@@ -22,7 +22,7 @@ from typing import Any, Self
 import numpy as np
 
 from snapgen_jax.data.errors import DataError
-from snapgen_jax.data.tokenizer import encode_with, mask_name
+from snapgen_jax.data.tokenizer import Tokenizer, encode_with, mask_name
 
 log = logging.getLogger(__name__)
 _WARNINGS = 10
@@ -107,11 +107,16 @@ class PretrainedTokenizer:
 
 
 class PretrainedTokenizers:
-    """One caption for several encoders, each with its own tokenizer."""
+    """One caption for several encoders, each with its own tokenizer.
 
-    def __init__(self, tokenizers: Mapping[str, PretrainedTokenizer]):
-        """`tokenizers`: {array of token ids: that which encodes it}."""
-        self._tokenizers = dict(tokenizers)
+    Attributes:
+        each: {array of token ids: that which encodes it}.
+        names: the arrays that they give, ids and masks.
+    """
+
+    def __init__(self, tokenizers: Mapping[str, PretrainedTokenizer | Tokenizer]):
+        """`tokenizers`: {array of token ids: that which encodes it}; a run's own may be among them."""
+        self.each = dict(tokenizers)
         self.names = tuple(name for tokens in tokenizers for name in (tokens, mask_name(tokens)))
 
     @classmethod
@@ -146,4 +151,4 @@ class PretrainedTokenizers:
         Raises:
             DataError: ids and mask are not of one length.
         """
-        return encode_with(self._tokenizers, texts, lengths)
+        return encode_with(self.each, texts, lengths)

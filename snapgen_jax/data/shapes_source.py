@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 
+from snapgen_jax.data.arrays import IMAGE, TEXT, ArraySpec, Example
 from snapgen_jax.data.config import DataConfig, Split
 from snapgen_jax.data.shapes import Scene, render
 from snapgen_jax.data.shapes_captions import DENSE_OBJECTS, caption, dense, layout
 from snapgen_jax.data.shapes_grammar import ShapesConfig, sample_scene
-from snapgen_jax.data.sources import Example
+from snapgen_jax.data.sources import asked
 
 # First word of the seed of a scene, so that no training scene is a validation scene.
 _STREAM: dict[Split, int] = {"train": 0x5EED, "validation": 0x7E57}
@@ -29,14 +32,15 @@ class ShapesSource:
         """The scene behind an example."""
         return sample_scene(np.random.default_rng((self._stream, index)), "seen", self._config)
 
-    def example(self, index: int, rng: np.random.Generator) -> Example:
-        """The rendered scene `[size, size, 3]`, in one of its phrasings."""
-        scene = self.scene(index)
-        return Example(render(scene, self._config.size), self._words(scene, rng))
+    def spec(self) -> dict[str, ArraySpec]:
+        """Image and caption."""
+        return {"image": IMAGE, "caption": TEXT}
 
-    def caption(self, index: int, rng: np.random.Generator) -> str:
-        """One phrasing of the scene."""
-        return self._words(self.scene(index), rng)
+    def example(self, index: int, rng: np.random.Generator, names: Collection[str] | None = None) -> Example:
+        """The rendered scene `[size, size, 3]`, and one of its phrasings."""
+        scene = self.scene(index)
+        image = {"image": render(scene, self._config.size)} if asked("image", names) else {}
+        return {**image, "caption": self._words(scene, rng)}
 
     def _words(self, scene: Scene, rng: np.random.Generator) -> str:
         if self._config.captions == "layout":

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
+from collections.abc import Collection
 from typing import Protocol
 
 import numpy as np
 
+from snapgen_jax.data.arrays import ArraySpec, Example
 from snapgen_jax.data.config import DataConfig, Split
 from snapgen_jax.data.errors import DataError
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """One image, uint8 `[h, w, 3]`, and what it shows."""
-
-    image: np.ndarray
-    caption: str
 
 
 class Source(Protocol):
@@ -28,12 +21,19 @@ class Source(Protocol):
         """The number of examples in an epoch."""
         ...
 
-    def example(self, index: int, rng: np.random.Generator) -> Example:
-        """The example; raises `UnreadableExampleError` where it cannot be read."""
+    def spec(self) -> dict[str, ArraySpec]:
+        """`{name: ArraySpec}` of the entries that every example has. The first image among those that a batch needs is
+        the one whose shape decides the crop."""
         ...
 
-    def caption(self, index: int, rng: np.random.Generator) -> str:
-        """A caption of the example, without decoding its image."""
+    def example(self, index: int, rng: np.random.Generator, names: Collection[str] | None = None) -> Example:
+        """The entries of an example, at least those that `names` lists; None for all.
+
+        `names` only saves reading. The same draws are made whatever it lists, so an entry is always the same.
+
+        Raises:
+            UnreadableExampleError: the example cannot be read.
+        """
         ...
 
     def name(self, index: int) -> str:
@@ -75,3 +75,8 @@ def hold_out(count: int, split: Split, share: float) -> np.ndarray:
         return np.arange(count)
     order = np.random.default_rng(0).permutation(count)
     return np.sort(order[:held] if split == "validation" else order[held:])
+
+
+def asked(name: str, names: Collection[str] | None) -> bool:
+    """Whether `names`, as `Source.example` takes them, list an entry."""
+    return names is None or name in names

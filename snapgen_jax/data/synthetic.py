@@ -28,8 +28,9 @@ class SyntheticBatches:
         """Draws the batches.
 
         Args:
-            batch_specs: {bucket: {array: spec with the global batch in `shape[0]`}}. Integers are drawn below 256,
-                other numbers from a normal distribution, and masks are ones.
+            batch_specs: {bucket: {array: spec with the global batch in `shape[0]`}}. Integers are drawn below 256, or
+                below 2 where an example is one number, since that is a class label. Other numbers are drawn from a
+                normal distribution, and masks are ones.
             seed: of the numbers.
             host_index: which share this process has.
             host_count: into how many shares a global batch is split.
@@ -55,8 +56,8 @@ class SyntheticBatches:
 
 
 def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    if name == "mask":
+    if name == "mask" or name.endswith("_mask"):
         return np.ones(shape, dtype)
     if np.issubdtype(dtype, np.integer):
-        return rng.integers(0, 256, shape).astype(dtype)
+        return rng.integers(0, 256 if len(shape) > 1 else 2, shape).astype(dtype)
     return rng.standard_normal(shape, np.float32).astype(dtype)

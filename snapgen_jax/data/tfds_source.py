@@ -1,7 +1,7 @@
 """Any image data set of TensorFlow Datasets, by name, read at random through `tfds.data_source`.
 
-Class labels become captions ("a photo of a tabby cat"); where an image has several captions each draw takes one. Two
-that are much used:
+Class labels become captions ("a photo of a tabby cat") and the array `label`; where an image has several captions each
+draw takes one. Two that are much used:
 
 * ImageNet-1K: `name="imagenet2012"`, `validation_split="validation"`. Its class names are codes (n02123045), so point
   `class_names` at a text file with the thousand words, one a line, in label order. The archives are fetched by hand
@@ -17,15 +17,16 @@ from __future__ import annotations
 
 import difflib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
 
+from snapgen_jax.data.arrays import IMAGE, LABEL, TEXT, ArraySpec, Example
 from snapgen_jax.data.config import DataConfig, Split
 from snapgen_jax.data.errors import DataError, UnreadableExampleError
 from snapgen_jax.data.images import decode
-from snapgen_jax.data.sources import Example
+from snapgen_jax.data.sources import asked
 from snapgen_jax.data.words import class_caption, pick
 
 _TEXT_NAMES = ("caption", "captions", "text")  # of the Text features, ids and file names are not captions
@@ -41,6 +42,7 @@ class TfdsSource:
         self._image_path = _find_image(features, config)
         self._caption_path, feature = _find_caption(features, config)
         self._class_names = _class_names(feature, config)
+        self._label_path = self._caption_path if self._class_names is not None else _find_label(features)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_records": None}
@@ -53,14 +55,23 @@ class TfdsSource:
     def __len__(self) -> int:
         return len(self._open())
 
-    def example(self, index: int, rng: np.random.Generator) -> Example:
-        """The decoded image at its own size, with one of its captions."""
-        record = self._record(index)
-        return Example(decode(_get(record, self._image_path)), self._caption(record, rng))
+    def spec(self) -> dict[str, ArraySpec]:
+        """Image, caption, and `label` where the data set has classes."""
+        return {"image": IMAGE, "caption": TEXT, **({"label": LABEL} if self._label_path else {})}
 
-    def caption(self, index: int, rng: np.random.Generator) -> str:
-        """One of the image's captions."""
-        return self._caption(self._record(index), rng)
+    def example(self, index: int, rng: np.random.Generator, names: Collection[str] | None = None) -> Example:
+        """The decoded image at its own size, one of its captions, and its class label where it has one."""
+        record = self._record(index)
+        values = list(np.atleast_1d(_get(record, self._caption_path)))
+        if not values:
+            raise UnreadableExampleError("the record has no caption")
+        value = pick(rng, values)
+        example: Example = {"caption": self._caption(value)}
+        if asked("image", names):
+            example["image"] = decode(_get(record, self._image_path))
+        if self._label_path:
+            example["label"] = np.int32(value if self._class_names is not None else _get(record, self._label_path))
+        return example
 
     def name(self, index: int) -> str:
         """ "coco_captions train record 7"."""
@@ -75,11 +86,7 @@ class TfdsSource:
         except Exception as error:  # the reader of each file format raises its own types
             raise UnreadableExampleError(f"{type(error).__name__}: {error}") from error
 
-    def _caption(self, record: Any, rng: np.random.Generator) -> str:
-        values = list(np.atleast_1d(_get(record, self._caption_path)))
-        if not values:
-            raise UnreadableExampleError("the record has no caption")
-        value = pick(rng, values)
+    def _caption(self, value: Any) -> str:
         if self._class_names is not None:
             return class_caption(self._class_names[int(value)])
         text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
@@ -157,6 +164,14 @@ def _find_caption(features: Any, config: DataConfig) -> tuple[tuple[str, ...], A
             f"data.caption_feature to one of its features: {', '.join(sorted('/'.join(path) for path, _ in leaves))}"
         )
     return found[0]
+
+
+def _find_label(features: Any) -> tuple[str, ...]:
+    """The class label beside a caption: the feature `label`, or else the first class label; () where there is none."""
+    import tensorflow_datasets as tfds
+
+    labels = [name for name, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
+    return (min(labels, key=lambda name: name != "label"),) if labels else ()
 
 
 def _class_names(feature: Any, config: DataConfig) -> list[str] | None:

@@ -12,6 +12,7 @@ import tokenizers
 from etils import epath
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from snapgen_jax.data.arrays import listed
 from snapgen_jax.data.config import DataConfig
 from snapgen_jax.data.errors import DataError
 from snapgen_jax.data.sources import Source
@@ -164,13 +165,34 @@ def train(captions: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(model)
 
 
-def train_tokenizer(source: Source, config: DataConfig, sample: int = 20_000) -> Tokenizer:
-    """Trains a tokenizer on `sample` captions spread evenly over a source; deterministic."""
+def train_tokenizer(
+    source: Source, config: DataConfig, sample: int = 20_000, texts: Sequence[str] = ("caption",)
+) -> Tokenizer:
+    """Trains a tokenizer on `sample` examples spread evenly over a source; deterministic.
+
+    Args:
+        source: the examples.
+        config: bounds the vocabulary.
+        sample: how many examples; those of a small source are drawn many times.
+        texts: the entries of an example that are read.
+
+    Raises:
+        DataError: the source has no such text.
+    """
+    declared = source.spec()
+    for name in texts:
+        if name not in declared or declared[name].kind != "text":
+            raise DataError(
+                f"a tokenizer is trained on the text {name!r}, and the source has {listed(declared)}; set data.texts, "
+                "or choose another source"
+            )
     indices = np.linspace(0, len(source) - 1, sample).astype(np.int64)
-    captions = (source.caption(int(index), np.random.default_rng((0, n))) for n, index in enumerate(indices))
-    return train(captions, config.vocab_size)
+    examples = (source.example(int(index), np.random.default_rng((0, n)), texts) for n, index in enumerate(indices))
+    return train((example[name] for example in examples for name in texts), config.vocab_size)
 
 
-def build_tokenizer(config: DataConfig, source: Source) -> Tokenizer:
-    """The tokenizer that a config names: trained on the source's captions, or loaded."""
-    return train_tokenizer(source, config) if config.tokenizer == "train" else Tokenizer.load(config.tokenizer)
+def build_tokenizer(config: DataConfig, source: Source, texts: Sequence[str] = ("caption",)) -> Tokenizer:
+    """The tokenizer that a config names: trained on texts of the source, or loaded."""
+    if config.tokenizer == "train":
+        return train_tokenizer(source, config, texts=texts)
+    return Tokenizer.load(config.tokenizer)

@@ -1,11 +1,15 @@
 """The little English that captions need, and the choice among phrasings."""
 
+import re
 from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
 
 T = TypeVar("T")
+
+# Words that a mirror makes wrong: "left", "Right-hand", "rightmost", "leftwards", "left's" ...
+_SIDES = re.compile(r"\b(left|right)(most|wards?|hand(ed)?)?\b", re.IGNORECASE)
 
 
 def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
@@ -22,3 +26,8 @@ def class_caption(name: str) -> str:
     """The caption of a class label: "a photo of an orange cat" from "orange_cat"."""
     name = name.replace("_", " ").strip()
     return f"a photo of {article(name)} {name}"
+
+
+def speaks_of_sides(text: str) -> bool:
+    """Whether a text says "left" or "right" in any sense, so that its picture cannot be mirrored. English only."""
+    return _SIDES.search(text) is not None

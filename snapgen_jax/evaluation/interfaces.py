@@ -122,7 +122,7 @@ class ValidationData(Protocol):
     iterator ends its workers.
 
     Attributes:
-        source: its examples by index; `source.caption(index, rng)` gives the text of one.
+        source: its examples by index; `source.example(index, rng, ("caption",))["caption"]` is the text of one.
     """
 
     source: Any

@@ -3,8 +3,8 @@
 import json
 import pathlib
 from collections.abc import Sequence
-from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,12 +12,12 @@ from PIL import Image
 from snapgen_jax.data.pipeline import Batch
 
 
-def specs(batch: int, height: int = 16, width: int = 16, length: int = 12) -> dict[str, SimpleNamespace]:
-    """The batch specs of an image recipe; any object with a shape will do."""
+def specs(batch: int, height: int = 16, width: int = 16, length: int = 12) -> dict[str, jax.ShapeDtypeStruct]:
+    """The batch specs of an image recipe."""
     return {
-        "image": SimpleNamespace(shape=(batch, height, width, 3)),
-        "tokens": SimpleNamespace(shape=(batch, length)),
-        "mask": SimpleNamespace(shape=(batch, length)),
+        "image": jax.ShapeDtypeStruct((batch, height, width, 3), np.uint8),
+        "tokens": jax.ShapeDtypeStruct((batch, length), np.int32),
+        "mask": jax.ShapeDtypeStruct((batch, length), np.float32),
     }
 
 

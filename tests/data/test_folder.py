@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from snapgen_jax.data.config import DataConfig
-from snapgen_jax.data.errors import DataError
+from snapgen_jax.data.errors import DataError, UnreadableExampleError
 from snapgen_jax.data.sources import Source, build_source
 
 
@@ -22,7 +22,7 @@ def _folder(path: pathlib.Path, split="train", **changes) -> Source:
 
 
 def _captions(source: Source) -> dict[str, str]:
-    return {source.name(i): source.example(i, np.random.default_rng(0)).caption for i in range(len(source))}
+    return {source.name(i): source.example(i, np.random.default_rng(0))["caption"] for i in range(len(source))}
 
 
 def test_real_photographs_are_read_with_their_captions(photo_folder, photographs) -> None:
@@ -30,9 +30,9 @@ def test_real_photographs_are_read_with_their_captions(photo_folder, photographs
     assert set(_captions(source).values()) == set(photographs)
     for index in range(len(source)):
         example = source.example(index, np.random.default_rng(0))
-        original = np.asarray(photographs[example.caption].convert("RGB")).astype(float)
-        assert example.image.shape == original.shape
-        assert np.abs(example.image - original).mean() < 5, "JPEG at quality 90"
+        original = np.asarray(photographs[example["caption"]].convert("RGB")).astype(float)
+        assert example["image"].shape == original.shape
+        assert np.abs(example["image"] - original).mean() < 5, "JPEG at quality 90"
         assert source.sizes()[index].tolist() == list(original.shape[:2])
 
 
@@ -61,7 +61,16 @@ def test_of_several_captions_each_draw_takes_one(tmp_path) -> None:
     _image(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "caption": ["one", "two", "three"]}))
     source = _folder(tmp_path)
-    assert {source.caption(0, np.random.default_rng(i)) for i in range(50)} == {"one", "two", "three"}
+    assert {source.example(0, np.random.default_rng(i))["caption"] for i in range(50)} == {"one", "two", "three"}
+
+
+def test_captions_are_read_without_opening_the_image(tmp_path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    (tmp_path / "a.txt").write_text("a red picture")
+    source = _folder(tmp_path)
+    assert source.example(0, np.random.default_rng(0), ("caption",)) == {"caption": "a red picture"}
+    with pytest.raises(UnreadableExampleError):
+        source.example(0, np.random.default_rng(0), ("image",))
 
 
 def test_text_files_beside_images_at_any_depth(tmp_path, caplog) -> None:
@@ -143,7 +152,7 @@ def test_images_without_captions_are_taken_where_none_is_needed(tmp_path) -> Non
         Image.new("RGB", (4, 4)).save(path)
     source = build_source(DataConfig(source="folder", path=str(tmp_path), captions="none"))
     assert [source.name(i) for i in range(len(source))] == ["b.png", "deep/a.jpg"]
-    assert source.example(0, np.random.default_rng(0)).caption == ""
+    assert set(source.spec()) == {"image"}, "a recipe that reads text is refused when the pipeline is built"
     with pytest.raises(DataError, match="holds no captioned image"):
         build_source(DataConfig(source="folder", path=str(tmp_path)))
     (tmp_path / "empty").mkdir()

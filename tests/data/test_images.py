@@ -1,4 +1,4 @@
-"""Files of every common kind decode to upright RGB, and images of any shape fill a bucket."""
+"""Files of every common kind decode to upright RGB."""
 
 import io
 
@@ -8,11 +8,7 @@ from PIL import Image
 
 from snapgen_jax.data import images
 from snapgen_jax.data.errors import UnreadableExampleError
-from snapgen_jax.data.images import decode, fit, header_size
-
-
-def _rng() -> np.random.Generator:
-    return np.random.default_rng(0)
+from snapgen_jax.data.images import decode, header_size
 
 
 def _quadrants() -> Image.Image:
@@ -94,32 +90,3 @@ def test_damaged_missing_and_foreign_files_are_unreadable(tmp_path, monkeypatch)
     monkeypatch.setattr(images, "MAX_PIXELS", 1000)
     with pytest.raises(UnreadableExampleError, match="40x30 pixels are more"):
         decode(_saved(_quadrants(), "PNG"))
-
-
-@pytest.mark.parametrize("size", [(16, 16), (16, 32), (64, 24), (30, 40)])
-def test_fit_covers_the_bucket_without_stretching(size: tuple[int, int]) -> None:
-    y, x = np.mgrid[:60, :80]
-    image = np.stack([x * 3, y * 4, np.zeros_like(x)], axis=-1).astype(np.uint8)
-    fitted = fit(image, size, _rng()).astype(float)
-    assert fitted.shape == (*size, 3)
-    # Red runs 3 levels a source column and green 4 a source row: equal steps of source pixels in both directions.
-    columns = np.diff(fitted[size[0] // 2, 2:-2, 0]).mean() / 3
-    rows = np.diff(fitted[2:-2, size[1] // 2, 1]).mean() / 4
-    assert columns == pytest.approx(rows, rel=0.05)
-    assert columns == pytest.approx(min(60 / size[0], 80 / size[1]), rel=0.05)
-
-
-def test_centre_crop_keeps_the_centre_and_random_crops_move() -> None:
-    image = np.repeat(np.arange(90, dtype=np.uint8)[None, :, None], 30, axis=0).repeat(3, axis=2)
-    centre = fit(image, (30, 30), _rng())
-    assert centre[0, 0, 0] == 30 and centre[0, -1, 0] == 59
-    starts = {int(fit(image, (30, 30), np.random.default_rng(i), crop="random")[0, 0, 0]) for i in range(50)}
-    assert min(starts) < 10 and max(starts) > 50
-
-
-def test_flip_mirrors_every_other_image_and_nothing_else() -> None:
-    image = np.asarray(_quadrants())
-    results = [fit(image, (30, 40), np.random.default_rng(i), flip="random") for i in range(100)]
-    mirrored = sum(np.array_equal(result, image[:, ::-1]) for result in results)
-    assert sum(np.array_equal(result, image) for result in results) == 100 - mirrored
-    assert 30 < mirrored < 70

@@ -5,17 +5,21 @@ import itertools
 import logging
 import os
 import pathlib
+from collections.abc import Collection
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from snapgen_jax.data.arrays import IMAGE, TEXT, ArraySpec, Example
 from snapgen_jax.data.config import DataConfig
 from snapgen_jax.data.errors import DataError, UnreadableExampleError
 from snapgen_jax.data.pipeline import Batch, Pipeline
-from snapgen_jax.data.sources import Example, build_source
+from snapgen_jax.data.sources import build_source
 from snapgen_jax.data.tokenizer import Tokenizer, train, train_tokenizer
 from tests.data.conftest import assert_equal_batches, specs
+from tests.data.moving_dots import MovingDots, batch_specs
 
 SHAPES = DataConfig()
 DIGITS = DataConfig(source="digits", crop="random", flip="random")
@@ -42,13 +46,14 @@ class _Numbers:
     def __len__(self) -> int:
         return self._count
 
-    def example(self, index: int, rng: np.random.Generator) -> Example:
+    def spec(self) -> dict[str, ArraySpec]:
+        return {"image": IMAGE, "caption": TEXT}
+
+    def example(self, index: int, rng: np.random.Generator, names: Collection[str] | None = None) -> Example:
         if index in self._bad:
             raise UnreadableExampleError("made so")
-        return Example(np.full((4, 4, 3), index % 256, np.uint8), self.caption(index, rng))
-
-    def caption(self, index: int, rng: np.random.Generator) -> str:
-        return f"number {index} draw {rng.integers(1000)}"
+        caption = f"number {index} draw {rng.integers(1000)}"
+        return {"image": np.full((4, 4, 3), index % 256, np.uint8), "caption": caption}
 
     def name(self, index: int) -> str:
         return f"file {index}"
@@ -76,8 +81,8 @@ def test_images_and_captions_of_a_batch_belong_together(tokenizer: Tokenizer) ->
     batch = _take(pipeline, 1)[0]
     for row, index in enumerate(batch.source_index):
         example = pipeline.source.example(int(index), np.random.default_rng((5, 0, index)))
-        np.testing.assert_array_equal(batch.arrays["image"][row], example.image)
-        assert tokenizer.decode(batch.arrays["tokens"][row]) == example.caption
+        np.testing.assert_array_equal(batch.arrays["image"][row], example["image"])
+        assert tokenizer.decode(batch.arrays["tokens"][row]) == example["caption"]
 
 
 @pytest.mark.parametrize("config", [SHAPES, DIGITS], ids=["shapes", "digits"])
@@ -102,6 +107,15 @@ def test_worker_processes_give_the_same_batches_as_threads_from_any_position(
     assert_equal_batches(in_workers, in_threads[3:])
     assert not np.concatenate([batch.valid for batch in in_workers]).all()
     assert "2.jpg" in caplog.text, "the main process names what a worker could not read"
+
+
+def test_clips_points_and_single_numbers_pass_through_worker_processes() -> None:
+    config = DataConfig(flip="random", workers=1)
+    wanted = {"a": batch_specs(4) | {"state": jax.ShapeDtypeStruct((4, 5), np.float16)}}
+    in_workers = _take(Pipeline(config, wanted, source=MovingDots()), 2)
+    in_threads = _take(Pipeline(dataclasses.replace(config, workers=0), wanted, source=MovingDots()), 2)
+    assert {array.ndim for array in in_workers[0].arrays.values()} == {1, 2, 3, 4, 5}
+    assert_equal_batches(in_workers, in_threads)
 
 
 def test_another_seed_gives_another_order_and_other_draws(tokenizer: Tokenizer) -> None:
@@ -261,7 +275,7 @@ def test_a_file_that_vanished_is_unreadable_not_a_crash(photo_folder: pathlib.Pa
 
 
 class _Deadly(_Numbers):
-    def example(self, index: int, rng: np.random.Generator) -> Example:
+    def example(self, index: int, rng: np.random.Generator, names: Collection[str] | None = None) -> Example:
         os._exit(3)
 
 
@@ -278,17 +292,17 @@ def test_a_global_batch_that_does_not_divide_by_the_hosts_is_refused() -> None:
 
 
 def test_specs_that_image_data_cannot_fill_are_refused(tokenizer: Tokenizer) -> None:
-    with pytest.raises(DataError, match="asks for depth; the data has image, tokens, mask"):
+    with pytest.raises(
+        DataError,
+        match=r"asks for depth; the source has image \(uint8 \[\*, \*, 3\]\), caption \(text\), .* give tokens, mask",
+    ):
         Pipeline(SHAPES, {"a": {"depth": specs(2)["image"]}}, tokenizer)
     with pytest.raises(DataError, match=r"differ in their global batch, \[2, 4\]"):
         Pipeline(SHAPES, {"a": {"image": specs(2)["image"], "tokens": specs(4)["tokens"]}}, tokenizer)
     longer = {"tokens": specs(2)["tokens"], "mask": np.empty((2, 99), np.float32)}
     with pytest.raises(DataError, match=r"tokens and mask differ in length: \d+ and 99"):
         Pipeline(SHAPES, {"a": longer}, tokenizer)
-    with pytest.raises(
-        DataError,
-        match="asks for mask, tokens; the data has image, and captions for a tokenizer, of which there is none",
-    ):
+    with pytest.raises(DataError, match=r"asks for mask, tokens; the source has image .*, and there is no tokenizer"):
         Pipeline(SHAPES, {"a": specs(2)})
 
 

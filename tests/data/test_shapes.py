@@ -176,7 +176,7 @@ def test_a_share_of_the_captions_is_dense_and_none_of_three_objects() -> None:
     source = ShapesSource(ShapesConfig(dense_share=0.5), "train")
     few, many = [], []
     for index in range(400):
-        text = source.caption(index, np.random.default_rng(index))
+        text = source.example(index, np.random.default_rng(index), ("caption",))["caption"]
         is_dense = any(word in text.split() for word in ("top", "bottom", "centre"))
         (few if len(source.scene(index).objects) <= 2 else many).append(is_dense)
     assert 0.3 < np.mean(few) < 0.5 and not any(many)  # some dense captions say "left" or "right" alone

@@ -18,15 +18,18 @@ def test_an_example_depends_on_its_index_and_draw_alone_even_in_a_copy(name) -> 
     copy = pickle.loads(pickle.dumps(source))
     for index in (0, 7, len(source) - 1):
         a, b = (s.example(index, np.random.default_rng(3)) for s in (source, copy))
-        np.testing.assert_array_equal(a.image, b.image)
-        assert a.caption == b.caption == source.caption(index, np.random.default_rng(3))
-    assert len({source.caption(5, np.random.default_rng(i)) for i in range(40)}) > 2, "phrasings vary with the draw"
+        assert a.keys() == b.keys() == source.spec().keys()
+        for entry, value in a.items():
+            np.testing.assert_array_equal(value, b[entry])
+            assert np.array_equal(value, source.example(index, np.random.default_rng(3), (entry,))[entry])
+    said = {source.example(5, np.random.default_rng(i), ("caption",))["caption"] for i in range(40)}
+    assert len(said) > 2, "phrasings vary with the draw"
 
 
 def test_shapes_validation_scenes_are_others_and_seen_combinations_only() -> None:
     config = DataConfig(shapes=ShapesConfig(size=64))
     train, validation = (build_source(config, split) for split in ("train", "validation"))
-    assert train.example(0, np.random.default_rng(0)).image.shape == (64, 64, 3)
+    assert train.example(0, np.random.default_rng(0))["image"].shape == (64, 64, 3)
     scenes = {train.scene(i) for i in range(300)}
     assert len(scenes) == 300
     for index in range(300):
@@ -44,9 +47,10 @@ def test_digits_are_all_there_once_and_say_what_they_are() -> None:
     ink = {"zero": [], "one": []}
     for index in range(len(train)):
         example = train.example(index, np.random.default_rng(index))
-        for word, values in ink.items():
-            if word in example.caption.split():
-                values.append(example.image[3:5, 3:5].mean())
+        for label, (word, values) in enumerate(ink.items()):
+            if word in example["caption"].split():
+                values.append(example["image"][3:5, 3:5].mean())
+                assert example["label"] == label
     assert len(ink["one"]) > 100
     assert np.mean(ink["one"]) > 150 > 60 > np.mean(ink["zero"])
 

@@ -16,6 +16,8 @@ def specs(height):
         "latent": jax.ShapeDtypeStruct((4, height, 8, 2), jnp.bfloat16),
         "tokens": jax.ShapeDtypeStruct((4, 5), jnp.int32),
         "mask": jax.ShapeDtypeStruct((4, 5), jnp.float32),
+        "t5_mask": jax.ShapeDtypeStruct((4, 5), jnp.float32),
+        "label": jax.ShapeDtypeStruct((4,), jnp.int32),
     }
 
 
@@ -29,7 +31,8 @@ def test_batches_have_the_shapes_that_are_asked_for_and_take_turns():
     for batch in drawn:
         for name, spec in SPECS[batch.bucket].items():
             assert (batch.arrays[name].shape, batch.arrays[name].dtype) == (spec.shape, spec.dtype)
-        assert batch.arrays["mask"].all()
+        assert (batch.arrays["mask"] == 1).all() and (batch.arrays["t5_mask"] == 1).all()
+        assert set(batch.arrays["label"]) <= {0, 1}, "every model of classes has two"
         assert np.std(batch.arrays["latent"].astype(np.float32)) > 0.5
 
 

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -97,9 +98,10 @@ def test_class_labels_become_captions_of_their_own_images(labels: DataConfig) ->
     assert len(source) == 12 and len(build_source(labels, "validation")) == 3
     for index in range(12):
         example = source.example(index, _draw())
-        assert example.image.shape == (10, 14, 3)
-        number = int(example.image[0, 0, 0]) // 20
-        assert example.caption == ("a photo of an apple", "a photo of a fire truck")[number % 2]
+        assert example["image"].shape == (10, 14, 3)
+        number = int(example["image"][0, 0, 0]) // 20
+        assert example["caption"] == ("a photo of an apple", "a photo of a fire truck")[number % 2]
+        assert example["label"] == number % 2 and example["label"].dtype == np.int32
     assert source.name(3) == "tiny_labels train record 3"
 
 
@@ -108,25 +110,42 @@ def test_names_in_a_file_replace_codes(labels: DataConfig, tmp_path: pathlib.Pat
     names.write_text("".join(f"thing {i}\n" for i in range(12)))
     config = dataclasses.replace(labels, caption_feature="fine", class_names=str(names))
     example = build_source(config).example(4, _draw())
-    assert example.caption == f"a photo of a thing {int(example.image[0, 0, 0]) // 20}"
+    number = example["image"][0, 0, 0] // 20
+    assert example["caption"] == f"a photo of a thing {number}" and example["label"] == number
     with pytest.raises(DataError, match="12 names for the 2 classes"):
         build_source(dataclasses.replace(config, caption_feature="label"))
+
+
+def test_a_class_label_stands_beside_a_caption_of_the_data_sets_own(labels: DataConfig) -> None:
+    source = build_source(dataclasses.replace(labels, caption_feature="file_name"))
+    example = source.example(4, _draw())
+    number = int(example["image"][0, 0, 0]) // 20
+    assert example["caption"] == f"{number}.png" and example["label"] == number % 2
+
+
+def test_labels_fill_the_batches_of_a_run_on_classes(labels: DataConfig) -> None:
+    wanted = {"image": specs(12, 8, 8)["image"], "label": jax.ShapeDtypeStruct((12,), np.int32)}
+    batches = Pipeline(labels, {"8x8": wanted}).batches()
+    batch = next(batches)
+    batches.close()
+    np.testing.assert_array_equal(batch.arrays["label"], batch.arrays["image"][:, 4, 4, 0] // 20 % 2)
 
 
 def test_of_nested_captions_each_draw_takes_one(captions: DataConfig) -> None:
     source = build_source(captions)
     numbers = [len(source._record(i)["captions"]["text"]) for i in range(12)]
     index = numbers.index(2)
-    said = {source.caption(index, np.random.default_rng(i)) for i in range(20)}
+    said = {source.example(index, np.random.default_rng(i))["caption"] for i in range(20)}
     assert len(said) == 2 and all(text.startswith("picture ") for text in said)
+    assert set(source.spec()) == {"image", "caption"}, "a data set without classes has no label"
     with pytest.raises(UnreadableExampleError, match="no caption"):
-        source.caption(numbers.index(0), _draw())
+        source.example(numbers.index(0), _draw())
 
 
 def test_a_source_travels_to_a_worker_and_opens_its_files_there(labels: DataConfig) -> None:
     source = build_source(labels)
     copy = pickle.loads(pickle.dumps(source))
-    np.testing.assert_array_equal(copy.example(3, _draw()).image, source.example(3, _draw()).image)
+    np.testing.assert_array_equal(copy.example(3, _draw())["image"], source.example(3, _draw())["image"])
 
 
 def test_batches_and_reading_needs_no_tensorflow(captions: DataConfig) -> None:

@@ -24,7 +24,7 @@ def test_every_caption_word_of_the_shapes_world_becomes_one_token(tokenizer: Tok
 
 def test_no_training_caption_of_the_shapes_world_is_longer_than_sixteen_tokens(tokenizer: Tokenizer) -> None:
     source = build_source(DataConfig())
-    captions = [source.caption(i, np.random.default_rng(i)) for i in range(3000)]
+    captions = [source.example(i, np.random.default_rng(i), ("caption",))["caption"] for i in range(3000)]
     _, mask = tokenizer.encode(captions, 40)
     assert mask.sum(axis=1).max() <= 16
 

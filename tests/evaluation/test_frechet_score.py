@@ -26,8 +26,8 @@ class Source:
     def __len__(self):
         return 48
 
-    def caption(self, index, rng):
-        return f"noise {index}"
+    def example(self, index, rng, names):
+        return {"caption": f"noise {index}"}
 
 
 class Validation:

@@ -29,8 +29,8 @@ class Source:
     def __len__(self):
         return 3
 
-    def caption(self, index, rng):
-        return f"caption {index} {rng.integers(100)}"
+    def example(self, index, rng, names):
+        return {"caption": f"caption {index} {rng.integers(100)}"}
 
 
 class Validation:
