@@ -6,8 +6,8 @@ Nothing heavy is imported here; `snapgen_jax.load` and `snapgen_jax.train` impor
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from snapgen_jax.in_memory import train
     from snapgen_jax.generation import load
+    from snapgen_jax.in_memory import train
     from snapgen_jax.training.loop import inference_weights
 
 __all__ = ["inference_weights", "load", "train"]

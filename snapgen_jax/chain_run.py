@@ -13,18 +13,19 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from snapgen_jax import chain_derive
-from snapgen_jax import experiment as experiments
 from snapgen_jax.bookkeeping import Json, Stages
 from snapgen_jax.chain import ChainConfig, RowConfig, StageConfig, with_earlier
 from snapgen_jax.chain_table import Numbers, table
-from snapgen_jax.config import complete, from_json, read_one, to_json
-from snapgen_jax.experiment import Experiment, differences
+from snapgen_jax.config import Resolved, from_json, read_one, resolve, to_json
+from snapgen_jax.experiment import Experiment
 from snapgen_jax.networks.module import count_parameters
+from snapgen_jax.scoring import evaluate
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.files import write_whole
 from snapgen_jax.training.loop import LoopConfig
 from snapgen_jax.training.metrics import read_lines
 from snapgen_jax.training.state import TrainState
+from snapgen_jax.workdir import differences, prepare_workdir
 
 # How a run is watched and kept, and over which devices it is spread.
 LEARNS_THE_SAME = {f.name for f in dataclasses.fields(LoopConfig)} - {"seed", "train_steps", "microbatches"}
@@ -111,7 +112,7 @@ class _Chain:
         def score() -> Numbers:
             self._make_present([stage.name, *([row.decoder] if row.decoder else [])])
             decoder = self.root / row.decoder if row.decoder else None
-            return experiments.evaluate(
+            return evaluate(
                 self.root / stage.name, self.chain.scores, generation=row.options, options=asked, decoder=decoder
             )
 
@@ -134,7 +135,7 @@ class _Chain:
         """All that a stage's result on record depends on; a derived one was checked against the example, too."""
         return [self.depends(stage.name), stage.example] if stage.derive else self.depends(stage.name)
 
-    def _config(self, stage: StageConfig) -> ConfigDict:
+    def _config(self, stage: StageConfig) -> Resolved:
         filled = {
             key: chain_derive.taken(self.derived.get(name, self.stages[name].example), path)
             for key, (name, path) in stage.sources().items()
@@ -145,7 +146,7 @@ class _Chain:
             *self.overrides.get(stage.name, ()),
         ]
         try:
-            return complete(self._read[stage.name], changes)
+            return resolve(self._read[stage.name], changes, stage.config)
         except ConfigError as error:
             if not filled:
                 raise
@@ -180,15 +181,15 @@ class _Chain:
 
     def _train(self, stage: StageConfig) -> Numbers:
         folder = self._begin(stage)
-        config: Any = self.configs[stage.name]
-        experiment = Experiment(config, folder)
-        experiments.prepare_workdir(config, folder)
+        resolved = self.configs[stage.name]
+        experiment = Experiment(resolved, folder)
+        prepare_workdir(resolved.config, folder)
         state = experiment.train()
         lines = read_lines(folder / "metrics" / "evaluation.jsonl")
         last = lines[-1] if lines and lines[-1]["step"] == int(state.step) else {}
         return {
             "params": parameters(state),
-            "images_seen": int(state.step) * int(config.batch_size),
+            "images_seen": int(state.step) * resolved.recipe.batch_size,
             **{k: v for k, v in last.items() if k.startswith("validation_loss.")},
         }
 
@@ -199,16 +200,16 @@ class _Chain:
         return chain_derive.derive(function, _what(stage), earlier, folder, stage.options, stage.example)
 
 
-def describe(stage: StageConfig, config: ConfigDict | None, derived: Json = None) -> str:
+def describe(stage: StageConfig, resolved: Resolved | None, derived: Json = None) -> str:
     """What a stage is, as JSON: the config of a run; function, options and result of a stage that derives.
 
     Args:
         stage: the stage.
-        config: of a run.
+        resolved: config of a run.
         derived: the result, where the stage is described to one that starts from it.
     """
-    if config is not None:
-        return to_json(config)
+    if resolved is not None:
+        return to_json(resolved.config)
     what = {"derive": stage.derive, "earlier": dict(stage.earlier), "options": stage.options}
     return json.dumps(what if derived is None else {**what, "derived": derived}, sort_keys=True)
 

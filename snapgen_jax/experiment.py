@@ -18,7 +18,8 @@ from snapgen_jax.config import Resolved
 from snapgen_jax.data.pipeline import Pipeline
 from snapgen_jax.data.sources import Source, build_source
 from snapgen_jax.data.synthetic import SyntheticBatches
-from snapgen_jax.data.tokenizer import CaptionTokenizer, load_tokenizers, make_tokenizer
+from snapgen_jax.data.tokenizer import CaptionTokenizer
+from snapgen_jax.data.tokenizer_specs import load_tokenizers, make_tokenizer
 from snapgen_jax.evaluation import registry
 from snapgen_jax.generation import Generator, load_recipe, load_weights
 from snapgen_jax.parallel.hosts import current
@@ -84,9 +85,7 @@ class Experiment:
         share = {"host_index": jax.process_index(), "host_count": jax.process_count()}
         if self.is_synthetic:
             return SyntheticBatches(specs, seed=seed, **share)
-        return Pipeline(
-            self.config.data, specs, self.tokenizer, seed=seed, split="train", source=self.source, **share
-        )
+        return Pipeline(self.config.data, specs, self.tokenizer, seed=seed, split="train", source=self.source, **share)
 
     def evaluators(self) -> list[ScheduledEvaluator]:
         """The recipe's evaluators, each run on a generator with the weights of the moment; none for synthetic batches,

@@ -24,7 +24,8 @@ from ml_collections import ConfigDict
 
 from snapgen_jax.config import Config, build, from_json, resolve
 from snapgen_jax.data.pretrained_tokenizers import PretrainedTokenizer
-from snapgen_jax.data.tokenizer import CaptionTokenizer, load_tokenizers
+from snapgen_jax.data.tokenizer import CaptionTokenizer
+from snapgen_jax.data.tokenizer_specs import load_tokenizers
 from snapgen_jax.networks.module import Platform
 from snapgen_jax.parallel.mesh import make_mesh
 from snapgen_jax.systems import sd35
@@ -301,7 +302,8 @@ def _with_decoder(config: ConfigDict, decoder: epath.PathLike) -> ConfigDict:
     other = load_config(decoder)
     if other.recipe != "decoder_distillation":
         raise ConfigError(f"{decoder} is a run of {other.recipe!r}; a decoder is trained by 'decoder_distillation'")
-    codec: Any = config.inputs.get("codec") if "inputs" in config else None
+    inputs: Any = config.inputs
+    codec: Any = inputs.get("codec")
     if codec is None or codec.kind != "autoencoder":
         raise ConfigError(
             "this run's latents are not those of an autoencoder, so there is nothing for a trained decoder to decode; "

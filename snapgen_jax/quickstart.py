@@ -13,44 +13,45 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
-from snapgen_jax import experiment as experiments
 from snapgen_jax.bookkeeping import Stages
-from snapgen_jax.config import to_json
+from snapgen_jax.config import Resolved, to_json
 from snapgen_jax.evaluation.pictures import grid, png_bytes
 from snapgen_jax.evaluation.report import write_report
 from snapgen_jax.experiment import Experiment
+from snapgen_jax.export.run import export_run
 from snapgen_jax.generation import load
 from snapgen_jax.networks.module import count_parameters
+from snapgen_jax.scoring import evaluate
 from snapgen_jax.training.metrics import read_lines
+from snapgen_jax.workdir import prepare_workdir
 
 Numbers = dict[str, float]
 
 
-def quickstart(config: ConfigDict, workdir: epath.PathLike) -> dict[str, float | None]:
+def quickstart(resolved: Resolved, workdir: epath.PathLike) -> dict[str, float | None]:
     """Trains what the config says, then samples, scores, exports and reports.
 
     Args:
-        config: a completed config of a recipe that makes images of the shapes world.
+        resolved: the config of a recipe that makes images of the shapes world.
         workdir: where everything goes; `report.html` and `report.json` come last.
 
     Returns:
         The numbers of `report.json`.
     """
     workdir = epath.Path(workdir)
-    experiment = Experiment(config, workdir)
-    experiments.prepare_workdir(config, workdir)
+    experiment = Experiment(resolved, workdir)
+    prepare_workdir(resolved.config, workdir)
     stages = Stages(workdir / "quickstart.json")
     parts: dict[str, Callable[[], Numbers]] = {
         "train": lambda: _train(experiment, workdir),
         "sample": lambda: _sample(experiment, workdir),
-        "score": lambda: experiments.evaluate(workdir, ("compositional", "frechet", "diversity")),
-        "export": lambda: experiments.export(workdir, workdir / "export" / "bundle"),
+        "score": lambda: evaluate(workdir, ("compositional", "frechet", "diversity")),
+        "export": lambda: export_run(workdir, workdir / "export" / "bundle"),
         "run the export": lambda: _run_bundle(experiment, workdir),
     }
     numbers: dict[str, float] = {}
-    text = to_json(config)
+    text = to_json(resolved.config)
     for name, part in parts.items():
         numbers |= stages.run(name, text, part)
     numbers["minutes"] = stages.minutes()

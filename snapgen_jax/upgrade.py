@@ -57,7 +57,7 @@ def upgrade(workdir: epath.PathLike) -> list[str]:
 
 def _text(text: str) -> str:
     values = json.loads(text)
-    return text if values.get("schema", 1) >= SCHEMA else to_json(complete(upgraded(values)))
+    return text if "derive" in values or values.get("schema", 1) >= SCHEMA else to_json(complete(upgraded(values)))
 
 
 def upgraded(old: Mapping[str, Any]) -> Section:

@@ -2,8 +2,8 @@
 
     hf download stabilityai/stable-diffusion-3.5-large --include 'vae/*' --local-dir sd35
     snapgen plan  --config=configs/decoder/sd3_tiny.py --topology=v5e:4x4
-    snapgen train --config=configs/decoder/sd3_tiny.py --workdir=gs://bucket/tiny --config.inputs.codec.workdir=sd35/vae \
-        --config.data.path=PHOTOS --config.perceptual_weights=LPIPS
+    snapgen train --config=configs/decoder/sd3_tiny.py --workdir=gs://bucket/tiny \
+        --config.inputs.codec.workdir=sd35/vae --config.data.path=PHOTOS --config.perceptual_weights=LPIPS
     snapgen train --config=configs/decoder/sd3_tiny.py:tfds ...          # COCO's images in place of a folder
 
 PHOTOS is a folder of images, LPIPS one that `snapgen_jax/weights/maps/lpips.py` says how to make.

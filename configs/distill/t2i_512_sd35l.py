@@ -9,8 +9,8 @@ The teacher is read from the folder `transformer/` of the published repository, 
 student is whole on every device. Latents and the text states of both are batch inputs, synthetic ones until a source of
 stored ones is configured. The student's highest stage on the way up is compared with the teacher's last block but one,
 the last that updates the text too. The teacher attends by a kernel for TPUs; on NVIDIA GPUs add
-`--config.teacher.network.attention=cudnn`. Losses are scaled by the paper's running ratio; what the shapes world shows is
-the weighting without it, `--config.scaling.ratio=none`, and students that were worse with it (docs/measured.md).
+`--config.teacher.network.attention=cudnn`. Losses are scaled by the paper's running ratio; what the shapes world shows
+is the weighting without it, `--config.scaling.ratio=none`, and students that were worse with it (docs/measured.md).
 
 Machine: 64 chips of TPU v5p; runlocal, a laptop in some minutes. Metric: the fixed-noise validation loss. Weights, taps
 and lengths: SnapGen (arXiv 2412.09619) publishes none but the form of the loss.
@@ -50,7 +50,9 @@ def run_locally(c: ConfigDict) -> ConfigDict:
     c.mesh = ConfigDict({})
     c.microbatches = 1
     network = {"kind": "mmdit", "preset": "smoke", "latent_channels": 16, "position_size": 16, "position_base": 8}
-    c.teacher = ConfigDict({"random": True, "network": network, "inputs": stored_states(tokens=12, width=16, pooled=16)})
+    c.teacher = ConfigDict(
+        {"random": True, "network": network, "inputs": stored_states(tokens=12, width=16, pooled=16)}
+    )
     c.teacher_taps = ("block_01",)
     return c
 

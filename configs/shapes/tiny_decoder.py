@@ -1,7 +1,8 @@
 """SnapGen's decoder in the shapes world: it learns to decode what the autoencoder of an earlier run encodes.
 
     snapgen train --config=configs/shapes/autoencoder.py --workdir=runs/autoencoder
-    snapgen train --config=configs/shapes/tiny_decoder.py --workdir=runs/tiny --config.inputs.codec.workdir=runs/autoencoder
+    snapgen train --config=configs/shapes/tiny_decoder.py --workdir=runs/tiny \
+        --config.inputs.codec.workdir=runs/autoencoder
     snapgen evaluate --workdir=runs/tiny --names=reconstruction
     snapgen train --config=configs/shapes/tiny_decoder.py:generated --workdir=runs/tiny_generated \
         --config.inputs.codec.workdir=runs/autoencoder --config.generator_workdir=runs/student \

@@ -95,8 +95,8 @@ class ImageCodec:
         ours = latents_of(vars(self.config))
         if (codec := inputs.get("codec")) is not None and latents_of(codec) != ours:
             raise ConfigError(
-                f"the run {workdir!r} has the latents {latents_of(codec)}, and here are {ours}; make them equal, or let "
-                "the teacher take latents of its own (teacher.inputs, teacher.takes) and distil features alone"
+                f"the run {workdir!r} has the latents {latents_of(codec)}, and here are {ours}; make them equal, or "
+                "let the teacher take latents of its own (teacher.inputs, teacher.takes) and distil features alone"
             )
 
 

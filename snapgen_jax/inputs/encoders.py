@@ -157,8 +157,9 @@ class Encoders:
         encoded = {
             name: apply(network, networks[name], batch[name], masks[name]) for name, network in self.encoders.items()
         }
-        rows = {name: is_kept(kept, name) for name in ENCODERS} if kept else {}
-        return {**encoded, **({"kept": {n: x.astype(jnp.float32) for n, x in rows.items() if x is not None}} if kept else {})}
+        rows = {name: is_kept(kept, name) for name in ENCODERS}
+        named = {name: x.astype(jnp.float32) for name, x in rows.items() if x is not None}
+        return {**encoded, "kept": named} if named else encoded
 
     def condition(self, networks: Networks, drawn: Tree) -> TextContext:
         """What the network attends to: the encodings, joined by the conditioner."""

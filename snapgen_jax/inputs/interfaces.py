@@ -102,8 +102,8 @@ class Inputs(Protocol):
             networks: `{role: parameters}`.
             batch: arrays of `batch_specs`, at least those of the condition.
             key: for what is random in it, beside `kept`.
-            kept: of `draw_kept`, perhaps another `Inputs`'; an encoder that it does not name is kept where any is. Empty
-                to keep everything.
+            kept: of `draw_kept`, perhaps another `Inputs`'; an encoder that it does not name is kept where any is.
+                Empty to keep everything.
         """
         ...
 
@@ -169,5 +169,3 @@ def is_kept(kept: Mapping[str, jax.Array], encoder: str) -> jax.Array | None:
     for other in others:
         either = either | other
     return either
-
-

@@ -1,4 +1,4 @@
-"""The kinds of example there are: what the field `inputs` of a recipe's config may be. A new kind is one clause here."""
+"""The kinds of example there are: what the field `inputs` of a recipe's config may be. A new one is a clause here."""
 
 from __future__ import annotations
 

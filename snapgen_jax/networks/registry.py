@@ -13,6 +13,7 @@ from snapgen_jax.networks.clip_vision import ClipVisionConfig
 from snapgen_jax.networks.context import ConditionerConfig
 from snapgen_jax.networks.discriminator import DiscriminatorConfig
 from snapgen_jax.networks.gemma2 import Gemma2Config
+from snapgen_jax.networks.label import LabelEmbeddingConfig
 from snapgen_jax.networks.lpips import LPIPSConfig
 from snapgen_jax.networks.mmdit import MMDiTConfig
 from snapgen_jax.networks.module import Preset
@@ -32,6 +33,7 @@ CONFIGS: tuple[type[Preset], ...] = (
     *typing.get_args(DenoiserConfig),
     *typing.get_args(TextEncoderConfig),
     ConditionerConfig,
+    LabelEmbeddingConfig,
     ClipVisionConfig,
     AutoencoderConfig,
     TinyDecoderConfig,

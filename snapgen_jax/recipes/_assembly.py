@@ -48,7 +48,8 @@ def merged_specs(*parts: Specs) -> Specs:
     for other in others:
         if other.keys() != merged.keys():
             raise ConfigError(
-                f"inputs of one batch have the buckets {', '.join(merged)} and {', '.join(other)}; make image_sizes equal"
+                f"inputs of one batch have the buckets {', '.join(merged)} and {', '.join(other)}; make their "
+                "image_sizes equal"
             )
         for bucket, specs in other.items():
             for name, spec in specs.items():

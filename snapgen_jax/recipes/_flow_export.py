@@ -63,12 +63,14 @@ def flow_plan(
     """
     if denoiser.schedule.kind != "flow":
         raise ConfigError(
-            f"a bundle's sampler follows a flow, and this network has the schedule {denoiser.schedule.kind!r}; distil it "
-            "into one whose schedule.kind is 'flow', and export that"
+            f"a bundle's sampler follows a flow, and this network has the schedule {denoiser.schedule.kind!r}; distil "
+            "it into one whose schedule.kind is 'flow', and export that"
         )
     network_config, prediction = denoiser.network.config, denoiser.prediction
     if prediction not in ("velocity", "x_0"):
-        raise ConfigError(f"a bundle knows the predictions 'velocity' and 'x_0', and this network predicts {prediction!r}")
+        raise ConfigError(
+            f"a bundle knows the predictions 'velocity' and 'x_0', and this network predicts {prediction!r}"
+        )
     units, null, codec = inputs.units, inputs.null, inputs.codec
     unit = _denoiser_unit(denoiser_role, network_config, latent_shape, context)
     text, decoder = units.get("text_encoder"), units.get("decoder")

@@ -28,7 +28,7 @@ from snapgen_jax.networks.codec import Codec, from_uint8, to_uint8
 from snapgen_jax.networks.lpips import LPIPSConfig
 from snapgen_jax.networks.module import Network, Platform, apply, build, for_platform, init
 from snapgen_jax.networks.patch_discriminator import PatchDiscriminatorConfig
-from snapgen_jax.networks.rules import rules_of
+from snapgen_jax.networks.rules import rules_of, within
 from snapgen_jax.recipes._assembly import Specs, frozen_roles, specs_of, taken_from
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.exports import ExportPlan
@@ -123,7 +123,10 @@ class Reconstruction:
         self.inputs = config.inputs.build(config.batch_size, platform)
         self.perceptual, _ = build(for_platform(config.perceptual, platform))
         self.discriminator, _ = build(for_platform(config.discriminator, platform))
-        self.trains = {"model": tuple(self.model), **({DISCRIMINATOR: (DISCRIMINATOR,)} if self.loss.adversarial else {})}
+        self.trains = {
+            "model": tuple(self.model),
+            **({DISCRIMINATOR: (DISCRIMINATOR,)} if self.loss.adversarial else {}),
+        }
         self.optimizers: dict[str, optax.GradientTransformation] = {
             "model": make_optimizer(config.optimizer, config.train_steps),
             "discriminator": make_optimizer(config.discriminator_optimizer, config.train_steps),
@@ -208,7 +211,9 @@ class Reconstruction:
 
     def rules(self) -> Sequence[tuple[str, PartitionSpec]]:
         """Those of the networks."""
-        return rules_of(self.networks())
+        # The discriminator is a player by itself, whose tree has no role above it.
+        alone = within(DISCRIMINATOR, self.discriminator.config.rules()) if self.loss.adversarial else []
+        return [*rules_of(self.networks()), *alone]
 
     # --- shapes ---
 

@@ -92,17 +92,21 @@ class Teacher:
             raise ConfigError("teacher.weights holds an MMDiT; set teacher.network.kind to 'mmdit'")
         if config.weights and self.inputs is not None and trained_roles(self.inputs):
             roles = ", ".join(trained_roles(self.inputs))
-            raise ConfigError(f"teacher.weights holds an MMDiT alone, and no {roles}; let teacher.inputs name a run of it")
+            raise ConfigError(
+                f"teacher.weights holds an MMDiT alone, and no {roles}; let teacher.inputs name a run of it"
+            )
         if config.rollout_steps < 1:
             raise ConfigError(f"teacher.rollout_steps={config.rollout_steps}; give 1, or more to follow its flow")
         if config.inputs is None and "latent" in config.takes:
-            raise ConfigError("teacher.takes names latents, and there are no teacher.inputs to take them from; set them")
+            raise ConfigError(
+                "teacher.takes names latents, and there are no teacher.inputs to take them from; set them"
+            )
         channels = self.latent_shape()[-1]
         if channels != config.network.latent_channels:
             raise ConfigError(
                 f"the teacher's latents have {channels} channels and teacher.network.latent_channels is "
-                f"{config.network.latent_channels}; they must be the student's latents, or teacher.inputs must say which "
-                "the teacher's are and teacher.takes must name them"
+                f"{config.network.latent_channels}; they must be the student's latents, or teacher.inputs must say "
+                "which the teacher's are and teacher.takes must name them"
             )
 
     @property

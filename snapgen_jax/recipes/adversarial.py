@@ -211,7 +211,9 @@ class Adversarial(Distillation):
             return frozen
         workdir = self.config.trunk_workdir or self.config.init_from
         if not workdir:
-            raise ConfigError("the discriminator has no trunk: set init_from, or trunk_workdir, to the run it comes from")
+            raise ConfigError(
+                "the discriminator has no trunk: set init_from, or trunk_workdir, to the run it comes from"
+            )
         spec = {self.role: frozen_spec(self.denoiser.network)}
         rules = rules_of({self.role: self.denoiser.network}) if self.config.shard_student else ()
         return {**frozen, **prefixed("trunk", load_run(workdir, spec, mesh=mesh, rules=rules))}

@@ -89,8 +89,8 @@ class Contrastive:
             )
         if config.inputs.image_sizes != ((image.image_size, image.image_size),):
             raise ConfigError(
-                f"inputs.image_sizes={config.inputs.image_sizes}, and the image encoder reads {image.image_size} px; set "
-                f"inputs.image_sizes=(({image.image_size}, {image.image_size}),), or image.image_size"
+                f"inputs.image_sizes={config.inputs.image_sizes}, and the image encoder reads {image.image_size} px; "
+                f"set inputs.image_sizes=(({image.image_size}, {image.image_size}),), or image.image_size"
             )
         if config.inputs.text_workdir:
             raise ConfigError("inputs.text_workdir names a trained text encoder, and this one learns; leave it empty")

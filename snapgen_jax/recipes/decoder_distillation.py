@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 
 from snapgen_jax.inputs.images import ImagesConfig
 from snapgen_jax.inputs.interfaces import TokenizerSpec, prefixed, subtree
-from snapgen_jax.inputs.registry import InputsConfig
 from snapgen_jax.networks.codec import CodecConfig, build_codec, from_uint8
 from snapgen_jax.networks.module import Network, Platform, apply, build, for_platform
 from snapgen_jax.networks.rules import rules_of
@@ -50,7 +49,7 @@ class DecoderDistillationConfig(ReconstructionConfig):
         generated_share: of a batch, the latents that the generator draws.
     """
 
-    inputs: InputsConfig = ImagesConfig(codec=CodecConfig("autoencoder"))
+    inputs: ImagesConfig = ImagesConfig(codec=CodecConfig("autoencoder"))
     decoder: TinyDecoderConfig = TinyDecoderConfig.preset("shapes")
     target: Literal["image", "large"] = "image"
     crop: int = 0
@@ -100,6 +99,8 @@ class DecoderDistillation(Reconstruction):
             raise ConfigError(
                 "a generated latent has no image that it came from; with generator_workdir set target='large'"
             )
+        if config.generator.inputs.kind == "stored":
+            raise ConfigError("the generator draws from conditions of the batch; its inputs cannot be 'stored'")
         if not 0 < self.generated <= config.batch_size:
             raise ConfigError(
                 f"generated_share={config.generated_share} of a batch of {config.batch_size} is {self.generated} "

@@ -214,9 +214,7 @@ class Distillation(FlowMatching):
         compares = "feature" in self.loss_weights
         student_taps, teacher_taps = (config.student_taps, config.teacher_taps) if compares else ((), ())
         point, features = self.predict(networks, drawn, student_taps)
-        taught_v, taught = self.teacher.ask(
-            networks, drawn["teacher"], point.x_t, level, point.condition, teacher_taps
-        )
+        taught_v, taught = self.teacher.ask(networks, drawn["teacher"], point.x_t, level, point.condition, teacher_taps)
         losses = {TASK: flow_matching_loss(point.v, velocity(drawn["x_0"], drawn["eps"]))}
         if "output" in self.loss_weights:
             losses["output"] = flow_matching_loss(point.v, taught_v)

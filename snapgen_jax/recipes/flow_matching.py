@@ -2,8 +2,8 @@
 
     x_t = (1 - t) x_0 + t eps,   v = eps - x_0,   L = || v_theta(x_t, t, c) - v ||^2        (Liu et al. 2022, eq. 1)
 
-t is drawn from a logit-normal density (Esser et al. 2024), and the condition is dropped now and then for classifier-free
-guidance (Ho and Salimans 2022). What x_0 and c are, the inputs say. One player, "model", holds the network and those
+t is drawn from a logit-normal density (Esser et al. 2024), and the condition is dropped now and then for
+classifier-free guidance (Ho and Salimans 2022). What x_0 and c are, the inputs say. One player, "model", holds the network and those
 networks of the inputs that come from nowhere, such as a text encoder that is trained beside it.
 """
 
@@ -230,9 +230,7 @@ class FlowMatching:
         losses = flow_matching_loss(point.v, velocity(drawn["x_0"], drawn["eps"])) * self.time_weight(drawn["level"])
         return losses, {}, point
 
-    def predict(
-        self, networks: Tree, drawn: Tree, taps: Sequence[str] = ()
-    ) -> tuple[Point, dict[str, jax.Array]]:
+    def predict(self, networks: Tree, drawn: Tree, taps: Sequence[str] = ()) -> tuple[Point, dict[str, jax.Array]]:
         """What the network makes of drawn examples, and its named intermediates."""
         condition = self.inputs.condition(networks, drawn["condition"])
         x_t = interpolate(drawn["x_0"], drawn["eps"], drawn["level"].t)
@@ -305,7 +303,10 @@ class FlowMatching:
         Raises:
             ValueError: the given noise has another shape.
         """
-        networks, shape = self.weights(params, frozen), noise_shape(self.inputs.latent_shape(options.image_size), options)
+        networks, shape = (
+            self.weights(params, frozen),
+            noise_shape(self.inputs.latent_shape(options.image_size), options),
+        )
         noise = conditions["noise"] if "noise" in conditions else initial_noise(keys, shape)
         expected = (*keys.shape, *shape)
         if noise.shape != expected:
