@@ -1,1 +1,1 @@
-"""Diffusion in the papers' notation: the path, noise schedules, predictions, guidance, samplers. Pure functions only."""
+"""Diffusion in the papers' notation: the path, schedules, predictions, guidance, samplers. Pure functions only."""

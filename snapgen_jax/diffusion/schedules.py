@@ -266,7 +266,7 @@ class VPSchedule(BaseSchedule):
     def _bounds(self) -> _Bounds:
         alpha, sigma = self.table()
         r = alpha + sigma
-        return _Bounds(JUST_BELOW * sigma[0] / r[0], JUST_BELOW * alpha[-1] / r[-1])
+        return _Bounds(float(JUST_BELOW * sigma[0] / r[0]), float(JUST_BELOW * alpha[-1] / r[-1]))
 
 
 @dataclasses.dataclass(frozen=True)
