@@ -57,6 +57,8 @@ def coerce(value: Any, hint: Any, where: str, what: str = "config key") -> Any:
         return value
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return build(hint, value, where)  # type: ignore[arg-type]
+    if (members := kinds(hint)) and isinstance(value, Mapping):
+        return _build_kind(members, value, where, what)
     if origin in (typing.Union, types.UnionType):
         for option in options:
             try:
@@ -88,6 +90,40 @@ def coerce(value: Any, hint: Any, where: str, what: str = "config key") -> Any:
         return value
     name = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
     raise ValueError(f"{what} {where!r} is {value!r} ({type(value).__name__}); expected {name}")
+
+
+def _build_kind(members: Mapping[str, type], value: Mapping[str, Any], where: str, what: str) -> Any:
+    """The dataclass of a union that a section's `kind` names; without a `kind`, the first that takes its keys."""
+    if "kind" in value:
+        if value["kind"] not in members:
+            raise ValueError(f"{what} {f'{where}.kind'!r} is {value['kind']!r}{closest(str(value['kind']), members)}")
+        return build(members[value["kind"]], value, where)
+    errors = {}
+    for kind, cls in members.items():
+        try:
+            return build(cls, value, where)
+        except ValueError as error:
+            errors[kind] = error
+    found = "; ".join(f"{kind!r} refuses it: {error}" for kind, error in errors.items())
+    raise ValueError(f"{what} {where!r} names no kind and fits none; add one. {found}")
+
+
+def kinds(hint: Any) -> dict[str, type]:
+    """`{kind: dataclass}` of an annotation that is a union of dataclasses told apart by a field `kind`; else `{}`.
+
+    `None` may be among the options of the union.
+    """
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+        return {}
+    members: dict[str, type] = {}
+    for option in typing.get_args(hint):
+        if option is type(None):
+            continue
+        names = typing.get_args(typing.get_type_hints(option).get("kind")) if dataclasses.is_dataclass(option) else ()
+        if not names:
+            return {}
+        members |= dict.fromkeys(names, option)
+    return members
 
 
 def closest(name: str, known: Any) -> str:

@@ -27,24 +27,24 @@ def test_a_config_is_completed_with_the_defaults_of_the_dataclasses():
     assert config.data.source == "shapes"
     assert config.optimizer.b1 == 0.9 and config.mesh.fsdp == 1
     built = configs.build(FlowMatchingConfig, config)
-    assert built.unet.latent_channels == 48 and built.optimizer.learning_rate == config.optimizer.learning_rate
+    assert built.network.latent_channels == 48 and built.optimizer.learning_rate == config.optimizer.learning_rate
 
 
 def test_overrides_apply_after_completion_and_reach_any_key():
     changed = [
         "optimizer.learning_rate=1e-5",
-        "unet.qk_norm=False",
+        "network.qk_norm=False",
         "train_steps=7",
         "evaluation.final=('sample_grid',)",
     ]
     config = configs.load_config(QUICKSTART, changed)
-    assert config.optimizer.learning_rate == 1e-5 and config.unet.qk_norm is False and config.train_steps == 7
+    assert config.optimizer.learning_rate == 1e-5 and config.network.qk_norm is False and config.train_steps == 7
     assert config.evaluation.final == ("sample_grid",)
 
 
 def test_a_preset_decides_the_defaults_of_its_section():
-    config = configs.load_config("configs/folder.py", ["unet.preset=smoke", "unet.groups=2"])
-    assert config.unet.channels == (8, 16) and config.unet.groups == 2
+    config = configs.load_config("configs/folder.py", ["network.preset=smoke", "network.groups=2"])
+    assert config.network.channels == (8, 16) and config.network.groups == 2
 
 
 @pytest.mark.parametrize(
@@ -55,10 +55,13 @@ def test_a_preset_decides_the_defaults_of_its_section():
         ("train_steps=many", r"'train_steps' is 'many' \(str\); expected int"),
         ("train_steps=True", r"expected int"),
         ("optimizer.schedule=cosin", r"'optimizer.schedule' is 'cosin'; choose one of 'constant', 'cosine', 'linear'"),
-        ("unet.preset=huge", r"unet.preset: UNetConfig has no preset 'huge'; the presets are smoke"),
+        ("network.preset=huge", r"network.preset: UNetConfig has no preset 'huge'; the presets are smoke"),
         ("recipe=flowmatching", r"unknown recipe 'flowmatching'; did you mean 'flow_matching'\?"),
         ("train_steps", r"override 'train_steps' has no value"),
-        ("unet.groups=7", r"config section 'unet': .*multiple of groups=7"),
+        ("network.groups=7", r"config section 'network': .*multiple of groups=7"),
+        ("network.groops=7", r"unknown config key 'network.groops'; did you mean 'groups'\?"),
+        ("network.kind=unett", r"'network.kind' is 'unett'; did you mean 'unet'\?"),
+        ("network={'groups': 7}", r"'network' names no kind and fits none; add one\. 'unet' refuses it: .*groups=7"),
         ("seed.x=1", r"'seed' is a value, not a section|expected int"),
     ],
 )
@@ -96,10 +99,10 @@ def test_the_json_of_another_version_is_refused_with_what_to_do():
 
 
 def test_an_experiment_is_resolved_to_the_dataclasses_that_its_config_fills():
-    resolved = configs.load_experiment(QUICKSTART, ["train_steps=7", "unet.groups=8"])
-    assert resolved.config.to_dict() == configs.load_config(QUICKSTART, ["train_steps=7", "unet.groups=8"]).to_dict()
+    resolved = configs.load_experiment(QUICKSTART, ["train_steps=7", "network.groups=8"])
+    assert resolved.config.to_dict() == configs.load_config(QUICKSTART, ["train_steps=7", "network.groups=8"]).to_dict()
     assert resolved.experiment == configs.build(configs.ExperimentConfig, resolved.config)
-    assert resolved.experiment.train_steps == 7 and resolved.recipe.unet.groups == 8
+    assert resolved.experiment.train_steps == 7 and resolved.recipe.network.groups == 8
     assert resolved.recipe_class is configs.recipe_class("flow_matching")
     again = configs.resolve(resolved.config)
     assert (again.experiment, again.recipe) == (resolved.experiment, resolved.recipe)
@@ -170,7 +173,7 @@ def test_a_config_loads_from_anywhere_with_a_package_that_has_no_configs_beside_
         text=True,
         timeout=120,
     )
-    assert done.stdout.split() == [f"{tmp_path}/installed/snapgen_jax/__init__.py", "latent_distillation"], done.stderr
+    assert done.stdout.split() == [f"{tmp_path}/installed/snapgen_jax/__init__.py", "distillation"], done.stderr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,8 +257,8 @@ def test_an_override_of_kind_replaces_the_section_where_kinds_are_dataclasses(pa
 
 
 def test_kinds_are_those_of_a_union_of_dataclasses():
-    assert overrides.kinds(Round | Square | None) == {"round": Round, "square": Square}
-    assert overrides.kinds(Plain) == overrides.kinds(int | None) == overrides.kinds(Round | str) == {}
+    assert typed.kinds(Round | Square | None) == {"round": Round, "square": Square}
+    assert typed.kinds(Plain) == typed.kinds(int | None) == typed.kinds(Round | str) == {}
 
 
 @pytest.mark.parametrize("path", sorted(str(p) for p in pathlib.Path("configs").rglob("*.py")))
