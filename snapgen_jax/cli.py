@@ -338,11 +338,23 @@ def _show_config(options: argparse.Namespace) -> None:
 def _sample(options: argparse.Namespace) -> None:
     from snapgen_jax.evaluation.pictures import grid, png_bytes
 
-    chosen = options.generation
     if options.overrides and not options.weights:
         raise ConfigError("--config overrides go with --weights; a run or a bundle is sampled as it was configured")
     if options.decoder and not options.workdir:
         raise ConfigError("--decoder goes with --workdir; a bundle holds the decoder that it was exported with")
+    try:
+        images = _draw(options)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    out = epath.Path(options.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_bytes(png_bytes(grid(images, options.prompt)))
+    print(f"wrote {len(images)} image{'s' * (len(images) > 1)} of {images.shape[2]} x {images.shape[1]} px to {out}")
+
+
+def _draw(options: argparse.Namespace) -> Any:
+    """The images of the prompts, from whichever source was named."""
+    chosen = options.generation
     if options.bundle:
         from snapgen_jax.export.client import LiteRTGenerator
 
@@ -356,11 +368,7 @@ def _sample(options: argparse.Namespace) -> None:
         from snapgen_jax.generation import load
 
         generator = load(options.workdir, decoder=options.decoder)
-    images = generator.generate(options.prompt, seed=options.seed, **chosen)
-    out = epath.Path(options.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(png_bytes(grid(images, options.prompt)))
-    print(f"wrote {len(images)} image{'s' * (len(images) > 1)} of {images.shape[2]} x {images.shape[1]} px to {out}")
+    return generator.generate(options.prompt, seed=options.seed, **chosen)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -123,8 +123,8 @@ class Generator:
             options: fields of `recipe.options`, such as `steps` and `guidance`.
 
         Raises:
-            ValueError: an option or a condition is unknown or does not fit, a condition is missing, or lengths differ.
-            ConfigError: the recipe takes no prompts and got some.
+            ValueError: a condition is unknown or does not fit, one is missing, or lengths differ.
+            ConfigError: an option is unknown or does not fit, or the recipe takes no prompts and got some.
         """
         chosen = chosen_options(self.recipe.options, options)
         arrays = self._arrays(prompts, conditions or {})
@@ -214,7 +214,7 @@ def chosen_options(default: Any, changes: Mapping[str, Any]) -> Any:
     """The options of a recipe's `generate` with some of them changed: a new instance of the dataclass of `default`.
 
     Raises:
-        ValueError: an option is unknown, with the closest match; of another type; not finite; or refused by the class.
+        ConfigError: an option is unknown, with the closest match; of another type; not finite; or refused by the class.
     """
     hints = get_type_hints(type(default))
     names = [field.name for field in dataclasses.fields(default)]
@@ -223,12 +223,18 @@ def chosen_options(default: Any, changes: Mapping[str, Any]) -> Any:
     for name, value in changes.items():
         if name not in names:
             known = closest(name, names) if names else "; it has none"
-            raise ValueError(f"unknown option {name!r} of this run's generator{known}")
-        value = coerce(value.item() if isinstance(value, np.generic) else value, hints[name], name, what)
+            raise ConfigError(f"unknown option {name!r} of this run's generator{known}")
+        try:
+            value = coerce(value.item() if isinstance(value, np.generic) else value, hints[name], name, what)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         if not all(math.isfinite(x) for x in jax.tree.leaves(value) if isinstance(x, float)):
-            raise ValueError(f"{what} {name!r} is {value}; give a finite number")
+            raise ConfigError(f"{what} {name!r} is {value}; give a finite number")
         values[name] = value
-    return dataclasses.replace(default, **values)
+    try:
+        return dataclasses.replace(default, **values)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _same_length(counts: Mapping[str, int]) -> int:

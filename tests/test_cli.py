@@ -1,9 +1,19 @@
 """What the command line says of arguments before it does anything."""
 
+import json
+import pathlib
+
 import pytest
 
 from snapgen_jax.cli import main
+from snapgen_jax.config import load_config
+from snapgen_jax.export.client import from_schema_1
+from snapgen_jax.export.program import parse
 from snapgen_jax.training.exits import ExitCode
+from snapgen_jax.workdir import prepare_workdir
+from tests.generators_for_tests import Options, by_prompt
+
+BUNDLE = pathlib.Path(__file__).parent / "export" / "scheduler_schema_1.json"
 
 
 @pytest.mark.parametrize(
@@ -22,7 +32,106 @@ def test_an_option_of_no_evaluator_that_was_asked_for_is_named(assignment, messa
 
 def test_options_of_evaluators_come_from_the_command_line(monkeypatch, tmp_path, capsys):
     asked = {}
-    monkeypatch.setattr("snapgen_jax.experiment.evaluate", lambda *run, **choices: asked.update(choices) or {})
+    monkeypatch.setattr("snapgen_jax.scoring.evaluate", lambda *run, **choices: asked.update(choices) or {})
     options = ["--set=frechet.examples=2048", "--set=frechet.seed=1", "--set=diversity.prompts=('a star',)"]
     assert main(["evaluate", f"--workdir={tmp_path}", "--names=frechet,diversity", *options]) == ExitCode.DONE
     assert asked["options"] == {"frechet": {"examples": 2048, "seed": 1}, "diversity": {"prompts": ("a star",)}}
+
+
+# --- options of the generator ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The options that a run is asked for by the command line; the run draws from prompts that are numbers."""
+    made, asked = by_prompt(), []
+    generate = made.recipe.generate
+
+    def recorded(params, frozen, conditions, keys, options):
+        asked.append(options)
+        return generate(params, frozen, conditions, keys, options)
+
+    monkeypatch.setattr(made.recipe, "generate", recorded)
+    monkeypatch.setattr(made.recipe, "evaluators", lambda: [], raising=False)
+    monkeypatch.setattr("snapgen_jax.generation.load", lambda *_, **__: made)
+    monkeypatch.setattr("snapgen_jax.scoring.load", lambda *_, **__: made)
+    return asked
+
+
+@pytest.fixture
+def commands(tmp_path):
+    """{command: its arguments on a run}."""
+    prepare_workdir(load_config("configs/shapes/quickstart.py:runlocal", ["data.source=synthetic"]), tmp_path)
+    prompts = "--set=sample_grid.prompts=('1',)"
+    return {
+        "sample": ["sample", f"--workdir={tmp_path}", "--prompt=1", f"--out={tmp_path / 'samples.png'}"],
+        "evaluate": ["evaluate", f"--workdir={tmp_path}", "--names=sample_grid", prompts],
+    }
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+def test_every_option_of_the_generator_is_one_of_the_command_line(asked, commands, command):
+    assert main([*commands[command], "--method=heun"]) == ExitCode.DONE
+    assert main([*commands[command], "--steps=6", "--interval=(0.2, 1)", "--guidance=2"]) == ExitCode.DONE
+    assert main(commands[command]) == ExitCode.DONE
+    assert asked == [Options(method="heun"), Options(steps=6, guidance=2.0, interval=(0.2, 1.0)), Options()]
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--metod=heun", "unknown option 'metod' of this run's generator; did you mean 'method'?"),
+        ("--in-terval=(0, 1)", "unknown option 'in_terval' of this run's generator; did you mean 'interval'?"),
+        ("--method=hen", "'method' is 'hen'; choose one of 'euler', 'heun'"),
+        ("--interval=1", "'interval' is 1 (int); expected tuple[float, float]"),
+        ("--steps=0", "steps is 0; give 1 or more"),
+        ("--guidance=nan", "'guidance' is nan; give a finite number"),
+    ],
+)
+def test_an_option_that_the_generator_does_not_take_is_refused(asked, commands, command, option, message, capsys):
+    assert main([*commands[command], option]) == ExitCode.BAD_CONFIG
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said and not asked
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "message"),
+    [
+        ("sample", "--method", "override 'method' has no value; write --method=VALUE"),
+        ("evaluate", "heun", "unrecognized argument 'heun'; an option of the generator is --NAME=VALUE"),
+    ],
+)
+def test_what_is_no_option_at_all_is_refused_with_the_usage(asked, commands, command, option, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*commands[command], option])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err and not asked
+
+
+def test_a_command_that_draws_nothing_takes_no_options_of_a_generator(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["status", f"--workdir={tmp_path}", "--method=heun"])
+    assert stopped.value.code == 2 and "unrecognized arguments: --method=heun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("source", "option", "message"),
+    [
+        ("bundle", "--metod=heun", "a bundle has no option metod; it takes steps, guidance and method"),
+        ("bundle", "--method=hen", "unknown sampling method 'hen'; expected one of euler, heun"),
+        ("weights", "--stebs=4", "unknown config key 'stebs'; did you mean 'steps'?"),
+    ],
+)
+def test_bundles_and_published_systems_refuse_options_of_others(monkeypatch, tmp_path, source, option, message, capsys):
+    class Bundle:
+        program = parse(from_schema_1(json.loads(BUNDLE.read_text())))
+
+        def __init__(self, folder):
+            assert folder == str(tmp_path)
+
+        def generate(self, prompts, seed, **options):
+            self.program.with_options(**options)
+
+    monkeypatch.setattr("snapgen_jax.export.client.LiteRTGenerator", Bundle)
+    assert main(["sample", f"--{source}={tmp_path}", "--prompt=1", option]) == ExitCode.BAD_CONFIG
+    assert message in capsys.readouterr().err

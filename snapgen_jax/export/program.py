@@ -232,12 +232,16 @@ class Flow:
         """The state before the first call."""
         return {name: np.zeros(array.shape, array.dtype) for name, array in self.state.items()}
 
-    def with_options(self, steps: int | None = None, guidance: Any = None, method: str | None = None) -> Flow:
+    def with_options(
+        self, steps: int | None = None, guidance: Any = None, method: str | None = None, **others: Any
+    ) -> Flow:
         """The flow with another number of steps, guidance or rule of all steps; None leaves what is.
 
         Raises:
             ValueError: the program does not allow it, or there is no such thing.
         """
+        if others:
+            raise ValueError(f"a bundle has no option {', '.join(others)}; it takes steps, guidance and method")
         intervals, made = len(self.times) - 1, list(self.steps)
         if method is not None and {step.rule for step in made[:intervals]} != {method}:
             if method not in RULES:
