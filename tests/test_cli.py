@@ -52,7 +52,7 @@ def asked(monkeypatch):
         return generate(params, frozen, conditions, keys, options)
 
     monkeypatch.setattr(made.recipe, "generate", recorded)
-    monkeypatch.setattr(made.recipe, "evaluators", lambda: [], raising=False)
+    monkeypatch.setattr(made.recipe, "evaluators", list, raising=False)
     monkeypatch.setattr("snapgen_jax.generation.load", lambda *_, **__: made)
     monkeypatch.setattr("snapgen_jax.scoring.load", lambda *_, **__: made)
     return asked

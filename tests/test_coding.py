@@ -13,15 +13,17 @@ from safetensors.numpy import load_file, save_file
 
 from snapgen_jax.cli import main
 from snapgen_jax.coding import codec_of_run, codec_of_weights, encode_files
-from snapgen_jax.config import from_json, load_config, to_json
-from snapgen_jax.experiment import Experiment, evaluate, prepare_workdir
+from snapgen_jax.config import from_json, load_experiment, to_json
+from snapgen_jax.experiment import Experiment
 from snapgen_jax.generation import load, load_recipe
 from snapgen_jax.networks.tiny_decoder import TinyDecoderCodec
 from snapgen_jax.parallel.mesh import MeshConfig, make_mesh
+from snapgen_jax.scoring import evaluate
 from snapgen_jax.training import loop
 from snapgen_jax.training.exits import ConfigError, ExitCode
 from snapgen_jax.training.fingerprint import fingerprint
 from snapgen_jax.weights.maps import sd3_autoencoder
+from snapgen_jax.workdir import prepare_workdir
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
@@ -34,9 +36,9 @@ def snapgen(*arguments):
 
 def train(spec, workdir, *overrides):
     """As `snapgen train` does, on one of the eight devices."""
-    config = load_config(f"configs/{spec}.py:runlocal", [*QUIET, *overrides])
-    prepare_workdir(config, workdir)
-    experiment = Experiment(config, workdir)
+    resolved = load_experiment(f"configs/{spec}.py:runlocal", [*QUIET, *overrides])
+    prepare_workdir(resolved.config, workdir)
+    experiment = Experiment(resolved, workdir)
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     loop.train(experiment.recipe, experiment.data, experiment.config, workdir=workdir, mesh=mesh, quiet=True)
     return workdir
@@ -47,10 +49,11 @@ def runs(tmp_path_factory):
     """{name: workdir}, each trained for two steps by its config."""
     root = tmp_path_factory.mktemp("runs")
     ae = train("shapes/autoencoder", root / "autoencoder")
-    tiny = train("shapes/tiny_decoder", root / "tiny", f"codec.workdir={ae}")
+    tiny = train("shapes/tiny_decoder", root / "tiny", f"inputs.codec.workdir={ae}")
     network = from_json((ae / "config.json").read_text()).autoencoder.to_dict()
-    codec = ["codec.kind=autoencoder", f"codec.workdir={ae}", f"codec.autoencoder={network}"]
-    student = train("shapes/quickstart", root / "student", "unet.latent_channels=4", *codec)
+    codec = ["kind=autoencoder", f"workdir={ae}", f"autoencoder={network}"]
+    codec = [f"inputs.codec.{change}" for change in codec]
+    student = train("shapes/quickstart", root / "student", "network.latent_channels=4", *codec)
     return {"autoencoder": ae, "tiny": tiny, "student": student}
 
 
@@ -117,7 +120,7 @@ def test_the_bundle_of_a_generator_decodes_with_the_tiny_decoder(runs, tmp_path)
 
 def test_a_tiny_decoder_is_kept_apart_from_its_encoder(runs):
     generator = load(runs["tiny"])
-    codec = generator.recipe.trained_codec(generator.params, generator.frozen)
+    codec = generator.recipe.codec(generator.params, generator.frozen)
     assert isinstance(codec, TinyDecoderCodec)
     assert generator.params["model"].keys() == {"decoder"}
 
@@ -148,7 +151,7 @@ def test_what_does_not_fit_gets_one_clear_line(runs, photo, tmp_path, arguments,
 def test_an_autoencoder_of_another_size_is_refused_by_name(runs, tmp_path):
     config = from_json((runs["tiny"] / "config.json").read_text())
     with config.unlocked():
-        config.codec.autoencoder.channels = (8, 24)
+        config.inputs.codec.autoencoder.channels = (8, 24)
     (tmp_path / "config.json").write_text(to_json(config))
     with pytest.raises(ConfigError, match=r"decoder/conv_in/bias: \[16\], the config says \[24\]"):
         load_recipe(tmp_path).load_frozen(None)
@@ -161,7 +164,7 @@ def test_the_full_size_config_runs_in_small_on_a_folder_of_images(tmp_path, runs
         Image.fromarray(image).save(tmp_path / f"{n}.png")
     weights = GOLDENS / "autoencoder"
     network = sd3_autoencoder.read_config(json.loads((weights / "config.json").read_text()))
-    codec = [f"codec.workdir={weights}", f"codec.autoencoder={dataclasses.asdict(network)}"]
+    codec = [f"inputs.codec.workdir={weights}", f"inputs.codec.autoencoder={dataclasses.asdict(network)}"]
     decoder = "decoder={'preset': 'smoke', 'channels': (16, 8, 8), 'blocks': (1, 1, 1)}"
     workdir = train("decoder/sd3_tiny", tmp_path / "run", f"data.path={tmp_path}", *codec, decoder)
     assert not (workdir / "tokenizer.json").exists()

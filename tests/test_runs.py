@@ -158,7 +158,7 @@ def test_a_changed_global_batch_is_refused(straight):
 
 
 def test_a_changed_network_is_refused_leaf_by_leaf(straight):
-    refused = snapgen("train", f"--workdir={straight}", *SMALL, "--config.unet.ffn_ratio=2")
+    refused = snapgen("train", f"--workdir={straight}", *SMALL, "--config.network.ffn_ratio=2")
     assert refused.returncode == ExitCode.BAD_CONFIG
     assert "ffn/inner/kernel: float32[8, 48] in the checkpoint, float32[8, 32] in the config" in refused.stderr
 
@@ -171,11 +171,11 @@ def test_a_changed_network_is_refused_leaf_by_leaf(straight):
         (["status", "--workdir=W"], "is not a workdir"),
         (["export", "--workdir=W"], "is not a workdir"),
         (["export", "--workdir=gs://bucket/run"], "give --out a local folder"),
-        (["train", "--workdir=W", *SMALL, "--config.unet.chanels=(8,)"], "did you mean 'channels'?"),
+        (["train", "--workdir=W", *SMALL, "--config.network.chanels=(8,)"], "did you mean 'channels'?"),
         (["train", "--workdir=W", *SMALL, "--config.microbatches=3"], "a global batch of 8 does not divide over"),
         (["train", "--workdir=W", *SMALL, "--config.evaluation.final=('compositionl',)"], "mean 'compositional'?"),
-        (["train", "--workdir=W", *SMALL, "--config.unet.latent_channels=4"], "codec gives 48 latent channels"),
-        (["train", "--workdir=W", *SMALL, "--config.text.vocab_size=64"], "set data.vocab_size to at most"),
+        (["train", "--workdir=W", *SMALL, "--config.network.latent_channels=4"], "codec gives 48 latent channels"),
+        (["train", "--workdir=W", *SMALL, "--config.inputs.text.vocab_size=64"], "set data.vocab_size to at most"),
     ],
 )  # fmt: skip
 def test_bad_input_gets_one_clear_line_and_its_exit_code(tmp_path, arguments, message, capsys):

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from snapgen_jax.inputs.images import ImagesConfig
 from snapgen_jax.networks.autoencoder import AutoencoderConfig
 from snapgen_jax.networks.codec import from_uint8
 from snapgen_jax.networks.lpips import LPIPSConfig
@@ -29,7 +30,7 @@ ADAM = OptimizerConfig(learning_rate=3e-3, warmup_steps=0)
 CONFIG = AutoencoderTrainingConfig(
     batch_size=8,
     train_steps=30,
-    image_sizes=((8, 8),),
+    inputs=ImagesConfig(image_sizes=((8, 8),)),
     autoencoder=AutoencoderConfig.preset("smoke", normalisation="measured"),
     perceptual=LPIPSConfig.preset("smoke"),
     discriminator=PatchDiscriminatorConfig.preset("smoke"),
@@ -60,7 +61,10 @@ def started(made):
 
 
 def test_it_fulfils_the_protocol():
-    assert isinstance(recipe(), Recipe)
+    made = recipe()
+    assert isinstance(made, Recipe)
+    roles = made.weights({name: p.params for name, p in started(made).players.items()}, made.load_frozen(None))
+    assert roles.keys() == made.networks().keys() == {"autoencoder", "discriminator", "perceptual"}
 
 
 @pytest.fixture(scope="module")
@@ -110,18 +114,23 @@ def test_each_term_teaches_by_itself():
     def gradients(model, discriminator, frozen, drawn):
         def task(name):
             def total(model):
-                image, own, _ = alone[name].make(model, drawn)
-                value, terms = alone[name].task(frozen, drawn, image, own)
+                networks = {**frozen, **model}
+                image, own, _ = alone[name].make(networks, drawn)
+                value, terms = alone[name].task(networks, drawn, image, own)
                 assert terms.keys() == {name}
                 return value
 
             return jax.grad(total)(model)
 
         found = {name: task(name) for name in alone}
-        logits = jax.grad(lambda model: judged.judge(discriminator, judged.make(model, drawn)[0]).mean())(model)
+
+        def logits(model):
+            networks = {"discriminator": discriminator, **model}
+            return judged.judge(networks, judged.make(networks, drawn)[0]).mean()
+
         return {
             name: {part: optax.global_norm(grads["autoencoder"][part]) for part in ("encoder", "decoder")}
-            for name, grads in {**found, "adversarial": logits}.items()
+            for name, grads in {**found, "adversarial": jax.grad(logits)(model)}.items()
         }
 
     frozen = alone["perceptual"].load_frozen(None)
@@ -170,18 +179,22 @@ def test_the_adaptive_weight_makes_the_gradients_at_the_last_layer_equally_long(
     drawn = made.draw(frozen, batch(0), jax.random.key(1))
 
     def last(objective):
-        return optax.global_norm(jax.grad(objective)(model)["autoencoder"]["decoder"]["conv_out"]["kernel"])
+        def of_params(params):
+            return objective(made.weights({"model": params, "discriminator": other}, frozen))
 
-    def task(params):
-        image, own, _ = made.make(params, drawn)
-        return made.task(frozen, drawn, image, own)[0]
+        return optax.global_norm(jax.grad(of_params)(model)["autoencoder"]["decoder"]["conv_out"]["kernel"])
+
+    def task(networks):
+        image, own, _ = made.make(networks, drawn)
+        return made.task(networks, drawn, image, own)[0]
 
     @jax.jit
     def both():
-        return last(task) / last(lambda params: -jnp.mean(made.judge(other, made.make(params, drawn)[0])))
+        return last(task) / last(lambda networks: -jnp.mean(made.judge(networks, made.make(networks, drawn)[0])))
 
     expected = both()
-    given = jax.jit(made.balance)(model, other, frozen, drawn)
+    networks = made.weights({"model": model, "discriminator": other}, frozen)
+    given = jax.jit(made.balance)(networks, drawn)
     assert float(given) == pytest.approx(float(expected), rel=0.02)  # but for the floor under the denominator
 
 
@@ -193,7 +206,9 @@ def test_it_learns_to_make_images_again():
         state = dataclasses.replace(state, step=state.step + 1)
         losses.append(float(metrics["l1"]))
     assert np.mean(losses[-10:]) < 0.75 * np.mean(losses[:5])
-    images = jax.jit(made.generate)({"model": state.players["model"].ema}, {}, batch(99), jax.random.key(0))
+    draw = jax.jit(made.generate, static_argnums=4)
+    keys = jax.random.split(jax.random.key(0), 8)
+    images = draw({"model": state.players["model"].ema}, {}, batch(99), keys, made.options)
     assert images["image"].shape == (8, 8, 8, 3) and images["image"].dtype == jnp.uint8
     assert images["latent"].shape == (8, 4, 4, 4)
 

@@ -10,6 +10,8 @@ import pytest
 from snapgen_jax import inference_weights, train
 from snapgen_jax.evaluation import clip_score
 from snapgen_jax.generation import Generator
+from snapgen_jax.inputs.captions import CaptionsConfig
+from snapgen_jax.inputs.interfaces import TokenizerSpec
 from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.clip_vision import ClipVisionConfig
 from snapgen_jax.networks.codec import CodecConfig
@@ -28,7 +30,7 @@ CONFIG = ContrastiveConfig(
     batch_size=8,
     train_steps=100,
     image=ClipVisionConfig.preset("smoke", image_size=8, patch=4),
-    text=TEXT,
+    inputs=CaptionsConfig(image_sizes=((8, 8),), text=TEXT, codec=CodecConfig("identity"), caption_dropout=0.0),
     optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
     ema_decay=0.0,
 )
@@ -50,7 +52,7 @@ def test_it_learns_which_caption_belongs_to_which_image_and_scores_by_it(monkeyp
     weights = inference_weights(state)
     losses = jax.jit(made.validation_losses)(weights, {}, batch(99), jax.random.key(0))
     assert losses["accuracy"].mean() == 1.0 and losses["mean"].mean() < 0.5 * np.log(8)
-    found = made.generate(weights, {}, batch(99), jax.random.key(0))
+    found = made.generate(weights, {}, batch(99), jax.random.split(jax.random.key(0), 8), made.options)
     np.testing.assert_allclose(jnp.linalg.norm(found["text"], axis=-1), 1.0, rtol=1e-5)
     similar = found["image"] @ found["text"].T
     assert (jnp.argmax(similar, axis=1) == jnp.arange(8)).all()
@@ -80,18 +82,17 @@ def test_a_later_stage_conditions_on_its_text_encoder_which_stays_as_it_was(tmp_
     later = FlowMatching(
         FlowMatchingConfig(
             batch_size=8,
-            image_sizes=((8, 8),),
-            unet=UNetConfig.preset("smoke", latent_channels=12, **ONE_STAGE),
-            text=TEXT,
-            text_workdir=str(tmp_path),
-            codec=CodecConfig(patch=2),
+            network=UNetConfig.preset("smoke", latent_channels=12, **ONE_STAGE),
+            inputs=CaptionsConfig(
+                image_sizes=((8, 8),), text=TEXT, text_workdir=str(tmp_path), codec=CodecConfig(patch=2)
+            ),
         ),
         "cpu",
     )
     frozen = later.load_frozen(None)
     jax.tree.map(np.testing.assert_array_equal, frozen["text"], state.players["model"].params["text"])
     assert jax.tree.map(lambda x: x.shape, frozen) == jax.tree.map(lambda x: x.shape, later.frozen_spec())
-    assert later.tokenizer_workdir == str(tmp_path)
+    assert later.tokenizers() == {"tokens": TokenizerSpec("trained", 6, TEXT.vocab_size, workdir=str(tmp_path))}
     first = jax.jit(later.init)(key(0, 0, "init"))
     assert set(first.players["model"].params) == {"unet"}
     _, metrics = jax.jit(make_step(later, 0))(first, frozen, batch(0))

@@ -10,6 +10,9 @@ import optax
 import pytest
 
 from snapgen_jax.config import build, load_config
+from snapgen_jax.inputs.captions import CaptionsConfig
+from snapgen_jax.inputs.images import ImagesConfig
+from snapgen_jax.inputs.stored import StoredConfig
 from snapgen_jax.networks.autoencoder import AutoencoderConfig
 from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.codec import CodecConfig, build_codec, from_uint8
@@ -19,7 +22,7 @@ from snapgen_jax.networks.module import flatten
 from snapgen_jax.networks.patch_discriminator import PatchDiscriminatorConfig
 from snapgen_jax.networks.tiny_decoder import TinyDecoderConfig
 from snapgen_jax.parallel.mesh import MeshConfig, make_mesh
-from snapgen_jax.recipes._reconstruction import Reconstruction, ReconstructionLoss
+from snapgen_jax.recipes._reconstruction import ReconstructionLoss
 from snapgen_jax.recipes.decoder_distillation import DecoderDistillation, DecoderDistillationConfig
 from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig, SamplingConfig
 from snapgen_jax.training import loop
@@ -33,15 +36,15 @@ from snapgen_jax.training.recipe import Recipe
 from tests.networks.tiny import drawn
 from tests.recipes_for_tests import GREY_TOKENS, ByPosition, greys, train_and_read
 
+CODEC = CodecConfig("autoencoder", autoencoder=AutoencoderConfig.preset("smoke"))
 OFF = ReconstructionLoss(l1=0.0, l2=0.0, perceptual=0.0, adversarial=0.0)
 ADAM = OptimizerConfig(learning_rate=3e-3, warmup_steps=0)
 CONFIG = DecoderDistillationConfig(
     batch_size=4,
     train_steps=30,
-    image_sizes=((16, 16),),
+    inputs=ImagesConfig(image_sizes=((16, 16),), codec=CODEC),
     crop=8,
     decoder=TinyDecoderConfig.preset("smoke", scale=1.0, shift=0.0),
-    codec=CodecConfig("autoencoder", autoencoder=AutoencoderConfig.preset("smoke")),
     perceptual=LPIPSConfig.preset("smoke"),
     discriminator=PatchDiscriminatorConfig.preset("smoke"),
     optimizer=ADAM,
@@ -50,15 +53,15 @@ CONFIG = DecoderDistillationConfig(
 )
 
 
-class Frozen(DecoderDistillation):
-    """With an autoencoder whose weights are drawn here, in place of those of a run."""
-
-    def load_frozen(self, mesh):
-        return {**Reconstruction.load_frozen(self, mesh), "codec": drawn(self.codec.network)}
+def with_drawn_codec(made):
+    """The recipe with an autoencoder whose weights are drawn here, in place of those of a run."""
+    made.inputs.load = lambda roles, mesh: {"codec": drawn(made.inputs.networks()["codec"])}
+    return made
 
 
 def recipe(loss=None, **changes):
-    return Frozen(dataclasses.replace(CONFIG, **({"loss": loss} if loss else {}), **changes), "cpu")
+    changes |= {"loss": loss} if loss else {}
+    return with_drawn_codec(DecoderDistillation(dataclasses.replace(CONFIG, **changes), "cpu"))
 
 
 def batch(position):
@@ -99,7 +102,7 @@ def test_what_is_to_be_made(target):
     frozen = made.load_frozen(None)
     images = from_uint8(batch(0)["image"])
     given = jax.jit(made.draw)(frozen, batch(0), jax.random.key(0))
-    codec = made.codec.bind(frozen["codec"])
+    codec = made.inputs.codec(frozen)
     latents = jax.jit(codec.encode)(images)
     np.testing.assert_allclose(given["latent"], latents, atol=1e-5)
     expected = images if target == "image" else jax.jit(codec.decode)(latents)
@@ -108,20 +111,14 @@ def test_what_is_to_be_made(target):
 
 GENERATOR = FlowMatchingConfig(
     batch_size=4,
-    image_sizes=((16, 16),),
-    network="mmdit",
-    mmdit=MMDiTConfig.preset("smoke", latent_channels=4, depth=2, dual=0),
-    text=ClipTextConfig.preset("smoke", max_tokens=GREY_TOKENS, layers=1),
-    codec=CONFIG.codec,
+    network=MMDiTConfig.preset("smoke", latent_channels=4, depth=2, dual=0),
+    inputs=CaptionsConfig(
+        image_sizes=((16, 16),),
+        text=ClipTextConfig.preset("smoke", max_tokens=GREY_TOKENS, layers=1),
+        codec=CODEC,
+    ),
     sampling=SamplingConfig(steps=2, guidance=2.0),
 )
-
-
-class FrozenGenerator(FlowMatching):
-    """The same for a generator."""
-
-    def load_frozen(self, mesh):
-        return {"codec": drawn(self.codec.network)}
 
 
 def captioned(position):
@@ -129,9 +126,13 @@ def captioned(position):
 
 
 def test_latents_of_a_trained_generator_are_decoded_as_the_large_decoder_does(tmp_path):
-    train_and_read(FrozenGenerator(GENERATOR, "cpu"), ByPosition("16x16", captioned), tmp_path, steps=2)
+    trained = with_drawn_codec(FlowMatching(GENERATOR, "cpu"))
+    train_and_read(trained, ByPosition("16x16", captioned), tmp_path, steps=2)
     made = recipe(target="large", crop=0, generator=GENERATOR, generator_workdir=str(tmp_path), generated_share=0.75)
-    frozen = {**recipe().load_frozen(None), "generator": made.load_generator(made.generator, None)}
+    frozen = made.load_frozen(None)
+    assert frozen.keys() == {"codec", "perceptual", "generator/mmdit", "generator/text"}
+    assert made.load_frozen(None, "generate").keys() == {"codec", "perceptual"}
+    assert {name: spec.workdir for name, spec in made.tokenizers().items()} == {"tokens": str(tmp_path)}
     spec = {name: leaf.shape for name, leaf in flatten(made.frozen_spec()).items()}
     assert spec == {name: leaf.shape for name, leaf in flatten(frozen).items()}
     assert {name: leaf.shape for name, leaf in made.batch_specs()["16x16"].items()} == {
@@ -139,7 +140,7 @@ def test_latents_of_a_trained_generator_are_decoded_as_the_large_decoder_does(tm
     }
     draw = jax.jit(made.draw)
     given, other = (draw(frozen, captioned(0), jax.random.key(n)) for n in range(2))
-    codec = made.codec.bind(frozen["codec"])
+    codec = made.inputs.codec(frozen)
     encoded = jax.jit(codec.encode)(from_uint8(captioned(0)["image"]))
     np.testing.assert_allclose(given["latent"][3:], encoded[3:], atol=1e-5)
     assert not np.allclose(given["latent"][:3], encoded[:3], atol=0.1), "three of four are drawn from the caption"
@@ -152,7 +153,7 @@ def test_the_config_for_generated_latents_has_the_networks_of_the_student(tmp_pa
     student = build(FlowMatchingConfig, load_config("configs/shapes/student.py"))
     made = DecoderDistillation(config, "cpu")
     drawn_by = made.generator.config
-    assert (drawn_by.unet, drawn_by.text, drawn_by.codec) == (student.unet, student.text, student.codec)
+    assert (drawn_by.network, drawn_by.inputs) == (student.network, student.inputs)
     assert made.generated == 8
 
 
@@ -161,7 +162,8 @@ def test_the_config_for_generated_latents_has_the_networks_of_the_student(tmp_pa
     [
         ({"target": "image"}, "set target='large'"),
         ({"target": "large", "generated_share": 0.1}, "0.1 of a batch of 4 is 0 latents"),
-        ({"target": "large", "generator": FlowMatchingConfig()}, "4 latent channels and unet.latent_channels is 48"),
+        ({"target": "large", "generator": FlowMatchingConfig()}, "4 latent channels and network.latent_channels is 48"),
+        ({"target": "large", "generator": FlowMatchingConfig(inputs=StoredConfig())}, "cannot be 'stored'"),
     ],
 )
 def test_a_generator_that_does_not_fit_is_refused(changes, says):
@@ -177,13 +179,18 @@ def test_each_term_teaches_by_itself():
     @jax.jit
     def norms(model, discriminator, frozen, given):
         def total(name, model):
-            image, own, _ = alone[name].make(model, given)
-            value, terms = alone[name].task(frozen, given, image, own)
+            networks = {**frozen, **model}
+            image, own, _ = alone[name].make(networks, given)
+            value, terms = alone[name].task(networks, given, image, own)
             assert terms.keys() == {name}
             return value
 
+        def logits(model):
+            networks = {**frozen, "discriminator": discriminator, **model}
+            return judged.judge(networks, judged.make(networks, given)[0]).mean()
+
         found = {name: jax.grad(functools.partial(total, name))(model) for name in alone}
-        found["adversarial"] = jax.grad(lambda m: judged.judge(discriminator, judged.make(m, given)[0]).mean())(model)
+        found["adversarial"] = jax.grad(logits)(model)
         return {name: optax.global_norm(grads) for name, grads in found.items()}
 
     given = judged.draw(frozen, batch(0), jax.random.key(0))
@@ -228,8 +235,11 @@ def test_a_resumed_run_is_the_same_to_the_bit(tmp_path):
     [
         ({"crop": 32}, "crop=32 is larger than an image of 16 x 16 px"),
         ({"crop": 7}, "7 x 7 px: both sides must be multiples of 2"),
-        ({"image_sizes": ((16, 17),)}, "16 x 17 px: both sides must be multiples of 2"),
-        ({"codec": CodecConfig("patch")}, "codec.kind='patch' with codec.decoder='autoencoder'"),
+        ({"inputs": ImagesConfig(image_sizes=((16, 17),), codec=CODEC)}, "16 x 17 px: both sides must be multiples of 2"),
+        (
+            {"inputs": ImagesConfig(image_sizes=((16, 16),), codec=CodecConfig("patch"))},
+            "inputs.codec.kind='patch' with decoder='autoencoder'",
+        ),
         ({"decoder": TinyDecoderConfig.preset("smoke", latent_channels=5)}, "latent_channels 4 and its tiny_decoder 5"),
     ],
 )
@@ -242,4 +252,4 @@ def test_without_weights_the_error_says_where_they_come_from():
     made = DecoderDistillation(CONFIG, "cpu")
     with pytest.raises(ConfigError, match=r"set codec\.workdir to a run of the recipe 'autoencoder'"):
         made.load_frozen(None)
-    assert build_codec(CONFIG.codec).spec() == made.codec.spec()
+    assert build_codec(CODEC).spec() == made.inputs.images.codec.spec()
