@@ -28,8 +28,8 @@ Kind "flow": x_t = (1 - t) x_0 + t noise, and the sampler follows v = dx/dt.
                     "prediction"
         rule        "euler", "heun" or "renoise", of the interval that begins here, see `advance`
         time        optional, what the input "time" is: {"kind": "features", "dim", "scale", "max_period",
-                    "order": "cos,sin"}, see `time_features`; {"kind": "index"}: int32 [1], the position in `times`;
-                    {"kind": "values", "values": [n]}
+                    "order": "cos,sin"}, see `time_features`; {"kind": "index", "size"}: a row of so many zeros with a 1
+                    at the position in `times` (a GPU looks nothing up in a table); {"kind": "values", "values": [n]}
         native      optional: the time that features and index are made of, in place of t and the position
         scale       optional: the input "latent" is this times x; 1
         prediction  {"kind": "velocity"}: v itself. {"kind": "x_0", "t_min"}: v = (x - out) / max(t, t_min).
@@ -59,7 +59,7 @@ SCHEMA = 2
 RULES = ("euler", "heun", "renoise")
 DTYPES = ("float32", "int32", "uint8")
 PREDICTIONS = {"velocity": (), "x_0": ("t_min",), "linear": ("x", "out")}
-TIMES = {"features": ("dim", "scale", "max_period", "order"), "index": (), "values": ("values",)}
+TIMES = {"features": ("dim", "scale", "max_period", "order"), "index": ("size",), "values": ("values",)}
 DECODERS = ("identity", "patch", "network")
 NEEDED, OPTIONAL = ("unit", "rule", "prediction", "guidance"), ("time", "native", "scale", "context")  # of a step
 RESERVED = ("latent", "time", "prediction")

@@ -103,7 +103,8 @@ def time_input(step: Step, t: np.float32, position: int) -> Arrays:
     if step.time["kind"] == "values":
         return {"time": np.asarray([step.time["values"]], np.float32)}
     if step.time["kind"] == "index":
-        return {"time": np.array([position if step.native is None else step.native], np.int32)}
+        index = position if step.native is None else int(step.native)
+        return {"time": np.eye(1, step.time["size"], index, dtype=np.float32)}
     return {"time": time_features(np.full(1, t if step.native is None else step.native), step.time)}
 
 
