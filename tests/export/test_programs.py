@@ -1,6 +1,5 @@
 """One program of plain data says every order of calls: one call, several denoisers, a state, chunks, any guidance."""
 
-import copy
 import json
 import pathlib
 import shutil
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 
 from snapgen_jax.export import verify
-from snapgen_jax.export.bundle import export_bundle
 from snapgen_jax.export.client import LiteRTGenerator, from_schema_1, litert_unit
 from snapgen_jax.export.convert import to_tflite
 from snapgen_jax.export.program import BundleError, parse
@@ -21,10 +19,10 @@ from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.unet import UNetConfig
 from snapgen_jax.recipes._flow_export import flow_plan
 from snapgen_jax.recipes.flow_matching import SamplingConfig
-from snapgen_jax.training.exports import ExportPlan, ExportUnit, GoldenInputs, Stored
+from snapgen_jax.training.exports import ExportUnit, GoldenInputs, Stored
 
-from .conftest import PROMPTS, QUICK, ToyRecipe, resign
-from .toys import ClipRecipe, SketchRecipe, array
+from .conftest import PROMPTS, QUICK, resign
+from .toys import SketchRecipe, array, flow
 
 SCHEMA_1 = json.loads((pathlib.Path(__file__).parent / "scheduler_schema_1.json").read_text())
 
@@ -134,22 +132,6 @@ def test_stored_integers_that_are_not_the_weight_are_refused(path, stored, messa
 # --- programs over functions -----------------------------------------------------------------------------------------
 
 
-def flow(step=None, **changes):
-    """A program of one denoiser "net" over x of one number, without conditions; changed."""
-    plain = {"unit": "net", "rule": "euler", "prediction": {"kind": "velocity"}, "guidance": 1.0}
-    return {
-        "schema": 2,
-        "kind": "flow",
-        "inputs": {},
-        "outputs": {"latent": {"shape": [2], "dtype": "float32"}},
-        "latent_shape": [2],
-        "times": [1.0, 0.5, 0.0],
-        "step": {**plain, **(step or {})},
-        "decoder": None,
-        **changes,
-    }
-
-
 def run(data, unit, inputs=None, noise=(1.0, 1.0), **shapes):
     """The output of a program whose units are all `unit`."""
     program = parse(data)
@@ -252,150 +234,15 @@ def test_a_network_is_told_its_native_time_or_explicit_features():
     np.testing.assert_array_equal(told[1], [[1, 2, 3, 4]])
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+def test_a_step_may_give_the_denoiser_arrays_of_its_own():
+    told = []
 
+    def unit(*, latent, gates):
+        told.append(gates.tolist())
+        return {"prediction": latent}
 
-def test_steps_that_differ_allow_no_other_grid_and_no_other_method():
-    program = parse(ClipRecipe().exports().program)
-    with pytest.raises(ValueError, match="takes 4 steps and no other number; leave out `steps`"):
-        program.with_options(steps=8)
-    with pytest.raises(ValueError, match="the steps of this bundle differ, and so their method is fixed"):
-        program.with_options(method="heun")
-    with pytest.raises(ValueError, match=r"guidance of this bundle has the shape \(3,\); got \(\)"):
-        program.with_options(guidance=2.0)
-    same = program.with_options(steps=4, method="euler", guidance=[1.0, 1.0, 1.0])
-    assert not any(step.guided for step in same.steps)
-
-
-def test_a_grid_of_its_own_allows_another_method_but_no_other_number():
-    program = parse(flow())
-    assert program.with_options(method="renoise").noise_shape() == (2, 2)
-    with pytest.raises(ValueError, match="takes 2 steps"):
-        program.with_options(steps=3)
-
-
-ONE = {"shape": [1], "dtype": "float32"}
-STATE = {"shape": [1], "dtype": "float32", "initial": "zeros"}
-FEATURES = {"kind": "features", "dim": 4, "scale": 1.0, "max_period": 9.0, "order": "sin,cos"}
-
-
-@pytest.mark.parametrize(
-    "data, message",
-    [
-        (flow(schema=3), "schema is 3; this client knows 2"),
-        (flow(kind="ddpm"), "kind is 'ddpm'; this client knows flow, feed_forward"),
-        (flow(sampler="euler"), "has sampler; this client knows schema, kind"),
-        (flow(times=[1.0]), "`times` needs two entries"),
-        (flow({"rule": "rk4"}), "step: rule is 'rk4'; this client knows euler, heun, renoise"),
-        (flow({"guidanse": 2}), "step has guidanse"),
-        (flow({"prediction": {"kind": "eps"}}), "step: prediction is 'eps'"),
-        (flow({"prediction": {"kind": "x_0"}}), "step: prediction lacks t_min"),
-        (flow({"time": {"kind": "log"}}), "step: time is 'log'"),
-        (flow({"time": {"kind": "index"}}), "step: time lacks size"),
-        (flow({"time": FEATURES}), "time features in the order 'sin,cos'"),
-        (flow({"context": "text"}), "a step has the context 'text'; there are"),
-        (flow({"guidance": [1, 2, 3]}), r"guidance \(3,\) does not fit x, \(2,\)"),
-        (flow({"guidance": 2.0}, inputs={"label": ONE}), "guidance needs the `null` of the inputs label"),
-        (flow(steps=[{}]), "3 times need 2 steps, or one more; got 1"),
-        (flow(steps=[{}, {"rule": "rk4"}]), r"steps\[1\]: rule is 'rk4'"),
-        (flow(steps=[{}, 5]), r"steps\[1\] is 5; an object was expected"),
-        (flow(steps=[{}, {"rule": "heun"}]), "the last rule is 'heun', which asks at the last time"),
-        (flow({"rule": "renoise"}, times=[1.0, 0.1]), "'renoise', which ends at time 0, not 0.1"),
-        (flow(shift=1.0, steps=[{}, {}]), "`shift` offers other grids, but the steps are made for this one"),
-        (flow({"time": {"kind": "index", "size": 3}}, shift=1.0), "`shift` offers other grids"),
-        (flow(inputs={"time": ONE}), "the input 'time' has the name of what the sampler gives"),
-        (flow(inputs={"label": {**ONE, "dtype": "bfloat16"}}), "inputs.label: dtype is 'bfloat16'"),
-        (
-            flow(inputs={"label": {**ONE, "null": [1, 2]}}),
-            r"inputs.label: the null \[1, 2\] is neither 'keep' nor fits",
-        ),
-        (flow(inputs={"ids": ONE}, tokenizer={"tokens": "ids", "mask": "m"}), "the tokenizer makes 'ids', which is no"),
-        (flow(inputs={"cache": ONE}, state={"cache": STATE}), "the state 'cache' has the name of an input"),
-        (flow(state={"cache": ONE}), "state.cache: initial is None; this client knows zeros"),
-        (flow(outputs={"image": ONE}), "without a decoder the outputs are"),
-        (flow(decoder={"kind": "vae"}), "decoder is 'vae'; this client knows identity, patch, network"),
-        (flow(decoder={"kind": "network"}), "the decoder is a network, and names no `unit`"),
-        (flow(decoder={"kind": "network", "unit": "d", "chunk": 3}), "the decoder's chunk 3 does not divide 2"),
-        (flow(decoder={"kind": "patch"}), "a decoder without a unit gives 'image'; outputs are"),
-        ({"schema": 2, "kind": "feed_forward", "inputs": {}, "outputs": {}}, "lacks unit"),
-    ],
-)
-def test_a_program_that_does_not_fit_together_is_refused(data, message):
-    with pytest.raises(BundleError, match=message):
-        parse(data)
-
-
-class Changed(ToyRecipe):
-    """The toy with another plan."""
-
-    def __init__(self, change):
-        super().__init__()
-        self.change = change
-
-    def exports(self):
-        return self.change(super().exports())
-
-
-def without_unit(plan):
-    return ExportPlan(plan.units[:1], plan.program, plan.golden)
-
-
-def another_name(plan):
-    net = plan.units[0]
-    program = copy.deepcopy(dict(plan.program))
-    program["step"] |= {"unit": "../net"}
-    return ExportPlan([ExportUnit("../net", net.function, net.roles, net.inputs), plan.units[1]], program, plan.golden)
-
-
-def another_role(plan):
-    net = plan.units[0]
-    return ExportPlan(
-        [ExportUnit("net", net.function, ("unet",), net.inputs), plan.units[1]], plan.program, plan.golden
-    )
-
-
-def arrays_in_program(plan):
-    return ExportPlan(plan.units, {**plan.program, "times": np.float32([1, 0])}, plan.golden)
-
-
-def with_golden(golden):
-    return lambda plan: ExportPlan(plan.units, plan.program, golden)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (without_unit, r"calls the units \['net', 'text'\]; the plan has \['net'\]"),
-        (another_name, "'../net' is no name of a file"),
-        (another_role, "the export unit 'net' needs the weights unet; the recipe has net, text"),
-        (arrays_in_program, "the plan's program is no plain JSON"),
-        (with_golden(GoldenInputs()), "a tokenizer and at least one golden prompt"),
-        (
-            with_golden(GoldenInputs(PROMPTS, {"label": np.ones(2)})),
-            r"the golden inputs are \['label', 'mask', 'tokens'\]",
-        ),
-    ],
-)
-def test_a_plan_that_does_not_fit_together_is_refused_before_anything_is_converted(
-    change, message, tokenizer_json, tmp_path
-):
-    recipe = Changed(change)
-    with pytest.raises(ValueError, match=message):
-        export_bundle(recipe, recipe.params(), {}, tokenizer_json, tmp_path / "bundle", backend=QUICK)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_golden_examples_of_different_numbers_are_refused(tmp_path):
-    recipe = SketchRecipe()
-    with pytest.raises(ValueError, match=r"different numbers of examples, or none: \[0\]"):
-        export_bundle(
-            recipe,
-            recipe.params(),
-            {},
-            None,
-            tmp_path / "bundle",
-            golden_inputs=GoldenInputs(arrays={"image": np.zeros((0, 8, 8, 3), np.uint8)}),
-        )
+    run(flow(steps=[{"arrays": {"gates": [1, 1, 0]}}, {"arrays": {"gates": [0, 1, 0]}}]), unit, gates=(1, 3))
+    assert told == [[[1, 1, 0]], [[0, 1, 0]]]
 
 
 # --- bundles of schema 1 ---------------------------------------------------------------------------------------------

@@ -22,6 +22,22 @@ def draw(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32) / np.sqrt(np.prod(shape[:-1]))
 
 
+def flow(step=None, **changes):
+    """A program of one denoiser "net" over x of one number, without conditions; changed."""
+    plain = {"unit": "net", "rule": "euler", "prediction": {"kind": "velocity"}, "guidance": 1.0}
+    return {
+        "schema": 2,
+        "kind": "flow",
+        "inputs": {},
+        "outputs": {"latent": {"shape": [2], "dtype": "float32"}},
+        "latent_shape": [2],
+        "times": [1.0, 0.5, 0.0],
+        "step": {**plain, **(step or {})},
+        "decoder": None,
+        **changes,
+    }
+
+
 class SketchRecipe:
     """An image translator: one call, no noise, no text. Its kernel takes three values."""
 
