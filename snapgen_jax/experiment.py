@@ -311,19 +311,19 @@ def export(
         generator.recipe.exports()
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    prompts = getattr(generator.recipe.config, "sample_prompts", ())[:2] or ("",)
+    kept = epath.Path(workdir) / "tokenizer.json"
     with tempfile.TemporaryDirectory() as scratch:
-        tokenizer = pathlib.Path(scratch) / "tokenizer.json"
-        tokenizer.write_bytes((epath.Path(workdir) / "tokenizer.json").read_bytes())
+        tokenizer = pathlib.Path(scratch) / "tokenizer.json" if kept.exists() else None
+        if tokenizer:
+            tokenizer.write_bytes(kept.read_bytes())
         report = export_bundle(
             generator.recipe,
             generator.params,
+            generator.frozen,
             tokenizer,
             str(out),
             backend=backend,
-            prompts=prompts,
             reference=generator_of(generator.recipe, generator.params, generator.frozen),
-            frozen=generator.frozen,
         )
     return report.numbers
 
