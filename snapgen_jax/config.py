@@ -132,7 +132,7 @@ def complete(partial: Config, overrides: Sequence[str] = ()) -> ConfigDict:
             raise ConfigError(f"unknown config key {name!r}{closest(name, known)}")
     for cls in classes:
         chosen = {k: v for k, v in wanted.items() if k in {field.name for field in dataclasses.fields(cls)}}
-        values.update(_to_dict(_build(cls, chosen)))
+        values.update(typed.plain(_build(cls, chosen)))
     config = ConfigDict(values)
     config.lock()
     return config
@@ -176,14 +176,6 @@ def _plain(node: Any) -> Any:
     if isinstance(node, list | tuple):
         return type(node)(_plain(v) for v in node)
     return {k: _plain(v) for k, v in node.items()} if isinstance(node, Mapping) else node
-
-
-def _to_dict(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {f.name: _to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {k: _to_dict(v) for k, v in value.items()}
-    return value
 
 
 def parse_override(text: str, flag: str = "--config.") -> tuple[list[str], Any]:
