@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from snapgen_jax.training.exits import ConfigError
-from snapgen_jax.typed import kinds
 
 Change = tuple[list[str], Any]
 
@@ -56,6 +56,24 @@ def apply(wanted: dict[str, Any], changes: Sequence[Change], classes: Sequence[t
             _put(wanted, section, dict(value) if isinstance(value, Mapping) else {"kind": value})
     for path, value in sorted(others, key=lambda change: change[0][-1] != "preset"):
         _put(wanted, path, value)
+
+
+def kinds(hint: Any) -> dict[str, type]:
+    """`{kind: dataclass}` of an annotation that is a union of dataclasses told apart by a field `kind`; else `{}`.
+
+    `None` may be among the options of the union.
+    """
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+        return {}
+    members: dict[str, type] = {}
+    for option in typing.get_args(hint):
+        if option is type(None):
+            continue
+        names = typing.get_args(typing.get_type_hints(option).get("kind")) if dataclasses.is_dataclass(option) else ()
+        if not names:
+            return {}
+        members |= dict.fromkeys(names, option)
+    return members
 
 
 def _may_name_kind(change: Change) -> bool:

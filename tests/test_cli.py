@@ -9,6 +9,7 @@ from snapgen_jax.cli import main
 from snapgen_jax.config import load_config
 from snapgen_jax.export.client import from_schema_1
 from snapgen_jax.export.program import parse
+from snapgen_jax.export.sampler import with_options
 from snapgen_jax.training.exits import ExitCode
 from snapgen_jax.workdir import prepare_workdir
 from tests.generators_for_tests import Options, by_prompt
@@ -130,7 +131,7 @@ def test_bundles_and_published_systems_refuse_options_of_others(monkeypatch, tmp
             assert folder == str(tmp_path)
 
         def generate(self, prompts, seed, **options):
-            self.program.with_options(**options)
+            with_options(self.program, **options)
 
     monkeypatch.setattr("snapgen_jax.export.client.LiteRTGenerator", Bundle)
     assert main(["sample", f"--{source}={tmp_path}", "--prompt=1", option]) == ExitCode.BAD_CONFIG

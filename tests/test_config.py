@@ -60,8 +60,8 @@ def test_a_preset_decides_the_defaults_of_its_section():
         ("train_steps", r"override 'train_steps' has no value"),
         ("network.groups=7", r"config section 'network': .*multiple of groups=7"),
         ("network.groops=7", r"unknown config key 'network.groops'; did you mean 'groups'\?"),
-        ("network.kind=unett", r"'network.kind' is 'unett'; did you mean 'unet'\?"),
-        ("network={'groups': 7}", r"'network' names no kind and fits none; add one\. 'unet' refuses it: .*groups=7"),
+        ("network.kind=unett", r"'network.kind' is 'unett'; choose one of 'unet', 'mmdit'; did you mean 'unet'\?"),
+        ("network={'groups': 7}", r"config section 'network': UNetConfig: .*multiple of groups=7"),
         ("seed.x=1", r"'seed' is a value, not a section|expected int"),
     ],
 )
@@ -257,8 +257,8 @@ def test_an_override_of_kind_replaces_the_section_where_kinds_are_dataclasses(pa
 
 
 def test_kinds_are_those_of_a_union_of_dataclasses():
-    assert typed.kinds(Round | Square | None) == {"round": Round, "square": Square}
-    assert typed.kinds(Plain) == typed.kinds(int | None) == typed.kinds(Round | str) == {}
+    assert overrides.kinds(Round | Square | None) == {"round": Round, "square": Square}
+    assert overrides.kinds(Plain) == overrides.kinds(int | None) == overrides.kinds(Round | str) == {}
 
 
 @pytest.mark.parametrize("path", sorted(str(p) for p in pathlib.Path("configs").rglob("*.py")))

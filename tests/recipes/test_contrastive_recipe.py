@@ -19,6 +19,7 @@ from snapgen_jax.networks.unet import UNetConfig
 from snapgen_jax.recipes.contrastive import Contrastive, ContrastiveConfig
 from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig
 from snapgen_jax.training import loop
+from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.keys import key
 from snapgen_jax.training.loop import LoopConfig, make_step
 from snapgen_jax.training.optimizer import OptimizerConfig
@@ -99,8 +100,26 @@ def test_a_later_stage_conditions_on_its_text_encoder_which_stays_as_it_was(tmp_
     assert bool(metrics["finite"])
 
 
-def test_widths_that_cannot_be_compared_and_parts_of_batches_are_refused():
-    with pytest.raises(ValueError, match="make them equal"):
-        Contrastive(dataclasses.replace(CONFIG, image=dataclasses.replace(CONFIG.image, projection=8)), "cpu")
-    with pytest.raises(ValueError, match="microbatches=2"):
-        Contrastive(dataclasses.replace(CONFIG, microbatches=2), "cpu")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image": dataclasses.replace(CONFIG.image, projection=8)}, "make them equal"),
+        ({"microbatches": 2}, "microbatches=2"),
+        (
+            {"inputs": dataclasses.replace(CONFIG.inputs, image_sizes=((16, 16),))},
+            r"set inputs.image_sizes=\(\(8",
+        ),
+        ({"inputs": dataclasses.replace(CONFIG.inputs, text_workdir="run")}, "inputs.text_workdir .* leave it empty"),
+    ],
+)
+def test_what_cannot_be_compared_and_parts_of_batches_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        Contrastive(dataclasses.replace(CONFIG, **changes), "cpu")
+
+
+def test_it_makes_no_latents_and_is_not_exported():
+    made = Contrastive(CONFIG, "cpu")
+    with pytest.raises(ConfigError, match="makes no latents"):
+        made.codec({}, {})
+    with pytest.raises(ConfigError, match="draws nothing"):
+        made.exports()
