@@ -174,7 +174,7 @@ def test_a_changed_network_is_refused_leaf_by_leaf(straight):
         (["train", "--workdir=W", *SMALL, "--config.network.chanels=(8,)"], "did you mean 'channels'?"),
         (["train", "--workdir=W", *SMALL, "--config.microbatches=3"], "a global batch of 8 does not divide over"),
         (["train", "--workdir=W", *SMALL, "--config.evaluation.final=('compositionl',)"], "mean 'compositional'?"),
-        (["train", "--workdir=W", *SMALL, "--config.network.latent_channels=4"], "codec gives 48 latent channels"),
+        (["train", "--workdir=W", *SMALL, "--config.network.latent_channels=4"], "inputs give 48 latent channels"),
         (["train", "--workdir=W", *SMALL, "--config.inputs.text.vocab_size=64"], "set data.vocab_size to at most"),
     ],
 )  # fmt: skip
