@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from snapgen_jax.cli import main
-from snapgen_jax.config import build, load_config, recipe_class
-from snapgen_jax.experiment import plan
+from snapgen_jax.config import load_experiment
 from snapgen_jax.parallel.mesh import MeshConfig, make_mesh
 from snapgen_jax.parallel.plan import Plan, _needed, topology, tree_bytes
+from snapgen_jax.planning import plan
 from snapgen_jax.training import loop
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.keys import key
@@ -29,8 +29,7 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, re
 @pytest.fixture(scope="module")
 def planned() -> Plan:
     """The plan that CI watches: a tiny network on four chips, parameters split over two of them."""
-    config = load_config(CONFIG, ["batch_size=16", "mesh.fsdp=2"])
-    (found,) = plan(config, "v5e:2x2")
+    (found,) = plan(load_experiment(CONFIG, ["batch_size=16", "mesh.fsdp=2"]), "v5e:2x2")
     return found
 
 
@@ -42,8 +41,7 @@ def test_a_plan_is_the_step_that_would_run(planned):
     assert planned.roofline.bound == "links"
     assert set(planned.collectives) >= {"all-gather", "all-reduce"}
     # Parameters, average and the two moments in float32, and a few counters.
-    recipe = recipe_class("latent_flow_matching")
-    made = recipe(build(recipe.Config, load_config(CONFIG)), "tpu")
+    made = load_experiment(CONFIG).build("tpu")
     assert planned.state_bytes == tree_bytes(jax.eval_shape(made.init, key(0, 0, "init")))
     assert planned.peak_bytes > planned.argument_bytes + planned.temporary_bytes
     assert planned.to_json()["chip_hours"] == pytest.approx(4 * 20 * planned.roofline.seconds / 3600)
@@ -67,7 +65,7 @@ def test_the_step_costs_no_more_than_it_did(planned):
 
 @needs_libtpu
 def test_a_step_that_does_not_fit_says_by_how_much_and_what_would_help(capsys):
-    overrides = ["--config.batch_size=8192", "--config.image_sizes=((512,512),)"]
+    overrides = ["--config.batch_size=8192", "--config.inputs.image_sizes=((512,512),)"]
     assert main(["plan", f"--config={CONFIG}", "--topology=v5e:2x2", *overrides]) == 0
     said = capsys.readouterr().out
     assert "DOES NOT FIT" in said
@@ -126,8 +124,7 @@ def test_two_slices_make_one_mesh_with_data_between_them():
 @pytest.mark.usefixtures("quick_to_compile")
 def test_what_is_planned_is_the_very_program_that_a_run_compiles():
     """From shapes alone and from a run's arrays: the same text, on eight devices."""
-    recipe = recipe_class("latent_flow_matching")
-    made = recipe(build(recipe.Config, load_config(CONFIG)), "cpu")
+    made = load_experiment(CONFIG).build("cpu")
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     abstract, _ = loop.lower_abstract_step(made, 0, mesh, "64x64")
     run = loop.Run(made, loop.LoopConfig(mesh=MeshConfig(data=2, fsdp=4)), mesh, None)
@@ -138,14 +135,13 @@ def test_what_is_planned_is_the_very_program_that_a_run_compiles():
 
 def test_an_unknown_topology_is_a_config_error():
     with pytest.raises(ConfigError, match="unknown chip"):
-        plan(load_config(CONFIG), "gpu:8")
+        plan(load_experiment(CONFIG), "gpu:8")
 
 
 @needs_libtpu
 def test_a_plan_tells_of_more_chips_and_of_others(tmp_path, capsys):
-    config = load_config(LIGHT, ["batch_size=16"])
-    (four,) = plan(config, "v5e:2x2")
-    (sixteen,) = plan(load_config(LIGHT, ["batch_size=64"]), "v5e:4x4")
+    (four,) = plan(load_experiment(LIGHT, ["batch_size=16"]), "v5e:2x2")
+    (sixteen,) = plan(load_experiment(LIGHT, ["batch_size=64"]), "v5e:4x4")
     derived = four.on(topology("v5e:4x4"))
     assert (derived.global_batch, derived.mesh) == (sixteen.global_batch, sixteen.mesh)
     derived_json, sixteen_json = derived.to_json(), sixteen.to_json()
@@ -173,14 +169,14 @@ def test_a_stored_plan_says_what_follows_from_its_fields(file):
 def test_a_part_of_the_step_is_planned_by_itself(tmp_path, capsys):
     """The teacher's share of a distillation: the same work in one part or in four."""
     config, file = "configs/distill/t2i_512_sd35l.py:runlocal", tmp_path / "teacher.json"
-    large = ["batch_size=32", "teacher.mmdit.head_dim=64", "teacher.mmdit.depth=4"]
+    large = ["batch_size=32", "teacher.network.head_dim=64", "teacher.network.depth=4"]
     command = ["plan", f"--config={config}", "--topology=v5e:2x2", "--part=teacher", f"--json={file}"]
     assert main([*command, *(f"--config.{change}" for change in large)]) == 0
     assert "'teacher' alone, not the whole step" in capsys.readouterr().out
     (stored,) = json.loads(file.read_text())
     teacher = Plan.from_json(stored)
-    (parted,) = plan(load_config(config, [*large, "microbatches=4"]), "v5e:2x2", "teacher")
-    (drawn,) = plan(load_config(config, large), "v5e:2x2", "draw")
+    (parted,) = plan(load_experiment(config, [*large, "microbatches=4"]), "v5e:2x2", "teacher")
+    (drawn,) = plan(load_experiment(config, large), "v5e:2x2", "draw")
     assert (teacher.part, drawn.part) == ("teacher", "draw")
     assert drawn.flops < 0.2 * teacher.flops
     assert parted.flops == pytest.approx(teacher.flops, rel=0.05)
