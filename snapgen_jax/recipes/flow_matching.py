@@ -32,6 +32,7 @@ from snapgen_jax.networks.rules import rules_of
 from snapgen_jax.networks.unet import UNetConfig
 from snapgen_jax.recipes._assembly import (
     Specs,
+    check_context,
     frozen_roles,
     init_roles,
     specs_of,
@@ -131,6 +132,7 @@ class FlowMatching:
                 f"the inputs give {channels} latent channels and network.latent_channels is "
                 f"{config.network.latent_channels}; make them equal"
             )
+        check_context(config.network, self.inputs)
 
     # --- networks ---
 
