@@ -141,7 +141,10 @@ def generator_of(recipe: Exportable, params: Any, frozen: Any) -> Reference:
 
 
 def _generate(recipe: Exportable, params: Any, frozen: Any, conditions: Any, keys: jax.Array) -> dict[str, jax.Array]:
-    return jax.jit(recipe.generate)(params, frozen, conditions, keys)
+    def generate(params: Any, frozen: Any, conditions: Any, keys: jax.Array) -> dict[str, jax.Array]:
+        return recipe.generate(params, frozen, conditions, keys, recipe.options)
+
+    return jax.jit(generate)(params, frozen, conditions, keys)
 
 
 def _parsed(plan: ExportPlan) -> Program:
