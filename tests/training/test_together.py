@@ -33,8 +33,8 @@ class Own(TwoPlayers):
         super().__init__(lengths=(4,), train_steps=12)
         self.scale = scale
 
-    def load_frozen(self, mesh):
-        return jax.tree.map(lambda x: self.scale * x, super().load_frozen(mesh))
+    def load_frozen(self, mesh, use="train"):
+        return jax.tree.map(lambda x: self.scale * x, super().load_frozen(mesh, use))
 
     def warm_start(self, state, earlier):
         player = dataclasses.replace(state.players["predictor"], params=earlier["predictor"])
