@@ -67,13 +67,14 @@ class TeacherConfig:
 class Teacher:
     """A teacher beside a student."""
 
-    def __init__(self, config: TeacherConfig, student: Inputs, batch_size: int, platform: Platform):
-        """`student` is what the student is fed.
+    def __init__(self, config: TeacherConfig, student: Inputs, schedule: Schedule, batch_size: int, platform: Platform):
+        """`student` is what the student is fed, and `schedule` its noise schedule.
 
         Raises:
             ConfigError: the fields do not fit each other.
         """
         self.config, self.student = config, student
+        self.knows_levels = config.schedule == schedule
         self.role = config.network.kind
         self.denoiser = Denoiser(build(for_platform(config.network, platform))[0], config.prediction, config.schedule)
         self.inputs: Inputs | None = None
@@ -229,7 +230,7 @@ class Teacher:
             networks: `{role: parameters}`.
             drawn: of `draw`.
             x_t: where; with latents of its own, the point of those at the same time is asked instead.
-            level: the time.
+            level: the time, of the student's schedule; under another schedule the teacher is asked at the same t.
             student: what the student attends to.
             taps: names of the features.
         """
@@ -238,7 +239,8 @@ class Teacher:
             x_t = interpolate(drawn["x_0"], drawn["eps"], t)
         condition = self.condition(networks, drawn, student)
         params = networks[f"{TEACHER}/{self.role}"]
-        where: Any = level if config.schedule.kind == "flow" else t
+        # A level's native time is that of the student's schedule.
+        where: Any = level if self.knows_levels else t
 
         def steered(x: jax.Array, where: Any, v: jax.Array) -> jax.Array:
             if config.guidance == 1:

@@ -90,7 +90,7 @@ class Distillation(FlowMatching):
             for name, weight in (("output", config.output_weight), ("feature", config.feature_weight))
             if weight
         }
-        self.teacher = Teacher(config.teacher, self.inputs, config.batch_size, platform)
+        self.teacher = Teacher(config.teacher, self.inputs, config.schedule, config.batch_size, platform)
         self._check()
         self.projectors = {
             f"projector_{i}": build(for_platform(pair, platform))[0] for i, pair in enumerate(self._projectors())
