@@ -22,7 +22,6 @@ from snapgen_jax.networks.module import apply, count_parameters
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.time_features import time_features
 from snapgen_jax.networks.unet import UNetConfig
-from snapgen_jax.recipes._teacher import TeacherConfig
 from snapgen_jax.recipes.distillation import Distillation, DistillationConfig
 from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig
 from snapgen_jax.training.exits import ConfigError
