@@ -243,8 +243,6 @@ def _plain(node: Any) -> Any:
     return {k: _plain(v) for k, v in node.items()} if isinstance(node, Mapping) else node
 
 
-
-
 def _build(cls: type, values: Mapping[str, Any]) -> Any:
     try:
         return typed.build(cls, values)

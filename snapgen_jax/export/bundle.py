@@ -47,6 +47,9 @@ Reference = Callable[[Mapping[str, np.ndarray], np.ndarray | None], Mapping[str,
 class Exportable(Protocol):
     """What the exporter asks of a recipe; see `training.recipe.Recipe`."""
 
+    @property
+    def options(self) -> Any: ...
+
     def exports(self) -> ExportPlan: ...
 
     def weights(self, params: Any, frozen: Any) -> dict[str, Any]: ...
