@@ -16,6 +16,7 @@ from snapgen_jax.diffusion.guidance import guided
 from snapgen_jax.diffusion.path import expand_like, interpolate
 from snapgen_jax.diffusion.samplers import sample
 from snapgen_jax.diffusion.schedules import FlowSchedule, Level, Schedule
+from snapgen_jax.inputs.captions import same_tokens
 from snapgen_jax.inputs.interfaces import Inputs, Networks, TokenizerSpec, prefixed, subtree
 from snapgen_jax.inputs.registry import InputsConfig
 from snapgen_jax.networks.mmdit import MMDiTConfig
@@ -137,7 +138,9 @@ class Teacher:
         if self._own_condition is None:
             return self.student.tokenizers()
         own = {
-            name: dataclasses.replace(spec, workdir=spec.workdir or self.config.workdir)
+            name: dataclasses.replace(spec, workdir=self.config.workdir)
+            if spec.kind == "trained" and not spec.workdir
+            else spec
             for name, spec in self._own_condition.tokenizers().items()
         }
         return merged_tokenizers(self.student.tokenizers(), own)
@@ -163,6 +166,7 @@ class Teacher:
             ConfigError: no teacher is named, or it is not what the config says.
         """
         config, networks = self.config, self._own_networks()
+        self._check_tokenizers()
         if config.workdir:
             self._check_run(run_config(config.workdir))
         elsewhere = () if self.inputs is None else tuple(r for r in self.inputs.pretrained() if r in networks)
@@ -179,6 +183,19 @@ class Teacher:
             raise ConfigError("there is no teacher: set teacher.workdir to a trained run, or teacher.weights")
         brought = {} if self.inputs is None else self.inputs.load(elsewhere, mesh)
         return prefixed(TEACHER, {**held, **brought})
+
+    def _check_tokenizers(self) -> None:
+        """Raises where a text encoder of its own would read the token ids of another tokenizer than it knows."""
+        if self._own_condition is None:
+            return
+        merged = self.tokenizers()
+        for name, spec in self._own_condition.tokenizers().items():
+            known, used = spec.workdir or self.config.workdir, merged[name].workdir
+            if known and used and not same_tokens(known, used):
+                raise ConfigError(
+                    f"the teacher's text encoder knows the tokenizer of {known!r} and the student's that of {used!r}, "
+                    f"and both read {name!r}; use text encoders that were trained with one tokenizer"
+                )
 
     def _check_run(self, run: Mapping[str, Any]) -> None:
         """Raises where the teacher's run, of which `run` is the config, is not what the config here says of it."""
