@@ -172,6 +172,8 @@ def test_with_a_text_encoder_of_its_run_the_tokenizer_of_that_run_is_used():
     assert made.inputs.tokenizers()["tokens"].workdir == ""
     assert {name: spec.workdir for name, spec in made.tokenizers().items()} == {"tokens": "runs/teacher"}
     assert set(made.frozen_spec()) == {"teacher/mmdit", "teacher/text"}
+    elsewhere = recipe(teacher(workdir="runs/teacher", inputs=dataclasses.replace(CAPTIONS, text_workdir="runs/clip")))
+    assert elsewhere.tokenizers()["tokens"].workdir == "runs/clip", "its text encoder comes from there"
     own_codec = teacher(workdir="runs/teacher", inputs=CAPTIONS, takes=("latent",))
     assert recipe(own_codec, output_weight=0.0).tokenizers()["tokens"].workdir == "", "its text is the student's"
 
@@ -288,6 +290,19 @@ def test_a_run_that_is_not_what_the_config_says_is_refused(tmp_path, run, inputs
     student = dataclasses.replace(CAPTIONS, text_workdir=str(tmp_path / "clip"))
     made = recipe(teacher(workdir=str(tmp_path / "teacher")), inputs=student)
     with pytest.raises(ConfigError, match=message):
+        made.load_frozen(None)
+
+
+def test_a_text_encoder_of_its_own_must_know_the_students_tokenizer(tmp_path):
+    for name, tokens in (("teacher", "a"), ("clip", "b")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text(tokens)
+    student = dataclasses.replace(CAPTIONS, text_workdir=str(tmp_path / "clip"))
+    made = recipe(teacher(workdir=str(tmp_path / "teacher"), inputs=CAPTIONS), inputs=student)
+    with pytest.raises(ConfigError, match="both read 'tokens'; use text encoders that were trained with one tokenizer"):
+        made.load_frozen(None)
+    (tmp_path / "clip" / "tokenizer.json").write_text("a")
+    with pytest.raises(ConfigError, match="is no trained run"):  # fits, but has no checkpoint here
         made.load_frozen(None)
 
 
