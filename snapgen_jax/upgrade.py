@@ -39,8 +39,8 @@ def upgrade(workdir: epath.PathLike) -> list[str]:
         raise ConfigError(f"{workdir} is not a workdir: neither it nor a folder in it has a config.json")
     changed: dict[epath.Path, str] = {}
     for file in files:
-        values = json.loads(file.read_text())
         try:
+            values = json.loads(file.read_text())
             if file.name == "config.json":
                 if values.get("schema", 1) < SCHEMA:
                     changed[file] = to_json(complete(upgraded(values)))
@@ -48,8 +48,9 @@ def upgrade(workdir: epath.PathLike) -> list[str]:
                 began = {stage: _text(text) for stage, text in values.items()}
                 if began != values:
                     changed[file] = json.dumps(began)
-        except (ConfigError, KeyError, TypeError) as error:
-            raise ConfigError(f"{file} cannot be rewritten: {error!r}; nothing was changed") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = str(error) if isinstance(error, ConfigError) else repr(error)
+            raise ConfigError(f"{file} cannot be rewritten, and nothing was changed: {reason}") from error
     for file, text in changed.items():
         write_whole(file, text)
     return [str(file) for file in changed]
@@ -129,25 +130,25 @@ def _teacher(config: Section, inputs: Mapping[str, Any]) -> Section:
     own = {}
     if takes:
         chosen = {"text": text} if text else {name: inputs[name] for name in ("text", "text_workdir") if name in inputs}
-        own = {
-            "inputs": {
-                "kind": "captions",
-                "image_sizes": inputs["image_sizes"],
-                "codec": codec or inputs["codec"],
-                **chosen,
-            },
-            "takes": takes,
-        }
+        own = {"inputs": {"kind": "captions", "codec": codec or inputs["codec"], **chosen}, "takes": takes}
     return {**teacher, "network": network, **own}
 
 
+def _trunk(config: Section) -> None:
+    """A trunk of the run that training starts from needs no name any more."""
+    if config.get("trunk_workdir") == config.get("init_from"):
+        config.pop("trunk_workdir", None)
+
+
 def _distillation(config: Section) -> Section:
+    _trunk(config)
     new = _flow_matching(config)
     return {**new, "teacher": _teacher(new, new["inputs"])}
 
 
 def _latent_distillation(recipe: str) -> Callable[[Section], Section]:
     def rewrite(config: Section) -> Section:
+        _trunk(config)
         tokens = config.pop("teacher_context_tokens", 333)
         new = _latent_flow_matching(config)
         teacher = dict(new.pop("teacher", {}))
@@ -155,7 +156,7 @@ def _latent_distillation(recipe: str) -> Callable[[Section], Section]:
         own_latents = teacher.pop("codec", None)
         teacher.pop("text", None)
         network = _network(teacher)
-        inputs = _stored({"image_sizes": new["inputs"]["image_sizes"], "context_tokens": tokens}, network)
+        inputs = _stored({"context_tokens": tokens}, network)
         inputs |= {"prefix": "teacher_"} if own_latents else {"prefix": "teacher_", "latent_channels": 0}
         takes = ["condition", *(["latent"] if own_latents else [])]
         return {**new, "recipe": recipe, "teacher": {**teacher, "network": network, "inputs": inputs, "takes": takes}}
@@ -166,16 +167,19 @@ def _latent_distillation(recipe: str) -> Callable[[Section], Section]:
 def _contrastive(config: Section) -> Section:
     side = config["image"]["image_size"]
     inputs = {"kind": "captions", "image_sizes": [[side, side]], **_take(config, "text"), "caption_dropout": 0.0}
-    return {**config, "inputs": {**inputs, "codec": {"kind": "identity"}}}
+    inputs |= {"codec": {"kind": "identity"}}
+    return {**config, "inputs": inputs}
 
 
 def _autoencoder(config: Section) -> Section:
-    return {**config, "inputs": {"kind": "images", **_take(config, "image_sizes")}}
+    inputs = {"kind": "images", **_take(config, "image_sizes")}
+    return {**config, "inputs": inputs}
 
 
 def _decoder_distillation(config: Section) -> Section:
     generator = {"generator": _flow_matching(dict(config.pop("generator")))} if "generator" in config else {}
-    return {**config, "inputs": {"kind": "images", **_take(config, "image_sizes", "codec")}, **generator}
+    inputs = {"kind": "images", **_take(config, "image_sizes", "codec")}
+    return {**config, "inputs": inputs, **generator}
 
 
 RECIPES: dict[str, Callable[[Section], Section]] = {
