@@ -71,7 +71,7 @@ def test_it_learns_through_the_merged_weights_while_the_earlier_network_stays(ch
 
 
 def test_clips_come_out_reversed_and_are_shown_as_film_strips(chain, clips):
-    drawn = load(chain / "adapted").run(conditions={"clip": clips})["clip"]
+    drawn = load(chain / "adapted").run(conditions={"clip": clips})["reversed"]
     assert drawn.shape == clips.shape and drawn.dtype == np.uint8
     assert np.abs(drawn.astype(int) - clips[:, ::-1]).mean() < 0.1 * np.abs(drawn.astype(int) - clips).mean() + 8
     assert film_strip(drawn[0]).shape[1] >= 4 * 8
@@ -80,7 +80,7 @@ def test_clips_come_out_reversed_and_are_shown_as_film_strips(chain, clips):
 def test_its_bundle_is_one_call_that_gives_what_the_run_gives(chain, clips, tmp_path):
     numbers = export_run(chain / "adapted", tmp_path / "bundle")
     assert numbers["export.adapter.rel_l2_f32"] < 1e-5
-    run = load(chain / "adapted").run(conditions={"clip": clips})["clip"]
+    run = load(chain / "adapted").run(conditions={"clip": clips})["reversed"]
     sampler = Bundle(tmp_path / "bundle").sampler()
     for clip, expected in zip(clips, run, strict=True):
         assert np.abs(sampler.run({"clip": clip})["reversed"].astype(int) - expected).max() <= 1

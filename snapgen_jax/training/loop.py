@@ -228,6 +228,9 @@ class Run:
         self._unlogged: list[tuple[int, np.ndarray, Metrics]] = []
         self._skipped_in_a_row = 0
         self.saved_step = -1
+        # CPU devices of one process share its threads: with more than 32 programs in flight, XLA lets one device wait
+        # for a place and the others for it, in a collective, for ever.
+        self._in_step = mesh.devices.flat[0].platform == "cpu" and len(mesh.local_devices) > 1
 
     def wait_for_save(self) -> None:
         if self.checkpointer is not None:
@@ -327,6 +330,8 @@ class Run:
             raise ConfigError(f"the data gave bucket {batch.bucket!r}; the recipe knows {', '.join(self.specs)}")
         progress.check_batch_arrays(batch.arrays, self.specs[batch.bucket], jax.process_count())
         state, metrics = compiled(state, frozen, put_batch(batch.arrays, self.mesh))
+        if self._in_step:
+            jax.block_until_ready(metrics)
         self._unlogged.append((step, batch.source_index, metrics))
         return state
 

@@ -55,7 +55,7 @@ class MixerConfig(Preset):
         return []
 
     def input_spec(self, batch: int = 1) -> tuple[jax.ShapeDtypeStruct, ...]:
-        return (jax.ShapeDtypeStruct((batch, self.frames, 8, 8, 3), jnp.float32),)
+        return (jax.ShapeDtypeStruct((batch, self.frames, 192), jnp.float32),)
 
 
 class Mixer(nnx.Module):
@@ -63,8 +63,8 @@ class Mixer(nnx.Module):
         self.kernel = nnx.Param(0.1 * jax.random.normal(rngs.params(), (config.frames, config.frames)))
 
     def __call__(self, clip: jax.Array) -> jax.Array:
-        """`[B, F, H, W, C]` -> the same."""
-        return jnp.einsum("fg,bghwc->bfhwc", self.kernel[...].astype(jnp.float32), clip)
+        """`[B, F, N]`, N numbers a frame, -> the same."""
+        return jnp.einsum("fg,bgn->bfn", self.kernel[...].astype(jnp.float32), clip)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,11 +238,11 @@ class ClipAdapter:
         update = model["adapter"]["b"] @ model["adapter"]["a"]
         return {"mixer": {"kernel": frozen["mixer"]["kernel"] + update}, "head": model["head"]}
 
-    def mapped(self, networks: Tree, clip: jax.Array) -> jax.Array:
-        if "head" in networks:
-            folded = clip.reshape(-1, *clip.shape[2:])
-            clip = apply(self.head, networks["head"], folded).reshape(clip.shape)
-        return apply(self.mixer, networks["mixer"], clip)
+    def mapped(self, networks: Tree, frames: jax.Array) -> jax.Array:
+        """Frames of B clips, folded into the batch: `[B F, H, W, 3]` -> the same."""
+        mixed = apply(self.head, networks["head"], frames) if "head" in networks else frames
+        mixed = mixed.reshape(-1, self.config.inputs.frames, frames[0].size)
+        return apply(self.mixer, networks["mixer"], mixed).reshape(frames.shape)
 
     def update(self, state: TrainState, frozen: Tree, batch: Tree, key: jax.Array) -> tuple[TrainState, Metrics]:
         del key
@@ -250,7 +250,8 @@ class ClipAdapter:
         target = clip[:, ::-1] if self.config.base_workdir else clip
 
         def loss(params: Tree) -> jax.Array:
-            return jnp.mean(jnp.square(self.mapped(self.weights({"model": params}, frozen), clip) - target))
+            mapped = self.mapped(self.weights({"model": params}, frozen), clip.reshape(-1, *clip.shape[2:]))
+            return jnp.mean(jnp.square(mapped.reshape(clip.shape) - target))
 
         value, grads = jax.value_and_grad(loss)(player.params)
         grads, norm = clip_by_joint_norm(grads, self.config.optimizer.clip_norm)
@@ -262,7 +263,9 @@ class ClipAdapter:
     ) -> dict[str, jax.Array]:
         del keys, options
         networks = self.weights(params, frozen)
-        return self.inputs.decode(networks, self.mapped(networks, self.inputs.clean(networks, conditions)))
+        clip = self.inputs.clean(networks, conditions)
+        mapped = self.mapped(networks, clip.reshape(-1, *clip.shape[2:]))
+        return {"reversed": self.inputs.decode(networks, mapped.reshape(clip.shape))["clip"]}
 
     def codec(self, params: Tree, frozen: Tree) -> Any:
         return self.inputs.codec(self.weights(params, frozen))
@@ -274,7 +277,7 @@ class ClipAdapter:
         shape = self.inputs.latent_shape()
 
         def run(weights: Tree, *, clip: Any) -> dict[str, jax.Array]:
-            return {"reversed": self.mapped(weights, clip[None])[0]}
+            return {"reversed": self.mapped(weights, clip)}
 
         roles = ("mixer", "head") if self.config.base_workdir else ("mixer",)
         unit = ExportUnit("adapter", run, roles, {"clip": jax.ShapeDtypeStruct(shape, jnp.float32)})
