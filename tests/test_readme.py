@@ -1,5 +1,6 @@
 """What the pages say is there, is there: files, commands with their options, config keys, code."""
 
+import dataclasses
 import functools
 import pathlib
 import re
@@ -11,6 +12,7 @@ import pytest
 from snapgen_jax.chain import load_chain
 from snapgen_jax.cli import build_parser, split_overrides
 from snapgen_jax.config import load_config
+from snapgen_jax.recipes.flow_matching import SamplingConfig
 from snapgen_jax.training.exits import ExitCode
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -72,7 +74,11 @@ def test_a_snapgen_command_that_is_named_is_understood(command):
         options = commands[arguments[0]]._option_string_actions
         assert all(a.split("=")[0] in options for a in arguments if a.startswith("-"))
         return
-    parsed = build_parser().parse_args(arguments)
+    parsed, others = build_parser().parse_known_args(arguments)
+    options = (
+        {f"--{field.name}" for field in dataclasses.fields(SamplingConfig)} if "takes_options" in parsed else set()
+    )
+    assert {a.split("=")[0] for a in others} <= options
     if overrides:
         load = load_chain if arguments[0] == "chain" else load_config
         load(str(ROOT / parsed.config), overrides)
