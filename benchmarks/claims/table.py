@@ -59,7 +59,7 @@ def _not_run(
     budget = next(budget for budget in RECORDED if complete(budget))
     hours = hours_of(paper, budget, trials, found.get(budget, ()))
     missing = claim.missing(rows.get(budget, {}))
-    status = f"not run (needs {hours:.2g} h)"
+    status = f"not run (needs {max(hours, 0.1):.1f} h)"
     return {"claim": claim.claim, "control": claim.control, "status": status, "missing": missing, "budget": budget}
 
 
