@@ -118,7 +118,12 @@ def takes_prompts(generator: ImageGenerator) -> bool:
 
 def captions(dataset: ValidationData, indices: Iterable[int], seed: int) -> list[str]:
     """Captions of examples of the validation split, each in the phrasing that (seed, index) draws."""
-    return [dataset.source.caption(int(index), np.random.default_rng((seed, int(index)))) for index in indices]
+
+    def caption(index: int) -> str:
+        rng = np.random.default_rng((seed, index))
+        return dataset.source.example(index, rng, ("caption",))["caption"]
+
+    return [caption(int(index)) for index in indices]
 
 
 def examples(dataset: ValidationData, names: Iterable[str], count: int) -> tuple[dict[str, np.ndarray], list[int]]:

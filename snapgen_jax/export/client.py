@@ -19,10 +19,10 @@ import numpy as np
 
 if __package__:
     from snapgen_jax.export.program import SCHEMA, BundleError, FeedForward, parse
-    from snapgen_jax.export.sampler import Sampler, Unit
+    from snapgen_jax.export.sampler import Sampler, Unit, with_options
 else:  # beside its own copies, in a bundle
     from program import SCHEMA, BundleError, FeedForward, parse  # type: ignore[import-not-found]
-    from sampler import Sampler, Unit  # type: ignore[import-not-found]
+    from sampler import Sampler, Unit, with_options  # type: ignore[import-not-found]
 
 
 class Bundle:
@@ -155,7 +155,7 @@ class LiteRTGenerator:
         """The output "image" of prompts, `uint8 [N, H, W, 3]`.
 
         Image n depends on (seed, indices[n], prompts[n]) alone; indices default to 0..N-1. `options` are those of
-        `Flow.with_options`: steps, guidance, method.
+        `sampler.with_options`: steps, guidance, method.
         """
         if "image" not in self.program.outputs:
             raise ValueError(f"this bundle makes {', '.join(self.program.outputs)} and no image; use `run`")
@@ -195,7 +195,7 @@ class LiteRTGenerator:
     def _noise(self, seed: int, indices: Sequence[int], options: Mapping[str, Any]) -> list[Any]:
         if isinstance(self.program, FeedForward):
             return [None for _ in indices]
-        shape = self.program.with_options(**options).noise_shape()
+        shape = with_options(self.program, **options).noise_shape()
         return [draw_noise(seed, index, shape) for index in indices]
 
 

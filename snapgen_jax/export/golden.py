@@ -137,7 +137,9 @@ def denoiser_cases(sampler: Sampler, golden: Arrays, example: int = 0) -> dict[s
     cases = {}
     for t in np.asarray(TIMES, np.float32):
         latent = np.float32(step.scale) * ((1 - t) * x_0 + t * noise).astype(np.float32)
-        cases[f"t={t:g}"] = sampler.take(step.unit, {**context, "latent": latent, **time_input(step, t, 0)})
+        cases[f"t={t:g}"] = sampler.take(
+            step.unit, {**context, **step.arrays, "latent": latent, **time_input(step, t, 0)}
+        )
     return cases
 
 

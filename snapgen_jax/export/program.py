@@ -28,9 +28,10 @@ Kind "flow": x_t = (1 - t) x_0 + t noise, and the sampler follows v = dx/dt.
                     "prediction"
         rule        "euler", "heun" or "renoise", of the interval that begins here, see `advance`
         time        optional, what the input "time" is: {"kind": "features", "dim", "scale", "max_period",
-                    "order": "cos,sin"}, see `time_features`; {"kind": "index"}: int32 [1], the position in `times`;
-                    {"kind": "values", "values": [n]}
+                    "order": "cos,sin"}, see `time_features`; {"kind": "index", "size"}: a row of so many zeros with a 1
+                    at the position in `times` (a GPU looks nothing up in a table); {"kind": "values", "values": [n]}
         native      optional: the time that features and index are made of, in place of t and the position
+        arrays      optional {name: numbers}: further inputs of the denoiser, the same for every example
         scale       optional: the input "latent" is this times x; 1
         prediction  {"kind": "velocity"}: v itself. {"kind": "x_0", "t_min"}: v = (x - out) / max(t, t_min).
                     {"kind": "linear", "x": a, "out": b}: v = a x + b out
@@ -59,9 +60,9 @@ SCHEMA = 2
 RULES = ("euler", "heun", "renoise")
 DTYPES = ("float32", "int32", "uint8")
 PREDICTIONS = {"velocity": (), "x_0": ("t_min",), "linear": ("x", "out")}
-TIMES = {"features": ("dim", "scale", "max_period", "order"), "index": (), "values": ("values",)}
+TIMES = {"features": ("dim", "scale", "max_period", "order"), "index": ("size",), "values": ("values",)}
 DECODERS = ("identity", "patch", "network")
-NEEDED, OPTIONAL = ("unit", "rule", "prediction", "guidance"), ("time", "native", "scale", "context")  # of a step
+NEEDED, OPTIONAL = ("unit", "rule", "prediction", "guidance"), ("time", "native", "arrays", "scale", "context")
 RESERVED = ("latent", "time", "prediction")
 
 
@@ -125,6 +126,7 @@ class Step:
     guidance: np.ndarray
     time: Mapping[str, Any] | None = None
     native: float | None = None
+    arrays: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     scale: float = 1.0
     context: str | None = None
 
@@ -138,7 +140,8 @@ class Step:
             _kind(f"{where}: time", time, TIMES)
             if time.get("order", "cos,sin") != "cos,sin":
                 _refuse(f"{where}: time features in the order {time['order']!r}; 'cos,sin'")
-        return cls(**{**entry, "guidance": np.asarray(entry["guidance"], np.float32)})
+        arrays = {name: _numbers(f"{where}: arrays.{name}", value) for name, value in entry.get("arrays", {}).items()}
+        return cls(**{**entry, "guidance": _numbers(f"{where}: guidance", entry["guidance"]), "arrays": arrays})
 
     @property
     def guided(self) -> bool:
@@ -210,7 +213,7 @@ class Flow:
             data.get("shift"), tuple(steps), differ is None, data.get("contexts", {}), state, data["decoder"],
         )  # fmt: skip
         flow._check_decoder()
-        return flow._checked()
+        return flow.checked()
 
     def units(self) -> set[str]:
         """The names of all units that are called."""
@@ -232,37 +235,8 @@ class Flow:
         """The state before the first call."""
         return {name: np.zeros(array.shape, array.dtype) for name, array in self.state.items()}
 
-    def with_options(self, steps: int | None = None, guidance: Any = None, method: str | None = None) -> Flow:
-        """The flow with another number of steps, guidance or rule of all steps; None leaves what is.
-
-        Raises:
-            ValueError: the program does not allow it, or there is no such thing.
-        """
-        intervals, made = len(self.times) - 1, list(self.steps)
-        if method is not None and {step.rule for step in made[:intervals]} != {method}:
-            if method not in RULES:
-                raise ValueError(f"unknown sampling method {method!r}; expected one of {', '.join(RULES)}")
-            if not self.alike:
-                raise ValueError("the steps of this bundle differ, and so their method is fixed; leave out `method`")
-            made = [dataclasses.replace(step, rule=method) for step in made]
-        if guidance is not None:
-            scale = np.asarray(guidance, np.float32)
-            if other := {step.guidance.shape for step in made if step.guidance.shape != scale.shape}:
-                raise ValueError(f"the guidance of this bundle has the shape {other.pop()}; got {scale.shape}")
-            made = [dataclasses.replace(step, guidance=scale) for step in made]
-        times = self.times
-        if steps is not None and steps != intervals:
-            if steps < 1:
-                raise ValueError(f"a sample needs at least one step, got {steps}")
-            if self.shift is None:
-                raise ValueError(f"this bundle takes {intervals} steps and no other number; leave out `steps`")
-            t = np.linspace(1.0, 0.0, steps + 1)
-            times = (self.shift * t / (1 + (self.shift - 1) * t)).astype(np.float32)
-            made = made[:1] * (steps + 1)
-        return dataclasses.replace(self, times=times, steps=tuple(made))._checked()
-
-    def _checked(self) -> Flow:
-        """Itself. Raises `BundleError` with the name of what does not fit."""
+    def checked(self) -> Flow:
+        """Itself. Raises `BundleError` that names what does not fit together."""
         last = self.steps[len(self.times) - 2]
         if last.rule == "heun" and len(self.steps) < len(self.times):
             _refuse("the last rule is 'heun', which asks at the last time: add an entry to steps")
@@ -325,6 +299,13 @@ def _ends(data: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Array], 
 
 def _refuse(why: str, cause: Exception | None = None) -> NoReturn:
     raise BundleError(f"program.json: {why}") from cause
+
+
+def _numbers(what: str, value: Any) -> np.ndarray:
+    try:
+        return np.asarray(value, np.float32)
+    except (TypeError, ValueError) as error:
+        _refuse(f"{what} is {value!r}; numbers were expected", error)
 
 
 def _free(step: Step) -> bool:

@@ -28,8 +28,8 @@ largest number inside a unit is given above, so that a GPU driver's rounding can
 
 FLOW = """\
 An example is: {inputs} -> {encoders}noise -> {steps} steps (rule {rules}) of {denoisers} -> {decoder}{outputs}. Every
-call has batch 1. Guidance ({guidance}) is two calls, the second with the null inputs. The noise, the time features and
-the sampler loop are the client's, in float32."""
+call is for one example. Guidance ({guidance}) is two calls, the second with the null inputs. The noise, the time
+features and the sampler loop are the client's, in float32."""
 
 CALL = "An example is one call: {inputs} -> **{unit}** -> {outputs}."
 

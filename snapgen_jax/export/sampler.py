@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 if __package__:
-    from snapgen_jax.export.program import BundleError, FeedForward, Flow, Step
+    from snapgen_jax.export.program import RULES, BundleError, FeedForward, Flow, Step
 else:  # beside its own copy, in a bundle
-    from program import BundleError, FeedForward, Flow, Step  # type: ignore[import-not-found]
+    from program import RULES, BundleError, FeedForward, Flow, Step  # type: ignore[import-not-found]
 
 # The function of one file: named arrays in, named arrays out.
 Unit = Callable[..., Mapping[str, np.ndarray]]
@@ -103,8 +103,42 @@ def time_input(step: Step, t: np.float32, position: int) -> Arrays:
     if step.time["kind"] == "values":
         return {"time": np.asarray([step.time["values"]], np.float32)}
     if step.time["kind"] == "index":
-        return {"time": np.array([position if step.native is None else step.native], np.int32)}
+        index = position if step.native is None else int(step.native)
+        return {"time": np.eye(1, step.time["size"], index, dtype=np.float32)}
     return {"time": time_features(np.full(1, t if step.native is None else step.native), step.time)}
+
+
+def with_options(flow: Flow, steps: int | None = None, guidance: Any = None, method: str | None = None) -> Flow:
+    """The flow with another number of steps, another guidance or rule; None leaves what is.
+
+    The guidance is that of all steps, or of those that have one where only some do.
+
+    Raises:
+        ValueError: the program does not allow it, or there is no such thing.
+    """
+    intervals, made = len(flow.times) - 1, list(flow.steps)
+    if method is not None and {step.rule for step in made[:intervals]} != {method}:
+        if method not in RULES:
+            raise ValueError(f"unknown sampling method {method!r}; expected one of {', '.join(RULES)}")
+        if not flow.alike:
+            raise ValueError("the steps of this bundle differ, and so their method is fixed; leave out `method`")
+        made = [dataclasses.replace(step, rule=method) for step in made]
+    if guidance is not None:
+        scale = np.asarray(guidance, np.float32)
+        if other := {step.guidance.shape for step in made if step.guidance.shape != scale.shape}:
+            raise ValueError(f"the guidance of this bundle has the shape {other.pop()}; got {scale.shape}")
+        every = not any(step.guided for step in made)
+        made = [dataclasses.replace(step, guidance=scale) if step.guided or every else step for step in made]
+    times = flow.times
+    if steps is not None and steps != intervals:
+        if steps < 1:
+            raise ValueError(f"a sample needs at least one step, got {steps}")
+        if flow.shift is None:
+            raise ValueError(f"this bundle takes {intervals} steps and no other number; leave out `steps`")
+        t = np.linspace(1.0, 0.0, steps + 1)
+        times = (flow.shift * t / (1 + (flow.shift - 1) * t)).astype(np.float32)
+        made = made[:1] * (steps + 1)
+    return dataclasses.replace(flow, times=times, steps=tuple(made)).checked()
 
 
 # --- the calls -------------------------------------------------------------------------------------------------------
@@ -128,7 +162,7 @@ class Sampler:
     def run(self, inputs: Mapping[str, Any], noise: np.ndarray | None = None, **options: Any) -> Arrays:
         """The outputs of one example from the caller's named inputs; a flow also takes noise of `noise_shape`.
 
-        `options`, of a flow alone, are those of `Flow.with_options`: steps, guidance, method.
+        `options`, of a flow alone, are those of `with_options`: steps, guidance, method.
         """
         given = self.given(inputs)
         if isinstance(self.program, FeedForward):
@@ -137,7 +171,7 @@ class Sampler:
             return self._outputs(self.call(self.program.unit, given))
         if noise is None:
             raise ValueError(f"this bundle needs noise of shape {self.program.noise_shape()}")
-        flow = self.program.with_options(**options)
+        flow = with_options(self.program, **options)
         null = self.null_contexts(given) if any(step.guided for step in flow.steps) else {}
         return self.decode(self.trajectory(noise, self.contexts(given), null, **options)[-1])
 
@@ -190,7 +224,7 @@ class Sampler:
             contexts, null: of `contexts` and `null_contexts`; the second may be {} where guidance makes no call.
             options: see `run`.
         """
-        flow = self._flow().with_options(**options)
+        flow = with_options(self._flow(), **options)
         noise, expected = np.asarray(noise, np.float32), flow.noise_shape()
         if noise.shape != expected:
             raise ValueError(f"the noise has shape {noise.shape}; these steps take {expected}")
@@ -199,7 +233,7 @@ class Sampler:
         def ask(i: int, x: np.ndarray, t: np.float32, context: Contexts, state: Arrays) -> np.ndarray:
             step = flow.steps[i]
             latent = x if step.scale == 1 else np.float32(step.scale) * x
-            named = {**context[step.context], **state, "latent": latent, **time_input(step, t, i)}
+            named = {**context[step.context], **state, **step.arrays, "latent": latent, **time_input(step, t, i)}
             out = self.call(step.unit, named)
             _rewrite(state, out)
             return as_velocity(out["prediction"].reshape(x.shape), x, t, step.prediction)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib.util
+import json
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +16,15 @@ from snapgen_jax.diffusion.guidance import with_guidance
 from snapgen_jax.diffusion.samplers import sample
 from snapgen_jax.diffusion.timesteps import time_grid
 from snapgen_jax.export.bundle import BundleReport, export_bundle, generator_of
+from snapgen_jax.export.manifest import fingerprints
 from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.codec import CodecConfig, build_codec, to_uint8
 from snapgen_jax.networks.time_features import time_features
 from snapgen_jax.networks.unet import UNetConfig
 from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig, SamplingConfig
 from snapgen_jax.training.exports import ExportPlan, ExportUnit, GoldenInputs
+
+from .toys import ClipRecipe, SketchRecipe
 
 # The converter without TensorFlow is published for Linux only.
 QUICK = "litert" if importlib.util.find_spec("litert_converter") else "jax2tf"
@@ -122,7 +127,7 @@ class ToyRecipe:
 class Exported:
     """What a test needs of one export."""
 
-    recipe: FlowMatching | ToyRecipe
+    recipe: Any
     params: dict
     report: BundleReport
 
@@ -144,6 +149,23 @@ def toy(tmp_path_factory, tokenizer_json) -> Exported:
     recipe = ToyRecipe()
     params, folder = recipe.params(), tmp_path_factory.mktemp("toy") / "bundle"
     return Exported(recipe, params, export_bundle(recipe, params, {}, tokenizer_json, folder, backend=QUICK))
+
+
+@pytest.fixture(scope="session")
+def sketch(tmp_path_factory) -> Exported:
+    """A picture in, a picture out, in one call."""
+    return _exported(SketchRecipe(), tmp_path_factory.mktemp("sketch") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory) -> Exported:
+    """A clip by two denoisers that share a state, decoded in chunks."""
+    return _exported(ClipRecipe(), tmp_path_factory.mktemp("clip") / "bundle")
+
+
+def _exported(recipe, folder: pathlib.Path) -> Exported:
+    params, reference = recipe.params(), generator_of(recipe, recipe.params(), {})
+    return Exported(recipe, params, export_bundle(recipe, params, {}, None, folder, backend=QUICK, reference=reference))
 
 
 @pytest.fixture(scope="session")
@@ -170,3 +192,10 @@ def smoke(tmp_path_factory, tokenizer_json) -> Exported:
 def _draw(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     offset = 1.0 if len(shape) == 1 else 0.0  # gains about one
     return (offset + rng.standard_normal(shape) / np.sqrt(np.prod(shape[:-1]) or 1)).astype(np.float32) * 0.7
+
+
+def resign(folder: pathlib.Path) -> None:
+    """Makes the manifest say what is there, as one would who changed a file on purpose."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"] = {n: f for n, f in fingerprints(folder).items() if n != "manifest.json"}
+    (folder / "manifest.json").write_text(json.dumps(manifest))

@@ -37,7 +37,7 @@ def test_time_features_are_those_of_the_library():
 def test_another_number_of_steps_has_the_librarys_grid(shift):
     flow = parse(program(shift=shift, times=time_grid(3, shift).tolist()))
     np.testing.assert_array_equal(flow.times, time_grid(3, shift))
-    np.testing.assert_array_equal(flow.with_options(steps=7).times, time_grid(7, shift))
+    np.testing.assert_array_equal(sampler.with_options(flow, steps=7).times, time_grid(7, shift))
 
 
 @pytest.mark.parametrize("t", [0.0, 0.01, 0.5, 1.0])
