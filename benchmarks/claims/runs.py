@@ -1,7 +1,7 @@
 """The trainings of a paper in one budget: made in the order that they need, kept, scored, and landed.
 
 A run lies in a folder named after the hash of its config, so that it is never made twice, a stopped one goes on, and
-papers that ask for the same training share it.
+papers that ask for the same training under the same name share it.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class Runs:
         self.landed = out / paper.name / budget
         self.together, self.images_at_once, self.depthwise, self.only = together, images_at_once, depthwise, only
         self._configs: dict[tuple[str, int], Any] = {}
+        self._streams: dict[tuple[str, int], str] = {}
 
     # --- what there is to do ---
 
@@ -195,9 +196,11 @@ class Runs:
 
     def _stream_text(self, name: str, seed: int) -> str:
         """What a trial's batches depend on."""
-        config = self.config(name, seed)
-        text = json.dumps([to_json(config.data), to_json(config.inputs), config.batch_size, config.seed])
-        return text.replace(str(self.root), "")
+        if (name, seed) not in self._streams:
+            config = self.config(name, seed)
+            text = json.dumps([to_json(config.data), to_json(config.inputs), config.batch_size, config.seed])
+            self._streams[name, seed] = text.replace(str(self.root), "")
+        return self._streams[name, seed]
 
     def _alike(self, name: str, seed: int) -> list[str]:
         """The trials of a seed that learn from the same batches."""

@@ -17,7 +17,6 @@ from benchmarks.claims.claim import DIVERSITY, FRECHET, HELD_OUT, SCORE, Claim, 
 from benchmarks.claims.landing import Landed
 from benchmarks.claims.trials import BUDGETS, Paper
 
-RECORDED = ("short", "night", "gpu", "world")  # the budgets that a row may still need, the shortest first
 PLACES = {SCORE, HELD_OUT, FRECHET, DIVERSITY}
 
 
@@ -47,16 +46,7 @@ def _not_run(
     claim: Claim, paper: Paper, rows: Mapping[str, landing.Rows], found: Mapping[str, Sequence[Landed]]
 ) -> dict[str, Any]:
     """The line of a claim whose rows are not there, with the budget and the hours that make them."""
-    makers = paper.makers()
-    names = {name for row in claim.rows for name in makers[row]}
-    trials = paper.needed_by([name for name in names if name in paper.trials])
-    measures = [name for name in names if name in paper.measures]
-
-    def complete(budget: str) -> bool:
-        made = all(budget in paper.measures[name].budgets for name in measures)
-        return made and all(budget in paper.trials[name].effort for name in trials)
-
-    budget = next(budget for budget in RECORDED if complete(budget))
+    budget, trials = paper.budgets_of(claim)[0], paper.trials_of(claim)
     hours = hours_of(paper, budget, trials, found.get(budget, ()))
     missing = claim.missing(rows.get(budget, {}))
     status = f"not run (needs {max(hours, 0.1):.1f} h)"

@@ -75,13 +75,15 @@ class Measure:
 
     Attributes:
         function: of the budget's argument of configs and {trial: workdir}; gives {row: {key: number}}.
-        rows: that it gives.
+        rows: that it gives numbers of.
+        metrics: keys of those numbers.
         budgets: that make it.
         needs: trials whose workdirs it is given.
     """
 
     function: Callable[[str, Mapping[str, pathlib.Path]], Mapping[str, Mapping[str, float]]]
     rows: tuple[str, ...]
+    metrics: tuple[str, ...]
     budgets: tuple[str, ...]
     needs: tuple[str, ...] = ()
 
@@ -115,6 +117,7 @@ BUDGETS = {  # from the shortest; "short" is 2.5 hours of two cores for a paper'
     "gpu": Budget("quick", 64, 8, 512, GPU_UPDATE, SINGLE),
     "world": Budget("patches", 64, 3, 512, GPU_UPDATE),
 }
+RECORDED = tuple(name for name in BUDGETS if name != "ci")  # whose numbers mean something
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +125,8 @@ class Paper:
     """A paper's module as one value.
 
     Raises:
-        ValueError: a claim needs a row or a metric that nothing gives, or a trial one that does not stand before it.
+        ValueError: a claim needs a row or a metric that nothing gives, or rows that no single budget makes; or a trial
+            starts from one that does not stand before it.
     """
 
     name: str
@@ -142,6 +146,8 @@ class Paper:
                         )
                 if part.metric not in self.metrics:
                     raise ValueError(f"{self.name}: {claim.claim!r} compares {part.metric!r}; add it to METRICS")
+            if not self.budgets_of(claim):
+                raise ValueError(f"{self.name}: no budget of {', '.join(RECORDED)} makes all rows of {claim.claim!r}")
         for name, trial in self.trials.items():
             if late := set(trial.earlier.values()) - before:
                 raise ValueError(f"{self.name}: {name!r} starts from {sorted(late)}; list these before it in TRIALS")
@@ -157,6 +163,18 @@ class Paper:
             for row in measure.rows:
                 found.setdefault(row, []).append(name)
         return found
+
+    def trials_of(self, claim: Claim) -> list[str]:
+        """The trials that a claim's rows need, in the order in which they are made."""
+        makers = self.makers()
+        return self.needed_by([name for row in claim.rows for name in makers[row] if name in self.trials])
+
+    def budgets_of(self, claim: Claim) -> list[str]:
+        """The recorded budgets that make all that a claim needs, from the shortest."""
+        used = {(row, part.metric) for part in claim.parts for row in (part.a, part.b)}
+        measures = [m for m in self.measures.values() if used & {(row, key) for row in m.rows for key in m.metrics}]
+        efforts = [self.trials[name].effort for name in self.trials_of(claim)]
+        return [b for b in RECORDED if all(b in e for e in efforts) and all(b in m.budgets for m in measures)]
 
     def needed_by(self, names: Sequence[str]) -> list[str]:
         """The trials named, and those that they start from, in the order in which they are made."""
