@@ -178,7 +178,7 @@ def _complete(partial: Config, overrides: Sequence[str]) -> tuple[ConfigDict, tu
     built = tuple(
         _build(cls, {k: v for k, v in wanted.items() if k in names}) for cls, names in zip(classes, fields, strict=True)
     )
-    config = ConfigDict({k: v for instance in built for k, v in _to_dict(instance).items()})
+    config = ConfigDict({k: v for instance in built for k, v in typed.plain(instance).items()})
     config.lock()
     return config, built
 
@@ -241,14 +241,6 @@ def _plain(node: Any) -> Any:
     if isinstance(node, list | tuple):
         return type(node)(_plain(v) for v in node)
     return {k: _plain(v) for k, v in node.items()} if isinstance(node, Mapping) else node
-
-
-def _to_dict(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {f.name: _to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {k: _to_dict(v) for k, v in value.items()}
-    return value
 
 
 def _build(cls: type, values: Mapping[str, Any]) -> Any:

@@ -1,4 +1,8 @@
-"""Dataclasses out of plain values: each checked against the annotation of its field, each name against the fields."""
+"""Dataclasses out of plain values, and back: each value checked against the annotation of its field.
+
+A field may be a union of dataclasses, each with a field `kind: Literal["..."]` of its own. A mapping is the member that
+its `kind` names. Without a `kind` it is of the kind of the field's default value; without a default, the first member.
+"""
 
 from __future__ import annotations
 
@@ -34,20 +38,35 @@ def build(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
             raise ValueError(f"config key {path}.preset: {error}") from error
     else:
         base = None
+    defaults = {field.name: _default(field) for field in dataclasses.fields(cls)} if base is None else vars(base)
     arguments = {}
     for name, value in values.items():
         where = f"{path}.{name}" if path else name
         if name not in fields:
             raise ValueError(f"unknown config key {where!r}{closest(name, fields)}")
-        arguments[name] = coerce(value, hints[name], where)
+        arguments[name] = coerce(value, hints[name], where, default=defaults[name])
     try:
         return cls(**arguments) if base is None else dataclasses.replace(base, **arguments)
     except (ValueError, TypeError) as error:
         raise ValueError(f"config section {path or 'top level'!r}: {error}") from error
 
 
-def coerce(value: Any, hint: Any, where: str, what: str = "config key") -> Any:
+def plain(value: Any) -> Any:
+    """The inverse of `build`: dataclasses as dicts, `kind` among the fields; also inside mappings and sequences."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(plain(v) for v in value)
+    return value
+
+
+def coerce(value: Any, hint: Any, where: str, what: str = "config key", default: Any = None) -> Any:
     """`value` as the annotated type: an int where a float is wanted becomes one, a list becomes a tuple.
+
+    `default` is what the field has where nothing is given; of a union of dataclasses it tells which one a mapping
+    without `kind` is.
 
     Raises:
         ValueError: it is of another type; the message begins with `what` it is and `where`.
@@ -58,6 +77,9 @@ def coerce(value: Any, hint: Any, where: str, what: str = "config key") -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return build(hint, value, where)  # type: ignore[arg-type]
     if origin in (typing.Union, types.UnionType):
+        member = _member(value, options, where, what, default) if isinstance(value, Mapping) else None
+        if member is not None:
+            return build(member, value, where)
         for option in options:
             try:
                 return coerce(value, option, where, what)
@@ -88,6 +110,40 @@ def coerce(value: Any, hint: Any, where: str, what: str = "config key") -> Any:
         return value
     name = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
     raise ValueError(f"{what} {where!r} is {value!r} ({type(value).__name__}); expected {name}")
+
+
+def _member(value: Mapping[str, Any], options: Sequence[Any], where: str, what: str, default: Any) -> type | None:
+    """The dataclass of a union that a mapping describes: the only one, or that of its kind; None where there is none.
+
+    It is chosen before a field is read, so that an error about a field comes from the right dataclass.
+    """
+    members = [option for option in options if dataclasses.is_dataclass(option) and isinstance(option, type)]
+    kinds = {kind: member for member in members for kind in _kinds(member)}
+    if not kinds:
+        return members[0] if len(members) == 1 else None
+    kind = value.get("kind", getattr(default, "kind", next(iter(kinds))))
+    if kind in kinds:
+        return kinds[kind]
+    match = difflib.get_close_matches(str(kind), list(kinds), n=1, cutoff=0.5)
+    raise ValueError(
+        f"{what} {where + '.kind'!r} is {kind!r}; choose one of {', '.join(map(repr, kinds))}"
+        + (f"; did you mean {match[0]!r}?" if match else "")
+    )
+
+
+def _kinds(cls: type) -> tuple[str, ...]:
+    """The values that the field `kind` of a dataclass may have, if it is there and a `Literal`."""
+    if "kind" not in {field.name for field in dataclasses.fields(cls)}:  # type: ignore[arg-type]
+        return ()
+    hint = typing.get_type_hints(cls)["kind"]
+    return typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+
+
+def _default(field: dataclasses.Field) -> Any:
+    """A field's default value; None where it has none."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
 
 
 def closest(name: str, known: Any) -> str:

@@ -260,6 +260,35 @@ def test_an_allowed_import_passes(module, source):
     assert not violations(source, module)
 
 
+def circles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """Ways along imports from a file back to itself, one for each file that has one."""
+    found = []
+    for start in imports:
+        ways, seen = [[start]], set()
+        while ways:
+            way = ways.pop(0)
+            for name in sorted(imports.get(way[-1], ())):
+                if name == start:
+                    found.append([*way, start])
+                    ways = []
+                    break
+                if name not in seen:
+                    seen.add(name)
+                    ways.append([*way, name])
+    return found
+
+
+def test_no_network_imports_itself_in_a_circle():
+    """Imports inside functions and for type checkers count too: a network's blocks know its fields, not the network."""
+    files = {module: path for module, path in MODULES.items() if _inside(module, "networks")}
+    imports = {
+        module: {item.name.removeprefix(f"{OURS}.") for item in _imports(path.read_text(encoding="utf-8"), module)}
+        for module, path in files.items()
+    }
+    assert any(imports.values()) and not circles(imports)
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [["b", "c", "b"], ["c", "b", "c"]]
+
+
 def test_configs_import_ml_collections_and_other_configs_and_nothing_of_ours():
     files = sorted((ROOT / "configs").rglob("*.py"))
     assert files

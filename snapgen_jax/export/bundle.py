@@ -47,6 +47,9 @@ Reference = Callable[[Mapping[str, np.ndarray], np.ndarray | None], Mapping[str,
 class Exportable(Protocol):
     """What the exporter asks of a recipe; see `training.recipe.Recipe`."""
 
+    @property
+    def options(self) -> Any: ...
+
     def exports(self) -> ExportPlan: ...
 
     def weights(self, params: Any, frozen: Any) -> dict[str, Any]: ...
@@ -141,7 +144,10 @@ def generator_of(recipe: Exportable, params: Any, frozen: Any) -> Reference:
 
 
 def _generate(recipe: Exportable, params: Any, frozen: Any, conditions: Any, keys: jax.Array) -> dict[str, jax.Array]:
-    return jax.jit(recipe.generate)(params, frozen, conditions, keys)
+    def generate(params: Any, frozen: Any, conditions: Any, keys: jax.Array) -> dict[str, jax.Array]:
+        return recipe.generate(params, frozen, conditions, keys, recipe.options)
+
+    return jax.jit(generate)(params, frozen, conditions, keys)
 
 
 def _parsed(plan: ExportPlan) -> Program:

@@ -169,7 +169,7 @@ class Teacher:
         rules = rules_of(networks)
         if config.random:
             held = draw_stand_ins(own, rules, mesh)
-        elif config.weights:
+        elif config.weights and isinstance(config.network, MMDiTConfig):
             spec = specs_of(own, own)[self.role]
             held = {self.role: load_mmdit(config.weights, config.network, spec, mesh)}
         elif config.workdir:
@@ -233,7 +233,7 @@ class Teacher:
             student: what the student attends to.
             taps: names of the features.
         """
-        config, t = self.config, level.t
+        config, t = self.config, jnp.asarray(level.t)
         if self.has_own_latents:
             x_t = interpolate(drawn["x_0"], drawn["eps"], t)
         condition = self.condition(networks, drawn, student)

@@ -3,8 +3,8 @@
     x_t = (1 - t) x_0 + t eps,   v = eps - x_0,   L = || v_theta(x_t, t, c) - v ||^2        (Liu et al. 2022, eq. 1)
 
 t is drawn from a logit-normal density (Esser et al. 2024), and the condition is dropped now and then for
-classifier-free guidance (Ho and Salimans 2022). What x_0 and c are, the inputs say. One player, "model", holds the network and those
-networks of the inputs that come from nowhere, such as a text encoder that is trained beside it.
+classifier-free guidance (Ho and Salimans 2022). The inputs say what x_0 and c are. One player, "model", holds the
+network, and those networks of the inputs that have no origin, such as a text encoder that is trained beside it.
 """
 
 from __future__ import annotations

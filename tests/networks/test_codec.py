@@ -11,6 +11,8 @@ from scipy import fft
 from snapgen_jax.data.shapes import render
 from snapgen_jax.data.shapes_grammar import sample_scene
 from snapgen_jax.networks.codec import CodecConfig, build_codec, from_uint8, to_uint8
+from snapgen_jax.networks.module import build, flatten
+from snapgen_jax.networks.tiny_decoder import TinyDecoderCodec, TinyDecoderConfig
 
 WEIGHTED = tuple(float(w) for w in np.linspace(0.5, 2.0, 16))
 CONFIGS = {
@@ -118,6 +120,23 @@ def test_a_config_that_describes_no_codec_is_refused():
         build_codec(CodecConfig("wavelet"))
     with pytest.raises(ValueError, match="3 entries; a patch of 4 has 16"):
         build_codec(CodecConfig("patch", 4, frequency_scale=(1.0, 1.0, 1.0)))
+
+
+@pytest.mark.parametrize("decoder", ["autoencoder", "tiny"])
+def test_the_networks_of_a_codec_stand_where_its_parameters_do(decoder):
+    codec = build_codec(CodecConfig("autoencoder", decoder=decoder))
+    networks = codec.networks()
+    assert set(networks) == ({""} if decoder == "autoencoder" else {"decoder", "encoder"})
+    for name, network in networks.items():
+        part = codec.spec()[name] if name else codec.spec()
+        assert flatten(part).keys() == set(network.paths)
+
+
+def test_a_codec_without_parameters_has_no_networks_and_a_decoder_alone_has_one(config):
+    codec = build_codec(config)
+    assert codec.networks() == {} and codec.spec() == {}
+    decoder, _ = build(TinyDecoderConfig.preset("smoke"))
+    assert TinyDecoderCodec(decoder).networks() == {"decoder": decoder}
 
 
 def test_every_grey_level_survives_the_way_to_float_and_back_and_overshoot_is_clipped():

@@ -1,4 +1,4 @@
-"""A paper that is none of ours: a network that mixes the frames of a clip is adapted to a new task by a low-rank update.
+"""A paper that is none of ours: a network that mixes the frames of clips is adapted to a task by a low-rank update.
 
     y_f = sum_g (W + B A)_fg h(x_g),   L = || y - reverse(x) ||^2
 
