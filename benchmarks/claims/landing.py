@@ -86,7 +86,7 @@ def read_all(folder: pathlib.Path) -> list[Landed]:
 def groups(out: pathlib.Path, paper: str) -> list[str]:
     """The names of a paper's folders: the longest budget first, then those that are no budgets."""
     present = {path.name for path in (out / paper).iterdir() if path.is_dir()} if (out / paper).is_dir() else set()
-    return [name for name in reversed(BUDGETS) if name in present] + sorted(present - BUDGETS.keys())
+    return [name for name in reversed(list(BUDGETS)) if name in present] + sorted(present - BUDGETS.keys())
 
 
 def rows(landed: Sequence[Landed], paper: Paper) -> Rows:

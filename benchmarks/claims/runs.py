@@ -81,7 +81,7 @@ class Runs:
             if not self._is_landed(measure, 0):
                 for needed in self.paper.measures[measure].needs:
                     found[needed] |= set(self.seeds(needed))
-        for name in reversed(self.paper.trials):
+        for name in reversed(list(self.paper.trials)):
             for other in self.paper.trials[name].earlier.values():
                 found[other] |= {0} if self.paper.trials[other].shared and found[name] else found[name]
         return {name: sorted(seeds) for name, seeds in found.items() if seeds}

@@ -63,8 +63,9 @@ def difference(a: Seeds, b: Seeds, key: str, factor: float = 1.0, sign: int = 1,
         name: of row `b`, under which a bound was kept.
     """
     seeds = sorted(a.keys() & b.keys())
-    pairs = [(a[seed].get(f"{key}.each"), b[seed].get(f"{key}.each")) for seed in seeds]
-    if all(x is not None and y is not None for x, y in pairs):
+    each = f"{key}.each"
+    if all(each in row[seed] for row in (a, b) for seed in seeds):
+        pairs = [(a[seed][each], b[seed][each]) for seed in seeds]
         return bootstrap(sign * np.array([np.subtract(x, np.multiply(factor, y)) for x, y in pairs]))
     values = np.array([sign * (a[seed][key] - factor * b[seed][key]) for seed in seeds])
     if len(values) > 1:

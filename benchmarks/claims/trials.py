@@ -179,7 +179,7 @@ class Paper:
     def needed_by(self, names: Sequence[str]) -> list[str]:
         """The trials named, and those that they start from, in the order in which they are made."""
         wanted = set(names)
-        for name in reversed(self.trials):
+        for name in reversed(list(self.trials)):
             wanted |= set(self.trials[name].earlier.values()) if name in wanted else set()
         return [name for name in self.trials if name in wanted]
 
