@@ -2,8 +2,8 @@
 
 Two players fit sequences `[B, L, D]`: "predictor" learns a frozen projection and steps every update, "critic" learns
 the size of the predictor's error and steps every third. Their gradients are clipped jointly, and a running mean of the
-loss lives in `extra`. Two batch shapes, no image, no time, no noise schedule. Below it, what the tests of the real
-recipes share.
+loss lives in `extra`. Two batch shapes, no image, no time, no noise schedule; no network that nnx has built, and an
+`Inputs` that hands its one array through. Below it, what the tests of the real recipes share.
 """
 
 import dataclasses
@@ -17,10 +17,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from snapgen_jax.generation import Generator
 from snapgen_jax.parallel.mesh import MeshConfig, make_mesh
 from snapgen_jax.training import loop
+from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.keys import key
 from snapgen_jax.training.loop import LoopConfig
 from snapgen_jax.training.optimizer import OptimizerConfig, clip_by_joint_norm, make_optimizer, new_player, step_player
-from snapgen_jax.training.state import TrainState
+from snapgen_jax.training.recipe import NoOptions
+from snapgen_jax.training.state import Player, TrainState
 
 WIDTH = 8
 ONE_STAGE = {  # what makes of the preset "smoke" a UNet of one stage, which compiles in less than half the time
@@ -33,19 +35,121 @@ ONE_STAGE = {  # what makes of the preset "smoke" a UNet of one stage, which com
 }
 
 
-class TwoPlayers:
+@dataclasses.dataclass(frozen=True)
+class OneArrayConfig:
+    """Batches of one array: its name, its shape in each bucket without the batch axis, and its dtype."""
+
+    name: str
+    shapes: dict
+    batch_size: int
+    dtype: type = np.float32
+
+
+class OneArray:
+    """An array that is both example and condition, with no network, no text and no picture. Implements
+    `inputs.interfaces.Inputs`."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def batch_specs(self):
+        config = self.config
+        return {
+            bucket: {config.name: jax.ShapeDtypeStruct((config.batch_size, *shape), config.dtype)}
+            for bucket, shape in config.shapes.items()
+        }
+
+    def latent_shape(self, size=None):
+        return next(iter(self.config.shapes.values()))
+
+    def conditions(self):
+        return (self.config.name,)
+
+    def networks(self):
+        return {}
+
+    def pretrained(self):
+        return ()
+
+    def load(self, roles, mesh):
+        return {}
+
+    def tokenizers(self):
+        return {}
+
+    def clean(self, networks, batch):
+        return batch[self.config.name].astype(jnp.float32)
+
+    def draw_kept(self, key, batch_size):
+        return {}
+
+    def draw_condition(self, networks, batch, key, kept):
+        return {self.config.name: batch[self.config.name]}
+
+    def condition(self, networks, drawn):
+        return drawn[self.config.name]
+
+    def null_condition(self, networks):
+        return jnp.zeros((1, *self.latent_shape()), self.config.dtype)
+
+    def decode(self, networks, x_0):
+        return {self.config.name: x_0}
+
+    def codec(self, networks):
+        raise ConfigError(f"no codec makes {self.config.name!r}; take it as it is")
+
+    def check_run(self, workdir, inputs, parts):
+        pass
+
+    def exports(self):
+        raise ConfigError(f"no phone asks for {self.config.name!r}; export a run of pictures")
+
+
+class Bare:
+    """What a recipe says of itself that has `inputs` and nothing beside them to tell."""
+
+    options = NoOptions()
+
+    def batch_specs(self):
+        return self.inputs.batch_specs()
+
+    def tokenizers(self):
+        return self.inputs.tokenizers()
+
+    def conditions(self):
+        return self.inputs.conditions()
+
+    def warm_start(self, state, earlier):
+        return state
+
+    def weights(self, params, frozen):
+        return {**frozen, **params}
+
+    def codec(self, params, frozen):
+        return self.inputs.codec(self.weights(params, frozen))
+
+    def parts(self):
+        return {}
+
+    def exports(self):
+        return self.inputs.exports()
+
+    def evaluators(self):
+        return []
+
+    def rules(self):
+        return []
+
+
+class TwoPlayers(Bare):
     """Implements `training.recipe.Recipe`."""
 
     def __init__(self, batch_size=16, lengths=(4, 6), train_steps=30, poison=None):
         self.batch_size, self.lengths, self.poison = batch_size, lengths, poison
         self.config = OptimizerConfig(learning_rate=3e-2, warmup_steps=0, clip_norm=0.5)
+        self.inputs = OneArray(OneArrayConfig("sequence", {f"length{n}": (n, WIDTH) for n in lengths}, batch_size))
+        self.trains = {"predictor": ("predictor",), "critic": ("critic",)}
         self.optimizer = make_optimizer(self.config, train_steps)
-
-    def batch_specs(self):
-        return {
-            f"length{n}": {"sequence": jax.ShapeDtypeStruct((self.batch_size, n, WIDTH), jnp.float32)}
-            for n in self.lengths
-        }
 
     def init(self, key):
         a, b = jax.random.split(key)
@@ -59,28 +163,28 @@ class TwoPlayers:
             jnp.int32(0), jnp.int32(0), players, {"mean_loss": jnp.float32(0), "critic_steps": jnp.int32(0)}
         )
 
-    def warm_start(self, state, earlier):
-        return state
-
     def frozen_spec(self):
         return {"projection": jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32)}
 
-    def load_frozen(self, mesh):
+    def load_frozen(self, mesh, use="train"):
+        if use == "generate":  # the projection is what is learnt
+            return {}
         matrix = np.linalg.qr(np.random.default_rng(0).normal(size=(WIDTH, WIDTH)))[0]
         where = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         return {"projection": jax.device_put(matrix.astype(np.float32), where)}
 
     def update(self, state, frozen, batch, key):
-        x = batch["sequence"]
+        params = {name: player.params for name, player in state.players.items()}
+        x = self.inputs.clean(self.weights(params, frozen), batch)
         target = x @ frozen["projection"] + 0.01 * jax.random.normal(key, x.shape)
 
         def loss(params):
-            prediction = x @ params["predictor"]["kernel"] + params["predictor"]["bias"]
+            networks = self.weights(params, frozen)
+            prediction = x @ networks["predictor"]["kernel"] + networks["predictor"]["bias"]
             error = jnp.square(prediction - target).mean(axis=(1, 2))
-            guess = (x @ params["critic"]["kernel"]).mean(axis=(1, 2))
+            guess = (x @ networks["critic"]["kernel"]).mean(axis=(1, 2))
             return error.mean() + jnp.square(guess - jax.lax.stop_gradient(error)).mean(), error.mean()
 
-        params = {name: player.params for name, player in state.players.items()}
         (_, error), grads = jax.value_and_grad(loss, has_aux=True)(params)
         if self.poison is not None:
             bad = jnp.isin(state.step, jnp.asarray(self.poison))
@@ -98,14 +202,10 @@ class TwoPlayers:
         new = state.replace(players={"predictor": predictor, "critic": critic}, extra=extra)
         return new, {"loss": error, "grad_norm": norm}
 
-    def generate(self, params, frozen, conditions, key, **options):
-        return {"sequence": conditions["sequence"] @ params["predictor"]["kernel"] + params["predictor"]["bias"]}
-
-    def exports(self):
-        raise NotImplementedError("a sequence model that no phone asks for")
-
-    def evaluators(self):
-        return []
+    def generate(self, params, frozen, conditions, keys, options):
+        predictor = self.weights(params, frozen)["predictor"]
+        x = conditions[self.inputs.config.name]
+        return self.inputs.decode({}, x @ predictor["kernel"] + predictor["bias"])
 
     def rules(self):
         return [(r"predictor/.*kernel$", PartitionSpec(None, "fsdp"))]
@@ -192,17 +292,45 @@ def train_and_read(made, batches, workdir, steps):
     return state, [json.loads(line) for line in (workdir / "metrics" / "train.jsonl").read_text().splitlines()]
 
 
-class Adds:
-    """A recipe that draws its prompt's number, times a weight, plus one that is frozen."""
+@dataclasses.dataclass(frozen=True)
+class AddsConfig:
+    """What a call to `Adds` may choose, none of which changes the sum."""
+
+    steps: int = 1
+    guidance: float = 1.0
+
+
+class Adds(Bare):
+    """A recipe that draws its prompt's number, times a weight, plus one that is frozen; it learns nothing. Implements
+    `training.recipe.Recipe`."""
 
     traced = 0
 
-    def batch_specs(self):
-        return {"1x1": {"tokens": jax.ShapeDtypeStruct((1, 1), jnp.int32)}}
+    def __init__(self, config=AddsConfig()):
+        self.config = self.options = config
+        self.trains = {"model": ("weight",)}
+        self.inputs = OneArray(OneArrayConfig("tokens", {"1x1": (1,)}, batch_size=1, dtype=np.int32))
 
-    def generate(self, params, frozen, conditions, keys, **options):
+    def init(self, key):
+        player = Player({"weight": jnp.int32(1)}, opt_state=(), ema=None)
+        return TrainState(jnp.int32(0), jnp.int32(0), {"model": player}, {})
+
+    def frozen_spec(self):
+        return {"offset": jax.ShapeDtypeStruct((), jnp.int32)}
+
+    def load_frozen(self, mesh, use="train"):
+        return {"offset": jnp.int32(0)}
+
+    def weights(self, params, frozen):
+        return {**frozen, **params["model"]}
+
+    def update(self, state, frozen, batch, key):
+        return state, {"loss": jnp.float32(0), "grad_norm": jnp.float32(0)}
+
+    def generate(self, params, frozen, conditions, keys, options):
         Adds.traced += 1
-        return {"image": conditions["tokens"] * params + frozen}
+        networks = self.weights(params, frozen)
+        return {"image": conditions["tokens"] * networks["weight"] + networks["offset"]}
 
 
 class Digits:
@@ -211,9 +339,10 @@ class Digits:
     names = ("tokens",)
 
     def arrays(self, prompts, lengths):
-        return {"tokens": np.array([[int(prompt)] for prompt in prompts])}
+        return {"tokens": np.array([[int(prompt)] for prompt in prompts], np.int32)}
 
 
 def adder(weight, frozen):
     """The generator of `Adds`; prompts are numbers."""
-    return Generator(Adds(), jnp.int32(weight), jnp.int32(frozen), Digits())  # type: ignore[arg-type]  # all it needs
+    params, frozen = {"model": {"weight": jnp.int32(weight)}}, {"offset": jnp.int32(frozen)}
+    return Generator(Adds(), params, frozen, Digits())  # type: ignore[arg-type]  # all it needs

@@ -74,7 +74,7 @@ def test_clips_come_out_reversed_and_are_shown_as_film_strips(chain, clips):
     drawn = load(chain / "adapted").run(conditions={"clip": clips})["clip"]
     assert drawn.shape == clips.shape and drawn.dtype == np.uint8
     assert np.abs(drawn.astype(int) - clips[:, ::-1]).mean() < 0.1 * np.abs(drawn.astype(int) - clips).mean() + 8
-    assert film_strip(drawn, ["a", "b", "c"]).shape[1] > 4 * 8
+    assert film_strip(drawn[0]).shape[1] >= 4 * 8
 
 
 def test_its_bundle_is_one_call_that_gives_what_the_run_gives(chain, clips, tmp_path):

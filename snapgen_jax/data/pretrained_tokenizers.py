@@ -134,14 +134,14 @@ class PretrainedTokenizers:
         for name, folder in folders.items():
             if not folder:
                 raise DataError(
-                    f"the text encoder {name} has no tokenizer: set encoders.{name}_tokenizer to the local folder that "
+                    f"the text encoder {name} has no tokenizer: set inputs.{name}_tokenizer to the local folder that "
                     "was published with it"
                 )
             tokenizers[name] = PretrainedTokenizer.load(folder)
             if tokenizers[name].vocab_size > vocab_sizes[name]:
                 raise DataError(
                     f"the tokenizer in {folder!r} has {tokenizers[name].vocab_size} ids and the text encoder {name} "
-                    f"takes {vocab_sizes[name]}; set encoders.{name}_tokenizer to its own"
+                    f"takes {vocab_sizes[name]}; set inputs.{name}_tokenizer to its own"
                 )
         return cls(tokenizers)
 

@@ -254,7 +254,7 @@ class Plan:
             )
         if self.global_batch > self.devices:
             knobs.append("microbatches=2 computes the batch in two halves")
-        knobs += ["unet.remat='blocks' keeps the inputs of each block alone", "a smaller batch_size, or more chips"]
+        knobs += ["network.remat='blocks' keeps the inputs of each block alone", "a smaller batch_size, or more chips"]
         return "; ".join(knobs)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from snapgen_jax.inputs.interfaces import Inputs, TokenizerSpec
-from snapgen_jax.networks.module import Network, frozen_spec, init
+from snapgen_jax.networks.module import Network, build, frozen_spec, init
 from snapgen_jax.training.exits import ConfigError
 
 Tree = Any
@@ -35,6 +35,29 @@ def frozen_roles(networks: Mapping[str, Network], trains: Mapping[str, Sequence[
 def specs_of(networks: Mapping[str, Network], roles: Iterable[str]) -> dict[str, Tree]:
     """`{role: shapes}` of frozen networks, in the dtypes in which they compute."""
     return {role: frozen_spec(networks[role]) for role in roles}
+
+
+def check_context(network: Any, inputs: Inputs) -> None:
+    """Compares what a network attends to with what its inputs give. Traces their text encoder, no more.
+
+    Args:
+        network: config of the network.
+        inputs: of the recipe that holds it.
+
+    Raises:
+        ValueError: the text states or the pooled text have another width, or there is no condition.
+    """
+    specs = {role: build(brought.config)[1] for role, brought in inputs.networks().items()}
+    given = jax.eval_shape(inputs.null_condition, specs)
+    if given is None:
+        raise ValueError(f"inputs of the kind {inputs.config.kind!r} give no condition, which the network attends to")
+    for what, states, name in (
+        ("the context", given.sequence, "context_width"),
+        ("the pooled text", given.pooled, "pooled_width"),
+    ):
+        width = getattr(network, name)
+        if width and width != states.shape[-1]:  # a network without a pooled width reads no pooled text
+            raise ValueError(f"{what} is {states.shape[-1]} wide, but network.{name} is {width}; make them equal")
 
 
 def merged_specs(*parts: Specs) -> Specs:

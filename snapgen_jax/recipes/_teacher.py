@@ -16,6 +16,7 @@ from snapgen_jax.diffusion.guidance import guided
 from snapgen_jax.diffusion.path import expand_like, interpolate
 from snapgen_jax.diffusion.samplers import sample
 from snapgen_jax.diffusion.schedules import FlowSchedule, Level, Schedule
+from snapgen_jax.inputs.captions import same_tokens
 from snapgen_jax.inputs.interfaces import Inputs, Networks, TokenizerSpec, prefixed, subtree
 from snapgen_jax.inputs.registry import InputsConfig
 from snapgen_jax.networks.mmdit import MMDiTConfig
@@ -67,13 +68,14 @@ class TeacherConfig:
 class Teacher:
     """A teacher beside a student."""
 
-    def __init__(self, config: TeacherConfig, student: Inputs, batch_size: int, platform: Platform):
-        """`student` is what the student is fed.
+    def __init__(self, config: TeacherConfig, student: Inputs, schedule: Schedule, batch_size: int, platform: Platform):
+        """`student` is what the student is fed, and `schedule` its noise schedule.
 
         Raises:
             ConfigError: the fields do not fit each other.
         """
         self.config, self.student = config, student
+        self.knows_levels = config.schedule == schedule
         self.role = config.network.kind
         self.denoiser = Denoiser(build(for_platform(config.network, platform))[0], config.prediction, config.schedule)
         self.inputs: Inputs | None = None
@@ -136,7 +138,9 @@ class Teacher:
         if self._own_condition is None:
             return self.student.tokenizers()
         own = {
-            name: dataclasses.replace(spec, workdir=spec.workdir or self.config.workdir)
+            name: dataclasses.replace(spec, workdir=self.config.workdir)
+            if spec.kind == "trained" and not spec.workdir
+            else spec
             for name, spec in self._own_condition.tokenizers().items()
         }
         return merged_tokenizers(self.student.tokenizers(), own)
@@ -162,6 +166,7 @@ class Teacher:
             ConfigError: no teacher is named, or it is not what the config says.
         """
         config, networks = self.config, self._own_networks()
+        self._check_tokenizers()
         if config.workdir:
             self._check_run(run_config(config.workdir))
         elsewhere = () if self.inputs is None else tuple(r for r in self.inputs.pretrained() if r in networks)
@@ -178,6 +183,19 @@ class Teacher:
             raise ConfigError("there is no teacher: set teacher.workdir to a trained run, or teacher.weights")
         brought = {} if self.inputs is None else self.inputs.load(elsewhere, mesh)
         return prefixed(TEACHER, {**held, **brought})
+
+    def _check_tokenizers(self) -> None:
+        """Raises where a text encoder of its own would read the token ids of another tokenizer than it knows."""
+        if self._own_condition is None:
+            return
+        merged = self.tokenizers()
+        for name, spec in self._own_condition.tokenizers().items():
+            known, used = spec.workdir or self.config.workdir, merged[name].workdir
+            if known and used and not same_tokens(known, used):
+                raise ConfigError(
+                    f"the teacher's text encoder knows the tokenizer of {known!r} and the student's that of {used!r}, "
+                    f"and both read {name!r}; use text encoders that were trained with one tokenizer"
+                )
 
     def _check_run(self, run: Mapping[str, Any]) -> None:
         """Raises where the teacher's run, of which `run` is the config, is not what the config here says of it."""
@@ -229,7 +247,7 @@ class Teacher:
             networks: `{role: parameters}`.
             drawn: of `draw`.
             x_t: where; with latents of its own, the point of those at the same time is asked instead.
-            level: the time.
+            level: the time, of the student's schedule; under another schedule the teacher is asked at the same t.
             student: what the student attends to.
             taps: names of the features.
         """
@@ -238,7 +256,8 @@ class Teacher:
             x_t = interpolate(drawn["x_0"], drawn["eps"], t)
         condition = self.condition(networks, drawn, student)
         params = networks[f"{TEACHER}/{self.role}"]
-        where: Any = level if config.schedule.kind == "flow" else t
+        # A level's native time is that of the student's schedule.
+        where: Any = level if self.knows_levels else t
 
         def steered(x: jax.Array, where: Any, v: jax.Array) -> jax.Array:
             if config.guidance == 1:

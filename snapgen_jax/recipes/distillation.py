@@ -90,7 +90,7 @@ class Distillation(FlowMatching):
             for name, weight in (("output", config.output_weight), ("feature", config.feature_weight))
             if weight
         }
-        self.teacher = Teacher(config.teacher, self.inputs, config.batch_size, platform)
+        self.teacher = Teacher(config.teacher, self.inputs, config.schedule, config.batch_size, platform)
         self._check()
         self.projectors = {
             f"projector_{i}": build(for_platform(pair, platform))[0] for i, pair in enumerate(self._projectors())
@@ -154,15 +154,16 @@ class Distillation(FlowMatching):
     def init(self, key: jax.Array) -> TrainState:
         """As without a teacher, and the projectors and running means."""
         state = super().init(key)
-        if not self.loss_weights:
-            return state
+        means = {"means": new_means(tuple(self.loss_weights), self.config.scaling)} if self._has_means else {}
+        return state.replace(extra=means)
+
+    def first_params(self, key: jax.Array) -> dict[str, Tree]:
+        """As without a teacher, and the projectors, from keys of their own."""
         projectors = {
             name: init(network, jax.random.fold_in(key, OWN_KEYS + i))
             for i, (name, network) in enumerate(self.projectors.items())
         }
-        player = self.new_player({**state.players["model"].params, **projectors})
-        means = {"means": new_means(tuple(self.loss_weights), self.config.scaling)} if self._has_means else {}
-        return state.replace(players={"model": player}, extra=means)
+        return {**super().first_params(key), **projectors}
 
     @property
     def _has_means(self) -> bool:

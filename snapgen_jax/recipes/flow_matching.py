@@ -32,6 +32,7 @@ from snapgen_jax.networks.rules import rules_of
 from snapgen_jax.networks.unet import UNetConfig
 from snapgen_jax.recipes._assembly import (
     Specs,
+    check_context,
     frozen_roles,
     init_roles,
     specs_of,
@@ -131,6 +132,7 @@ class FlowMatching:
                 f"the inputs give {channels} latent channels and network.latent_channels is "
                 f"{config.network.latent_channels}; make them equal"
             )
+        check_context(config.network, self.inputs)
 
     # --- networks ---
 
@@ -144,8 +146,12 @@ class FlowMatching:
 
     def init(self, key: jax.Array) -> TrainState:
         """Draws what "model" holds."""
-        player = self.new_player(init_roles(self.networks(), self.trains["model"], key))
+        player = self.new_player(self.first_params(key))
         return TrainState(jnp.int32(0), jnp.int32(0), {"model": player}, {})
+
+    def first_params(self, key: jax.Array) -> dict[str, Tree]:
+        """`{role: parameters}` that "model" holds before its first update."""
+        return init_roles(self.networks(), (self.role, *trained_roles(self.inputs)), key)
 
     def warm_start(self, state: TrainState, earlier: Tree) -> TrainState:
         """Starts from `{player: weights}` of an earlier stage; optimizer, average and schedule begin anew. What the

@@ -110,7 +110,7 @@ def test_specs_that_no_tokenizer_fits_are_refused(tmp_path, published, earlier) 
     with pytest.raises(DataError, match=says):
         _made(tmp_path / "new", {"tokens": dataclasses.replace(small, workdir=str(earlier))})
     assert not (tmp_path / "new").exists(), "a tokenizer that does not fit is not kept"
-    with pytest.raises(DataError, match=r"takes 10; set encoders\.t5_tokenizer to its own"):
+    with pytest.raises(DataError, match=r"takes 10; set inputs\.t5_tokenizer to its own"):
         load_tokenizers({"t5": dataclasses.replace(published["t5"], vocab_size=10)}, None)
     with pytest.raises(DataError, match=r"tokens needs the tokenizer\.json of a run"):
         load_tokenizers({"tokens": TRAINED}, None)

@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 
 from snapgen_jax import inference_weights, train
+from snapgen_jax.diffusion.schedules import FlowSchedule
+from snapgen_jax.inputs.captions import CaptionsConfig
+from snapgen_jax.inputs.interfaces import Inputs
 from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.codec import CodecConfig
 from snapgen_jax.networks.module import flatten
 from snapgen_jax.networks.unet import UNetConfig
 from snapgen_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
-from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig, SamplingConfig, initial_noise
+from snapgen_jax.recipes._sampling import SamplingConfig, initial_noise
+from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig
 from snapgen_jax.training import loop
 from snapgen_jax.training.keys import example_keys, key
 from snapgen_jax.training.loop import LoopConfig, make_step
@@ -26,10 +30,12 @@ from tests.recipes_for_tests import GREY_TOKENS, ONE_STAGE, ByPosition, greys
 CONFIG = FlowMatchingConfig(
     batch_size=16,
     train_steps=40,
-    image_sizes=((8, 8),),
-    unet=UNetConfig.preset("smoke", latent_channels=12, **ONE_STAGE),
-    text=ClipTextConfig.preset("smoke", max_tokens=GREY_TOKENS),
-    codec=CodecConfig(patch=2),
+    network=UNetConfig.preset("smoke", latent_channels=12, **ONE_STAGE),
+    inputs=CaptionsConfig(
+        image_sizes=((8, 8),),
+        text=ClipTextConfig.preset("smoke", max_tokens=GREY_TOKENS),
+        codec=CodecConfig(patch=2),
+    ),
     optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
     sampling=SamplingConfig(steps=3, guidance=2.0),
 )
@@ -37,6 +43,11 @@ CONFIG = FlowMatchingConfig(
 
 def recipe(**changes):
     return FlowMatching(dataclasses.replace(CONFIG, **changes), "cpu")
+
+
+def fed(**changes):
+    """The recipe with other inputs."""
+    return recipe(inputs=dataclasses.replace(CONFIG.inputs, **changes))
 
 
 def batch(seed=0, size=16):
@@ -54,7 +65,8 @@ def one_update(made, mesh_config=None):
 
 
 def test_it_fulfils_the_protocol():
-    assert isinstance(recipe(), Recipe)
+    made = recipe()
+    assert isinstance(made, Recipe) and isinstance(made.inputs, Inputs)
 
 
 def test_it_learns_in_a_notebook_and_draws_what_the_caption_says():
@@ -69,7 +81,8 @@ def test_it_learns_in_a_notebook_and_draws_what_the_caption_says():
     )
     assert after < 0.8 * before
     conditions = {k: jnp.asarray(v) for k, v in batch(7, 4).items() if k != "image"}
-    made_images = jax.jit(made.generate)(params, {}, conditions, example_keys(0, jnp.arange(4), "generate"))
+    generate = jax.jit(made.generate, static_argnums=4)
+    made_images = generate(params, {}, conditions, example_keys(0, jnp.arange(4), "generate"), made.options)
     assert made_images["image"].shape == (4, 8, 8, 3) and made_images["image"].dtype == jnp.uint8
 
 
@@ -142,13 +155,15 @@ def test_a_later_stage_starts_with_the_loss_of_the_earlier_one():
 
 
 def test_captions_are_dropped_at_the_given_rate():
-    made = recipe(caption_dropout=0.25)
+    made = fed(caption_dropout=0.25)
     big = batch(0, 4096)
     drawn = jax.jit(made.draw)({}, big, jax.random.key(0))
-    dropped = np.asarray(drawn["tokens"][:, 1] == 2)
+    told = drawn["condition"]
+    dropped = np.asarray(told["tokens"][:, 1] == 2)
+    np.testing.assert_array_equal(dropped, ~drawn["kept"]["text"])
     assert abs(dropped.mean() - 0.25) < 0.03
-    np.testing.assert_array_equal(drawn["mask"][dropped].sum(axis=1), 2)
-    np.testing.assert_array_equal(drawn["tokens"][~dropped], big["tokens"][~dropped])
+    np.testing.assert_array_equal(told["mask"][dropped].sum(axis=1), 2)
+    np.testing.assert_array_equal(told["tokens"][~dropped], big["tokens"][~dropped])
 
 
 def test_an_image_depends_on_its_own_key_alone():
@@ -168,7 +183,8 @@ def test_given_noise_of_another_shape_is_refused(method, wrong, right):
     def generate(shape):
         conditions = {**tokens, "noise": jnp.zeros(shape)}
         keys = example_keys(0, jnp.arange(2), "generate")
-        return jax.eval_shape(lambda p: made.generate({"model": p}, {}, conditions, keys, method=method), weights)
+        options = dataclasses.replace(made.options, method=method)
+        return jax.eval_shape(lambda p: made.generate({"model": p}, {}, conditions, keys, options), weights)
 
     assert generate(right)["image"].shape == (2, 8, 8, 3)
     with pytest.raises(ValueError, match=rf"the noise is {re.escape(str(wrong))}; .* take {re.escape(str(right))}"):
@@ -177,22 +193,23 @@ def test_given_noise_of_another_shape_is_refused(method, wrong, right):
 
 def test_times_below_the_bound_count_by_the_square_of_the_time():
     made, bounded = recipe(prediction="x_0"), recipe(prediction="x_0", loss_full_from=0.5)
-    params = jax.jit(made.init)(key(0, 0, "init")).players["model"].params
-    drawn = made.draw({}, batch(), jax.random.key(0))
+    networks = made.current(jax.jit(made.init)(key(0, 0, "init")), {})
+    drawn = made.draw(networks, batch(), jax.random.key(0))
 
     def losses(recipe, t):
-        return float(jax.jit(recipe.loss)(params, {**drawn, "t": jnp.full(16, t)})[0])
+        level = FlowSchedule().level(jnp.full(16, t))
+        return float(jax.jit(recipe.loss)(networks, {**drawn, "level": level}, {})[0])
 
     assert losses(bounded, 0.7) == pytest.approx(losses(made, 0.7), rel=1e-6)
     assert losses(bounded, 0.2) == pytest.approx(losses(made, 0.2) * (0.2 / 0.5) ** 2, rel=1e-5)
 
 
 def test_a_codec_that_does_not_fit_the_network_is_refused():
-    with pytest.raises(ValueError, match=r"the codec gives 48 latent channels and unet.latent_channels is 12"):
-        recipe(codec=CodecConfig(patch=4))
+    with pytest.raises(ValueError, match=r"the inputs give 48 latent channels and network.latent_channels is 12"):
+        fed(codec=CodecConfig(patch=4))
 
 
 def test_platform_choices_are_fixed_by_the_platform_compiled_for():
-    assert recipe().network.config.dtype == "float32" and recipe().network.config.depthwise == "shifted"
-    tpu = FlowMatching(CONFIG, "tpu")
-    assert tpu.network.config.dtype == "bfloat16" and tpu.network.config.depthwise == "grouped"
+    cpu, tpu = (FlowMatching(CONFIG, platform).networks()["unet"].config for platform in ("cpu", "tpu"))
+    assert cpu.dtype == "float32" and cpu.depthwise == "shifted"
+    assert tpu.dtype == "bfloat16" and tpu.depthwise == "grouped"

@@ -9,14 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from snapgen_jax.inputs.interfaces import Inputs
 from snapgen_jax.parallel.mesh import MeshConfig, make_mesh
 from snapgen_jax.training import checkpoint
 from snapgen_jax.training.checkpoint import CheckpointConfig, Checkpointer
 from snapgen_jax.training.exits import ConfigError, DivergedError
 from snapgen_jax.training.fingerprint import fingerprint
+from snapgen_jax.training.keys import key
 from snapgen_jax.training.loop import LoopConfig, train
 from snapgen_jax.training.recipe import Recipe
-from tests.recipes_for_tests import Sequences, TwoPlayers
+from tests.recipes_for_tests import Adds, Sequences, TwoPlayers
 
 CONFIG = LoopConfig(
     train_steps=30,
@@ -39,8 +41,20 @@ def lines(workdir):
     return (workdir / "metrics" / "train.jsonl").read_bytes()
 
 
-def test_the_recipe_fulfils_the_protocol():
-    assert isinstance(TwoPlayers(), Recipe)
+@pytest.mark.parametrize("recipe", [TwoPlayers(), Adds()], ids=["two players", "adds"])
+def test_the_recipe_fulfils_the_protocol(recipe):
+    assert isinstance(recipe, Recipe) and isinstance(recipe.inputs, Inputs)
+    params = {name: player.params for name, player in recipe.init(key(0, 0, "init")).players.items()}
+    frozen = recipe.load_frozen(None)
+    roles = [role for roles in recipe.trains.values() for role in roles]
+    assert (
+        recipe.weights(params, frozen).keys() == {*roles, *recipe.frozen_spec()}
+        and recipe.trains.keys() == params.keys()
+    )
+    spec = jax.eval_shape(lambda: frozen)
+    assert jax.tree.map(lambda s: (s.shape, s.dtype), spec) == jax.tree.map(
+        lambda s: (s.shape, s.dtype), recipe.frozen_spec()
+    )
 
 
 def test_it_learns_and_the_critic_steps_every_third_update(tmp_path):
@@ -185,7 +199,7 @@ def test_a_checkpoint_of_another_shape_is_refused_leaf_by_leaf(tmp_path, monkeyp
 
 def test_a_changed_frozen_network_is_refused_on_resume(tmp_path, monkeypatch):
     run(tmp_path, train_steps=7)
-    monkeypatch.setattr(TwoPlayers, "load_frozen", lambda self, mesh: {"projection": jax.numpy.eye(8)})
+    monkeypatch.setattr(TwoPlayers, "load_frozen", lambda self, mesh, use="train": {"projection": jax.numpy.eye(8)})
     with pytest.raises(ConfigError, match="frozen of this workdir"):
         run(tmp_path)
 

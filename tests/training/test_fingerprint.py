@@ -36,5 +36,13 @@ def test_it_changes_with(change):
     assert fingerprint(change(TREE)) != fingerprint(TREE)
 
 
+def test_a_role_with_slashes_counts_as_nested():
+    a, b, c, d = (TREE[f"layer_{i}"] for i in range(4))
+    flat = {"teacher/text": {"kernel": a}, "teacher/mmdit": {"kernel": b}, "text": c, "codec/decoder": d}
+    nested = {"teacher": {"text": {"kernel": a}, "mmdit": {"kernel": b}}, "text": c, "codec": {"decoder": d}}
+    assert fingerprint(flat) == fingerprint(nested)
+    assert fingerprint({"teacher_text": a}) != fingerprint({"teacher/text": a}) != fingerprint({"text": a})
+
+
 def test_of_nothing_it_is_empty():
     assert fingerprint({}) == ""

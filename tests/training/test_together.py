@@ -6,16 +6,18 @@ import jax
 import numpy as np
 import pytest
 
-from snapgen_jax.config import load_config
-from snapgen_jax.experiment import Experiment, prepare_workdir, train_together
+from snapgen_jax.config import load_experiment
+from snapgen_jax.experiment import Experiment
 from snapgen_jax.generation import load
 from snapgen_jax.parallel.mesh import MeshConfig, make_mesh
+from snapgen_jax.seeds import train_together
 from snapgen_jax.training import loop
 from snapgen_jax.training.checkpoint import CheckpointConfig
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.loop import LoopConfig
 from snapgen_jax.training.state import TrainState
 from snapgen_jax.training.together import JoinedBatches, Together, stack
+from snapgen_jax.workdir import prepare_workdir
 from tests.recipes_for_tests import Sequences, TwoPlayers
 
 SEEDS = (0, 5, 9)
@@ -33,8 +35,8 @@ class Own(TwoPlayers):
         super().__init__(lengths=(4,), train_steps=12)
         self.scale = scale
 
-    def load_frozen(self, mesh):
-        return jax.tree.map(lambda x: self.scale * x, super().load_frozen(mesh))
+    def load_frozen(self, mesh, use="train"):
+        return jax.tree.map(lambda x: self.scale * x, super().load_frozen(mesh, use))
 
     def warm_start(self, state, earlier):
         player = dataclasses.replace(state.players["predictor"], params=earlier["predictor"])
@@ -88,19 +90,31 @@ def test_what_is_trained_together_are_ordinary_runs_in_the_end(tmp_path):
     made = []
     for seed in (0, 1):
         changes = [f"seed={seed}", "train_steps=3", "tensorboard=False", "evaluation.final=()"]
-        config = load_config("configs/shapes/quickstart.py:runlocal", changes)
-        prepare_workdir(config, tmp_path / str(seed))
-        made.append(Experiment(config, tmp_path / str(seed)))
+        resolved = load_experiment("configs/shapes/quickstart.py:runlocal", changes)
+        prepare_workdir(resolved.config, tmp_path / str(seed))
+        made.append(Experiment(resolved, tmp_path / str(seed)))
     states = train_together(made, tmp_path / "both")
     assert [int(state.step) for state in states] == [3, 3]
     first, second = (load(tmp_path / str(seed)).generate(["a red circle"], seed=0) for seed in (0, 1))
     assert first.shape == (1, 32, 32, 3) and not np.array_equal(first, second)
-    again = Experiment(load_config("configs/shapes/quickstart.py:runlocal", changes), tmp_path / "1").train()
+    again = Experiment(load_experiment("configs/shapes/quickstart.py:runlocal", changes), tmp_path / "1").train()
     same(again, states[1], rtol=0, atol=0)  # it is finished, and restored as it is
 
 
+def test_the_weights_of_all_runs_stand_side_by_side():
+    recipes = [Own(1.0), Own(2.0)]
+    made = Together(recipes, (0, 5))
+    state = made.init(None)
+    params = {name: player.params for name, player in state.players.items()}
+    weights = made.weights(params, made.load_frozen(None))
+    for i, recipe in enumerate(recipes):
+        alone = {name: player.params for name, player in made.part(state, i).players.items()}
+        one = jax.tree.map(lambda x, i=i: x[i], weights)
+        jax.tree.map(np.testing.assert_array_equal, one, recipe.weights(alone, recipe.load_frozen(None)))
+
+
 def test_runs_of_several_shapes_are_refused(tmp_path):
-    config = load_config("configs/shapes/quickstart.py:runlocal", ["image_sizes=((32,32),(32,64))"])
-    experiments = [Experiment(config, tmp_path / name) for name in "ab"]
+    resolved = load_experiment("configs/shapes/quickstart.py:runlocal", ["inputs.image_sizes=((32,32),(32,64))"])
+    experiments = [Experiment(resolved, tmp_path / name) for name in "ab"]
     with pytest.raises(ConfigError, match="give all one image size"):
         train_together(experiments, tmp_path / "both")

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from snapgen_jax.evaluation.interfaces import EvaluationConfig, EvaluatorSpec
 from snapgen_jax.networks.module import Network, Platform, Preset, apply, build, frozen_spec, init
-from snapgen_jax.networks.rules import rules_of
+from snapgen_jax.networks.rules import Rules, rules_of
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.exports import ExportPlan, ExportUnit, GoldenInputs
 from snapgen_jax.training.optimizer import (
@@ -51,6 +51,12 @@ class MixerConfig(Preset):
     def module(self, rngs: nnx.Rngs) -> nnx.Module:
         return Mixer(self, rngs)
 
+    def rules(self) -> Rules:
+        return []
+
+    def input_spec(self, batch: int = 1) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return (jax.ShapeDtypeStruct((batch, self.frames, 8, 8, 3), jnp.float32),)
+
 
 class Mixer(nnx.Module):
     def __init__(self, config: MixerConfig, rngs: nnx.Rngs):
@@ -70,6 +76,12 @@ class HeadConfig(Preset):
 
     def module(self, rngs: nnx.Rngs) -> nnx.Module:
         return Head()
+
+    def rules(self) -> Rules:
+        return []
+
+    def input_spec(self, batch: int = 1) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return (jax.ShapeDtypeStruct((batch, 8, 8, 3), jnp.float32),)
 
 
 class Head(nnx.Module):

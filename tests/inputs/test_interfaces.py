@@ -1,0 +1,89 @@
+"""What every kind of example promises a recipe, and the words for roles and for what is kept."""
+
+import typing
+
+import jax
+import numpy as np
+import pytest
+
+from snapgen_jax.inputs.captions import CaptionsConfig
+from snapgen_jax.inputs.class_labels import ClassLabelsConfig
+from snapgen_jax.inputs.encoders import EncodersConfig
+from snapgen_jax.inputs.images import ImagesConfig
+from snapgen_jax.inputs.interfaces import Inputs, is_kept, prefixed, subtree
+from snapgen_jax.inputs.registry import InputsConfig
+from snapgen_jax.inputs.stored import StoredConfig
+from snapgen_jax.networks.autoencoder import AutoencoderConfig
+from snapgen_jax.networks.clip import ClipTextConfig
+from snapgen_jax.networks.codec import CodecConfig
+from snapgen_jax.networks.context import ConditionerConfig
+from snapgen_jax.networks.gemma2 import Gemma2Config
+from snapgen_jax.networks.label import LabelEmbeddingConfig
+from snapgen_jax.networks.module import build
+from tests.recipes_for_tests import TwoPlayers
+
+AUTOENCODER = CodecConfig(kind="autoencoder", autoencoder=AutoencoderConfig.preset("smoke"))
+SMALL = (
+    CaptionsConfig(text=ClipTextConfig.preset("smoke"), codec=AUTOENCODER),
+    EncodersConfig(
+        image_sizes=((32, 32),),
+        codec=AUTOENCODER,
+        clip_l=ClipTextConfig.preset("smoke"),
+        clip_g=ClipTextConfig.preset("smoke"),
+        language=Gemma2Config.preset("smoke"),
+        language_tokens=6,
+        conditioner=ConditionerConfig(width=32, language_width=16),
+    ),
+    StoredConfig(image_sizes=((32, 32),), context_width=16, pooled_width=16),
+    ClassLabelsConfig(codec=AUTOENCODER, label=LabelEmbeddingConfig.preset("smoke")),
+    ImagesConfig(image_sizes=((32, 32),), codec=AUTOENCODER),
+)
+EACH = [pytest.param(config.build(4, "cpu"), id=config.kind) for config in SMALL]
+WITH_SEQUENCES = [*EACH, pytest.param(TwoPlayers(batch_size=4).inputs, id="sequences of the tests")]
+
+
+def test_every_kind_of_the_registry_is_looked_at_here_and_lies_in_a_file_of_its_name():
+    assert {type(config) for config in SMALL} == set(typing.get_args(InputsConfig))
+    assert {type(config).__module__.rpartition(".")[2] for config in SMALL} == {config.kind for config in SMALL}
+
+
+@pytest.mark.parametrize("inputs", WITH_SEQUENCES)
+def test_it_fulfils_the_protocol_and_says_the_same_of_itself_everywhere(inputs):
+    assert isinstance(inputs, Inputs)
+    assert set(inputs.pretrained()) <= set(inputs.networks())
+    specs = next(iter(inputs.batch_specs().values()))
+    assert set(inputs.conditions()) <= set(specs) and set(inputs.tokenizers()) <= set(inputs.conditions())
+    for name, tokenizer in inputs.tokenizers().items():
+        assert specs[name].shape == (4, tokenizer.length) and specs[name].dtype == np.int32
+
+
+@pytest.mark.parametrize("inputs", WITH_SEQUENCES)
+def test_what_it_computes_has_the_shapes_that_it_promises(inputs):
+    networks = {role: build(network.config)[1] for role, network in inputs.networks().items()}
+    batch, one = next(iter(inputs.batch_specs().values())), jax.random.key(0)
+    x_0 = jax.eval_shape(inputs.clean, networks, batch)
+    assert (x_0.shape, x_0.dtype) == ((4, *inputs.latent_shape()), np.float32)
+    kept = inputs.draw_kept(one, 4)
+    assert all(rows.shape == (4,) for rows in kept.values())
+    for dropped in (kept, {}):
+        told = jax.eval_shape(inputs.draw_condition, networks, batch, one, dropped)
+        given = jax.eval_shape(inputs.condition, networks, told)
+        null = jax.eval_shape(inputs.null_condition, networks)
+        assert jax.tree.map(lambda s: (1, *s.shape[1:]), given) == jax.tree.map(lambda s: s.shape, null)
+    images = jax.eval_shape(inputs.decode, networks, x_0)
+    if "image" in images:
+        assert images["image"].shape == batch["image"].shape and images["image"].dtype == np.uint8
+
+
+def test_roles_below_a_prefix_are_taken_and_put_back():
+    roles = {"unet": 1, "teacher/mmdit": 2, "teacher/codec/decoder": 3, "teachers": 4}
+    below = subtree(roles, "teacher")
+    assert below == {"mmdit": 2, "codec/decoder": 3}
+    assert prefixed("teacher", below) == {"teacher/mmdit": 2, "teacher/codec/decoder": 3}
+
+
+def test_an_encoder_is_kept_as_it_is_told_or_else_where_any_is():
+    kept = {"clip_l": np.array([1.0, 0.0, 0.0]), "language": np.array([0.0, 0.0, 1.0])}
+    np.testing.assert_array_equal(is_kept(kept, "clip_l"), kept["clip_l"])
+    np.testing.assert_array_equal(is_kept(kept, "text"), [True, False, True])
+    assert is_kept({}, "text") is None
