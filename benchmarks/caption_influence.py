@@ -10,16 +10,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import pathlib
 from typing import Any
 
 import jax
 import numpy as np
 
 from benchmarks.measuring import machine
-from snapgen_jax.config import from_json
+from snapgen_jax.config import resolve
 from snapgen_jax.experiment import Experiment, ValidationBatches
-from snapgen_jax.generation import load
+from snapgen_jax.generation import load, load_config
 
 
 def main() -> None:
@@ -28,9 +27,9 @@ def main() -> None:
     parser.add_argument("--workdir", required=True)
     parser.add_argument("--batches", type=int, default=16)
     arguments = parser.parse_args()
-    workdir = pathlib.Path(arguments.workdir)
+    workdir = arguments.workdir
     generator = load(workdir)
-    experiment = Experiment(from_json((workdir / "config.json").read_text()), workdir)
+    experiment = Experiment(resolve(load_config(workdir)), workdir)
     recipe: Any = experiment.recipe
     loss = jax.jit(recipe.validation_loss)
     sums: dict[str, np.ndarray] = {}

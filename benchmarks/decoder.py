@@ -32,8 +32,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from benchmarks.measuring import by_turns, machine
-from snapgen_jax.config import load_config
-from snapgen_jax.experiment import Experiment, prepare_workdir
+from snapgen_jax.config import load_experiment
+from snapgen_jax.experiment import Experiment
 from snapgen_jax.export.client import litert_unit
 from snapgen_jax.export.convert import to_tflite
 from snapgen_jax.generation import load_weights
@@ -41,6 +41,8 @@ from snapgen_jax.networks.autoencoder import AutoencoderConfig
 from snapgen_jax.networks.counting import count_macs
 from snapgen_jax.networks.module import apply, build, count_parameters, init
 from snapgen_jax.networks.tiny_decoder import TinyDecoderConfig
+from snapgen_jax.training.loop import inference_weights
+from snapgen_jax.workdir import prepare_workdir
 
 RESULT = pathlib.Path(__file__).parent / "results" / "decoder.json"
 PUBLISHED_SPEEDUP = 54  # Hu et al. 2025: on an iPhone 16 Pro Max, at 1024 px
@@ -175,7 +177,7 @@ def train(budget: str, root: pathlib.Path) -> dict[str, Any]:
     found: dict[str, Any] = {"budget": budget, "steps": steps, "batch": 16, "seeds": 1}
     for name, changes in VARIANTS.items():
         numbers, seconds = _run(
-            "tiny_decoder", root / name, [*common, f"codec.workdir={root / 'autoencoder'}", *changes]
+            "tiny_decoder", root / name, [*common, f"inputs.codec.workdir={root / 'autoencoder'}", *changes]
         )
         config = TinyDecoderConfig.preset("shapes", **_fields(changes))
         found[name] = {**_of("tiny", numbers), "parameters": count_parameters(build(config)[1]), "seconds": seconds}
@@ -216,11 +218,10 @@ def photographs(budget: str, root: pathlib.Path) -> dict[str, Any]:
     source = ["data.source=folder", "data.captions=none", "data.flip=random", f"data.path={root / 'train'}"]
     common = [*_common(steps), *source]
     _run("autoencoder", root / "autoencoder", common)
-    codec = f"codec.workdir={root / 'autoencoder'}"
+    codec = f"inputs.codec.workdir={root / 'autoencoder'}"
     _run("tiny_decoder", root / "tiny", [*common, codec])
     apart = [f"data.path={root / 'held_out'}", "data.validation_share=0.9"]
-    config = load_config("configs/shapes/tiny_decoder.py", [*common, codec, *apart])
-    experiment = Experiment(config, root / "tiny")
+    experiment = Experiment(load_experiment("configs/shapes/tiny_decoder.py", [*common, codec, *apart]), root / "tiny")
     (evaluator,) = experiment.evaluators()
     weights = load_weights(root / "tiny", experiment.recipe)
     numbers = evaluator.run(weights, experiment.recipe.load_frozen(None)).numbers
@@ -263,15 +264,14 @@ def _common(steps: int) -> list[str]:
 
 def _run(name: str, workdir: pathlib.Path, overrides: list[str]) -> tuple[dict[str, float], float]:
     """Trains a config, or finds it trained; returns the last reconstruction's numbers, and seconds of training."""
-    config = load_config(f"configs/shapes/{name}.py", overrides)
-    prepare_workdir(config, workdir)
+    resolved = load_experiment(f"configs/shapes/{name}.py", overrides)
+    prepare_workdir(resolved.config, workdir)
     begin = time.perf_counter()
-    experiment = Experiment(config, workdir)
+    experiment = Experiment(resolved, workdir)
     state = experiment.train()
     seconds = time.perf_counter() - begin
     (evaluator,) = experiment.evaluators()
-    weights = {player: p.params if p.ema is None else p.ema for player, p in state.players.items()}
-    return evaluator.run(weights, experiment.recipe.load_frozen(None)).numbers, seconds
+    return evaluator.run(inference_weights(state), experiment.recipe.load_frozen(None)).numbers, seconds
 
 
 def main() -> None:

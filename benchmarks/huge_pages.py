@@ -32,13 +32,13 @@ def child() -> None:
     """Prints the milliseconds of one update, and the machine's name."""
     import jax
 
-    from snapgen_jax.config import load_config
+    from snapgen_jax.config import load_experiment
     from snapgen_jax.experiment import Experiment
     from snapgen_jax.training.keys import key
     from snapgen_jax.training.loop import make_step
 
     with tempfile.TemporaryDirectory() as workdir:
-        experiment = Experiment(load_config(CONFIG), workdir)
+        experiment = Experiment(load_experiment(CONFIG), workdir)
         state: Any = jax.jit(experiment.recipe.init)(key(0, 0, "init"))
         batch = jax.device_put(next(experiment.data.batches(0)).arrays)
     step = jax.jit(make_step(experiment.recipe, 0), donate_argnums=0)

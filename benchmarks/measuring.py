@@ -6,6 +6,7 @@ import os
 import pathlib
 import platform
 import re
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,6 +24,16 @@ def machine() -> str:
     processor = named.group(1).strip() if named else platform.machine()
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     return f"{processor}, {os.cpu_count()} CPU cores, {devices}, jax {jax.__version__}"
+
+
+def commit() -> str:
+    """Of the code that measured, "-dirty" where files differ from it; "" outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()
 
 
 def by_turns(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:

@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 import pathlib
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.measuring import fastest, machine
-from snapgen_jax.config import build, load_config, recipe_class
+from snapgen_jax.config import load_experiment
 from snapgen_jax.parallel.chips import Chip, Roofline
 from snapgen_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from snapgen_jax.training import loop
@@ -41,9 +40,7 @@ def measured_peaks() -> Chip:
 
 def main() -> None:
     """Measures and stores."""
-    config: Any = load_config(CONFIG)
-    cls = recipe_class(config.recipe)
-    recipe = cls(build(cls.Config, config), "cpu")
+    recipe = load_experiment(CONFIG).build("cpu")
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     (bucket, spec), *_ = recipe.batch_specs().items()
     lowered, _ = loop.lower_abstract_step(recipe, 0, mesh, bucket)

@@ -22,22 +22,23 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measuring import machine
-from snapgen_jax.config import load_config
+from snapgen_jax.config import load_experiment
 from snapgen_jax.data.prompts import CATEGORIES, make_prompts_with_scenes
 from snapgen_jax.data.shapes_captions import layout
 from snapgen_jax.evaluation.compositional import PER_CATEGORY, CompositionalScore
-from snapgen_jax.experiment import Experiment, prepare_workdir
+from snapgen_jax.experiment import Experiment
 from snapgen_jax.generation import load
 from snapgen_jax.networks.module import count_parameters
 from snapgen_jax.process import prepare
+from snapgen_jax.workdir import prepare_workdir
 
 QUICKSTART = "configs/shapes/quickstart.py"
 RESULTS = pathlib.Path(__file__).parent / "results"
 WITHOUT = {
-    "neighbours": ["text.neighbours=0", "text.attention=causal"],
+    "neighbours": ["inputs.text.neighbours=0", "inputs.text.attention=causal"],
     "dense": ["data.shapes.dense_share=0.0"],
-    "positions": ["unet.absolute_positions=False"],
-    "times": ["timesteps.mean=1.05", "timesteps.final_mean=None"],
+    "positions": ["network.absolute_positions=False"],
+    "times": ["schedule.mean=1.05", "schedule.final_mean=None"],
 }
 CHANGES = ("none", "images", "width", "layout", *WITHOUT)
 
@@ -60,18 +61,18 @@ class LayoutGenerator:
 
 def overrides(change: str) -> list[str]:
     """What differs from the quickstart's config."""
-    base: Any = load_config(QUICKSTART)
+    base: Any = load_experiment(QUICKSTART).config
     match change:
         case "none":
             return []
         case "images":
             return [f"train_steps={4 * base.train_steps}"]
         case "width":
-            wide = {name: 2 * base.unet[name] for name in ("head_dim", "embedding_width")}
-            channels = tuple(2 * c for c in base.unet.channels)
-            return [f"unet.channels={channels}", *(f"unet.{name}={value}" for name, value in wide.items())]
+            wide = {name: 2 * base.network[name] for name in ("head_dim", "embedding_width")}
+            channels = tuple(2 * c for c in base.network.channels)
+            return [f"network.channels={channels}", *(f"network.{name}={value}" for name, value in wide.items())]
         case "layout":
-            return ["data.shapes.captions=layout", "text.max_tokens=48"]
+            return ["data.shapes.captions=layout", "inputs.text.max_tokens=48"]
         case _:
             return WITHOUT[change]
 
@@ -84,9 +85,10 @@ def main() -> None:
     parser.add_argument("--workdir", default="runs/quickstart_limits")
     arguments = parser.parse_args()
     workdir = pathlib.Path(arguments.workdir) / arguments.change
-    config: Any = load_config(QUICKSTART, overrides(arguments.change))
+    resolved = load_experiment(QUICKSTART, overrides(arguments.change))
+    config: Any = resolved.config
     prepare_workdir(config, workdir)
-    experiment = Experiment(config, workdir)
+    experiment = Experiment(resolved, workdir)
     state = experiment.train()
     generator: Any = load(workdir)
     score = CompositionalScore()(LayoutGenerator(generator) if arguments.change == "layout" else generator).numbers

@@ -23,9 +23,9 @@ from typing import Any
 
 import jax
 
+from benchmarks.claims.runs import fix_platform
 from benchmarks.measuring import machine, random_like
-from benchmarks.shapes_trials import fix_platform
-from snapgen_jax.config import build, load_config, recipe_class
+from snapgen_jax.config import load_config, resolve
 from snapgen_jax.process import prepare
 from snapgen_jax.training.keys import key
 from snapgen_jax.training.loop import make_step
@@ -39,8 +39,7 @@ def recipe_of(name: str, depthwise: str, dtype: str) -> Recipe:
     """That of a stage on patches of pixels."""
     config = load_config(f"configs/shapes/{name}.py:quick")
     fix_platform(config, dtype=dtype, depthwise=depthwise)
-    cls = recipe_class(str(config.recipe))
-    return cls(build(cls.Config, config), jax.default_backend())
+    return resolve(config).build(jax.default_backend())
 
 
 def measure(recipe: Recipe, runs: int, updates: int) -> dict[str, float]:

@@ -4,7 +4,7 @@
         --config.inputs.text_workdir=runs/clip --config.teacher.workdir=runs/teacher --config.init_from=runs/student
 
 A stage of `chain.py`, which starts from `student.py`'s, as the paper distils what has been trained. Without `init_from`
-it learns from nothing, in as many updates as `student.py`: `benchmarks/shapes_claims.py` sets the two side by side.
+it learns from nothing, in as many updates as `student.py`: `benchmarks/claims/snapgen.py` sets the two side by side.
 Machine: one GPU, or two CPU cores for some hours. Metric: `score.overall`, above that of `student.py`.
 """
 
@@ -19,7 +19,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.recipe = "distillation"
     architecture = teacher.mmdit(arg)
     c.teacher = ConfigDict({"workdir": "runs/teacher", "network": architecture, "prediction": c.prediction})
-    c.scaling = ConfigDict({"ratio": "none"})  # benchmarks/shapes_claims.py trains the other too: "with ratio"
+    c.scaling = ConfigDict({"ratio": "none"})  # benchmarks/claims/snapgen.py trains the other too: "with ratio"
     c.feature_weight = 0.3  # features are normalised, and differ by more than velocities do
     c.student_taps = ("mid",)
     c.teacher_taps = (f"block_{(architecture.depth - 1) // 2:02d}",)  # the last says little that its velocity does not

@@ -1,0 +1,195 @@
+"""SnapGen (arXiv 2412.09619): the ladder of its UNet, distillation from a larger teacher, and four steps.
+
+Networks that all seeds share (CLIP, the teacher) are trained once. On a GPU all seeds of a trial are one program, whose
+convolutions XLA tries for minutes unless XLA_FLAGS=--xla_gpu_autotune_level=0; four jobs at a time keep it busy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.claims.claim import DIVERSITY, FRECHET, HELD_OUT, SCORE, Claim, better, fewer, no_worse
+from benchmarks.claims.scores import PermutedCaptions
+from benchmarks.claims.trials import CONFIGS, Draw, Effort, Measure, Trial
+from benchmarks.measuring import fastest
+from snapgen_jax.config import load_experiment
+from snapgen_jax.networks.counting import STEPS, ladder, macs
+from snapgen_jax.networks.module import apply, for_platform, init
+from snapgen_jax.networks.module import build as build_network
+from snapgen_jax.networks.unet import UNetConfig
+
+LATENT = {"height": 8, "width": 8, "tokens": 20}  # of the shapes world
+LADDER = tuple(f"ladder {step.name}" for step in STEPS)
+
+
+# --- the ladder ------------------------------------------------------------------------------------------------------
+
+
+def ladder_networks(arg: str) -> dict[str, UNetConfig]:
+    """The networks of the design steps that lead to the student's, as the paper leads to its own: attention at the
+    lowest resolution, and a first stage that is conditioned."""
+    student: Any = load_experiment(f"{CONFIGS / 'student'}.py:{arg}").recipe.network
+    depth = tuple(max(1, d) for d in student.down_depth)
+    final = dataclasses.replace(student, first_stage="tf", down_depth=depth, self_attention=(False, True))
+    return ladder(final)
+
+
+def ladder_changes(name: str, arg: str) -> list[str]:
+    """Overrides that make of the student's network that of a step."""
+    fields = dataclasses.asdict(ladder_networks(arg)[name])
+    return [f"network.{field}={value}" for field, value in fields.items() if field != "kind"]
+
+
+def multiply_adds(config: UNetConfig) -> float:
+    """Of one call for one image of the shapes world, in millions."""
+    return macs(config, config.input_spec(1, **LATENT)) / 1e6
+
+
+def milliseconds(configs: Mapping[str, UNetConfig], rounds: int = 5, batch: int = 16) -> dict[str, float]:
+    """Time on the CPU of a network's forward pass on a batch of 32 px, the fastest of some rounds in which all take
+    turns."""
+    calls: dict[str, Callable[[], Any]] = {}
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        for name, config in configs.items():
+            network, _ = build_network(for_platform(config, "cpu"))
+            params = jax.jit(lambda key, network=network: init(network, key))(jax.random.key(0))
+            inputs = jax.tree.map(lambda s: np.ones(s.shape, s.dtype), config.input_spec(batch, **LATENT))
+            forward = jax.jit(lambda p, *x, network=network: apply(network, p, *x)[0])
+            calls[name] = functools.partial(forward, params, *inputs)
+        return {name: 1e3 * seconds for name, seconds in fastest(calls, rounds).items()}
+
+
+def ladder_costs(arg: str, workdirs: Mapping[str, pathlib.Path]) -> dict[str, dict[str, float]]:
+    """Multiply-adds and milliseconds of every network of the ladder, side by side on one machine."""
+    networks = {f"ladder {name}": network for name, network in ladder_networks(arg).items()}
+    times = milliseconds(networks)
+    return {
+        row: {"multiply_adds": multiply_adds(network), "milliseconds": times[row]} for row, network in networks.items()
+    }
+
+
+# --- what is trained -------------------------------------------------------------------------------------------------
+
+CLIP = {"ci": Effort(), "short": Effort(1_000), "night": Effort(1_000), "gpu": Effort(1_000), "world": Effort(12_000)}
+TEACHER = {
+    "ci": Effort(),
+    "short": Effort(7_000),
+    "night": Effort(12_000),
+    "gpu": Effort(12_000),
+    "world": Effort(60_000),
+}
+STUDENT = {
+    "ci": Effort(),
+    "short": Effort(2_000),
+    "night": Effort(4_000, 3),
+    "gpu": Effort(4_000, 3),
+    "world": Effort(34_400, 3),
+}
+FEW_STEP = {
+    "ci": Effort(),
+    "short": Effort(600),
+    "night": Effort(1_000, 3),
+    "gpu": Effort(1_000, 3),
+    "world": Effort(12_000, 3),
+}
+DESIGN_STEP = {"ci": Effort(), "night": Effort(4_000), "gpu": Effort(4_000, 3), "world": Effort(34_400, 3)}
+
+UNGUIDED = {"guidance": 1.0}
+BOTH = {"": Draw(), "unguided": Draw({**UNGUIDED, "steps": 28})}  # what the paper sets beside four steps
+OF_DISTILLED = {
+    **BOTH,
+    "4 steps": Draw({**UNGUIDED, "steps": 4}),
+    "permuted captions": Draw(evaluators=("compositional",), wrap=PermutedCaptions),
+}
+TEXT = {"inputs.text_workdir": "clip"}
+TAUGHT = {**TEXT, "teacher.workdir": "teacher"}
+FROM_DISTILLED = {**TAUGHT, "init_from": "distilled", "trunk_workdir": "distilled"}
+TRIALS = {  # in the order in which they are made
+    "clip": Trial("clip", CLIP, draws={}, shared=True),
+    "teacher": Trial("teacher", TEACHER, earlier=TEXT, shared=True),
+    "alone": Trial("student", STUDENT, earlier=TEXT, draws=BOTH),
+    "distilled": Trial("student_distilled", STUDENT, earlier=TAUGHT, draws=OF_DISTILLED),
+    "output only": Trial("student_distilled", STUDENT, ("feature_weight=0.0",), TAUGHT, BOTH),
+    "fixed share": Trial("student_distilled", STUDENT, ("scaling.alpha=constant",), TAUGHT),
+    "no scaling": Trial("student_distilled", STUDENT, ("scaling.alpha=none",), TAUGHT),
+    "four steps": Trial("student_few_step", FEW_STEP, earlier=FROM_DISTILLED),
+    "no adversary": Trial("student_few_step", FEW_STEP, ("adversarial_weight=0.0",), FROM_DISTILLED),
+    "no teacher": Trial("student_few_step", FEW_STEP, ("output_weight=0.0",), FROM_DISTILLED),
+    "eight steps": Trial(
+        "student_few_step",
+        {"ci": Effort(), "night": Effort(1_000), "gpu": Effort(1_000)},
+        ("sampling.steps=8",),
+        FROM_DISTILLED,
+    ),
+    **{
+        f"ladder {step.name}": Trial("student", DESIGN_STEP, functools.partial(ladder_changes, step.name), TEXT)
+        for step in STEPS
+    },
+    "with ratio": Trial(
+        "student_distilled",
+        {"ci": Effort(), "night": Effort(4_000), "gpu": Effort(4_000)},
+        ("scaling.ratio=running",),
+        TAUGHT,
+    ),
+    "alone in bfloat16": Trial("student", {"gpu": Effort(4_000, 3)}, earlier=TEXT, dtype="bfloat16"),
+}
+MEASURES = {"ladder costs": Measure(ladder_costs, LADDER, ("multiply_adds", "milliseconds"), tuple(DESIGN_STEP))}
+
+
+# --- what is claimed -------------------------------------------------------------------------------------------------
+
+CLAIMS = (
+    Claim(
+        "the ladder ends at a network that is smaller and faster, with an equal or better score",
+        (
+            no_worse("ladder G", "ladder A"),
+            *(fewer("ladder G", "ladder A", cost) for cost in ("parameters", "multiply_adds", "milliseconds")),
+        ),
+    ),
+    # Guidance trades the likeness of all images to the data for what each shows: likeness is compared without it.
+    Claim(
+        "distillation helps: output and features > output alone > no teacher",
+        (
+            better("distilled", "output only"),
+            better("output only", "alone"),
+            better("distilled", "alone", HELD_OUT),
+            better("distilled, unguided", "alone, unguided", FRECHET),
+        ),
+    ),
+    Claim(
+        "timestep-aware scaling helps, against a fixed share and against none",
+        (better("distilled", "fixed share"), better("distilled", "no scaling")),
+    ),
+    Claim(
+        "the student comes near to a teacher several times its size",
+        (no_worse("distilled", "teacher", share=0.95), fewer("distilled", "teacher", "parameters", 3.0)),
+    ),
+    Claim(
+        "four steps are nearly enough, without guidance",
+        (
+            no_worse("four steps", "distilled, unguided", share=0.95),
+            better("four steps", "distilled, unguided", DIVERSITY, share=0.8),
+        ),
+    ),
+    Claim(
+        "few-step distillation does it: undistilled, without adversary and without teacher are worse",
+        (
+            better("four steps", "distilled, 4 steps"),
+            better("four steps", "no adversary"),
+            better("four steps", "no teacher"),
+        ),
+    ),
+    Claim("bfloat16 costs no score", (no_worse("alone in bfloat16", "alone"),)),
+    Claim(
+        "captions do not matter: another prompt's images score as well",
+        (no_worse("distilled, permuted captions", "distilled", SCORE),),
+        control=True,
+    ),
+)
