@@ -23,6 +23,8 @@ GPU_OPERATORS = frozenset([
     "RSQRT", "SIN", "SLICE", "SOFTMAX", "STRIDED_SLICE", "SUB", "SUM", "TANH", "TRANSPOSE", "TRANSPOSE_CONV",
 ])
 # fmt: on
+# Operators of two tensors, element by element; the smaller one is repeated.
+ELEMENTWISE = frozenset(["ADD", "SUB", "MUL", "DIV", "MAXIMUM", "MINIMUM", "POW", "SQUARED_DIFFERENCE", "FLOOR_DIV"])
 CONTROL_FLOW = frozenset({"IF", "WHILE", "CALL", "CALL_ONCE"})
 
 
@@ -70,6 +72,8 @@ def breaches(description: Description, requirements: Requirements) -> list[str]:
         reason = _forbidden(operator.name, requirements)
         if reason:
             found.append(f"{operator.name} {reason}; it makes {_names(operator.outputs)}")
+        if requirements.gpu and (misread := _misread(operator)):
+            found.append(misread)
         for tensor in operator.outputs:
             if len(tensor.shape) > requirements.max_rank:
                 found.append(
@@ -101,6 +105,25 @@ def _forbidden(name: str, requirements: Requirements) -> str | None:
     if requirements.gpu and name not in GPU_OPERATORS:
         return "is not run by the GPU accelerator"
     return None
+
+
+def _misread(operator: Operator) -> str | None:
+    """Ranks that a GPU delegate aligns otherwise than TFLite does, so that it computes garbage and reports success.
+
+    TFLite aligns shapes at their last axis. ML Drift reads `[N, C]` as `[N, 1, 1, C]` and `[1, N, C]` as
+    `[1, 1, N, C]`: the first axis is the batch, whatever the rank. Both agree where the tensor of lower rank has a first
+    axis of one, or that axis only.
+    """
+    if operator.name not in ELEMENTWISE or len(operator.inputs) != 2:
+        return None
+    low, high = sorted(operator.inputs, key=lambda tensor: len(tensor.shape))
+    if len(low.shape) == len(high.shape) or len(low.shape) < 2 or low.shape[0] == 1:
+        return None
+    return (
+        f"{operator.name} of {low.name!r} {list(low.shape)} and {high.name!r} {list(high.shape)} is computed wrongly by "
+        f"the GPU accelerator, which takes the {low.shape[0]} for a batch; give both tensors the same rank, as in an "
+        "image [1, H, W, C] and a table [1, H, W, C]"
+    )
 
 
 def flex_operators(description: Description) -> int:

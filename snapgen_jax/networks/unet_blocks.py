@@ -129,7 +129,10 @@ class Transformer(nnx.Module):
         b, h, w, c = x.shape
         tokens = self.project_in(self.norm(x).reshape(b, h * w, c))
         if self.absolute:
-            tokens = tokens + np.concatenate(rope_table(h, w, c, theta=100.0), axis=-1).astype(tokens.dtype)
+            # Added to the image: a table of rank 3 added to rows of rank 2, which converters make of a sum of tokens,
+            # is read as N images of one cell by mobile GPU delegates, and the result is wrong without an error.
+            table = np.concatenate(rope_table(h, w, c, theta=100.0), axis=-1).astype(tokens.dtype)
+            tokens = (tokens.reshape(b, h, w, c) + table.reshape(h, w, c)).reshape(b, h * w, c)
         tokens = shard(tokens, "tokens")
         for block in self.blocks:
             tokens = block(tokens, context, context_bias, rope)

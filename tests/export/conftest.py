@@ -174,7 +174,7 @@ def smoke(tmp_path_factory, tokenizer_json) -> Exported:
     config = FlowMatchingConfig(
         image_sizes=((16, 16),),
         prediction="x_0",
-        unet=UNetConfig.preset("smoke", latent_channels=12),
+        unet=UNetConfig.preset("smoke", latent_channels=12, absolute_positions=True),
         text=ClipTextConfig.preset("smoke", vocab_size=300, max_tokens=12),
         codec=CodecConfig(patch=2, scale=1.5, shift=0.1, frequency_scale=(1.0, 1.5, 1.5, 2.0)),
         sampling=SamplingConfig(steps=4, guidance=2.0, shift=1.5),

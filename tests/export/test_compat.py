@@ -8,6 +8,7 @@ from snapgen_jax.export.convert import ConversionError, to_tflite
 from snapgen_jax.export.flatbuffer import Description, Operator, Tensor, describe
 
 from .conftest import QUICK, array
+from .files import binary_file
 
 FLOAT = Tensor("x", (1, 4), "float32", constant=False, static=True)
 
@@ -39,6 +40,29 @@ def test_a_gather_is_for_the_cpu_only():
     assert not breaches(graph(op("GATHER_ND")), Requirements())
     (found,) = breaches(graph(op("GATHER_ND")), Requirements(gpu=True))
     assert "GATHER_ND is not run by the GPU accelerator" in found
+
+
+@pytest.mark.parametrize(
+    "one, other, wrong",
+    [
+        ((6, 8), (1, 6, 8), True),  # tokens without their batch, and a table of positions
+        ((1, 6, 8), (6, 8), True),
+        ((4, 8), (1, 4, 4, 8), True),
+        ((4, 4, 8), (1, 4, 4, 8), True),
+        ((1, 4, 4, 8), (1, 4, 4, 8), False),
+        ((1, 8), (1, 4, 4, 8), False),
+        ((8,), (1, 4, 4, 8), False),
+        ((), (1, 4, 8), False),
+    ],
+)
+def test_ranks_that_a_gpu_misreads_are_refused_in_a_real_file(tmp_path, one, other, wrong):
+    path = binary_file(tmp_path / "add.tflite", "ADD", one, other)
+    check(path)  # a CPU computes all of them
+    if not wrong:
+        check(path, Requirements(gpu=True))
+        return
+    with pytest.raises(IncompatibleModelError, match=r"ADD of '.' \[.*\] and '.' \[.*\] is computed wrongly by the GPU"):
+        check(path, Requirements(gpu=True))
 
 
 def test_a_missing_operator_is_named():
