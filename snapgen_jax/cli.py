@@ -91,6 +91,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--backend", choices=("jax2tf", "litert"), default="jax2tf", help="converter (default: %(default)s)"
     )
 
+    export.add_argument(
+        "--gpu",
+        choices=("check", "skip"),
+        default="check",
+        help="refuse what is wrong on LiteRT's GPU accelerator, where a Vulkan driver is found, or would overflow "
+        "float16; or export it nevertheless (default: %(default)s)",
+    )
     export.add_argument("--decoder", help="a run of a tiny decoder, in place of the run's own")
 
     encode = add("encode", _encode, "Image files to latents, by a trained run or by published weights.")
@@ -409,7 +416,7 @@ def _export(options: argparse.Namespace) -> None:
     from snapgen_jax.export.run import export_run
 
     out = options.out or str(epath.Path(options.workdir) / "export" / "bundle")
-    report = export_run(options.workdir, out, backend=options.backend, decoder=options.decoder)
+    report = export_run(options.workdir, out, backend=options.backend, decoder=options.decoder, gpu_check=options.gpu)
     print(json.dumps(report, indent=2))
 
 

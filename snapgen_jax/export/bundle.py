@@ -23,12 +23,12 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
 
-from snapgen_jax.export import client, compare, golden, program, sampler, verify
+from snapgen_jax.export import client, compare, golden, gpu, program, sampler, verify
 from snapgen_jax.export.compat import Requirements, check, flex_operators
 from snapgen_jax.export.convert import Backend, to_tflite
 from snapgen_jax.export.flatbuffer import Description, describe
@@ -40,6 +40,9 @@ from snapgen_jax.export.sampler import Arrays, Sampler, Unit
 from snapgen_jax.export.storage import describe_storage
 from snapgen_jax.training.exports import ExportPlan, ExportUnit, GoldenInputs
 
+GPUCheck = Literal["check", "skip"]
+ACTIVATION_EXAMPLES = 24
+ACTIVATION_SECONDS = 30.0
 Reference = Callable[[Mapping[str, np.ndarray], np.ndarray | None], Mapping[str, np.ndarray]]
 """`({input: [N, ...]}, noise [N, *noise_shape] or None) -> {output: [N, ...]}`"""
 
@@ -67,7 +70,8 @@ class BundleReport:
     Attributes:
         folder: the bundle.
         numbers: for each unit `export.<unit>.rel_l2_<precision>` (the worst case), `.bytes_<precision>`,
-            `.max_activation`, `.convert_seconds` (the first unit's includes loading the converter); over all units
+            `.max_activation`, `.rel_l2_gpu` and `.rel_l2_gpu_f16` (where a GPU accelerator runs), `.convert_seconds`
+            (the first unit's includes loading the converter); over all units
             `export.bytes_<precision>` and `export.flex_ops`; of whole trajectories
             `export.trajectory.rel_l2_<precision>` (the last latent); of each output `export.<output>.max_grey_f32` and,
             against the recipe's own generator, `.max_grey_to_generator`. The last two are `.rel_l2_f32` and
@@ -91,6 +95,7 @@ def export_bundle(
     backend: Backend = "jax2tf",
     golden_inputs: GoldenInputs | None = None,
     reference: Reference | None = None,
+    gpu_check: GPUCheck = "check",
 ) -> BundleReport:
     """Exports a recipe's generator.
 
@@ -106,6 +111,8 @@ def export_bundle(
         golden_inputs: what the golden examples begin with; the plan's own where none is given.
         reference: an independent sampler over the same weights; `generator_of(recipe, params, frozen)` is the recipe's
             own. Its pictures may differ by one grey level from those of the client's sampler.
+        gpu_check: "check" runs every file on LiteRT's GPU accelerator, where a Vulkan driver is found, and refuses a
+            file that is wrong there, or whose activations float16 would not hold; "skip" exports it nevertheless.
 
     Raises:
         ValueError: the plan or its program does not fit together; names what is wrong.
@@ -121,7 +128,8 @@ def export_bundle(
     tokenizer = None if tokenizer_path is None else pathlib.Path(tokenizer_path)
     with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}.partial.", dir=out_dir.parent) as scratch:
         weights = recipe.weights(params, frozen)
-        export = _Export(recipe.exports(), weights, pathlib.Path(scratch) / "bundle", tuple(precisions), backend)
+        folder = pathlib.Path(scratch) / "bundle"
+        export = _Export(recipe.exports(), weights, folder, tuple(precisions), backend, gpu_check)
         report = export.run(tokenizer, golden_inputs, reference)
         if out_dir.exists():
             out_dir.rename(pathlib.Path(scratch) / "before")
@@ -176,6 +184,7 @@ class _Export:
         folder: pathlib.Path,
         precisions: tuple[Precision, ...],
         backend: Backend,
+        gpu_check: GPUCheck,
     ) -> None:
         self.plan, self.program = plan, _parsed(plan)
         self.units = {unit.name: unit for unit in plan.units}
@@ -188,7 +197,9 @@ class _Export:
         self.folder, self.precisions = folder, precisions
         self.backend: Backend = backend
         self.numbers: dict[str, float] = {}
+        self.gpu: GPUCheck = gpu_check
         self.described: dict[str, dict[str, Any]] = {}
+        self.activations: dict[str, compare.Activations] = {}
 
     def run(
         self, tokenizer: pathlib.Path | None, inputs: GoldenInputs | None, reference: Reference | None
@@ -215,6 +226,7 @@ class _Export:
             cases = golden.denoiser_cases(exact, arrays) if free else calls.cases(name)
             self._compare(unit, jax_units[name], cases)
             self.described[name] |= describe_unit(name, descriptions[name], ranges)
+        self._activations(inputs, tokenizer)
         tolerances = self._trajectories(arrays)
         if reference is not None:
             self._outputs(reference, arrays)
@@ -264,22 +276,66 @@ class _Export:
             errors[precision] = compare.compare(reference, candidate, cases)
             compare.hold(unit.name, precision, errors[precision])
             self.numbers[f"export.{unit.name}.rel_l2_{precision}"] = max(errors[precision].values())
-        value, tensor = compare.largest_activation(self._path(unit.name, "f32"), unit.name, cases)
-        self.numbers[f"export.{unit.name}.max_activation"] = value
-        if value > compare.FLOAT16_HEADROOM:
-            log.warning(
-                "%s: |%s| reaches %.3g, and float16 ends at 65504: on a GPU, ask for float32 arithmetic",
-                unit.name, tensor, value,
-            )  # fmt: skip
+        activations = self.activations[unit.name] = compare.Activations(self._path(unit.name, "f32"), unit.name)
+        for inputs in cases.values():
+            activations.look(inputs)
         files = {precision: self._path(unit.name, precision) for precision in self.precisions}
         self.described[unit.name] = {
             "files": {precision: path.name for precision, path in files.items()},
             "operators": {precision: describe(path).histogram for precision, path in files.items()},
             "rel_l2": errors,
-            "max_activation": {"value": value, "tensor": tensor},
+            "gpu": self._on_gpu(unit.name, reference, cases),
         }
         if unit.storage:
             self.described[unit.name]["storage"] = self.storage[unit.name]
+
+    def _on_gpu(self, name: str, reference: Unit, cases: Mapping[str, Arrays]) -> dict[str, Any]:
+        """A unit's files on LiteRT's GPU accelerator: for the manifest, what was found or why nothing was."""
+        if self.gpu == "skip":
+            return {"checked": False, "reason": "--gpu=skip"}
+        chosen = {case: cases[case] for case in list(cases)[:: max(1, len(cases) // 2)]}
+        expected = {case: reference(**inputs) for case, inputs in chosen.items()}
+        found: dict[str, Any] = {"checked": True, "fully_accelerated": {}, "rel_l2": {}}
+        for precision in self.precisions:
+            try:
+                run = gpu.run(self._path(name, precision), name, list(chosen.values()))
+            except (gpu.NoGPUError, gpu.GPURunError) as error:
+                log.warning("%s in %s was NOT checked on a GPU accelerator: %s", name, precision, error)
+                return {"checked": False, "reason": str(error)}
+            except gpu.GPURefusedError as error:
+                raise compare.VerificationError(
+                    f"{error}\n--gpu=skip exports it nevertheless. Nothing was written."
+                ) from error
+            outputs = dict(zip(chosen, run.outputs, strict=True))
+            errors = {case: compare.worst(expected[case], outputs[case]) for case in chosen}
+            compare.hold(name, precision, errors, "GPU")
+            found["fully_accelerated"][precision], found["rel_l2"][precision] = run.whole, errors
+            number = "rel_l2_gpu" if precision == "f32" else f"rel_l2_gpu_{precision}"
+            self.numbers[f"export.{name}.{number}"] = max(errors.values())
+        return found
+
+    def _activations(self, inputs: GoldenInputs, tokenizer: pathlib.Path | None) -> None:
+        """How large numbers grow over other prompts and noise, and all steps; as many as fit into the time."""
+        until = time.monotonic() + ACTIVATION_SECONDS
+        units = {name: client.litert_unit(self._path(name, "f32"), name) for name in self.units}
+        watched = {name: self.activations[name].watch(unit, until) for name, unit in units.items()}
+        varied = Sampler(self.program, watched, self.shapes)
+        given, noise = golden.begin(self.program, golden.others(inputs, ACTIVATION_EXAMPLES), tokenizer)
+        for i in range(ACTIVATION_EXAMPLES):
+            if time.monotonic() > until:
+                log.info("largest activations are over %d of %d examples", i, ACTIVATION_EXAMPLES)
+                break
+            varied.run({name: array[i] for name, array in given.items()}, None if noise is None else noise[i])
+        for name, seen in self.activations.items():
+            self.numbers[f"export.{name}.max_activation"] = seen.value
+            self.described[name]["max_activation"] = {"value": seen.value, "tensor": seen.tensor, "calls": seen.calls}
+            if self.gpu == "check":
+                seen.hold(name)
+            elif not seen.value <= compare.FLOAT16_HEADROOM:
+                log.warning(
+                    "%s: |%s| reaches %.3g, and float16 ends at 65504: on a GPU, ask for float32 arithmetic",
+                    name, seen.tensor, seen.value,
+                )  # fmt: skip
 
     def _trajectories(self, arrays: Arrays) -> dict[str, Any]:
         """The tolerances of the golden arrays, by precision, and how close LiteRT comes here."""

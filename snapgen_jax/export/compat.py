@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
-from snapgen_jax.export.flatbuffer import Description, Tensor, describe
+from snapgen_jax.export.flatbuffer import Description, Operator, Tensor, describe
 
 IO_DTYPES = ("float32", "int32")
 
@@ -52,7 +52,7 @@ def check(path: str | pathlib.Path, requirements: Requirements = Requirements())
     """Describes a file and holds it to its requirements.
 
     Always asked: no custom operator, no Flex operator (TensorFlow's own kernels), no leftover of StableHLO, no control
-    flow, float32 or int32 inputs and outputs, static shapes.
+    flow, float32 or int32 inputs and outputs, static shapes, no tensor that nothing uses.
 
     Raises:
         IncompatibleModelError: names every breach, its operator and its tensor.
@@ -89,6 +89,10 @@ def breaches(description: Description, requirements: Requirements) -> list[str]:
         for tensor in description.tensors
         if not tensor.static
     ]
+    found += [
+        f"tensor {tensor.name!r} {list(tensor.shape)} is used by no operator, and makes calibration fail"
+        for tensor in description.orphans
+    ]
     found += [f"there is no {name} in the graph" for name in requirements.required if name not in description.histogram]
     return found
 
@@ -111,8 +115,8 @@ def _misread(operator: Operator) -> str | None:
     """Ranks that a GPU delegate aligns otherwise than TFLite does, so that it computes garbage and reports success.
 
     TFLite aligns shapes at their last axis. ML Drift reads `[N, C]` as `[N, 1, 1, C]` and `[1, N, C]` as
-    `[1, 1, N, C]`: the first axis is the batch, whatever the rank. Both agree where the tensor of lower rank has a first
-    axis of one, or that axis only.
+    `[1, 1, N, C]`: the first axis is the batch, whatever the rank. Both agree where the tensor of lower rank has a
+    first axis of one, or that axis only.
     """
     if operator.name not in ELEMENTWISE or len(operator.inputs) != 2:
         return None
@@ -120,9 +124,9 @@ def _misread(operator: Operator) -> str | None:
     if len(low.shape) == len(high.shape) or len(low.shape) < 2 or low.shape[0] == 1:
         return None
     return (
-        f"{operator.name} of {low.name!r} {list(low.shape)} and {high.name!r} {list(high.shape)} is computed wrongly by "
-        f"the GPU accelerator, which takes the {low.shape[0]} for a batch; give both tensors the same rank, as in an "
-        "image [1, H, W, C] and a table [1, H, W, C]"
+        f"{operator.name} of {low.name!r} {list(low.shape)} and {high.name!r} {list(high.shape)} is computed wrongly "
+        f"by the GPU accelerator, which takes the {low.shape[0]} for a batch; give both tensors the same rank, "
+        "as in an image [1, H, W, C] and a table [1, H, W, C]"
     )
 
 

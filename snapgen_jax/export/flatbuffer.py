@@ -36,12 +36,14 @@ class Operator:
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """The graphs of one file. `inputs` and `outputs` are {signature name: {tensor name of the signature: Tensor}}."""
+    """The graphs of one file. `inputs` and `outputs` are {signature name: {tensor name of the signature: Tensor}};
+    `orphans` are tensors that no operator makes or reads, and that are no input or output."""
 
     operators: tuple[Operator, ...]
     tensors: tuple[Tensor, ...]
     inputs: dict[str, dict[str, Tensor]]
     outputs: dict[str, dict[str, Tensor]]
+    orphans: tuple[Tensor, ...] = ()
 
     @property
     def histogram(self) -> dict[str, int]:
@@ -76,20 +78,24 @@ class _Reader:
     def read(self) -> Description:
         graphs = [self.model.Subgraphs(i) for i in range(self.model.SubgraphsLength())]
         tensors = [[self._tensor(graph.Tensors(i)) for i in range(graph.TensorsLength())] for graph in graphs]
-        operators = []
+        operators, orphans = [], []
         for graph, known in zip(graphs, tensors, strict=True):
             for i in range(graph.OperatorsLength()):
                 node = graph.Operators(i)
                 inputs = tuple(known[node.Inputs(j)] for j in range(node.InputsLength()) if node.Inputs(j) >= 0)
                 outputs = tuple(known[node.Outputs(j)] for j in range(node.OutputsLength()))
                 operators.append(Operator(self._operator_name(node.OpcodeIndex()), inputs, outputs))
+            used = _used(graph)
+            orphans += [tensor for i, tensor in enumerate(known) if i not in used]
         inputs, outputs = {}, {}
         for i in range(self.model.SignatureDefsLength()):
             signature = self.model.SignatureDefs(i)
             known, key = tensors[signature.SubgraphIndex()], signature.SignatureKey().decode()
             inputs[key] = _mapped(signature.Inputs, signature.InputsLength(), known)
             outputs[key] = _mapped(signature.Outputs, signature.OutputsLength(), known)
-        return Description(tuple(operators), tuple(t for known in tensors for t in known), inputs, outputs)
+        return Description(
+            tuple(operators), tuple(t for known in tensors for t in known), inputs, outputs, tuple(orphans)
+        )
 
     def _tensor(self, tensor) -> Tensor:
         buffer = self.model.Buffers(tensor.Buffer())
@@ -107,6 +113,15 @@ class _Reader:
         # Files written before the field grew to 32 bits hold the code in the deprecated 8-bit field.
         builtin = self.builtins[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())]
         return f"CUSTOM:{(code.CustomCode() or b'?').decode()}" if builtin == "CUSTOM" else builtin
+
+
+def _used(graph) -> set[int]:
+    """Indices of the tensors that an operator or the graph's own signature names."""
+    nodes = [graph.Operators(i) for i in range(graph.OperatorsLength())]
+    used = {node.Inputs(j) for node in nodes for j in range(node.InputsLength())}
+    used |= {node.Outputs(j) for node in nodes for j in range(node.OutputsLength())}
+    used |= {graph.Inputs(j) for j in range(graph.InputsLength())}
+    return used | {graph.Outputs(j) for j in range(graph.OutputsLength())}
 
 
 def _mapped(item, length: int, tensors: list[Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -43,6 +44,17 @@ def begin(program: Program, given: GoldenInputs, tokenizer: pathlib.Path | None)
         return found, None
     shape = program.noise_shape()
     return found, np.stack([client.draw_noise(given.seed, i, shape) for i in range(counts.pop())])
+
+
+def others(given: GoldenInputs, count: int) -> GoldenInputs:
+    """Other examples of the same kind: prompts of the same words, the same arrays in turn, and other noise."""
+    random = np.random.default_rng(given.seed)
+    words = [word for prompt in given.prompts for word in prompt.split()] or [""]
+    prompts = (
+        tuple(" ".join(random.choice(words, random.integers(1, 17))) for _ in range(count)) if given.prompts else ()
+    )
+    arrays = {name: np.asarray(array)[np.arange(count) % len(array)] for name, array in given.arrays.items()}
+    return dataclasses.replace(given, prompts=prompts, arrays=arrays, examples=count, seed=given.seed + 1)
 
 
 def run(sampler: Sampler, inputs: Mapping[str, np.ndarray], noise: np.ndarray | None) -> Arrays:

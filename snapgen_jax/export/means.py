@@ -51,10 +51,27 @@ def sums_to_means(path: pathlib.Path) -> int:
             products.append(product)
         graph.operators = [operator for operator in graph.operators if not any(operator is p for p in products)]
         rewritten += len(products)
+        if products:
+            _drop_orphans(model, graph)
     if rewritten:
         model.operatorCodes.append(mean)
         flatbuffer_utils.write_model(model, str(path))
     return rewritten
+
+
+def _drop_orphans(model: Any, graph: Any) -> None:
+    """Removes the tensors that nothing uses any more; the calibration of integers fails on them."""
+    lists = [graph, *graph.operators]
+    used = {int(i) for item in lists for indices in (item.inputs, item.outputs) for i in indices}
+    place = {old: new for new, old in enumerate(i for i in range(len(graph.tensors)) if i in used)}
+    place[-1] = -1  # an input that is left out
+    graph.tensors = [tensor for i, tensor in enumerate(graph.tensors) if i in used]
+    for item in lists:
+        item.inputs, item.outputs = ([place[int(i)] for i in indices] for indices in (item.inputs, item.outputs))
+    for signature in model.signatureDefs or []:
+        if model.subgraphs[signature.subgraphIndex] is graph:
+            for entry in [*signature.inputs, *signature.outputs]:
+                entry.tensorIndex = place[entry.tensorIndex]
 
 
 def _size(tensor: Any) -> int:

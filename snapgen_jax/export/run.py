@@ -7,7 +7,7 @@ import tempfile
 
 from etils import epath
 
-from snapgen_jax.export.bundle import export_bundle, generator_of
+from snapgen_jax.export.bundle import GPUCheck, export_bundle, generator_of
 from snapgen_jax.export.convert import Backend
 from snapgen_jax.generation import load
 from snapgen_jax.training.exits import ConfigError
@@ -19,6 +19,7 @@ def export_run(
     out: epath.PathLike,
     backend: Backend = "jax2tf",
     decoder: epath.PathLike | None = None,
+    gpu_check: GPUCheck = "check",
 ) -> dict[str, float]:
     """Exports a trained run as a bundle for phones, checked against JAX on the way.
 
@@ -27,6 +28,7 @@ def export_run(
         out: the bundle's folder.
         backend: which converter.
         decoder: a run of a tiny decoder that takes the place of the codec's decoder.
+        gpu_check: see `export_bundle`.
 
     Returns:
         What was measured, `export.*`.
@@ -48,5 +50,7 @@ def export_run(
             tokenizer = pathlib.Path(scratch) / "tokenizer.json"
             tokenizer.write_bytes((epath.Path(workdir) / "tokenizer.json").read_bytes())
         reference = generator_of(recipe, params, frozen)
-        report = export_bundle(recipe, params, frozen, tokenizer, str(out), backend=backend, reference=reference)
+        report = export_bundle(
+            recipe, params, frozen, tokenizer, str(out), backend=backend, reference=reference, gpu_check=gpu_check
+        )
     return report.numbers

@@ -37,7 +37,12 @@ class Check:
 
 
 def relative_l2(value: np.ndarray, reference: np.ndarray) -> float:
-    """`||value - reference|| / ||reference||`; 0 where both are zero, infinite where only the reference is."""
+    """`||value - reference|| / ||reference||`; 0 where both are zero, infinite where only the reference is.
+
+    Infinite, too, where either holds NaN or infinity: `max()` drops NaN, and no limit is below it.
+    """
+    if not (np.isfinite(value).all() and np.isfinite(reference).all()):
+        return float("inf")
     difference = np.linalg.norm(np.asarray(value, np.float64) - reference)
     norm = np.linalg.norm(np.asarray(reference, np.float64))
     return float(difference / norm) if norm else (float("inf") if difference else 0.0)

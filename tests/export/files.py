@@ -6,10 +6,13 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.tools import flatbuffer_utils
 
+Shape = tuple[int, ...]
 
-def binary_file(path: pathlib.Path, name: str, x: tuple[int, ...], table: tuple[int, ...]) -> pathlib.Path:
-    """Writes signature "f": y = x (operator) table, where x is the input and the table a constant."""
+
+def binary_file(path: pathlib.Path, name: str, x: Shape, table: Shape, orphan: Shape | None = None) -> pathlib.Path:
+    """Writes signature "f": y = x (operator) t, where x is the input and t a constant; `orphan` adds a tensor."""
     shapes = {"x": x, "t": table, "y": np.broadcast_shapes(x, table)}
+    shapes |= {} if orphan is None else {"orphan": orphan}
     model, graph = schema.ModelT(), schema.SubGraphT()
     model.version, graph.name = 3, b"main"
     model.buffers = [schema.BufferT() for _ in range(len(shapes) + 1)]

@@ -61,8 +61,16 @@ def test_ranks_that_a_gpu_misreads_are_refused_in_a_real_file(tmp_path, one, oth
     if not wrong:
         check(path, Requirements(gpu=True))
         return
-    with pytest.raises(IncompatibleModelError, match=r"ADD of '.' \[.*\] and '.' \[.*\] is computed wrongly by the GPU"):
+    with pytest.raises(
+        IncompatibleModelError, match=r"ADD of '.' \[.*\] and '.' \[.*\] is computed wrongly by the GPU"
+    ):
         check(path, Requirements(gpu=True))
+
+
+def test_a_tensor_that_nothing_uses_is_named(tmp_path):
+    path = binary_file(tmp_path / "add.tflite", "ADD", (1, 8), (1, 8), orphan=(3, 2))
+    with pytest.raises(IncompatibleModelError, match=r"tensor 'orphan' \[3, 2\] is used by no operator"):
+        check(path)
 
 
 def test_a_missing_operator_is_named():

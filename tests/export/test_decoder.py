@@ -48,7 +48,7 @@ class WithDecoder(ToyRecipe):
     def weights(self, params, frozen):
         return {**params, "codec/decoder": frozen["codec"]["decoder"]}
 
-    def generate(self, params, frozen, conditions, key):
+    def generate(self, params, frozen, conditions, key, options=None):
         codec = TinyDecoderCodec(self.decoder).bind(frozen["codec"])
         latent = super().generate(params, {}, conditions, key)["latent"]
         return {"image": to_uint8(codec.decode(latent)), "latent": latent}

@@ -25,6 +25,7 @@ def test_means_are_means_and_sums_stay_sums(tmp_path):
     path = to_tflite(statistics, params, {"x": array(*x.shape)}, "f", tmp_path / "x.tflite", "jax2tf")
     assert describe(path).histogram["MEAN"] == 2
     assert describe(path).histogram["SUM"] == 2
+    assert not describe(path).orphans
     found, expected = litert_unit(path, "f")(x=x), statistics(params, x=jnp.asarray(x))
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
