@@ -30,7 +30,7 @@ export UV_SYSTEM_CERTS ?= 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format types notebooks oracle cuda install lock clean
+.PHONY: help quickstart test lint format types notebooks oracle cuda gpu-driver install lock clean
 
 quickstart: $(READY) ## Train a SnapGen from nothing, sample, score, export and run the export (WORKDIR=quickstart)
 	$(VENV)/bin/snapgen quickstart --workdir $(WORKDIR)
@@ -54,6 +54,10 @@ notebooks: $(READY) ## Execute the notebooks and keep their pictures
 
 oracle: $(ORACLE)/.ready ## Compare with torch, diffusers and transformers, live (TORCH_INDEX=...)
 	$(ORACLE)/bin/python -m pytest -m oracle $(PYTEST_ARGS)
+
+gpu-driver: ## Install a Vulkan driver in software on Debian, as root, for the checks on LiteRT's GPU accelerator
+	apt-get update -qq
+	apt-get install -qq --yes --no-install-recommends chromium libvulkan1
 
 cuda: $(READY) ## Add JAX's CUDA plugin to .venv (again after the lock changes)
 	$(UV) pip install --python $(VENV)/bin/python --constraint requirements.lock --editable '.[cuda]'

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -83,7 +84,7 @@ def run(path: str | pathlib.Path, signature: str, cases: Sequence[Mapping[str, n
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
         for i, case in enumerate(cases):
-            np.savez(folder / f"in_{i}.npz", **case)
+            np.savez(folder / f"in_{i}.npz", **dict[str, Any](case))
         shown = os.pathsep.join(found)
         environment = {**os.environ, "VK_ICD_FILENAMES": shown, "VK_DRIVER_FILES": shown}
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(

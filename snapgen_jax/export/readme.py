@@ -36,7 +36,8 @@ CALL = "An example is one call: {inputs} -> **{unit}** -> {outputs}."
 UNIT = """\
 ## {name}
 
-Files: {files}. Signature: `{signature}`. Largest number inside: {largest:.3g}. Relative L2 error against JAX: {errors}.
+Files: {files}. Signature: `{signature}`. Largest number inside: {largest:.3g}. Relative L2 error against JAX: {errors};
+{gpu}.
 
 | tensor | | shape | dtype | layout | seen range |
 |---|---|---|---|---|---|
@@ -88,5 +89,16 @@ def _unit(name: str, unit: Mapping[str, Any]) -> str:
         signature=unit["signature"],
         largest=unit["max_activation"]["value"],
         errors=errors,
+        gpu=_on_gpu(unit["gpu"]),
         rows="\n".join(rows),
     )
+
+
+def _on_gpu(found: Mapping[str, Any]) -> str:
+    if not found["checked"]:
+        return "not tried on a GPU accelerator"
+    parts = []
+    for precision, cases in found["rel_l2"].items():
+        place = "" if found["fully_accelerated"][precision] else ", some operators on the CPU"
+        parts.append(f"{max(cases.values()):.1e} ({precision}{place})")
+    return f"on LiteRT's GPU accelerator {', '.join(parts)}"
