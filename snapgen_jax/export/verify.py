@@ -20,11 +20,11 @@ import numpy as np
 if __package__:
     from snapgen_jax.export.client import Bundle
     from snapgen_jax.export.program import SCHEMA, BundleError, Flow
-    from snapgen_jax.export.sampler import Arrays, Sampler
+    from snapgen_jax.export.sampler import Arrays, Sampler, Unit
 else:  # beside its own copy of the client, in a bundle
     from client import Bundle  # type: ignore[import-not-found]
     from program import SCHEMA, BundleError, Flow  # type: ignore[import-not-found]
-    from sampler import Arrays, Sampler  # type: ignore[import-not-found]
+    from sampler import Arrays, Sampler, Unit  # type: ignore[import-not-found]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,13 +114,29 @@ def _signatures(bundle: Bundle, precision: str) -> Iterator[Check]:
 
 
 def _golden(bundle: Bundle, precision: str, num_threads: int | None) -> Iterator[Check]:
-    sampler, facts = bundle.sampler(precision, num_threads), _facts(bundle)
+    plain, facts, bad = bundle.sampler(precision, num_threads), _facts(bundle), set()
+    watched = {name: _watched(name, unit, bad) for name, unit in plain.units.items()}
+    sampler = Sampler(bundle.program, watched, plain.shapes)
     for i in range(facts["examples"]):
         example = f"{precision} golden {i}"
         try:
             yield from _example(bundle, sampler, i, example, facts["tolerances"][precision])
         except ValueError as error:  # the program asks for other arrays than those that are there
             yield Check(example, str(error), False)
+    # A picture hides them: NaN becomes a grey level like any other.
+    finding = f"NaN or infinity in {', '.join(sorted(bad))}" if bad else "no NaN or infinity"
+    yield Check(f"{precision} every output of every unit", finding, not bad)
+
+
+def _watched(unit_name: str, unit: Unit, bad: set[str]) -> Unit:
+    """The same function; adds to `bad` the outputs that hold NaN or infinity."""
+
+    def run(**inputs: np.ndarray) -> Arrays:
+        outputs = dict(unit(**inputs))
+        bad.update(f"{unit_name}'s {name}" for name, array in outputs.items() if not np.isfinite(array).all())
+        return outputs
+
+    return run
 
 
 def _example(bundle: Bundle, sampler: Sampler, i: int, example: str, limits: dict) -> Iterator[Check]:

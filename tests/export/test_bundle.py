@@ -236,4 +236,23 @@ def test_verify_finds_a_network_that_gives_no_number(copy, toy):
     unit = toy.recipe.exports().units[0]
     to_tflite(unit.function, params, unit.inputs, unit.name, copy / "net_f32.tflite", QUICK)
     resign(copy)
-    assert {name for name in failures(copy) if "latent after" in name}
+    found = failures(copy)
+    assert "f32 every output of every unit" in found and "f16 every output of every unit" not in found
+    assert any("f32 golden 0 latent after" in name for name in found)
+
+
+def test_verify_finds_nan_in_an_output_that_a_picture_hides(sketch, tmp_path):
+    copy = pathlib.Path(shutil.copytree(sketch.folder, tmp_path / "bundle"))
+    unit = sketch.recipe.exports().units[0]
+
+    def one_pixel(weights, *, image):
+        made = unit.function(weights, image=image)
+        hole = np.zeros((1, 8, 8, 1), np.float32)
+        hole[0, 0, 0] = np.nan
+        return {**made, "edges": made["edges"] + hole}
+
+    for precision in ("f32", "f16"):
+        path = copy / f"translator_{precision}.tflite"
+        to_tflite(one_pixel, unit.select(sketch.params), unit.inputs, unit.name, path, QUICK)
+    resign(copy)
+    assert {"f32 every output of every unit", "f16 every output of every unit"} <= set(failures(copy))
