@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from snapgen_jax import inference_weights, train
-from snapgen_jax.diffusion.schedules import FlowSchedule
+from snapgen_jax.diffusion.path import interpolate, velocity
+from snapgen_jax.diffusion.schedules import EDMSchedule, FlowSchedule, VPSchedule
 from snapgen_jax.inputs.captions import CaptionsConfig
 from snapgen_jax.inputs.interfaces import Inputs
 from snapgen_jax.networks.clip import ClipTextConfig
@@ -213,3 +214,27 @@ def test_platform_choices_are_fixed_by_the_platform_compiled_for():
     cpu, tpu = (FlowMatching(CONFIG, platform).networks()["unet"].config for platform in ("cpu", "tpu"))
     assert cpu.dtype == "float32" and cpu.depthwise == "shifted"
     assert tpu.dtype == "bfloat16" and tpu.depthwise == "grouped"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "prediction"),
+    [(VPSchedule.preset("sd15"), "eps"), (VPSchedule.preset("zero_snr"), "v"), (EDMSchedule.preset("edm"), "F")],
+)
+def test_a_network_under_another_schedule_trains_on_its_native_loss_and_draws_by_the_same_sampler(schedule, prediction):
+    made = recipe(schedule=schedule, prediction=prediction, sampling=SamplingConfig(steps=4, guidance=1.0))
+    state = jax.jit(made.init)(key(0, 0, "init"))
+    networks = made.current(state, {})
+    drawn = jax.jit(made.draw)(networks, batch(), jax.random.key(1), 0)
+    loss, _ = jax.jit(made.loss)(networks, drawn, {})
+    # A fresh network gives zeros, so that its native loss is the mean square of what it should have given.
+    level = drawn["level"]
+    x_t = interpolate(drawn["x_0"], drawn["eps"], level.t)
+    native = schedule.output(velocity(drawn["x_0"], drawn["eps"]), x_t, level, prediction)
+    np.testing.assert_allclose(loss, jnp.mean(jnp.square(native)), rtol=1e-3)
+    _, metrics = jax.jit(make_step(made, 0))(state, {}, batch())
+    assert bool(metrics["finite"])
+    conditions = {name: batch()[name][:2] for name in made.conditions()}
+    out = jax.jit(lambda p: made.generate(p, {}, conditions, jax.random.split(jax.random.key(0), 2), made.options))(
+        {"model": state.players["model"].params}
+    )
+    assert np.isfinite(out["latent"]).all() and out["image"].shape == (2, 8, 8, 3)
