@@ -7,10 +7,15 @@ The captions are found in the conventions of the ecosystem, at any depth below t
 * where no metadata file exists: `name.txt` beside `name.jpg`, holding the caption.
 
 With `captions="none"` in the config every image counts, and none has a caption.
+
+One file is one example, whatever number of rows or links name it: each draw takes one of all its captions. Links to
+files and folders are followed, since a snapshot of a hub is links into its cache. A file or folder whose name begins
+with a dot is not data, nor is what other programs leave beside images.
 """
 
 from __future__ import annotations
 
+import collections
 import csv
 import dataclasses
 import io
@@ -18,7 +23,7 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -32,6 +37,7 @@ from snapgen_jax.data.words import pick
 
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _CAPTION_COLUMNS = ("text", "caption")
+_NOT_DATA = frozenset({"__MACOSX", "@eaDir"})  # beside every name that begins with a dot: what zip and NAS add
 
 log = logging.getLogger(__name__)
 
@@ -92,23 +98,28 @@ def build(config: DataConfig, split: Split) -> FolderSource:
 
 
 def find_images(root: str) -> list[Entry]:
-    """Every image at or below a folder, without captions."""
-    images = [Entry(str(path), ("",)) for path in _files(root) if path.suffix.lower() in EXTENSIONS]
+    """Every image at or below a folder, each file once, without captions."""
+    images = _images(_files(root))
     if not images:
         raise DataError(f"{root} holds no image ({', '.join(sorted(EXTENSIONS))})")
-    return images
+    return [Entry(path, ("",)) for path in images.values()]
 
 
 def find_entries(root: str) -> list[Entry]:
-    """Every captioned image at or below a folder; see the top of this file for the conventions."""
+    """Every captioned image at or below a folder, each file once; see the top of this file for the conventions."""
     files = _files(root)
-    images = [path for path in files if path.suffix.lower() in EXTENSIONS]
-    metadata = [path for path in files if path.name in _METADATA]
+    images = _images(files)
+    metadata = [path for path in map(pathlib.Path, files) if path.name in _METADATA]
     if metadata:
         _refuse_two_in_one_folder(metadata)
-        entries = [entry for path in metadata for entry in _read_metadata(path)]
+        named = [entry for path in metadata for entry in _read_metadata(path)]
     else:
-        entries = [entry for path in images for entry in _read_sidecar(path)]
+        named = [entry for path in files if _is_image(path) for entry in _read_sidecar(pathlib.Path(path))]
+    entries: dict[str, Entry] = {}
+    for entry in named:
+        real = files[entry.path] if entry.path in files else os.path.realpath(entry.path)
+        known = entries.get(real)
+        entries[real] = Entry(known.path, known.captions + entry.captions) if known else entry
     if not entries:
         raise DataError(
             f"{root} holds no captioned image: found {len(images)} image files "
@@ -116,15 +127,66 @@ def find_entries(root: str) -> list[Entry]:
             "metadata.jsonl or metadata.csv with file_name and text (or caption) columns, or a .txt file beside each "
             "image"
         )
-    if len(entries) < len(images):
-        log.warning(
-            "%s: %d of %d images have no caption and are left out", root, len(images) - len(entries), len(images)
-        )
-    return entries
+    if left_out := len(images.keys() - entries.keys()):
+        log.warning("%s: %d of %d images have no caption and are left out", root, left_out, len(images))
+    return list(entries.values())
 
 
-def _files(root: str) -> list[pathlib.Path]:
-    return sorted(pathlib.Path(folder, name) for folder, _, names in os.walk(root) for name in names)
+def _files(root: str) -> dict[str, str]:
+    """`{path: real path}` of the files at or below a folder, sorted by path. Links are followed, each folder once.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
+    files: dict[str, str] = {}
+    seen: set[str] = set()
+    waiting = collections.deque([(root, root)])
+    while waiting:
+        folder, real_folder = waiting.popleft()
+        if real_folder in seen:
+            continue
+        seen.add(real_folder)
+        try:
+            with os.scandir(folder) as found:
+                inside = sorted(found, key=lambda item: item.name)
+        except OSError as error:
+            raise DataError(f"the folder {folder} cannot be read: {error.strerror}") from error
+        for item in inside:
+            if item.name.startswith(".") or item.name in _NOT_DATA:
+                continue
+            real = os.path.realpath(item.path) if item.is_symlink() else os.path.join(real_folder, item.name)
+            if not _is_folder(item):
+                files[item.path] = real
+            elif not item.is_symlink():
+                waiting.appendleft((item.path, real))
+            elif not _holds(real, real_folder):
+                waiting.append((item.path, real))  # after all that is no link: a folder's own name comes first
+    return dict(sorted(files.items()))
+
+
+def _is_folder(item: os.DirEntry[str]) -> bool:
+    try:
+        return item.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _holds(folder: str, inner: str) -> bool:
+    """Whether a folder is, or lies above, another: a link to it from there is a loop."""
+    return os.path.commonpath([folder, inner]) == folder
+
+
+def _is_image(path: str) -> bool:
+    return os.path.splitext(path)[1].lower() in EXTENSIONS
+
+
+def _images(files: Mapping[str, str]) -> dict[str, str]:
+    """`{real path: the first path that leads there}` of the images among files."""
+    images: dict[str, str] = {}
+    for path, real in files.items():
+        if _is_image(path):
+            images.setdefault(real, path)
+    return images
 
 
 def _refuse_two_in_one_folder(metadata: list[pathlib.Path]) -> None:
@@ -164,9 +226,7 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, object]]]:
     """Yields ("file, line 3", columns)."""
     text = _read_text(path)
     if path.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        for row in reader:
-            yield f"{path}, line {reader.line_num}", dict(row)
+        yield from _csv_rows(path, text)
         return
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -180,6 +240,19 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, object]]]:
         yield f"{path}, line {number}", row
 
 
+def _csv_rows(path: pathlib.Path, text: str) -> Iterator[tuple[str, dict[str, object]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    for row in reader:
+        where = f"{path}, line {reader.line_num}"
+        if surplus := row.pop(None, None):  # type: ignore[call-overload]  # where csv keeps them
+            columns = list(reader.fieldnames or ())
+            raise DataError(
+                f"{where}: the row has {len(columns) + len(surplus)} fields and the header {len(columns)} columns "
+                f"({', '.join(columns)}); put a caption that holds a comma in double quotes"
+            )
+        yield where, dict(row)
+
+
 def _captions(row: dict[str, object]) -> tuple[str, ...] | None:
     for column in _CAPTION_COLUMNS:
         if column in row:
@@ -190,8 +263,8 @@ def _captions(row: dict[str, object]) -> tuple[str, ...] | None:
 
 
 def _inside(folder: pathlib.Path, file_name: str, where: str) -> str:
-    """The path of a file that a metadata row names, which may not lie outside the metadata's folder."""
-    path = os.path.realpath(folder / file_name)
-    if not path.startswith(os.path.realpath(folder) + os.sep):
+    """The path of a file that a metadata row names. Its name may not leave the metadata's folder; a link there may."""
+    name = os.path.normpath(file_name)
+    if os.path.isabs(name) or name.split(os.sep)[0] in (os.pardir, os.curdir):
         raise DataError(f"{where}: file_name {file_name!r} leaves the folder {folder}; expected a path inside it")
-    return path
+    return os.path.join(folder, name)

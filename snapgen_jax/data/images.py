@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from snapgen_jax.data.errors import UnreadableExampleError
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 # Only formats that decode in Pillow itself: EPS, say, would run another program on the file.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 1 << 27  # 134 megapixels: no camera makes more, and a decompression bomb does
