@@ -32,7 +32,7 @@ from snapgen_jax.data.arrays import IMAGE, TEXT, ArraySpec, Example
 from snapgen_jax.data.config import DataConfig, Split
 from snapgen_jax.data.errors import DataError
 from snapgen_jax.data.images import EXTENSIONS, decode, header_size
-from snapgen_jax.data.sources import asked, hold_out
+from snapgen_jax.data.sources import asked, hold_out, holds_out
 from snapgen_jax.data.words import pick
 
 _METADATA = ("metadata.jsonl", "metadata.csv")
@@ -53,8 +53,8 @@ class Entry:
 class FolderSource:
     """Images in a folder, decoded when drawn."""
 
-    def __init__(self, root: str, entries: list[Entry], captioned: bool = True):
-        self._root, self._entries, self._captioned = root, entries, captioned
+    def __init__(self, root: str, entries: list[Entry], captioned: bool = True, held_out: bool = True):
+        self._root, self._entries, self._captioned, self.held_out = root, entries, captioned, held_out
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -92,9 +92,8 @@ def build(config: DataConfig, split: Split) -> FolderSource:
     found = find_images(root) if config.captions == "none" else find_entries(root)
     entries = sorted(found, key=lambda entry: entry.path)
     chosen = hold_out(len(entries), split, config.validation_share)
-    if split == "validation" and len(chosen) == len(entries):
-        log.info("%s: %d images are too few to hold any out; validation uses the training images", root, len(entries))
-    return FolderSource(root, [entries[i] for i in chosen], captioned=config.captions == "needed")
+    held_out = split == "train" or holds_out(len(entries), config.validation_share)
+    return FolderSource(root, [entries[i] for i in chosen], config.captions == "needed", held_out)
 
 
 def find_images(root: str) -> list[Entry]:

@@ -229,10 +229,12 @@ def test_validation_is_a_fixed_part_of_the_folder_that_training_never_sees(tmp_p
     train, validation = (set(_captions(_folder(tmp_path, s, validation_share=0.1))) for s in ("train", "validation"))
     assert len(validation) == 4 and len(train) == 36 and not train & validation
     assert validation == set(_captions(_folder(tmp_path, "validation", validation_share=0.1)))
+    assert _folder(tmp_path, "validation", validation_share=0.1).held_out
 
 
 def test_a_folder_too_small_to_divide_validates_on_its_training_images(photo_folder) -> None:
     assert _captions(_folder(photo_folder, "validation")) == _captions(_folder(photo_folder, "train"))
+    assert not _folder(photo_folder, "validation").held_out
 
 
 def test_an_unknown_source_is_refused_with_the_known_ones() -> None:
