@@ -5,8 +5,10 @@ import pathlib
 
 import pytest
 
+from snapgen_jax import generation
 from snapgen_jax.cli import main
 from snapgen_jax.config import load_config
+from snapgen_jax.data.tokenizer import train
 from snapgen_jax.export.client import from_schema_1
 from snapgen_jax.export.program import parse
 from snapgen_jax.export.sampler import with_options
@@ -39,6 +41,12 @@ def test_options_of_evaluators_come_from_the_command_line(monkeypatch, tmp_path,
     assert asked["options"] == {"frechet": {"examples": 2048, "seed": 1}, "diversity": {"prompts": ("a star",)}}
 
 
+def test_a_prompt_that_is_not_utf_8_is_named(commands, tokenizing, capsys):
+    arguments = [a.replace("--prompt=1", "--prompt=a \udcff") for a in commands["sample"]]
+    assert main(arguments) == ExitCode.BAD_CONFIG
+    assert r"'a \udcff' is no text" in capsys.readouterr().err
+
+
 # --- options of the generator ----------------------------------------------------------------------------------------
 
 
@@ -57,6 +65,15 @@ def asked(monkeypatch):
     monkeypatch.setattr("snapgen_jax.generation.load", lambda *_, **__: made)
     monkeypatch.setattr("snapgen_jax.scoring.load", lambda *_, **__: made)
     return asked
+
+
+@pytest.fixture
+def tokenizing(asked, monkeypatch):
+    """The run has a tokenizer that was trained on captions."""
+    made = generation.load("")
+    trained = train(["a ring"], 259)
+    trained.names = ("tokens",)
+    monkeypatch.setattr(made, "tokenizer", trained)
 
 
 @pytest.fixture

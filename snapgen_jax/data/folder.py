@@ -33,7 +33,7 @@ from snapgen_jax.data.config import DataConfig, Split
 from snapgen_jax.data.errors import DataError
 from snapgen_jax.data.images import EXTENSIONS, decode, header_size
 from snapgen_jax.data.sources import asked, hold_out, holds_out
-from snapgen_jax.data.words import pick
+from snapgen_jax.data.words import pick, require_text
 
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _CAPTION_COLUMNS = ("text", "caption")
@@ -197,7 +197,7 @@ def _refuse_two_in_one_folder(metadata: list[pathlib.Path]) -> None:
 
 def _read_sidecar(image: pathlib.Path) -> Iterator[Entry]:
     text = image.with_suffix(".txt")
-    if text.is_file() and (caption := " ".join(_read_text(text).split())):
+    if text.is_file() and (caption := _caption(_read_text(text), f"{text}:")):
         yield Entry(str(image), (caption,))
 
 
@@ -205,12 +205,19 @@ def _read_text(path: pathlib.Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}; save it as UTF-8") from error
+
+
+def _caption(text: str, where: str) -> str:
+    """A caption on one line. Raises `DataError` for what an editor that does not write UTF-8 leaves in it."""
+    if "\0" in text:
+        raise DataError(f"{where} the caption {text[:80]!a} holds NUL, as UTF-16 does; save the file as UTF-8")
+    return " ".join(require_text(text, f"{where} the caption").split())
 
 
 def _read_metadata(path: pathlib.Path) -> Iterator[Entry]:
     for where, row in _rows(path):
-        file_name, captions = row.get("file_name"), _captions(row)
+        file_name, captions = row.get("file_name"), _captions(row, where)
         if not isinstance(file_name, str) or not file_name:
             raise DataError(f"{where}: expected a file_name and found the columns {', '.join(map(str, row))}")
         if captions is None:
@@ -232,7 +239,7 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, object]]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
             raise DataError(f"{path}, line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}: expected a JSON object and found {type(row).__name__}")
@@ -240,9 +247,18 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, object]]]:
 
 
 def _csv_rows(path: pathlib.Path, text: str) -> Iterator[tuple[str, dict[str, object]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    for row in reader:
-        where = f"{path}, line {reader.line_num}"
+    limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))  # a caption may be as long as it is
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        rows = [(f"{path}, line {reader.line_num}", row) for row in reader]
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {reader.line_num + 1} is not CSV: {error}; a caption in double quotes ends with one, and "
+            "one inside it is written twice"
+        ) from error
+    finally:
+        csv.field_size_limit(limit)
+    for where, row in rows:
         if surplus := row.pop(None, None):  # type: ignore[call-overload]  # where csv keeps them
             columns = list(reader.fieldnames or ())
             raise DataError(
@@ -252,17 +268,23 @@ def _csv_rows(path: pathlib.Path, text: str) -> Iterator[tuple[str, dict[str, ob
         yield where, dict(row)
 
 
-def _captions(row: dict[str, object]) -> tuple[str, ...] | None:
+def _captions(row: dict[str, object], where: str) -> tuple[str, ...] | None:
     for column in _CAPTION_COLUMNS:
         if column in row:
             value = row[column]
             values = value if isinstance(value, list) else [value]
-            return tuple(" ".join(str(text).split()) for text in values if text is not None)
+            return tuple(_caption(str(text), f"{where}:") for text in values if text is not None)
     return None
 
 
 def _inside(folder: pathlib.Path, file_name: str, where: str) -> str:
     """The path of a file that a metadata row names. Its name may not leave the metadata's folder; a link there may."""
+    try:
+        named = os.fsencode(file_name)
+    except UnicodeEncodeError:
+        named = b"\0"
+    if b"\0" in named:
+        raise DataError(f"{where}: file_name {file_name!a} is the name of no file; save the metadata as UTF-8")
     name = os.path.normpath(file_name)
     if os.path.isabs(name) or name.split(os.sep)[0] in (os.pardir, os.curdir):
         raise DataError(f"{where}: file_name {file_name!r} leaves the folder {folder}; expected a path inside it")

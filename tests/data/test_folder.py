@@ -1,5 +1,6 @@
 """A person's own folder: the caption conventions, and what a wrong folder is told."""
 
+import csv
 import json
 import pathlib
 
@@ -110,6 +111,43 @@ def test_a_csv_row_with_more_fields_than_its_header_is_refused(tmp_path) -> None
     _image(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,red, green, blue\n")
     with pytest.raises(DataError, match=r"line 2: the row has 4 fields and the header 2 columns .* in double quotes"):
+        _folder(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["a.txt", "metadata.csv", "metadata.jsonl"])
+def test_a_caption_may_be_of_any_length(tmp_path, form: str) -> None:
+    _image(tmp_path / "a.png")
+    caption = "a very red picture " * 20_000
+    row = json.dumps({"file_name": "a.png", "text": caption})
+    content = {"a.txt": caption, "metadata.csv": f"file_name,text\na.png,{caption}\n", "metadata.jsonl": row}[form]
+    (tmp_path / form).write_text(content)
+    limit = csv.field_size_limit()
+    assert _captions(_folder(tmp_path)) == {"a.png": caption.strip()}
+    assert csv.field_size_limit() == limit, "other users of csv keep theirs"
+
+
+@pytest.mark.parametrize(
+    ("form", "content", "message"),
+    [
+        ("a.txt", b"caf\xe9", r"a\.txt cannot be read as UTF-8 text: .*0xe9.*; save it as UTF-8"),
+        ("a.txt", "red".encode("utf-16"), r"a\.txt cannot be read as UTF-8 text"),
+        ("a.txt", "red".encode("utf-16-le"), r"a\.txt: the caption .* holds NUL, as UTF-16 does"),
+        ("metadata.csv", b"file_name,text\na.png,caf\xe9\n", r"metadata\.csv cannot be read as UTF-8 text"),
+        ("metadata.csv", b"file_name,text\na.png,a\0b\n", "line 2: the caption .* holds NUL"),
+        ("metadata.csv", b'file_name,text\na.png,"red\nb.png,blue\n', "line 2 is not CSV: unexpected end"),
+        ("metadata.csv", b'file_name,text\na.png,"red" or so\n', "line 2 is not CSV: "),
+        ("metadata.csv", b"file_name,text\na\0.png,red\n", "line 2: file_name .* is the name of no file"),
+        ("metadata.jsonl", b'{"file_name": "a.png", "text": "\\ud83d"}', r"line 1: the caption .* at '\\ud83d'"),
+        ("metadata.jsonl", b'{"file_name": "a.png", "text": ["fine", "\\ud83d"]}', "it was not UTF-8"),
+        ("metadata.jsonl", b'{"file_name": "\\ud83d.png", "text": "red"}', "file_name .* is the name of no file"),
+        ("metadata.jsonl", b'{"file_name": "a.png", "text": ' + b"[" * 200_000, "line 1 is not JSON"),
+        ("metadata.jsonl", b'{"file_name": "a.png", "text": ' + b"9" * 5_000 + b"}", "line 1 is not JSON"),
+    ],
+)
+def test_captions_that_are_no_text_are_named(tmp_path, form: str, content: bytes, message: str) -> None:
+    _image(tmp_path / "a.png")
+    (tmp_path / form).write_bytes(content)
+    with pytest.raises(DataError, match=message):
         _folder(tmp_path)
 
 
