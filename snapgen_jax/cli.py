@@ -371,9 +371,10 @@ def _draw(options: argparse.Namespace) -> Any:
     chosen = options.generation
     if options.bundle:
         from snapgen_jax.export.client import LiteRTGenerator
+        from snapgen_jax.typed import Written
 
         generator: Any = LiteRTGenerator(options.bundle)
-        chosen = {name: getattr(value, "literal", value) for name, value in chosen.items()}
+        chosen = {name: value.literal if isinstance(value, Written) else value for name, value in chosen.items()}
     elif options.weights:
         from snapgen_jax.generation import load_system
 

@@ -174,11 +174,11 @@ def judge(experiment: Experiment, name: str, evaluator: Evaluator, generator: Ge
     if not experiment.warned:
         experiment.warned = True
         log.warning(
-            "NOT HELD OUT: %s and the other evaluators read the %d training examples, since data.validation_share=%g "
-            "of so few is none; their numbers say nothing of what was not trained on",
+            "NOT HELD OUT: %s and the other evaluators read training examples, since the validation split repeats the "
+            "%d there are; their numbers say nothing of what was not trained on. Raise data.validation_share, or name "
+            "another data.validation_split, and train anew",
             name,
             len(data.source),
-            experiment.config.data.validation_share,
         )
     return dataclasses.replace(result, numbers={**result.numbers, "validation.held_out": 0.0})
 
