@@ -17,12 +17,16 @@ from snapgen_jax.diffusion.samplers import sample
 from snapgen_jax.diffusion.timesteps import time_grid
 from snapgen_jax.export.bundle import BundleReport, export_bundle, generator_of
 from snapgen_jax.export.manifest import fingerprints
+from snapgen_jax.inputs.captions import CaptionsConfig
 from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.codec import CodecConfig, build_codec, to_uint8
+from snapgen_jax.networks.module import build
 from snapgen_jax.networks.time_features import time_features
 from snapgen_jax.networks.unet import UNetConfig
-from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig, SamplingConfig
+from snapgen_jax.recipes._sampling import SamplingConfig
+from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig
 from snapgen_jax.training.exports import ExportPlan, ExportUnit, GoldenInputs
+from snapgen_jax.training.recipe import NoOptions
 
 from .toys import ClipRecipe, SketchRecipe
 
@@ -39,6 +43,7 @@ class ToyRecipe:
     """A linear denoiser of 4 x 4 x 3 pixels under a one-layer text encoder, with the sampler of the library."""
 
     LENGTH, WIDTH, GUIDANCE, STEPS = 6, 8, 2.0, 3
+    options = NoOptions()
 
     def __init__(self) -> None:
         self.codec = build_codec(CodecConfig(kind="identity", scale=2.0, shift=0.1))
@@ -110,7 +115,7 @@ class ToyRecipe:
         ]
         return ExportPlan(units, program, GoldenInputs(prompts=PROMPTS))
 
-    def generate(self, params, frozen, conditions, key):
+    def generate(self, params, frozen, conditions, keys, options):
         def context(tokens, mask):
             return {"mask": mask, **self.encode(params, tokens=tokens, mask=mask)}
 
@@ -172,17 +177,20 @@ def _exported(recipe, folder: pathlib.Path) -> Exported:
 def smoke(tmp_path_factory, tokenizer_json) -> Exported:
     """The flow matching recipe at its smallest, through jax2tf, compared with the recipe's own generator."""
     config = FlowMatchingConfig(
-        image_sizes=((16, 16),),
         prediction="x_0",
-        unet=UNetConfig.preset("smoke", latent_channels=12),
-        text=ClipTextConfig.preset("smoke", vocab_size=300, max_tokens=12),
-        codec=CodecConfig(patch=2, scale=1.5, shift=0.1, frequency_scale=(1.0, 1.5, 1.5, 2.0)),
+        network=UNetConfig.preset("smoke", latent_channels=12),
+        inputs=CaptionsConfig(
+            image_sizes=((16, 16),),
+            text=ClipTextConfig.preset("smoke", vocab_size=300, max_tokens=12),
+            codec=CodecConfig(patch=2, scale=1.5, shift=0.1, frequency_scale=(1.0, 1.5, 1.5, 2.0)),
+        ),
         sampling=SamplingConfig(steps=4, guidance=2.0, shift=1.5),
         sample_prompts=PROMPTS,
     )
     recipe = FlowMatching(config, "cpu")
     rng = np.random.default_rng(0)
-    spec = {"unet": recipe.network_spec, "text": recipe.text_spec}  # drawn here: a fresh UNet's output is zero
+    networks = recipe.networks()
+    spec = {role: build(networks[role].config)[1] for role in recipe.trains["model"]}  # a fresh UNet's output is zero
     params = {"model": jax.tree.map(lambda leaf: _draw(rng, leaf.shape), spec)}
     folder = tmp_path_factory.mktemp("smoke") / "bundle"
     report = export_bundle(recipe, params, {}, tokenizer_json, folder, reference=generator_of(recipe, params, {}))

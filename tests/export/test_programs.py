@@ -15,11 +15,13 @@ from snapgen_jax.export.convert import to_tflite
 from snapgen_jax.export.program import BundleError, parse
 from snapgen_jax.export.sampler import Sampler
 from snapgen_jax.export.storage import describe_storage
+from snapgen_jax.networks.module import build
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.unet import UNetConfig
 from snapgen_jax.recipes._flow_export import flow_plan
-from snapgen_jax.recipes.flow_matching import SamplingConfig
-from snapgen_jax.training.exports import ExportUnit, GoldenInputs, Stored
+from snapgen_jax.recipes._sampling import SamplingConfig
+from snapgen_jax.systems.denoiser import Denoiser
+from snapgen_jax.training.exports import ExportUnit, GoldenInputs, InputsExport, Stored
 
 from .conftest import PROMPTS, QUICK, resign
 from .toys import SketchRecipe, array, flow
@@ -37,7 +39,7 @@ def manifest(exported):
 def test_a_translator_is_one_call_from_picture_to_picture(sketch):
     images = np.random.default_rng(7).integers(0, 256, (3, 8, 8, 3), np.uint8)
     made = LiteRTGenerator(sketch.folder).run({"image": images})
-    expected = sketch.recipe.generate(sketch.params, {}, {"image": images}, None)
+    expected = sketch.recipe.generate(sketch.params, {}, {"image": images}, None, sketch.recipe.options)
     assert verify.grey_levels(made["image"], np.asarray(expected["image"])).max() <= 1
     np.testing.assert_allclose(made["edges"], expected["edges"], rtol=1e-5)
     assert made["image"].shape == (3, 8, 8, 3) and made["image"].std() > 10
@@ -287,15 +289,12 @@ def test_without_a_text_encoder_the_caller_gives_the_text_states():
     specs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), jnp.float32), null)
     plan = flow_plan(
         denoiser_role="teacher/unet",
-        network_config=config,
-        prediction="velocity",
+        denoiser=Denoiser(build(config)[0]),
         sampling=SamplingConfig(steps=3),
         latent_shape=(8, 8, config.latent_channels),
         image_shape=(16, 16, 3),
         context=TextContext(**specs),
-        null=null,
-        codec=None,
-        units={},
+        inputs=InputsExport({}, null, {}, None),
         golden=GoldenInputs(arrays={name: np.ones((1, *x.shape), "f") for name, x in null.items()}),
     )
     program = parse(json.loads(json.dumps(plan.program)))
