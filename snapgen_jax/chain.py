@@ -193,6 +193,7 @@ def _with_options(stage: StageConfig, overrides: Sequence[str]) -> StageConfig:
                 raise ConfigError(f"stage {stage.name!r} has no option {'.'.join(path[: i + 1])!r}{known}")
             if i + 1 < len(path):
                 node = node[part]
+        value = value.of(str) if isinstance(node[path[-1]], str) else value.literal
         node[path[-1]] = as_json(value, f"--config.{stage.name}.{text}")
     example = as_json(stage.example, f"the example of stage {stage.name!r}")
     return dataclasses.replace(stage, options=options, example=example)

@@ -184,8 +184,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if overrides and not hasattr(options, "config"):
         parser.error(f"`snapgen {options.command}` takes no --config overrides (given: {', '.join(overrides)})")
     options.overrides = overrides
+    _expand_home(options)
     _keep_compiled_programs()
     return run_to_exit_code(options.command, lambda: options.run(options))
+
+
+def _expand_home(options: argparse.Namespace) -> None:
+    """Puts the home folder in place of the "~" of every path: of `--workdir=~/run` a shell leaves it."""
+    from snapgen_jax.typed import expand_home
+
+    for name, value in vars(options).items():
+        if name in ("prompt", "set", "overrides"):  # texts, and what the config's dataclasses read
+            continue
+        if isinstance(value, str):
+            setattr(options, name, expand_home(value))
+        elif isinstance(value, list):
+            setattr(options, name, [expand_home(item) for item in value])
 
 
 def run_to_exit_code(command: str, run: Callable[[], None]) -> int:
@@ -364,8 +378,10 @@ def _draw(options: argparse.Namespace) -> Any:
     chosen = options.generation
     if options.bundle:
         from snapgen_jax.export.client import LiteRTGenerator
+        from snapgen_jax.typed import Written
 
         generator: Any = LiteRTGenerator(options.bundle)
+        chosen = {name: value.literal if isinstance(value, Written) else value for name, value in chosen.items()}
     elif options.weights:
         from snapgen_jax.generation import load_system
 

@@ -167,7 +167,7 @@ def _complete(partial: Config, overrides: Sequence[str]) -> tuple[ConfigDict, tu
     """The completed config, and the dataclasses that it fills."""
     changes = [changes_of.parse_override(text) for text in overrides]
     wanted: dict[str, Any] = _plain(partial)
-    wanted |= {path[0]: value for path, value in changes if path in (["recipe"], ["system"])}
+    wanted |= {path[0]: value.of(str) for path, value in changes if path in (["recipe"], ["system"])}
     classes = _classes(wanted)
     changes_of.apply(wanted, changes, classes)
     fields = [{field.name for field in dataclasses.fields(cls)} for cls in classes]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,12 +16,14 @@ import jax
 from etils import epath
 
 from snapgen_jax.config import Resolved
+from snapgen_jax.data.errors import DataError
 from snapgen_jax.data.pipeline import Pipeline
 from snapgen_jax.data.sources import Source, build_source
 from snapgen_jax.data.synthetic import SyntheticBatches
 from snapgen_jax.data.tokenizer import CaptionTokenizer
 from snapgen_jax.data.tokenizer_specs import load_tokenizers, make_tokenizer
 from snapgen_jax.evaluation import registry
+from snapgen_jax.evaluation.interfaces import EvaluationResult, Evaluator
 from snapgen_jax.generation import Generator, load_recipe, load_weights
 from snapgen_jax.parallel.hosts import current
 from snapgen_jax.training import loop, progress
@@ -30,6 +33,8 @@ from snapgen_jax.training.recipe import Recipe
 from snapgen_jax.training.state import TrainState
 
 Tree = Any
+
+log = logging.getLogger(__name__)
 
 
 class Experiment:
@@ -49,6 +54,7 @@ class Experiment:
         """
         self.workdir = epath.Path(workdir)
         self.resolved, self.config = resolved, resolved.experiment
+        self.warned = False  # that validation repeats the training split
         self.recipe: Recipe = resolved.build(backend or jax.default_backend())
 
     @property
@@ -99,7 +105,7 @@ class Experiment:
 
             def run(weights: Tree, frozen: Tree) -> Any:
                 generator.params, generator.frozen = weights, frozen
-                return evaluator(generator, ValidationBatches(self))
+                return judge(self, spec.name, evaluator, generator)
 
             return ScheduledEvaluator(spec.name, spec.every_steps, spec.at_end, run)
 
@@ -148,11 +154,45 @@ class Experiment:
         )
 
 
+def judge(experiment: Experiment, name: str, evaluator: Evaluator, generator: Generator) -> EvaluationResult:
+    """What an evaluator finds with the validation split of an experiment.
+
+    Where it read a split that repeats the training split, the number `validation.held_out` is 0, and a warning says so.
+
+    Raises:
+        ConfigError: the run or its data do not have what the evaluator needs.
+    """
+    data = ValidationBatches(experiment)
+    try:
+        result = evaluator(generator, data)
+    except (ConfigError, DataError):
+        raise
+    except ValueError as error:
+        raise ConfigError(f"evaluator {name!r}: {error}") from error
+    if not data.repeats_training:
+        return result
+    if not experiment.warned:
+        experiment.warned = True
+        log.warning(
+            "NOT HELD OUT: %s and the other evaluators read training examples, since the validation split repeats the "
+            "%d there are; their numbers say nothing of what was not trained on. Raise data.validation_share, or name "
+            "another data.validation_split, and train anew",
+            name,
+            len(data.source),
+        )
+    return dataclasses.replace(result, numbers={**result.numbers, "validation.held_out": 0.0})
+
+
 @dataclasses.dataclass(frozen=True)
 class ValidationBatches:
     """The validation split of an experiment; the same batches each time that it is iterated."""
 
     experiment: Experiment
+
+    @property
+    def repeats_training(self) -> bool:
+        """Whether training examples were read as this split; False where nothing was read."""
+        return "source" in vars(self) and not self.source.held_out
 
     @functools.cached_property
     def source(self) -> Any:

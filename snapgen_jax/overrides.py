@@ -1,12 +1,12 @@
 """Changes of a config from the command line: "a.b=value", each applied to what the config file says.
 
 A section whose field is a union of dataclasses is told by its `kind`. An override of that `kind` replaces the whole
-section: what the file said of the old kind does not describe the new one.
+section: what the file said of the old kind does not describe the new one. Values are read by the annotation of their
+field, when the dataclasses are built.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import types
 import typing
@@ -14,12 +14,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.typed import Written
 
-Change = tuple[list[str], Any]
+Change = tuple[list[str], Written]
 
 
 def parse_override(text: str, flag: str = "--config.") -> Change:
-    """The path and the value of "a.b=value": a Python literal where it is one, and a string otherwise.
+    """The path and the value of "a.b=value", as it is written.
 
     Raises:
         ConfigError: there is no value; names the `flag` that it came with.
@@ -27,10 +28,7 @@ def parse_override(text: str, flag: str = "--config.") -> Change:
     name, equals, value = text.partition("=")
     if not equals:
         raise ConfigError(f"override {text!r} has no value; write {flag}{name}=VALUE")
-    try:
-        return name.split("."), ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name.split("."), value
+    return name.split("."), Written(value)
 
 
 def apply(wanted: dict[str, Any], changes: Sequence[Change], classes: Sequence[type]) -> None:
@@ -53,9 +51,11 @@ def apply(wanted: dict[str, Any], changes: Sequence[Change], classes: Sequence[t
         if not _members_at(classes, wanted, section):  # a plain field that is called kind, or takes a mapping
             others.append((path, value))
         else:
-            _put(wanted, section, dict(value) if isinstance(value, Mapping) else {"kind": value})
+            mapping = _mapping(value)
+            _put(wanted, section, {"kind": _text(value)} if mapping is None else mapping)
     for path, value in sorted(others, key=lambda change: change[0][-1] != "preset"):
-        _put(wanted, path, value)
+        mapping = _mapping(value)
+        _put(wanted, path, value if mapping is None else mapping)
 
 
 def kinds(hint: Any) -> dict[str, type]:
@@ -78,12 +78,23 @@ def kinds(hint: Any) -> dict[str, type]:
 
 def _may_name_kind(change: Change) -> bool:
     path, value = change
-    return (len(path) > 1 and path[-1] == "kind") or (isinstance(value, Mapping) and "kind" in value)
+    return (len(path) > 1 and path[-1] == "kind") or "kind" in (_mapping(value) or {})
+
+
+def _mapping(value: Any) -> dict[str, Any] | None:
+    """A value that is a mapping, or is written as one; else None."""
+    value = value.literal if isinstance(value, Written) else value
+    return dict(value) if isinstance(value, Mapping) else None
+
+
+def _text(value: Any) -> Any:
+    """A name, where one is written."""
+    return value.of(str) if isinstance(value, Written) else value
 
 
 def _section(change: Change) -> list[str]:
     path, value = change
-    return path if isinstance(value, Mapping) else path[:-1]
+    return path[:-1] if _mapping(value) is None else path
 
 
 def _members_at(classes: Sequence[type], wanted: Mapping[str, Any], section: Sequence[str]) -> dict[str, type]:

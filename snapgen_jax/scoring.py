@@ -12,7 +12,7 @@ from snapgen_jax.config import resolve
 from snapgen_jax.evaluation import registry
 from snapgen_jax.evaluation.interfaces import EvaluationResult, EvaluatorSpec
 from snapgen_jax.evaluation.pictures import png_bytes
-from snapgen_jax.experiment import Experiment, ValidationBatches
+from snapgen_jax.experiment import Experiment, judge
 from snapgen_jax.generation import Generator, load, load_config
 from snapgen_jax.training.exits import ConfigError
 
@@ -57,7 +57,7 @@ def measure(
             evaluator = registry.create(_with_options(known.get(name, EvaluatorSpec(name)), generation, options))
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        result = evaluator(generator, ValidationBatches(experiment))
+        result = judge(experiment, name, evaluator, generator)
         found.numbers.update(result.numbers)
         found.pictures.update(result.pictures)
         found.values.update(result.values)

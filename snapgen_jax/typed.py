@@ -2,16 +2,53 @@
 
 A field may be a union of dataclasses, each with a field `kind: Literal["..."]` of its own. A mapping is the member that
 its `kind` names. Without a `kind` it is of the kind of the field's default value; without a default, the first member.
+
+What stands on a command line is `Written`, and becomes a value by the annotation of its field: `2024_05` is a name
+where a string is wanted and a number where a number is.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
+import os
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+
+class Written(str):
+    """A value as it stands on a command line; `coerce` makes of it what the field wants."""
+
+    @property
+    def literal(self) -> Any:
+        """The Python literal that it spells, or else the text itself."""
+        try:
+            return ast.literal_eval(self)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return str(self)
+
+    def of(self, hint: Any) -> Any:
+        """What it is where a value of this annotation is wanted: a literal, or text, which quotes may surround."""
+        literal, origin, options = self.literal, typing.get_origin(hint), typing.get_args(hint)
+        if isinstance(literal, str):
+            return literal
+        if hint is str or (origin is typing.Literal and literal not in options and str(self) in options):
+            return str(self)
+        if origin in (typing.Union, types.UnionType) and str in options:  # a number or None only where that is wanted
+            try:
+                coerce(literal, hint, "")
+            except ValueError:
+                return str(self)
+        return literal
+
+
+def expand_home(text: str) -> str:
+    """The text, where it is a path that begins with "~/" or "~name/" with the home folder in its place."""
+    return os.path.expanduser(text) if re.match(r"~[\w.-]*(/|$)", text) else text
 
 
 def build(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
@@ -32,6 +69,7 @@ def build(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
     if preset is not None:
         if not hasattr(cls, "preset"):
             raise ValueError(f"config section {path or 'top level'!r} has no presets")
+        preset = coerce(preset, str, f"{path}.preset") if isinstance(preset, Written) else preset
         try:
             base = cls.preset(preset)
         except ValueError as error:
@@ -65,6 +103,8 @@ def plain(value: Any) -> Any:
 def coerce(value: Any, hint: Any, where: str, what: str = "config key", default: Any = None) -> Any:
     """`value` as the annotated type: an int where a float is wanted becomes one, a list becomes a tuple.
 
+    What is `Written` is read as that type. A string that begins with "~/" is a path from the home folder.
+
     `default` is what the field has where nothing is given; of a union of dataclasses it tells which one a mapping
     without `kind` is.
 
@@ -72,6 +112,8 @@ def coerce(value: Any, hint: Any, where: str, what: str = "config key", default:
         ValueError: it is of another type; the message begins with `what` it is and `where`.
     """
     origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(value, Written):
+        value = value.of(hint)
     if hint is Any:
         return value
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
@@ -106,6 +148,8 @@ def coerce(value: Any, hint: Any, where: str, what: str = "config key", default:
     elif hint is int:
         if isinstance(value, int) and not isinstance(value, bool):
             return value
+    elif hint is str and isinstance(value, str):
+        return expand_home(value)
     elif isinstance(hint, type) and hint is not float and isinstance(value, hint):
         return value
     name = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)

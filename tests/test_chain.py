@@ -170,8 +170,8 @@ def trained(monkeypatch):
     runs = []
 
     class Quick:
-        def __init__(self, config, workdir):
-            self.config, self.workdir = config, workdir
+        def __init__(self, resolved, workdir):
+            self.config, self.workdir = resolved.experiment, workdir
 
         def train(self):
             runs.append((self.workdir.name, self.config.train_steps))

@@ -5,8 +5,13 @@ import pathlib
 
 import pytest
 
+from snapgen_jax import generation
 from snapgen_jax.cli import main
 from snapgen_jax.config import load_config
+from snapgen_jax.data.tokenizer import train
+from snapgen_jax.evaluation.frechet_score import DiversityScore, FrechetScore
+from snapgen_jax.evaluation.interfaces import EvaluatorSpec
+from snapgen_jax.evaluation.registry import create
 from snapgen_jax.export.client import from_schema_1
 from snapgen_jax.export.program import parse
 from snapgen_jax.export.sampler import with_options
@@ -36,7 +41,31 @@ def test_options_of_evaluators_come_from_the_command_line(monkeypatch, tmp_path,
     monkeypatch.setattr("snapgen_jax.scoring.evaluate", lambda *run, **choices: asked.update(choices) or {})
     options = ["--set=frechet.examples=2048", "--set=frechet.seed=1", "--set=diversity.prompts=('a star',)"]
     assert main(["evaluate", f"--workdir={tmp_path}", "--names=frechet,diversity", *options]) == ExitCode.DONE
-    assert asked["options"] == {"frechet": {"examples": 2048, "seed": 1}, "diversity": {"prompts": ("a star",)}}
+    frechet, diversity = (create(EvaluatorSpec(name, options=asked["options"][name])) for name in asked["options"])
+    assert frechet == FrechetScore(examples=2048, seed=1) and diversity == DiversityScore(prompts=("a star",))
+
+
+def test_a_prompt_that_is_not_utf_8_is_named(commands, tokenizing, capsys):
+    arguments = [a.replace("--prompt=1", "--prompt=a \udcff") for a in commands["sample"]]
+    assert main(arguments) == ExitCode.BAD_CONFIG
+    assert r"'a \udcff' is no text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "expected"),
+    [
+        ("train", ["--config=~/a.py:b", "--workdir=~/run"], {"config": "/home/me/a.py:b", "workdir": "/home/me/run"}),
+        ("sample", ["--weights=~/w", "--prompt=~/x", "--out=~/o.png"], {"weights": "/home/me/w", "prompt": ["~/x"]}),
+        ("encode", ["--weights=~/vae", "~/a.png", "b.png"], {"images": ["/home/me/a.png", "b.png"]}),
+        ("upgrade", ["~/run"], {"workdir": "/home/me/run"}),
+    ],
+)
+def test_home_is_put_in_place_of_its_sign_in_every_flag(command, arguments, expected, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    given = {}
+    monkeypatch.setattr(f"snapgen_jax.cli._{command}", lambda options: given.update(vars(options)))
+    assert main([command, *arguments]) == ExitCode.DONE
+    assert {name: given[name] for name in expected} == expected
 
 
 # --- options of the generator ----------------------------------------------------------------------------------------
@@ -57,6 +86,15 @@ def asked(monkeypatch):
     monkeypatch.setattr("snapgen_jax.generation.load", lambda *_, **__: made)
     monkeypatch.setattr("snapgen_jax.scoring.load", lambda *_, **__: made)
     return asked
+
+
+@pytest.fixture
+def tokenizing(asked, monkeypatch):
+    """The run has a tokenizer that was trained on captions."""
+    made = generation.load("")
+    trained = train(["a ring"], 259)
+    trained.names = ("tokens",)
+    monkeypatch.setattr(made, "tokenizer", trained)
 
 
 @pytest.fixture

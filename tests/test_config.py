@@ -70,6 +70,67 @@ def test_a_wrong_override_is_refused_with_what_to_change(override, message):
         configs.load_config(QUICKSTART, [override])
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.path=2024_05", "2024_05"),
+        ("data.path=1e5", "1e5"),
+        ("data.path=007", "007"),
+        ("data.path=None", "None"),
+        ("data.path=(1,2)", "(1,2)"),
+        ("data.path=", ""),
+        ("data.path='2024'", "2024"),
+        ("data.path=a=b", "a=b"),
+        ("init_from=12", "12"),
+        ("seed=1_000", 1000),
+        ("seed=0x10", 16),
+        ("optimizer.learning_rate=1", 1.0),
+        ("inputs.image_sizes=((32,32),)", ((32, 32),)),
+        ("inputs.image_sizes=[[32, 32], [24, 40]]", ((32, 32), (24, 40))),
+        ("evaluation.final=('sample_grid', '2024_05')", ("sample_grid", "2024_05")),
+        ("data.bucket_shares={'32x32': 3}", {"32x32": 3.0}),
+        ("data.bucket_shares.32x32=3", {"32x32": 3.0}),
+        ("data.texts={'tokens': '7'}", {"tokens": "7"}),
+        ("data.texts.tokens=7", {"tokens": "7"}),
+        ("data.crop=centre", "centre"),
+        ("data.crop='centre'", "centre"),
+    ],
+)
+def test_an_override_is_read_as_what_its_field_is(override, expected):
+    config = configs.load_config("configs/folder.py:runlocal", [override])
+    value = config
+    for name in override.partition("=")[0].removesuffix(".32x32").removesuffix(".tokens").split("."):
+        value = value[name]
+    value = value.to_dict() if hasattr(value, "to_dict") else value
+    assert value == expected and type(value) is type(expected)
+
+
+@pytest.mark.parametrize(
+    "override", ["seed=1e3", "seed='7'", "seed=None", "data.crop=7", "evaluation.final=sample_grid"]
+)
+def test_an_override_of_another_type_is_refused(override):
+    with pytest.raises(ConfigError, match=r"expected|choose one of"):
+        configs.load_config("configs/folder.py:runlocal", [override])
+
+
+def test_home_is_put_in_place_of_its_sign_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "run.py"
+    file.write_text(
+        "def get_config(arg=None):\n"
+        "    return {'data': {'source': 'folder', 'path': '~/photos', 'class_names': 'kept~/as/it/is'},\n"
+        "            'inputs': {'text_workdir': '~/clip'}}\n"
+    )
+    config = configs.load_config(str(file))
+    assert config.inputs.text_workdir == f"{tmp_path}/clip"
+    assert config.data.path == f"{tmp_path}/photos" and config.data.class_names == "kept~/as/it/is"
+    config = configs.load_config(str(file), ["init_from=~/earlier", "data.path='~/others'", "data.tokenizer=~"])
+    paths = config.init_from, config.data.path, config.data.tokenizer
+    assert paths == (f"{tmp_path}/earlier", f"{tmp_path}/others", str(tmp_path))
+    teacher = configs.load_config("configs/distill/t2i_1024_sd35l.py:runlocal", ["teacher.workdir=~/teacher"])
+    assert teacher.teacher.workdir == f"{tmp_path}/teacher"
+
+
 def test_a_missing_file_and_a_file_without_get_config_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="no config file"):
         configs.load_config("configs/nowhere.py")

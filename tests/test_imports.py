@@ -84,7 +84,7 @@ MAY_IMPORT = {
     # configs and workdirs
     "config": ["config_file", "overrides", "data.config", "training", "recipes", "systems", "typed"],
     "config_file": ["training.exits"],
-    "overrides": ["training.exits"],
+    "overrides": ["training.exits", "typed"],
     "workdir": ["config", "parallel.hosts", "training.files"],
     "upgrade": ["config", "training.exits", "training.files"],
     # the edge

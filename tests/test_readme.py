@@ -75,9 +75,8 @@ def test_a_snapgen_command_that_is_named_is_understood(command):
         assert all(a.split("=")[0] in options for a in arguments if a.startswith("-"))
         return
     parsed, others = build_parser().parse_known_args(arguments)
-    options = (
-        {f"--{field.name}" for field in dataclasses.fields(SamplingConfig)} if "takes_options" in parsed else set()
-    )
+    drawing = dataclasses.fields(SamplingConfig) if "takes_options" in parsed else ()
+    options = {f"--{field.name}" for field in drawing}
     assert {a.split("=")[0] for a in others} <= options
     if overrides:
         load = load_chain if arguments[0] == "chain" else load_config

@@ -13,7 +13,7 @@ from snapgen_jax.networks.mmdit import MMDiTConfig
 from snapgen_jax.networks.module import Preset
 from snapgen_jax.networks.registry import CONFIGS, DenoiserConfig
 from snapgen_jax.networks.unet import UNetConfig
-from snapgen_jax.typed import build, plain
+from snapgen_jax.typed import Written, build, coerce, expand_home, plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,3 +139,36 @@ def test_the_kind_of_a_network_stands_first_and_is_its_own():
         assert first.name == "kind", cls
         kinds.append(first.default)
     assert len(set(kinds)) == len(kinds)
+
+
+# --- what stands on a command line -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "hint", "expected"),
+    [
+        ("12", str, "12"),
+        ("12", int, 12),
+        ("12", float, 12.0),
+        ("12", str | None, "12"),
+        ("None", str | None, None),
+        ("12", int | str, 12),
+        ("twelve", int | str, "twelve"),
+        ("12", Literal["12", "13"], "12"),
+        ("12", Literal[12, 13], 12),
+        ("(1, 2)", tuple[int, ...], (1, 2)),
+        ("{'a': 1}", Mapping[str, float], {"a": 1.0}),
+        ("{'side': 3}", Square | None, Square(side=3)),
+        ("{'side': 3}", str, "{'side': 3}"),
+    ],
+)
+def test_what_is_written_is_read_as_what_is_wanted(written, hint, expected):
+    value = coerce(Written(written), hint, "field")
+    assert value == expected and type(value) is type(expected)
+
+
+def test_home_is_the_beginning_of_a_path_alone(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = ("~", "~/a", "~nobody-of-that-name/a", "a~/b", "~ 5 cats", "gs://bucket/~/a", "")
+    expected = ("/home/me", "/home/me/a", "~nobody-of-that-name/a", "a~/b", "~ 5 cats", "gs://bucket/~/a", "")
+    assert tuple(map(expand_home, paths)) == expected

@@ -8,7 +8,7 @@ import numpy as np
 
 from snapgen_jax.data.arrays import IMAGE, LABEL, TEXT, ArraySpec, Example
 from snapgen_jax.data.config import DataConfig, Split
-from snapgen_jax.data.sources import hold_out
+from snapgen_jax.data.sources import hold_out, holds_out
 from snapgen_jax.data.words import article, pick
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -17,6 +17,8 @@ _PHRASES = ("a photo of {an} {word}", "a handwritten {word}", "the digit {word}"
 
 class DigitsSource:
     """Handwritten digits: white on black, 8x8."""
+
+    held_out = True
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, numbers: np.ndarray):
         """Takes uint8 images `[N, 8, 8]`, labels `[N]`, and the numbers that scikit-learn gives these images `[N]`."""
@@ -51,4 +53,6 @@ def build(config: DataConfig, split: Split) -> DigitsSource:
     pixels, labels = load_digits(return_X_y=True)  # [N, 64] in 0..16, [N]
     images = np.rint(np.reshape(pixels, (-1, 8, 8)) * (255.0 / 16.0)).astype(np.uint8)
     chosen = hold_out(len(images), split, config.validation_share)
-    return DigitsSource(images[chosen], np.asarray(labels)[chosen], chosen)
+    source = DigitsSource(images[chosen], np.asarray(labels)[chosen], chosen)
+    source.held_out = split == "train" or holds_out(len(images), config.validation_share)
+    return source

@@ -7,10 +7,15 @@ The captions are found in the conventions of the ecosystem, at any depth below t
 * where no metadata file exists: `name.txt` beside `name.jpg`, holding the caption.
 
 With `captions="none"` in the config every image counts, and none has a caption.
+
+One file is one example, whatever number of rows or links name it: each draw takes one of all its captions. Links to
+files and folders are followed, since a snapshot of a hub is links into its cache. A file or folder whose name begins
+with a dot is not data, nor is what other programs leave beside images.
 """
 
 from __future__ import annotations
 
+import collections
 import csv
 import dataclasses
 import io
@@ -18,7 +23,7 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -27,11 +32,12 @@ from snapgen_jax.data.arrays import IMAGE, TEXT, ArraySpec, Example
 from snapgen_jax.data.config import DataConfig, Split
 from snapgen_jax.data.errors import DataError
 from snapgen_jax.data.images import EXTENSIONS, decode, header_size
-from snapgen_jax.data.sources import asked, hold_out
-from snapgen_jax.data.words import pick
+from snapgen_jax.data.sources import asked, hold_out, holds_out
+from snapgen_jax.data.words import pick, require_text
 
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _CAPTION_COLUMNS = ("text", "caption")
+_NOT_DATA = frozenset({"__MACOSX", "@eaDir"})  # beside every name that begins with a dot: what zip and NAS add
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +53,8 @@ class Entry:
 class FolderSource:
     """Images in a folder, decoded when drawn."""
 
-    def __init__(self, root: str, entries: list[Entry], captioned: bool = True):
-        self._root, self._entries, self._captioned = root, entries, captioned
+    def __init__(self, root: str, entries: list[Entry], captioned: bool = True, held_out: bool = True):
+        self._root, self._entries, self._captioned, self.held_out = root, entries, captioned, held_out
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -86,29 +92,33 @@ def build(config: DataConfig, split: Split) -> FolderSource:
     found = find_images(root) if config.captions == "none" else find_entries(root)
     entries = sorted(found, key=lambda entry: entry.path)
     chosen = hold_out(len(entries), split, config.validation_share)
-    if split == "validation" and len(chosen) == len(entries):
-        log.info("%s: %d images are too few to hold any out; validation uses the training images", root, len(entries))
-    return FolderSource(root, [entries[i] for i in chosen], captioned=config.captions == "needed")
+    held_out = split == "train" or holds_out(len(entries), config.validation_share)
+    return FolderSource(root, [entries[i] for i in chosen], config.captions == "needed", held_out)
 
 
 def find_images(root: str) -> list[Entry]:
-    """Every image at or below a folder, without captions."""
-    images = [Entry(str(path), ("",)) for path in _files(root) if path.suffix.lower() in EXTENSIONS]
+    """Every image at or below a folder, each file once, without captions."""
+    images = _images(_files(root))
     if not images:
         raise DataError(f"{root} holds no image ({', '.join(sorted(EXTENSIONS))})")
-    return images
+    return [Entry(path, ("",)) for path in images.values()]
 
 
 def find_entries(root: str) -> list[Entry]:
-    """Every captioned image at or below a folder; see the top of this file for the conventions."""
+    """Every captioned image at or below a folder, each file once; see the top of this file for the conventions."""
     files = _files(root)
-    images = [path for path in files if path.suffix.lower() in EXTENSIONS]
-    metadata = [path for path in files if path.name in _METADATA]
+    images = _images(files)
+    metadata = [path for path in map(pathlib.Path, files) if path.name in _METADATA]
     if metadata:
         _refuse_two_in_one_folder(metadata)
-        entries = [entry for path in metadata for entry in _read_metadata(path)]
+        named = [entry for path in metadata for entry in _read_metadata(path)]
     else:
-        entries = [entry for path in images for entry in _read_sidecar(path)]
+        named = [entry for path in files if _is_image(path) for entry in _read_sidecar(pathlib.Path(path))]
+    entries: dict[str, Entry] = {}
+    for entry in named:
+        real = files[entry.path] if entry.path in files else os.path.realpath(entry.path)
+        known = entries.get(real)
+        entries[real] = Entry(known.path, known.captions + entry.captions) if known else entry
     if not entries:
         raise DataError(
             f"{root} holds no captioned image: found {len(images)} image files "
@@ -116,15 +126,66 @@ def find_entries(root: str) -> list[Entry]:
             "metadata.jsonl or metadata.csv with file_name and text (or caption) columns, or a .txt file beside each "
             "image"
         )
-    if len(entries) < len(images):
-        log.warning(
-            "%s: %d of %d images have no caption and are left out", root, len(images) - len(entries), len(images)
-        )
-    return entries
+    if left_out := len(images.keys() - entries.keys()):
+        log.warning("%s: %d of %d images have no caption and are left out", root, left_out, len(images))
+    return list(entries.values())
 
 
-def _files(root: str) -> list[pathlib.Path]:
-    return sorted(pathlib.Path(folder, name) for folder, _, names in os.walk(root) for name in names)
+def _files(root: str) -> dict[str, str]:
+    """`{path: real path}` of the files at or below a folder, sorted by path. Links are followed, each folder once.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
+    files: dict[str, str] = {}
+    seen: set[str] = set()
+    waiting = collections.deque([(root, root)])
+    while waiting:
+        folder, real_folder = waiting.popleft()
+        if real_folder in seen:
+            continue
+        seen.add(real_folder)
+        try:
+            with os.scandir(folder) as found:
+                inside = sorted(found, key=lambda item: item.name)
+        except OSError as error:
+            raise DataError(f"the folder {folder} cannot be read: {error.strerror}") from error
+        for item in inside:
+            if item.name.startswith(".") or item.name in _NOT_DATA:
+                continue
+            real = os.path.realpath(item.path) if item.is_symlink() else os.path.join(real_folder, item.name)
+            if not _is_folder(item):
+                files[item.path] = real
+            elif not item.is_symlink():
+                waiting.appendleft((item.path, real))
+            elif not _holds(real, real_folder):
+                waiting.append((item.path, real))  # after all that is no link: a folder's own name comes first
+    return dict(sorted(files.items()))
+
+
+def _is_folder(item: os.DirEntry[str]) -> bool:
+    try:
+        return item.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _holds(folder: str, inner: str) -> bool:
+    """Whether a folder is, or lies above, another: a link to it from there is a loop."""
+    return os.path.commonpath([folder, inner]) == folder
+
+
+def _is_image(path: str) -> bool:
+    return os.path.splitext(path)[1].lower() in EXTENSIONS
+
+
+def _images(files: Mapping[str, str]) -> dict[str, str]:
+    """`{real path: the first path that leads there}` of the images among files."""
+    images: dict[str, str] = {}
+    for path, real in files.items():
+        if _is_image(path):
+            images.setdefault(real, path)
+    return images
 
 
 def _refuse_two_in_one_folder(metadata: list[pathlib.Path]) -> None:
@@ -136,7 +197,7 @@ def _refuse_two_in_one_folder(metadata: list[pathlib.Path]) -> None:
 
 def _read_sidecar(image: pathlib.Path) -> Iterator[Entry]:
     text = image.with_suffix(".txt")
-    if text.is_file() and (caption := " ".join(_read_text(text).split())):
+    if text.is_file() and (caption := _caption(_read_text(text), f"{text}:")):
         yield Entry(str(image), (caption,))
 
 
@@ -144,12 +205,19 @@ def _read_text(path: pathlib.Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}; save it as UTF-8") from error
+
+
+def _caption(text: str, where: str) -> str:
+    """A caption on one line. Raises `DataError` for what an editor that does not write UTF-8 leaves in it."""
+    if "\0" in text:
+        raise DataError(f"{where} the caption {text[:80]!a} holds NUL, as UTF-16 does; save the file as UTF-8")
+    return " ".join(require_text(text, f"{where} the caption").split())
 
 
 def _read_metadata(path: pathlib.Path) -> Iterator[Entry]:
     for where, row in _rows(path):
-        file_name, captions = row.get("file_name"), _captions(row)
+        file_name, captions = row.get("file_name"), _captions(row, where)
         if not isinstance(file_name, str) or not file_name:
             raise DataError(f"{where}: expected a file_name and found the columns {', '.join(map(str, row))}")
         if captions is None:
@@ -164,34 +232,60 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, object]]]:
     """Yields ("file, line 3", columns)."""
     text = _read_text(path)
     if path.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        for row in reader:
-            yield f"{path}, line {reader.line_num}", dict(row)
+        yield from _csv_rows(path, text)
         return
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
             raise DataError(f"{path}, line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}: expected a JSON object and found {type(row).__name__}")
         yield f"{path}, line {number}", row
 
 
-def _captions(row: dict[str, object]) -> tuple[str, ...] | None:
+def _csv_rows(path: pathlib.Path, text: str) -> Iterator[tuple[str, dict[str, object]]]:
+    limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))  # a caption may be as long as it is
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        rows = [(f"{path}, line {reader.line_num}", row) for row in reader]
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {reader.line_num + 1} is not CSV: {error}; a caption in double quotes ends with one, and "
+            "one inside it is written twice"
+        ) from error
+    finally:
+        csv.field_size_limit(limit)
+    for where, row in rows:
+        if surplus := row.pop(None, None):  # type: ignore[call-overload]  # where csv keeps them
+            columns = list(reader.fieldnames or ())
+            raise DataError(
+                f"{where}: the row has {len(columns) + len(surplus)} fields and the header {len(columns)} columns "
+                f"({', '.join(columns)}); put a caption that holds a comma in double quotes"
+            )
+        yield where, dict(row)
+
+
+def _captions(row: dict[str, object], where: str) -> tuple[str, ...] | None:
     for column in _CAPTION_COLUMNS:
         if column in row:
             value = row[column]
             values = value if isinstance(value, list) else [value]
-            return tuple(" ".join(str(text).split()) for text in values if text is not None)
+            return tuple(_caption(str(text), f"{where}:") for text in values if text is not None)
     return None
 
 
 def _inside(folder: pathlib.Path, file_name: str, where: str) -> str:
-    """The path of a file that a metadata row names, which may not lie outside the metadata's folder."""
-    path = os.path.realpath(folder / file_name)
-    if not path.startswith(os.path.realpath(folder) + os.sep):
+    """The path of a file that a metadata row names. Its name may not leave the metadata's folder; a link there may."""
+    try:
+        named = os.fsencode(file_name)
+    except UnicodeEncodeError:
+        named = b"\0"
+    if b"\0" in named:
+        raise DataError(f"{where}: file_name {file_name!a} is the name of no file; save the metadata as UTF-8")
+    name = os.path.normpath(file_name)
+    if os.path.isabs(name) or name.split(os.sep)[0] in (os.pardir, os.curdir):
         raise DataError(f"{where}: file_name {file_name!r} leaves the folder {folder}; expected a path inside it")
-    return path
+    return os.path.join(folder, name)

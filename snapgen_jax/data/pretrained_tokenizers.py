@@ -23,6 +23,7 @@ import numpy as np
 
 from snapgen_jax.data.errors import DataError
 from snapgen_jax.data.tokenizer import Tokenizer, encode_with, mask_name
+from snapgen_jax.data.words import require_text
 
 log = logging.getLogger(__name__)
 _WARNINGS = 10
@@ -83,8 +84,11 @@ class PretrainedTokenizer:
 
         Returns:
             tokens int32 `[N, L]`, and mask float32 `[N, L]`, 1 for the text with its special tokens and 0 for padding.
+
+        Raises:
+            DataError: a text holds half of a character.
         """
-        texts = list(texts)
+        texts = [require_text(text, "the caption or prompt") for text in texts]
         encoded = self._model(texts, padding="max_length", max_length=length, truncation=True, return_tensors="np")
         self._warn_about_cuts(texts, length)
         return encoded["input_ids"].astype(np.int32), encoded["attention_mask"].astype(np.float32)

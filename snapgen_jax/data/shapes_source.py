@@ -20,6 +20,8 @@ _STREAM: dict[Split, int] = {"train": 0x5EED, "validation": 0x7E57}
 class ShapesSource:
     """Rendered scenes with captions. Both splits show seen combinations only; `prompts` makes the held-out ones."""
 
+    held_out = True  # no training scene is a validation scene
+
     def __init__(self, config: ShapesConfig, split: Split):
         self._config = config
         self._stream = _STREAM[split]

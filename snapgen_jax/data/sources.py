@@ -15,7 +15,13 @@ from snapgen_jax.data.errors import DataError
 
 class Source(Protocol):
     """Examples by index. Every draw (phrasing, choice among captions) comes from `rng`, so an example is a pure
-    function of its arguments. A source can be pickled, since worker processes get a copy."""
+    function of its arguments. A source can be pickled, since worker processes get a copy.
+
+    Attributes:
+        held_out: False for a validation split of examples that the training split has too; else True.
+    """
+
+    held_out: bool
 
     def __len__(self) -> int:
         """The number of examples in an epoch."""
@@ -68,13 +74,18 @@ def hold_out(count: int, split: Split, share: float) -> np.ndarray:
     """The indices of a split, ascending, by a fixed permutation of `count` examples.
 
     The validation split holds `share` of them. Where that is less than one example, validation repeats the training
-    split, which is then whole: a folder of ten photographs has none to spare.
+    split, which is then whole: a folder of ten photographs has none to spare. See `holds_out`.
     """
     held = int(count * share)
-    if held == 0:
+    if not holds_out(count, share):
         return np.arange(count)
     order = np.random.default_rng(0).permutation(count)
     return np.sort(order[:held] if split == "validation" else order[held:])
+
+
+def holds_out(count: int, share: float) -> bool:
+    """Whether `hold_out` keeps any example from the training split."""
+    return int(count * share) > 0
 
 
 def asked(name: str, names: Collection[str] | None) -> bool:

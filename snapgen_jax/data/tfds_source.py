@@ -35,8 +35,9 @@ _TEXT_NAMES = ("caption", "captions", "text")  # of the Text features, ids and f
 class TfdsSource:
     """A prepared TFDS data set. The files are opened when first used, and again in every worker process."""
 
-    def __init__(self, config: DataConfig, split: str):
+    def __init__(self, config: DataConfig, split: str, held_out: bool = True):
         self._config, self._split = config, split
+        self.held_out = held_out
         self._records: Any = None
         features = self._open().dataset_info.features
         self._image_path = _find_image(features, config)
@@ -97,7 +98,9 @@ def build(config: DataConfig, split: Split) -> TfdsSource:
     """The TFDS source of a config. Raises `DataError` where it is unknown, not prepared, or has no caption."""
     if not config.name:
         raise DataError("the data source 'tfds' needs data.name, the name of a TFDS data set such as 'coco_captions'")
-    return TfdsSource(config, config.train_split if split == "train" else config.validation_split)
+    if split == "train":
+        return TfdsSource(config, config.train_split)
+    return TfdsSource(config, config.validation_split, held_out=config.validation_split != config.train_split)
 
 
 def _open(config: DataConfig, split: str) -> Any:

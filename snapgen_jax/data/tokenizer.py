@@ -16,6 +16,7 @@ from snapgen_jax.data.arrays import listed
 from snapgen_jax.data.config import DataConfig
 from snapgen_jax.data.errors import DataError
 from snapgen_jax.data.sources import Source
+from snapgen_jax.data.words import require_text
 from snapgen_jax.training.files import write_whole
 
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
@@ -69,11 +70,14 @@ class Tokenizer:
 
         Returns:
             tokens int32 `[N, L]`, and mask float32 `[N, L]`, 1 from BOS to EOS.
+
+        Raises:
+            DataError: a text holds half of a character.
         """
         tokens = np.full((len(texts), length), PAD_ID, np.int32)
         mask = np.zeros((len(texts), length), np.float32)
         for row, text in enumerate(texts):
-            ids = self._model.encode(text, add_special_tokens=False).ids
+            ids = self._model.encode(require_text(text, "the caption or prompt"), add_special_tokens=False).ids
             if len(ids) > length - 2:
                 self._warn(text, len(ids), length)
                 ids = ids[: length - 2]

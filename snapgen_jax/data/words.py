@@ -6,6 +6,8 @@ from typing import TypeVar
 
 import numpy as np
 
+from snapgen_jax.data.errors import DataError
+
 T = TypeVar("T")
 
 # Words that a mirror makes wrong: "left", "Right-hand", "rightmost", "leftwards", "left's" ...
@@ -26,6 +28,22 @@ def class_caption(name: str) -> str:
     """The caption of a class label: "a photo of an orange cat" from "orange_cat"."""
     name = name.replace("_", " ").strip()
     return f"a photo of {article(name)} {name}"
+
+
+def require_text(text: str, what: str) -> str:
+    """The text, if it can be written down in UTF-8.
+
+    A command line or a file in another encoding leaves lone surrogates in it, each half of a character.
+
+    Raises:
+        DataError: it cannot; begins with `what` it is.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise DataError(f"{what} {text!a} is no text at {half}: it was not UTF-8; write it in UTF-8") from error
+    return text
 
 
 def speaks_of_sides(text: str) -> bool:

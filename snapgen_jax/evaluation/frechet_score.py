@@ -14,6 +14,11 @@ from snapgen_jax.evaluation.outputs import are_images, draw, form, read_images
 from snapgen_jax.evaluation.requests import examples, needs_of, requests, requests_of_examples
 from snapgen_jax.evaluation.statistics import mean_interval
 
+_REMEDY = (
+    "it holds data.validation_share of your images, 1 of 20 by default: give 80 images, or a larger share (0.2 of 20 "
+    "images), and train anew; a data set with splits of its own has data.validation_split"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class FrechetScore:
@@ -40,11 +45,16 @@ class FrechetScore:
         as the first half is for `frechet.real`.
 
         Raises:
-            ValueError: there is no validation split, it has fewer than four readable images, or there are no images by
-                the names of `output` and `reference`.
+            ValueError: there is no validation split, it repeats the training split, it has fewer than four readable
+                images, or there are no images by the names of `output` and `reference`.
         """
         if dataset is None:
             raise ValueError("frechet compares with images of the validation split, and was given none")
+        if not dataset.source.held_out:
+            raise ValueError(
+                "frechet needs images that training does not see, four or more, and the validation split repeats the "
+                f"{len(dataset.source)} training images; {_REMEDY}"
+            )
         names = dict.fromkeys((self.reference, *needs_of(generator)))
         arrays, indices = examples(dataset, names, 2 * self.examples)
         images, count = arrays[self.reference], len(indices) // 2
@@ -54,7 +64,10 @@ class FrechetScore:
                 "uint8 [N, H, W, 3]; set its option `reference` to an array of such"
             )
         if count < 2:
-            raise ValueError(f"frechet needs four readable validation images or more and found {len(images)}")
+            raise ValueError(
+                f"frechet needs four readable images of one size in the validation split or more and found "
+                f"{len(images)}; {_REMEDY}"
+            )
         half = {name: array[:count] for name, array in arrays.items()}
         wanted = requests_of_examples(generator, (), half, indices[:count], dataset, self.seed)
         outputs = draw(generator, wanted, seed=self.seed, options=self.options)

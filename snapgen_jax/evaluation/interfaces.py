@@ -122,7 +122,8 @@ class ValidationData(Protocol):
     iterator ends its workers.
 
     Attributes:
-        source: its examples by index; `source.example(index, rng, ("caption",))["caption"]` is the text of one.
+        source: its examples by index; `source.example(index, rng, ("caption",))["caption"]` is the text of one, and
+            `source.held_out` is False where training sees them too.
     """
 
     source: Any

@@ -97,7 +97,13 @@ def tokenize(
 
     A prompt is framed as the empty one is, whose `null_tokens` `[L]` program.json holds: BOS, ids, EOS, padding; the
     mask is 1 up to EOS. One that is too long loses its end, not its EOS.
+
+    Raises:
+        ValueError: a prompt holds half of a character, as a command line does that is not UTF-8.
     """
+    for prompt in prompts:
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise ValueError(f"the prompt {prompt!a} is no text: it was not UTF-8; write it in UTF-8")
     try:
         import tokenizers
     except ImportError as error:

@@ -74,6 +74,10 @@ def flow_plan(
     units, null, codec = inputs.units, inputs.null, inputs.codec
     unit = _denoiser_unit(denoiser_role, network_config, latent_shape, context)
     text, decoder = units.get("text_encoder"), units.get("decoder")
+    if codec is None:
+        outputs = {"latent": {"shape": list(latent_shape), "dtype": "float32"}}
+    else:
+        outputs = {"image": {"shape": list(image_shape), "dtype": "uint8"}}
     program = {
         "schema": 2,
         "kind": "flow",
@@ -81,7 +85,7 @@ def flow_plan(
             key: {"shape": list(array.shape), "dtype": str(array.dtype), "null": array.tolist()}
             for key, array in null.items()
         },
-        "outputs": {"image": {"shape": list(image_shape), "dtype": "uint8"}},
+        "outputs": outputs,
         "latent_shape": list(latent_shape),
         "times": [float(t) for t in time_grid(sampling.steps, sampling.shift)],
         "shift": sampling.shift,
@@ -99,7 +103,7 @@ def flow_plan(
             "guidance": sampling.guidance,
             **({"context": "text"} if text else {}),
         },
-        "decoder": {**codec, **({"unit": decoder.name} if decoder else {})},
+        "decoder": None if codec is None else {**codec, **({"unit": decoder.name} if decoder else {})},
         **({"tokenizer": dict(inputs.tokenizer)} if inputs.tokenizer else {}),
         **({"contexts": {"text": [text.name]}} if text else {}),
     }

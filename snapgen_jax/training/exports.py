@@ -87,13 +87,13 @@ class InputsExport:
         units: "text_encoder", which makes what the denoiser attends to, and "decoder", where there are such.
         null: `{input of the program: array of one example}`, those of the empty condition.
         tokenizer: `{array: what the bundle's tokenizer makes}`; empty where the program reads no text.
-        codec: `Codec.describe()`, how latents become pictures.
+        codec: `Codec.describe()`, how latents become pictures; None leaves latents to the caller.
     """
 
     units: Mapping[str, ExportUnit]
     null: Mapping[str, np.ndarray]
     tokenizer: Mapping[str, str]
-    codec: Mapping[str, Any]
+    codec: Mapping[str, Any] | None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,6 +57,8 @@ class MovingDots:
     words: str = "a dot"
     spoil: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
+    held_out = True
+
     def __len__(self) -> int:
         return self.count
 

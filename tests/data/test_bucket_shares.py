@@ -18,6 +18,8 @@ from tests.data.conftest import specs
 class _Greys:
     """Thirty portraits and ten landscapes."""
 
+    held_out = True
+
     def __len__(self) -> int:
         return 40
 

@@ -40,6 +40,8 @@ def _take(pipeline: Pipeline, count: int, position: int = 0) -> list[Batch]:
 class _Numbers:
     """`count` examples of 4x4, each filled with its own index plus a draw; those in `bad` are unreadable."""
 
+    held_out = True
+
     def __init__(self, count: int, bad: tuple[int, ...] = (), sizes: list[tuple[int, int]] | None = None):
         self._count, self._bad, self._sizes = count, bad, sizes
 

@@ -25,6 +25,14 @@ def folders(tmp_path_factory):
     }
 
 
+@pytest.mark.parametrize("name", ["clip_l", "t5", "gemma"])
+def test_half_a_character_is_named(folders, name):
+    tokenizer = PretrainedTokenizer.load(folders[name])
+    with pytest.raises(DataError, match=r"'a \\ud83d ring' is no text at '\\ud83d'"):
+        tokenizer.encode(["a ring", "a \ud83d ring"], 16)
+    assert tokenizer.encode(["a\0b"], 16)[0].shape == (1, 16)
+
+
 @pytest.mark.parametrize("name", ["clip_l", "clip_g", "t5", "gemma"])
 def test_ids_are_those_of_the_reference_call(folders, name):
     tokenizer = PretrainedTokenizer.load(folders[name])

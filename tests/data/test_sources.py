@@ -1,5 +1,6 @@
 """The built-in sources: shapes and digits are pure functions of index and draw."""
 
+import dataclasses
 import pickle
 
 import numpy as np
@@ -59,6 +60,13 @@ def test_hold_out_divides_the_examples() -> None:
     train, validation = hold_out(100, "train", 0.2), hold_out(100, "validation", 0.2)
     assert len(validation) == 20
     np.testing.assert_array_equal(np.sort(np.concatenate([train, validation])), np.arange(100))
+
+
+def test_a_validation_split_says_whether_it_is_held_out() -> None:
+    digits = DataConfig(source="digits")
+    assert build_source(digits, "validation").held_out and build_source(DataConfig(), "validation").held_out
+    assert not build_source(dataclasses.replace(digits, validation_share=0.0001), "validation").held_out
+    assert build_source(dataclasses.replace(digits, validation_share=0.0001), "train").held_out
 
 
 def test_class_labels_become_captions() -> None:

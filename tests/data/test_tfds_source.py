@@ -177,3 +177,8 @@ def test_what_cannot_be_read_is_said_with_the_way_to_mend_it(labels: DataConfig)
         build_source(dataclasses.replace(labels, caption_feature="caption"))
     with pytest.raises(DataError, match="no image feature 'picture'; it has image"):
         build_source(dataclasses.replace(labels, image_feature="picture"))
+
+
+def test_a_split_that_serves_both_purposes_is_not_held_out(labels: DataConfig) -> None:
+    assert build_source(labels, "validation").held_out
+    assert not build_source(dataclasses.replace(labels, validation_split="train"), "validation").held_out

@@ -54,6 +54,15 @@ def test_a_caption_that_spells_a_special_token_does_not_become_one(tokenizer: To
     assert not np.isin(inside, [PAD_ID, BOS_ID, EOS_ID]).any()
 
 
+def test_half_a_character_is_named_and_nul_is_a_byte(tokenizer: Tokenizer) -> None:
+    with pytest.raises(
+        DataError, match=r"the caption or prompt 'a \\udcff ring' is no text at '\\udcff': it was not UTF-8"
+    ):
+        tokenizer.encode(["a ring", "a \udcff ring"], 16)
+    tokens, _ = tokenizer.encode(["a\0b"], 16)
+    assert tokenizer.decode(tokens[0]) == "a\0b"
+
+
 def test_a_long_caption_is_cut_keeps_its_eos_and_warns_once(tokenizer: Tokenizer, tmp_path, caplog) -> None:
     tokenizer.save(tmp_path / "tokenizer.json")
     fresh = Tokenizer.load(tmp_path / "tokenizer.json")

@@ -23,6 +23,8 @@ def real(index: int) -> np.ndarray:
 
 
 class Source:
+    held_out = True
+
     def __len__(self):
         return 48
 

@@ -26,6 +26,7 @@ from snapgen_jax.networks.unet import UNetConfig
 from snapgen_jax.recipes._sampling import SamplingConfig
 from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig
 from snapgen_jax.training.exports import ExportPlan, ExportUnit, GoldenInputs
+from snapgen_jax.training.recipe import NoOptions
 
 from .toys import ClipRecipe, SketchRecipe
 
@@ -41,8 +42,8 @@ def array(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
 class ToyRecipe:
     """A linear denoiser of 4 x 4 x 3 pixels under a one-layer text encoder, with the sampler of the library."""
 
-    options = None
     LENGTH, WIDTH, GUIDANCE, STEPS = 6, 8, 2.0, 3
+    options = NoOptions()
 
     def __init__(self) -> None:
         self.codec = build_codec(CodecConfig(kind="identity", scale=2.0, shift=0.1))
@@ -114,7 +115,7 @@ class ToyRecipe:
         ]
         return ExportPlan(units, program, GoldenInputs(prompts=PROMPTS))
 
-    def generate(self, params, frozen, conditions, key, options=None):
+    def generate(self, params, frozen, conditions, keys, options):
         def context(tokens, mask):
             return {"mask": mask, **self.encode(params, tokens=tokens, mask=mask)}
 
@@ -187,8 +188,9 @@ def smoke(tmp_path_factory, tokenizer_json) -> Exported:
         sample_prompts=PROMPTS,
     )
     recipe = FlowMatching(config, "cpu")
-    rng = np.random.default_rng(0)  # drawn here: a fresh UNet's output is zero
-    spec = {role: build(network.config)[1] for role, network in recipe.networks().items()}
+    rng = np.random.default_rng(0)
+    networks = recipe.networks()
+    spec = {role: build(networks[role].config)[1] for role in recipe.trains["model"]}  # a fresh UNet's output is zero
     params = {"model": jax.tree.map(lambda leaf: _draw(rng, leaf.shape), spec)}
     folder = tmp_path_factory.mktemp("smoke") / "bundle"
     report = export_bundle(recipe, params, {}, tokenizer_json, folder, reference=generator_of(recipe, params, {}))

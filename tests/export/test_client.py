@@ -107,6 +107,11 @@ def test_prompts_get_the_ids_of_training(tokenizer_json):
     np.testing.assert_array_equal(mask, expected_mask)
 
 
+def test_half_a_character_is_named(tokenizer_json):
+    with pytest.raises(ValueError, match=r"the prompt 'a \\udcff star' is no text: it was not UTF-8"):
+        client.tokenize(tokenizer_json, ["a star", "a \udcff star"], [1, 2, 0, 0])
+
+
 def test_an_image_depends_on_its_seed_index_and_prompt_alone(toy):
     generator = LiteRTGenerator(toy.folder)
     images = generator.generate(PROMPTS, seed=3)

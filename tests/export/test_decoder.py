@@ -48,9 +48,9 @@ class WithDecoder(ToyRecipe):
     def weights(self, params, frozen):
         return {**params, "codec/decoder": frozen["codec"]["decoder"]}
 
-    def generate(self, params, frozen, conditions, key, options=None):
+    def generate(self, params, frozen, conditions, keys, options):
         codec = TinyDecoderCodec(self.decoder).bind(frozen["codec"])
-        latent = super().generate(params, {}, conditions, key)["latent"]
+        latent = super().generate(params, {}, conditions, keys, options)["latent"]
         return {"image": to_uint8(codec.decode(latent)), "latent": latent}
 
 

@@ -9,19 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from snapgen_jax.diffusion.schedules import FlowSchedule
 from snapgen_jax.export import verify
 from snapgen_jax.export.client import LiteRTGenerator, from_schema_1, litert_unit
 from snapgen_jax.export.convert import to_tflite
 from snapgen_jax.export.program import BundleError, parse
 from snapgen_jax.export.sampler import Sampler
 from snapgen_jax.export.storage import describe_storage
-from snapgen_jax.networks.codec import CodecConfig, build_codec
 from snapgen_jax.networks.module import build
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.unet import UNetConfig
 from snapgen_jax.recipes._flow_export import flow_plan
-from snapgen_jax.recipes.flow_matching import SamplingConfig
+from snapgen_jax.recipes._sampling import SamplingConfig
 from snapgen_jax.systems.denoiser import Denoiser
 from snapgen_jax.training.exports import ExportUnit, GoldenInputs, InputsExport, Stored
 
@@ -41,7 +39,7 @@ def manifest(exported):
 def test_a_translator_is_one_call_from_picture_to_picture(sketch):
     images = np.random.default_rng(7).integers(0, 256, (3, 8, 8, 3), np.uint8)
     made = LiteRTGenerator(sketch.folder).run({"image": images})
-    expected = sketch.recipe.generate(sketch.params, {}, {"image": images}, None)
+    expected = sketch.recipe.generate(sketch.params, {}, {"image": images}, None, sketch.recipe.options)
     assert verify.grey_levels(made["image"], np.asarray(expected["image"])).max() <= 1
     np.testing.assert_allclose(made["edges"], expected["edges"], rtol=1e-5)
     assert made["image"].shape == (3, 8, 8, 3) and made["image"].std() > 10
@@ -285,21 +283,21 @@ def test_a_broken_schedule_of_schema_1_is_refused(change, message):
 
 
 def test_without_a_text_encoder_the_caller_gives_the_text_states():
-    config = UNetConfig.preset("smoke", latent_channels=12)
+    config = UNetConfig.preset("smoke")
     width, pooled = config.context_width, config.pooled_width
     null = {"sequence": np.zeros((5, width), "f"), "mask": np.zeros(5, "f"), "pooled": np.zeros(pooled, "f")}
     specs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), jnp.float32), null)
     plan = flow_plan(
         denoiser_role="teacher/unet",
-        denoiser=Denoiser(build(config)[0], "velocity", FlowSchedule()),
+        denoiser=Denoiser(build(config)[0]),
         sampling=SamplingConfig(steps=3),
         latent_shape=(8, 8, config.latent_channels),
         image_shape=(16, 16, 3),
         context=TextContext(**specs),
-        inputs=InputsExport(units={}, null=null, tokenizer={}, codec=build_codec(CodecConfig(patch=2)).describe()),
+        inputs=InputsExport({}, null, {}, None),
         golden=GoldenInputs(arrays={name: np.ones((1, *x.shape), "f") for name, x in null.items()}),
     )
     program = parse(json.loads(json.dumps(plan.program)))
     assert set(program.inputs) == set(null) and program.tokenizer is None and not program.contexts
-    assert program.units() == {"teacher_unet"} and list(program.outputs) == ["image"]
+    assert program.units() == {"teacher_unet"} and list(program.outputs) == ["latent"]
     assert plan.units[0].roles == ("teacher/unet",) and set(null) < set(plan.units[0].inputs)

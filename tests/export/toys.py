@@ -7,6 +7,7 @@ import numpy as np
 from snapgen_jax.diffusion.samplers import sample
 from snapgen_jax.networks.codec import from_uint8, to_uint8
 from snapgen_jax.training.exports import ExportPlan, ExportUnit, GoldenInputs, Stored
+from snapgen_jax.training.recipe import NoOptions
 
 
 def array(*shape):
@@ -41,7 +42,7 @@ def flow(step=None, **changes):
 class SketchRecipe:
     """An image translator: one call, no noise, no text. Its kernel takes three values."""
 
-    options = None
+    options = NoOptions()
     INTEGERS = np.random.default_rng(0).integers(-1, 2, (3, 3, 3, 3))
     SCALE = np.float32([0.2, 0.3, 0.1])
 
@@ -70,7 +71,7 @@ class SketchRecipe:
         images = np.random.default_rng(2).integers(0, 256, (2, 8, 8, 3), np.uint8)
         return ExportPlan([unit], program, GoldenInputs(arrays={"image": images}))
 
-    def generate(self, params, frozen, conditions, keys, options=None):
+    def generate(self, params, frozen, conditions, keys, options):
         out = self.translate({**params, **frozen}, image=from_uint8(conditions["image"]))
         return {"image": to_uint8(out["image"]), "edges": out["edges"]}
 
@@ -83,7 +84,7 @@ class ClipRecipe:
     The decoder takes two frames at a time.
     """
 
-    options = None
+    options = NoOptions()
     FRAMES, STEPS, GUIDANCE = 4, 4, (3.0, 2.0, 1.0)
     TIMES = np.float32([0.9, 0.7, 0.5, 0.2, 0.0])
 
@@ -148,7 +149,7 @@ class ClipRecipe:
         ]
         return ExportPlan(units, program, GoldenInputs(arrays={"label": np.eye(2, dtype=np.float32)}, seed=3))
 
-    def generate(self, params, frozen, conditions, keys, options=None):
+    def generate(self, params, frozen, conditions, keys, options):
         weights, scale = {**params, **frozen}, jnp.asarray(self.GUIDANCE)
 
         def one(noise, label):

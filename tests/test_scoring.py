@@ -1,0 +1,76 @@
+"""Evaluators on runs of few photographs: what is not held out is not called so."""
+
+import json
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from snapgen_jax.cli import main
+from snapgen_jax.config import load_config
+from snapgen_jax.training.exits import ExitCode
+from snapgen_jax.workdir import prepare_workdir
+
+
+class Noise:
+    """Draws noise from prompts."""
+
+    recipe = types.SimpleNamespace(evaluators=list)
+
+    def generate(self, prompts, *, seed=0, indices=None, **options):
+        return np.random.default_rng(seed).integers(0, 256, (len(prompts), 24, 24, 3)).astype(np.uint8)
+
+
+@pytest.fixture
+def evaluate(tmp_path, monkeypatch, capsys, caplog):
+    """Scores a run of so many photographs; returns the exit code, the numbers, and all that was said beside them."""
+    monkeypatch.setattr("snapgen_jax.scoring.load", lambda *_, **__: Noise())
+    means = "snapgen_jax.evaluation.frechet_score.image_features"  # nothing to compile
+    monkeypatch.setattr(means, lambda images: images.mean((1, 2)))
+
+    def run(photographs: int, *arguments: str, **changes):
+        folder = tmp_path / str(photographs)
+        folder.mkdir()
+        rng = np.random.default_rng(0)
+        for n in range(photographs):
+            Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)).save(folder / f"{n}.png")
+            (folder / f"{n}.txt").write_text(f"noise number {n}")
+        values = {"data.path": folder, "inputs.image_sizes": "((24,24),)", **changes}
+        config = load_config("configs/folder.py:runlocal", [f"{name}={value}" for name, value in values.items()])
+        workdir = tmp_path / f"run_of_{photographs}"
+        prepare_workdir(config, workdir)
+        capsys.readouterr()
+        caplog.clear()
+        code = main(["evaluate", f"--workdir={workdir}", *arguments])
+        printed = capsys.readouterr()
+        return code, json.loads(printed.out or "{}"), printed.err + caplog.text
+
+    return run
+
+
+@pytest.mark.parametrize(("photographs", "found"), [(19, "repeats the 19 training images"), (24, "and found 1;")])
+def test_frechet_says_how_many_photographs_it_needs(evaluate, photographs, found) -> None:
+    code, numbers, said = evaluate(photographs, "--names=frechet")
+    assert code == ExitCode.BAD_CONFIG and not numbers
+    assert found in said and "give 80 images, or a larger share (0.2 of 20 images)" in said
+
+
+def test_frechet_of_as_many_as_it_asks_for_is_a_number(evaluate) -> None:
+    code, numbers, said = evaluate(20, "--names=frechet", **{"data.validation_share": 0.2})
+    assert code == ExitCode.DONE and set(numbers) == {"frechet.distance", "frechet.real"}
+    assert "NOT HELD OUT" not in said
+
+
+def test_numbers_of_a_validation_split_that_repeats_training_say_so(evaluate) -> None:
+    code, numbers, said = evaluate(6, "--names=diversity,sample_grid")
+    assert code == ExitCode.DONE and numbers["validation.held_out"] == 0.0
+    assert said.count("NOT HELD OUT: diversity and the other evaluators read training examples") == 1
+    code, numbers, said = evaluate(40, "--names=diversity,sample_grid")
+    assert code == ExitCode.DONE and "validation.held_out" not in numbers and "NOT HELD OUT" not in said
+
+
+def test_evaluators_that_read_no_example_say_nothing_of_the_split(evaluate) -> None:
+    prompts = "--set=diversity.prompts=('a star',)"
+    code, numbers, said = evaluate(5, "--names=diversity", prompts)
+    assert code == ExitCode.DONE and "validation.held_out" not in numbers and "NOT HELD OUT" not in said
