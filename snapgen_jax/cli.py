@@ -290,16 +290,13 @@ def _chain(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     from snapgen_jax.experiment import Experiment
     from snapgen_jax.parallel import hosts
-    from snapgen_jax.workdir import prepare_workdir
 
     resolved = _load_experiment(options)
     try:
         hosts.start(options.processes, options.coordinator, options.index, options.start_timeout_seconds)
     except hosts.ClusterError as error:
         raise ConfigError(str(error)) from error
-    experiment = Experiment(resolved, options.workdir)
-    prepare_workdir(resolved.config, options.workdir)
-    experiment.train(began())
+    Experiment(resolved, options.workdir).train(began())
 
 
 def _data(options: argparse.Namespace) -> None:

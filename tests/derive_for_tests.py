@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 
 from snapgen_jax.bookkeeping import Items
-from snapgen_jax.config import load_config
+from snapgen_jax.config import load_experiment
 from snapgen_jax.experiment import Experiment
 
 calls: list[str] = []  # the items that were computed
@@ -36,7 +36,7 @@ def shortest(stages: Mapping[str, epath.Path], workdir: epath.Path, options: Map
     """The fewest steps of `options`, each trained by the loop in a run of its own."""
 
     def train(steps: int) -> int:
-        config = load_config(options["config"], [f"train_steps={steps}", f"init_from={stages['from']}"])
+        config = load_experiment(options["config"], [f"train_steps={steps}", f"init_from={stages['from']}"])
         return int(Experiment(config, workdir / f"steps_{steps}").train().step)
 
     items = Items(workdir)

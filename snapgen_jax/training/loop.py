@@ -245,6 +245,12 @@ class Run:
         latest = self.checkpointer.latest_step() if self.checkpointer is not None else None
         if self.checkpointer is not None and latest is not None:
             self._check_meta(self.checkpointer.meta(latest), latest)
+            if latest > self.config.train_steps:
+                raise ConfigError(
+                    f"the newest checkpoint of this workdir is of step {latest}, the config asks for "
+                    f"{self.config.train_steps} steps in all; set train_steps to {latest} or more, or start in a new "
+                    "workdir"
+                )
             placed = jax.tree.map(
                 lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), abstract, self.shardings
             )
@@ -368,6 +374,7 @@ def train(
     mesh: Mesh | None = None,
     quiet: bool = False,
     began: float | None = None,
+    accepted: Callable[[], None] = lambda: None,
 ) -> TrainState:
     """Trains from the newest checkpoint of `workdir`, or from nothing, to `config.train_steps`.
 
@@ -380,6 +387,7 @@ def train(
         mesh: overrides the mesh that `config.mesh` describes.
         quiet: prints nothing but errors.
         began: when the process began that is there for this run, see `Lifetime`.
+        accepted: runs once the config was compared with the checkpoint, before anything is compiled or written.
 
     Returns:
         The last state, on the mesh.
@@ -403,6 +411,7 @@ def train(
         life.saved(start)
         say = progress.Reporter(config.train_steps, step, quiet or not run.first)
         say.start(summarize(state, depth=4), run.mesh, step)
+        accepted()
         run.open_records(state, start)
         with life.phase("compile"):
             if step < config.train_steps:
