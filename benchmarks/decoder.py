@@ -42,7 +42,6 @@ from snapgen_jax.networks.counting import count_macs
 from snapgen_jax.networks.module import apply, build, count_parameters, init
 from snapgen_jax.networks.tiny_decoder import TinyDecoderConfig
 from snapgen_jax.training.loop import inference_weights
-from snapgen_jax.workdir import prepare_workdir
 
 RESULT = pathlib.Path(__file__).parent / "results" / "decoder.json"
 PUBLISHED_SPEEDUP = 54  # Hu et al. 2025: on an iPhone 16 Pro Max, at 1024 px
@@ -265,7 +264,6 @@ def _common(steps: int) -> list[str]:
 def _run(name: str, workdir: pathlib.Path, overrides: list[str]) -> tuple[dict[str, float], float]:
     """Trains a config, or finds it trained; returns the last reconstruction's numbers, and seconds of training."""
     resolved = load_experiment(f"configs/shapes/{name}.py", overrides)
-    prepare_workdir(resolved.config, workdir)
     begin = time.perf_counter()
     experiment = Experiment(resolved, workdir)
     state = experiment.train()

@@ -30,7 +30,6 @@ from snapgen_jax.experiment import Experiment
 from snapgen_jax.generation import load
 from snapgen_jax.networks.module import count_parameters
 from snapgen_jax.process import prepare
-from snapgen_jax.workdir import prepare_workdir
 
 QUICKSTART = "configs/shapes/quickstart.py"
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -87,7 +86,6 @@ def main() -> None:
     workdir = pathlib.Path(arguments.workdir) / arguments.change
     resolved = load_experiment(QUICKSTART, overrides(arguments.change))
     config: Any = resolved.config
-    prepare_workdir(config, workdir)
     experiment = Experiment(resolved, workdir)
     state = experiment.train()
     generator: Any = load(workdir)

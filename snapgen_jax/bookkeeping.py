@@ -38,8 +38,12 @@ class Stages:
             print(f"\n== {name} ==", flush=True)
             try:
                 self._done["parts"][name] = {"config": _label(config), "numbers": part()}
-            finally:
+            except ValueError:  # refused: nothing was done, and nothing is written
+                raise
+            except BaseException:
                 self._store()
+                raise
+            self._store()
         return self._done["parts"][name]["numbers"]
 
     def forget(self, name: str) -> None:

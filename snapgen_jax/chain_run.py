@@ -25,7 +25,9 @@ from snapgen_jax.training.files import write_whole
 from snapgen_jax.training.loop import LoopConfig
 from snapgen_jax.training.metrics import read_lines
 from snapgen_jax.training.state import TrainState
-from snapgen_jax.workdir import differences, prepare_workdir
+from snapgen_jax.workdir import differences
+
+BEGAN = "began.json"  # in the folder of a stage: what it was when it began
 
 # How a run is watched and kept, and over which devices it is spread.
 LEARNS_THE_SAME = {f.name for f in dataclasses.fields(LoopConfig)} - {"seed", "train_steps", "microbatches"}
@@ -166,25 +168,30 @@ class _Chain:
                     self.parts.forget(_part(stage))
                 self.done(stage)
 
-    def _begin(self, stage: StageConfig) -> epath.Path:
-        """The folder of a stage that may go on in it, or an empty one."""
-        folder, depends = self.root / stage.name, self.depends(stage.name)
-        began = folder / "began.json"
-        if began.exists() and (changed := changes(self.chain, stage.name, json.loads(began.read_text()), depends)):
+    def _changed(self, stage: StageConfig) -> str:
+        """What differs from what the stage in this folder began with, see `changes`; "" if it may go on."""
+        began = self.root / stage.name / BEGAN
+        if not began.exists():
+            return ""
+        return changes(self.chain, stage.name, json.loads(began.read_text()), self.depends(stage.name))
+
+    def _set_aside(self, stage: StageConfig) -> epath.Path:
+        """The folder of a stage that may go on in it, or one that is not there yet."""
+        folder = self.root / stage.name
+        if changed := self._changed(stage):
             aside = next(p for i in itertools.count(1) if not (p := self.root / f"{stage.name}.{i}").exists())
             folder.rename(aside)
             verb = "derived" if stage.derive else "trained"
             print(f"{stage.name} is {verb} anew ({changed}); the old one lies in {aside}", flush=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(began, json.dumps(depends))
         return folder
 
     def _train(self, stage: StageConfig) -> Numbers:
-        folder = self._begin(stage)
         resolved = self.configs[stage.name]
-        experiment = Experiment(resolved, folder)
-        prepare_workdir(resolved.config, folder)
-        state = experiment.train()
+        if self._changed(stage):  # what would be refused leaves the old run in its place
+            Experiment(resolved, self.root / f"{stage.name}.new").check()
+        folder = self._set_aside(stage)
+        began = json.dumps(self.depends(stage.name))
+        state = Experiment(resolved, folder).train(accepted=lambda: write_whole(folder / BEGAN, began))
         lines = read_lines(folder / "metrics" / "evaluation.jsonl")
         last = lines[-1] if lines and lines[-1]["step"] == int(state.step) else {}
         return {
@@ -194,7 +201,8 @@ class _Chain:
         }
 
     def _derive(self, stage: StageConfig) -> Json:
-        folder = self._begin(stage)
+        folder = self._set_aside(stage)
+        write_whole(folder / BEGAN, json.dumps(self.depends(stage.name)))
         earlier = {key: self.root / name for key, name in stage.earlier.items()}
         function = chain_derive.function_of(stage.name, stage.derive)
         return chain_derive.derive(function, _what(stage), earlier, folder, stage.options, stage.example)

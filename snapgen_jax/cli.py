@@ -7,6 +7,8 @@ Exit codes: 0 done; 69 infrastructure failed, submit again; 70 diverged; 75 pree
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -186,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.overrides = overrides
     _expand_home(options)
     _keep_compiled_programs()
-    return run_to_exit_code(options.command, lambda: options.run(options))
+    return run_to_exit_code(options.command, lambda: options.run(options), lambda: _given(options))
 
 
 def _expand_home(options: argparse.Namespace) -> None:
@@ -202,12 +204,18 @@ def _expand_home(options: argparse.Namespace) -> None:
             setattr(options, name, [expand_home(item) for item in value])
 
 
-def run_to_exit_code(command: str, run: Callable[[], None]) -> int:
-    """Runs a command, says what went wrong if something did, and ends this process's part in a run of several."""
+def run_to_exit_code(command: str, run: Callable[[], None], given: Callable[[], Sequence[str]] = lambda: ()) -> int:
+    """Runs a command, says what went wrong if something did, and ends this process's part in a run of several.
+
+    Args:
+        command: its name, for messages.
+        run: the command.
+        given: the paths that the user gave, asked for where a file cannot be used.
+    """
     try:
         run()
     except (RunError, DataError, KeyboardInterrupt, OSError) as error:
-        return _leave(*_explain(command, error))
+        return _leave(*_explain(command, error, given))
     except Exception as error:
         cluster = _cluster()
         if cluster is None:
@@ -225,14 +233,64 @@ def _cluster() -> Any:
     return None if hosts is None or hosts.current().count == 1 else hosts.current()
 
 
-def _explain(command: str, error: BaseException) -> tuple[int, str]:
+# What is wrong with a path, rather than with the file system that it is on.
+_OF_PATHS = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EACCES, errno.EPERM),
+    *(errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
+}
+
+
+def _given(options: argparse.Namespace) -> list[str]:
+    """Every text that the user gave and that may be a path: options, overrides, and values of the config."""
+    values: list[Any] = [value for name, value in vars(options).items() if name not in ("run", "command")]
+    if "config" in options and options.config:
+        with contextlib.suppress(Exception):
+            values.append(_load(options).to_dict())
+    texts: list[str] = []
+
+    def collect(value: Any) -> None:
+        if isinstance(value, str):
+            texts.extend([value, value.partition("=")[2]])
+        elif isinstance(value, dict):
+            collect(list(value.values()))
+        elif isinstance(value, list | tuple):
+            for item in value:
+                collect(item)
+
+    collect(values)
+    return [text for text in texts if text]
+
+
+def _mistaken_path(error: OSError, given: Sequence[str]) -> str:
+    """The path of an error, if it is one that the user gave, lies in it, or is a folder above it; else ""."""
+    if error.errno not in _OF_PATHS:
+        return ""
+    for name in (error.filename, error.filename2):
+        if not isinstance(name, str | os.PathLike):
+            continue
+        failed = pathlib.Path(os.path.abspath(name))
+        for text in given:
+            path = pathlib.Path(os.path.abspath(os.path.expanduser(text)))
+            # A file that vanishes from a run is a file system's fault.
+            inside = path in failed.parents and not (error.errno == errno.ENOENT and (path / "config.json").exists())
+            if path == failed or inside or (failed in path.parents and os.sep in text):
+                return str(name)
+    return ""
+
+
+def _explain(command: str, error: BaseException, given: Callable[[], Sequence[str]] = lambda: ()) -> tuple[int, str]:
     """Prints what an error means to the user; returns the exit code and what was printed."""
     code = error.code if isinstance(error, RunError) else ExitCode.INFRASTRUCTURE
+    said = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
     if isinstance(error, DataError):
         code = ExitCode.BAD_CONFIG
     elif isinstance(error, OSError):
-        traceback.print_exc()
-    text = f"snapgen {command}: {'interrupted' if isinstance(error, KeyboardInterrupt) else error}"
+        if name := _mistaken_path(error, given()):
+            code = ExitCode.BAD_CONFIG
+            said = f"{name!r} cannot be used: {error.strerror}; give a path that exists, and that you may read or write"
+        else:
+            traceback.print_exc()
+    text = f"snapgen {command}: {said}"
     print(text, file=sys.stderr, flush=True)
     return 130 if isinstance(error, KeyboardInterrupt) else int(code), text
 
@@ -311,16 +369,13 @@ def _chain(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     from snapgen_jax.experiment import Experiment
     from snapgen_jax.parallel import hosts
-    from snapgen_jax.workdir import prepare_workdir
 
     resolved = _load_experiment(options)
     try:
         hosts.start(options.processes, options.coordinator, options.index, options.start_timeout_seconds)
     except hosts.ClusterError as error:
         raise ConfigError(str(error)) from error
-    experiment = Experiment(resolved, options.workdir)
-    prepare_workdir(resolved.config, options.workdir)
-    experiment.train(began())
+    Experiment(resolved, options.workdir).train(began())
 
 
 def _data(options: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -21,18 +21,21 @@ from snapgen_jax.data.pipeline import Pipeline
 from snapgen_jax.data.sources import Source, build_source
 from snapgen_jax.data.synthetic import SyntheticBatches
 from snapgen_jax.data.tokenizer import CaptionTokenizer
-from snapgen_jax.data.tokenizer_specs import load_tokenizers, make_tokenizer
+from snapgen_jax.data.tokenizer_specs import OwnTokenizer, load_tokenizers, make_tokenizer
 from snapgen_jax.evaluation import registry
 from snapgen_jax.evaluation.interfaces import EvaluationResult, Evaluator
 from snapgen_jax.generation import Generator, load_recipe, load_weights
-from snapgen_jax.parallel.hosts import current
+from snapgen_jax.parallel.hosts import current, text_for_all
 from snapgen_jax.training import loop, progress
+from snapgen_jax.training.checkpoint import complete_steps
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.loop import Batches, ScheduledEvaluator
 from snapgen_jax.training.recipe import Recipe
 from snapgen_jax.training.state import TrainState
+from snapgen_jax.workdir import prepare_workdir
 
 Tree = Any
+TOKENIZER = "tokenizer.json"
 
 log = logging.getLogger(__name__)
 
@@ -68,21 +71,33 @@ class Experiment:
         return build_source(self.config.data, "train")
 
     @functools.cached_property
-    def tokenizer(self) -> CaptionTokenizer | None:
-        """Captions to ids, made first where the workdir has none yet; None for synthetic batches, and for a recipe
-        that reads no text.
+    def own_tokenizer(self) -> OwnTokenizer | None:
+        """The run's `tokenizer.json`, made first where the workdir has none that fits; None for synthetic batches, and
+        for a recipe that needs none. The first process makes it; `record` writes it.
 
         Raises:
-            DataError: one is missing, or does not fit its text encoder.
+            DataError: it was made of something else than the config says, or does not fit its text encoder.
         """
         specs = self.recipe.tokenizers()
-        if self.is_synthetic or not specs:
+        if self.is_synthetic or not any(spec.kind == "trained" for spec in specs.values()):
             return None
-        path = self.workdir / "tokenizer.json"
+        made = None
         if current().index == 0:
-            make_tokenizer(specs, self.config.data, self.source, path, self.config.init_from)
-        current().barrier("tokenizer")
-        return load_tokenizers(specs, path)
+            data, path, has_weights = self.config.data, self.workdir / TOKENIZER, bool(complete_steps(self.workdir))
+            made = make_tokenizer(specs, data, self.source, path, self.config.init_from, has_weights)
+        if current().count == 1:
+            return made
+        return OwnTokenizer(text_for_all(made.text if made else ""), made and made.source, made is None or made.kept)
+
+    @functools.cached_property
+    def tokenizer(self) -> CaptionTokenizer | None:
+        """Captions to ids; None for synthetic batches, and for a recipe that reads no text.
+
+        Raises:
+            DataError: one is missing, or does not fit its text encoder or what it was made of.
+        """
+        specs = self.recipe.tokenizers()
+        return None if self.is_synthetic or not specs else load_tokenizers(specs, self.own_tokenizer)
 
     @functools.cached_property
     def data(self) -> Batches:
@@ -137,12 +152,36 @@ class Experiment:
         finally:
             progress.close(stream)
 
-    def train(self, began: float | None = None) -> TrainState:
+    def check(self) -> None:
+        """Opens data, tokenizer and evaluators, as `train` does before it restores anything; writes nothing.
+
+        Raises:
+            ConfigError: the evaluators do not fit.
+            DataError: the data or the tokenizer do not.
+        """
+        _ = self.data, self.evaluators()
+
+    def record(self) -> None:
+        """Writes what the workdir says of the run: `config.json`, `run.json`, `tokenizer.json`."""
+        if current().index == 0:
+            prepare_workdir(self.resolved.config, self.workdir)
+            if self.own_tokenizer is not None:
+                self.own_tokenizer.save(self.workdir / TOKENIZER)
+
+    def train(self, began: float | None = None, accepted: Callable[[], None] = lambda: None) -> TrainState:
         """Runs the loop to the end of the config, from wherever the workdir stands.
+
+        A start that is refused writes nothing.
 
         Args:
             began: when the process began, where it is there for this run alone; see `loop.train`.
+            accepted: runs once nothing is left to refuse, before the first file is written.
         """
+
+        def record() -> None:
+            accepted()
+            self.record()
+
         return loop.train(
             self.recipe,
             self.data,
@@ -151,6 +190,7 @@ class Experiment:
             evaluators=self.evaluators(),
             earlier=self.earlier_weights if self.config.init_from else None,
             began=began,
+            accepted=record,
         )
 
 

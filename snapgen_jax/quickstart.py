@@ -24,7 +24,6 @@ from snapgen_jax.generation import load
 from snapgen_jax.networks.module import count_parameters
 from snapgen_jax.scoring import evaluate
 from snapgen_jax.training.metrics import read_lines
-from snapgen_jax.workdir import prepare_workdir
 
 Numbers = dict[str, float]
 
@@ -41,7 +40,6 @@ def quickstart(resolved: Resolved, workdir: epath.PathLike) -> dict[str, float |
     """
     workdir = epath.Path(workdir)
     experiment = Experiment(resolved, workdir)
-    prepare_workdir(resolved.config, workdir)
     stages = Stages(workdir / "quickstart.json")
     parts: dict[str, Callable[[], Numbers]] = {
         "train": lambda: _train(experiment, workdir),

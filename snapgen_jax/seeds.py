@@ -34,6 +34,11 @@ def train_together(experiments: Sequence[Experiment], workdir: epath.PathLike) -
     except ValueError as error:
         raise ConfigError(str(error)) from error
     mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
+
+    def record() -> None:
+        for experiment in experiments:
+            experiment.record()
+
     state = loop.train(
         recipe,
         JoinedBatches([e.data for e in experiments]),
@@ -41,6 +46,7 @@ def train_together(experiments: Sequence[Experiment], workdir: epath.PathLike) -
         workdir=workdir,
         earlier=(lambda: stack([e.earlier_weights() for e in experiments])) if first.config.init_from else None,
         mesh=mesh,
+        accepted=record,
     )
     states = [recipe.part(state, i) for i in range(len(experiments))]
     for experiment, own in zip(experiments, states, strict=True):

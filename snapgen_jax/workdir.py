@@ -24,14 +24,14 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 
 def prepare_workdir(config: ConfigDict, workdir: epath.PathLike, command: list[str] | None = None) -> None:
-    """Writes `config.json` and `run.json`; names what changed if the workdir had another config.
+    """Writes `config.json` and `run.json`, each whole; names what changed if the workdir had another config.
 
-    Of several processes the first one does.
+    A run writes them by `Experiment.record`, once its config was compared with its checkpoint. Of several processes the
+    first one does.
     """
     if current().index:
         return
     workdir = epath.Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "config.json"
     if path.exists():
         for name, (old, new) in differences(from_json(path.read_text(), workdir), config).items():

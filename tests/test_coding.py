@@ -23,7 +23,6 @@ from snapgen_jax.training import loop
 from snapgen_jax.training.exits import ConfigError, ExitCode
 from snapgen_jax.training.fingerprint import fingerprint
 from snapgen_jax.weights.maps import sd3_autoencoder
-from snapgen_jax.workdir import prepare_workdir
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
@@ -37,8 +36,8 @@ def snapgen(*arguments):
 def train(spec, workdir, *overrides):
     """As `snapgen train` does, on one of the eight devices."""
     resolved = load_experiment(f"configs/{spec}.py:runlocal", [*QUIET, *overrides])
-    prepare_workdir(resolved.config, workdir)
     experiment = Experiment(resolved, workdir)
+    experiment.record()
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     loop.train(experiment.recipe, experiment.data, experiment.config, workdir=workdir, mesh=mesh, quiet=True)
     return workdir

@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "systems.denoiser": ["networks", "diffusion"],
     "data": [],
     "data.tokenizer": ["data", "training.files"],
-    "data.tokenizer_specs": ["data", "inputs.interfaces"],
+    "data.tokenizer_specs": ["data", "inputs.interfaces", "training.files"],
     # from a trained run to images, numbers and files
     "generation": [
         "networks",
@@ -88,7 +88,7 @@ MAY_IMPORT = {
     "workdir": ["config", "parallel.hosts", "training.files"],
     "upgrade": ["config", "training.exits", "training.files"],
     # the edge
-    "experiment": ["config", "data", "evaluation", "generation", "parallel", "training"],
+    "experiment": ["config", "data", "evaluation", "generation", "parallel", "training", "workdir"],
     "scoring": ["config", "evaluation", "experiment", "generation", "training.exits"],
     "planning": ["config", "parallel", "training"],
     "seeds": ["experiment", "parallel", "training"],

@@ -47,9 +47,15 @@ def snapgen(*arguments):
     )
 
 
-def start(*arguments):
+def start(*arguments, group=False):
     return subprocess.Popen(
-        command(*arguments), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command(*arguments),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=group,
     )
 
 
@@ -135,6 +141,19 @@ def test_sigterm_before_the_first_step_exits_within_ten_seconds(tmp_path):
     process.wait(timeout=30)
     assert process.returncode == ExitCode.PREEMPTED
     assert time.monotonic() - begin < 10
+
+
+def test_ctrl_c_saves_the_very_step(tmp_path):
+    long = [option.replace("train_steps=30", "train_steps=100000") for option in SMALL]
+    workers = "--config.data.workers=1"  # which a terminal interrupts too
+    process = start("train", f"--workdir={tmp_path}", *long, workers, group=True)
+    wait_for_step(process, tmp_path, 3)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == ExitCode.PREEMPTED, errors
+    stopped = Checkpointer(tmp_path).latest_step()
+    assert last_step(tmp_path) == stopped and f"stopped at step {stopped} with everything saved" in errors
+    assert "signal SIGINT" in errors and "press Ctrl-C again to quit at once" in errors and "Traceback" not in errors
 
 
 def test_the_finished_run_reports_itself_and_draws(straight, tmp_path):

@@ -31,7 +31,6 @@ from snapgen_jax.generation import load
 from snapgen_jax.seeds import train_together
 from snapgen_jax.training import progress
 from snapgen_jax.training.files import write_whole
-from snapgen_jax.workdir import prepare_workdir
 
 
 class Runs:
@@ -238,7 +237,6 @@ class Runs:
         experiments = []
         for seed, folder in zip(missing, folders, strict=True):
             config = self.config(job.name, seed)
-            prepare_workdir(config, folder)
             experiments.append(Experiment(resolve(config), folder))
             if self._has_kept_batches(job.name):
                 experiments[-1].data = self._kept_batches(job.name, seed)

@@ -16,6 +16,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import multiprocessing
+import signal
+import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -187,6 +190,13 @@ class _Read:
     seed: int
     crop: Crop
     flip: Flip
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickled in a worker process, which a terminal sends each Ctrl-C too: the run decides when it ends."""
+        self.__dict__.update(state)
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if multiprocessing.parent_process() is not None and in_main_thread:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def __call__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, place = key

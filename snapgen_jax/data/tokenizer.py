@@ -50,8 +50,8 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, the special ones included."""
-        return self._model.get_vocab_size()
+        """Number of ids, the special ones included: one more than the greatest, used or not below it."""
+        return 1 + max(self._model.get_vocab().values(), default=-1)
 
     def arrays(self, texts: Sequence[str], lengths: Mapping[str, int]) -> dict[str, np.ndarray]:
         """`{"tokens", "mask"}`, as from `encode`, those that `lengths` names.
@@ -102,13 +102,26 @@ class Tokenizer:
 
     def save(self, path: epath.PathLike) -> None:
         """Writes a `tokenizer.json`, whole or not at all."""
-        write_whole(epath.Path(path), self._model.to_str(pretty=True))
+        write_whole(epath.Path(path), self.text())
+
+    def text(self) -> str:
+        """The contents of its `tokenizer.json`."""
+        return self._model.to_str(pretty=True)
 
     @classmethod
     def load(cls, path: epath.PathLike) -> Tokenizer:
         """Reads a `tokenizer.json`. Raises `DataError` where it is missing or not one."""
         try:
-            model = tokenizers.Tokenizer.from_str(epath.Path(path).read_text())
+            text = epath.Path(path).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{os.fspath(path)!r} is not a readable tokenizer.json: {error}") from error
+        return cls.parse(text, path)
+
+    @classmethod
+    def parse(cls, text: str, path: epath.PathLike) -> Tokenizer:
+        """From the contents of a `tokenizer.json`; `path` names it in errors. Raises `DataError` where it is none."""
+        try:
+            model = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"{os.fspath(path)!r} is not a readable tokenizer.json: {error}") from error
         found = [model.token_to_id(name) for name in _SPECIAL]

@@ -289,6 +289,19 @@ def start(
     return _current
 
 
+def text_for_all(text: str) -> str:
+    """The text that the first process gives, in every process; all call this at the same point."""
+    if _current.count == 1:
+        return text
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    data = np.frombuffer(text.encode() if _current.index == 0 else b"", np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
+    padded = data if _current.index == 0 else np.zeros(size, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8).tobytes().decode()
+
+
 def _form(expected: int, coordinator: str | None, index: int | None, timeout_seconds: int) -> Cluster:
     where = coordinator or "process 0"
 

@@ -6,17 +6,22 @@ of devices can read it. The averaged weights are an item of their own: inference
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.training.exits import ConfigError, DamagedError
 from snapgen_jax.training.files import on_object_store
+from snapgen_jax.training.fingerprint import seal
 from snapgen_jax.training.state import Player, TrainState
 
 Tree = Any
@@ -31,11 +36,14 @@ class CheckpointConfig:
         every_steps: cadence of saves; a save also precedes every evaluation and follows the last step.
         keep_last: number of newest checkpoints to keep.
         keep_every_steps: checkpoints at multiples of this are kept for good; 0 keeps none.
+        fallback: what to do where the newest checkpoint is damaged: "refuse" to start, or go on from the newest intact
+            one, the "previous". What is damaged is moved to `damaged/` in the workdir.
     """
 
     every_steps: int = 1000
     keep_last: int = 2
     keep_every_steps: int = 0
+    fallback: Literal["refuse", "previous"] = "refuse"
 
 
 def complete_steps(workdir: epath.PathLike) -> list[int]:
@@ -78,13 +86,20 @@ class Checkpointer:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         stored = _stored(state)
+        facts = {
+            **json.loads(json.dumps(meta)),
+            "step": step,
+            "shapes": _shapes(stored),
+            "position": position,
+            "seals": {item: seal(tree) for item, tree in stored.items()},
+        }
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(stored["state"]),
                 ema=ocp.args.StandardSave(stored["ema"]),
                 data=ocp.args.JsonSave({"position": position}),
-                meta=ocp.args.JsonSave({**meta, "step": step, "shapes": _shapes(stored)}),
+                meta=ocp.args.JsonSave({**facts, "digest": _digest(facts)}),
             ),
         )
 
@@ -97,8 +112,69 @@ class Checkpointer:
         self._manager.close()
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What `save` was told about the run at that step."""
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        """What `save` was told about the run at that step.
+
+        Raises:
+            DamagedError: it is not there, or not as it was saved.
+        """
+        with self._damage(step, "meta"):
+            found = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            digest = found.pop("digest", None)
+            if digest is None and "seals" not in found:  # of an earlier version
+                found["shapes"].items()
+                return found
+            if digest != _digest(found):
+                raise ValueError("it was altered")
+            return found
+
+    def look(self, step: int) -> None:
+        """Reads what can be read of a checkpoint without its arrays.
+
+        Raises:
+            DamagedError: a part of it is missing or damaged.
+        """
+        self.meta(step)
+        with self._damage(step, "data"):
+            self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]["position"]
+        for item in ("state", "ema"):
+            with self._damage(step, item), ocp.StandardCheckpointer() as reader:
+                jax.tree.leaves(reader.metadata(self.directory / str(step) / item).item_metadata.tree)
+
+    def set_aside(self, steps: Sequence[int]) -> None:
+        """Moves checkpoints to `damaged/` of the workdir, beside what is there already."""
+        folder = self.directory.parent / "damaged"
+        for step in steps:
+            folder.mkdir(parents=True, exist_ok=True)
+            names = (f"{step}" if i == 0 else f"{step}.{i}" for i in itertools.count())
+            (self.directory / str(step)).rename(next(path for name in names if not (path := folder / name).exists()))
+        self._manager.reload()
+
+    def reload(self) -> None:
+        """Looks anew which checkpoints there are."""
+        self._manager.reload()
+
+    @contextlib.contextmanager
+    def _damage(self, step: int, item: str) -> Iterator[None]:
+        """Turns what goes wrong while an item is read into one error that says what to do."""
+        try:
+            yield
+        except ConfigError:
+            raise
+        except Exception as error:
+            if _is_passing(error):
+                raise
+            said = str(error).strip().splitlines() or [repr(error)]
+            reason = said[0] if len(said[0]) < 200 else said[0][:200] + " ..."
+            earlier = [s for s in complete_steps(self.directory.parent) if s < step]
+            remedy = (
+                f"the one of step {earlier[-1]} stands before it: --config.checkpoint.fallback=previous trains on from "
+                "the newest intact one, and moves this one to `damaged/`"
+                if earlier
+                else "there is none before it: restore this one from a copy, or start in a new workdir"
+            )
+            raise DamagedError(
+                f"checkpoint {self.directory / str(step)} of step {step} is damaged ({item}: {reason}); {remedy}"
+            ) from error
 
     def restore(self, abstract: TrainState, step: int) -> tuple[TrainState, int]:
         """Restores a state and the data position.
@@ -109,18 +185,26 @@ class Checkpointer:
 
         Raises:
             ConfigError: names every leaf that differs in presence, shape or dtype; nothing has been read then.
+            DamagedError: a part of the checkpoint is missing, or not what was saved.
         """
-        stored = _stored(abstract)
-        self._compare(_shapes(stored), self.meta(step)["shapes"], step)
-        loaded = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(stored["state"]),
-                ema=ocp.args.StandardRestore(stored["ema"]),
-                data=ocp.args.JsonRestore(),
-            ),
-        )
-        return _restored(abstract, {"state": loaded["state"], "ema": loaded["ema"]}), loaded["data"]["position"]
+        stored, meta = _stored(abstract), self.meta(step)
+        self._compare(_shapes(stored), meta["shapes"], step)
+        with self._damage(step, "data"):
+            data = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+            position = data["position"]
+            if position != meta.get("position", position):
+                raise ValueError(f"its position is {position}, and {meta['position']} was saved")
+        with self._damage(step, "arrays"):
+            loaded = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(stored["state"]), ema=ocp.args.StandardRestore(stored["ema"])
+                ),
+            )
+        items = {"state": loaded["state"], "ema": loaded["ema"]}
+        for item, tree in items.items():
+            self._check_seal(meta, item, tree, step)
+        return _restored(abstract, items), position
 
     def restore_weights(self, spec: Tree, step: int) -> Tree:
         """The weights for inference, `{player: tree}`: averages where they are kept, else parameters.
@@ -130,12 +214,27 @@ class Checkpointer:
         Args:
             spec: `{player: tree of ShapeDtypeStruct}`.
             step: which checkpoint.
+
+        Raises:
+            ConfigError: the checkpoint holds other shapes.
+            DamagedError: it is not what was saved.
         """
-        saved = {k: v for k, v in self.meta(step)["shapes"].items() if k.startswith("ema/")}
+        meta = self.meta(step)
+        saved = {k: v for k, v in meta["shapes"].items() if k.startswith("ema/")}
         self._compare(_shapes({"ema": spec}), saved, step)
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), spec)
-        return self._manager.restore(step, args=ocp.args.Composite(ema=ocp.args.StandardRestore(abstract)))["ema"]
+        with self._damage(step, "ema"):
+            weights = self._manager.restore(step, args=ocp.args.Composite(ema=ocp.args.StandardRestore(abstract)))[
+                "ema"
+            ]
+        self._check_seal(meta, "ema", weights, step)
+        return weights
+
+    def _check_seal(self, meta: Mapping[str, Any], item: str, tree: Tree, step: int) -> None:
+        with self._damage(step, item):
+            if "seals" in meta and meta["seals"][item] != seal(tree):
+                raise ValueError("its arrays are not those that were saved")
 
     def _compare(self, expected: Mapping[str, Any], saved: Mapping[str, Any], step: int) -> None:
         lines = []
@@ -158,6 +257,18 @@ class Checkpointer:
                     ]
                 )
             )
+
+
+def _is_passing(error: Exception) -> bool:
+    """Whether an error says that a file system or a device failed, which tells nothing of the checkpoint."""
+    if isinstance(error, OSError):
+        return not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    passing = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAUTHENTICATED")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in passing)
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _show(entry: Any) -> str:

@@ -27,6 +27,10 @@ class ConfigError(RunError, ValueError):
     code = ExitCode.BAD_CONFIG
 
 
+class DamagedError(ConfigError):
+    """A checkpoint is not what was saved."""
+
+
 class DivergedError(RunError):
     """Updates are not finite any more. The last checkpoint holds the last good state."""
 

@@ -6,6 +6,8 @@
 In `idle` phases nothing is unsaved (a save precedes every evaluation), so a SIGTERM ends the process there and then. In
 the others the signal is noted, the phase is finished, and the loop stops before its next update.
 
+To a run with a workdir the first Ctrl-C (SIGINT) is a SIGTERM, and the second one quits at once.
+
 Of several processes any one may get the signal, and all stop after the same update: each posts the last update that it
 has begun, and the greatest of these is the last of the run. No process begins another before all have posted.
 """
@@ -30,7 +32,8 @@ from snapgen_jax.training.files import write_whole
 
 IDLE = frozenset({"init", "compile", "evaluation"})
 PHASES = ("init", "compile", "step", "data", "evaluation", "checkpoint")
-SIGNALS = (signal.SIGTERM,)
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_INTERRUPTED = 128 + signal.SIGINT
 _EXIT_SECONDS = 60.0
 
 
@@ -61,6 +64,9 @@ class Lifetime:
         """
         self._cluster = current() if cluster is None else cluster
         self._path = path if self._cluster.index == 0 else None
+        # Where nothing is saved, or a person has the prompt, Ctrl-C is Python's own.
+        self._signals = SIGNALS if path is not None and not _is_interactive() else (signal.SIGTERM,)
+        self._interrupts = 0
         self._on_idle_exit = on_idle_exit
         self._stall_seconds = stall_seconds
         self._lock = threading.Condition()
@@ -160,7 +166,7 @@ class Lifetime:
         before = {}
         if threading.current_thread() is threading.main_thread():
             # The handler does nothing: that it is there is what makes the signal known to the cluster's thread.
-            before = {number: signal.signal(number, lambda number, frame: None) for number in SIGNALS}
+            before = {number: signal.signal(number, lambda number, frame: None) for number in self._signals}
         try:
             with self._cluster.listen(self._look):
                 yield
@@ -171,12 +177,17 @@ class Lifetime:
     def _look(self, notes: Notes, signals: list[int]) -> None:
         """Runs several times a second, in the cluster's thread."""
         self._report_stall()
-        came = [signal.Signals(number).name for number in signals if number in SIGNALS]
+        came = [signal.Signals(number).name for number in signals if number in self._signals]
+        self._interrupts += came.count("SIGINT")
+        if self._interrupts > 1:
+            print("interrupted twice: quitting at once; what was saved before stays", file=sys.stderr, flush=True)
+            os._exit(_INTERRUPTED)
         asked = notes.get("stop")
         if not self.stopping and (came or asked):
             self.stopping = True
             why = f"signal {came[0]}" if came else f"process {asked} was told to stop"
-            print(f"{why} in phase {self._phase}: stopping", file=sys.stderr, flush=True)
+            more = ", with everything saved; press Ctrl-C again to quit at once" if self._interrupts else ""
+            print(f"{why} in phase {self._phase}: stopping{more}", file=sys.stderr, flush=True)
             if not asked:
                 self._cluster.post("stop", str(self._cluster.index))
         if not self.stopping:
@@ -213,3 +224,8 @@ class Lifetime:
             flush=True,
         )
         faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)
+
+
+def _is_interactive() -> bool:
+    """Whether a person types into this process: a prompt of Python, or a notebook."""
+    return hasattr(sys, "ps1") or bool(sys.flags.interactive) or "ipykernel" in sys.modules

@@ -24,8 +24,8 @@ from snapgen_jax.parallel.mesh import MeshConfig, batch_sharding, check_batch, m
 from snapgen_jax.parallel.sharding import explain, summarize, tree_shardings
 from snapgen_jax.parallel.traffic import traffic
 from snapgen_jax.training import progress
-from snapgen_jax.training.checkpoint import CheckpointConfig, Checkpointer
-from snapgen_jax.training.exits import ConfigError, DivergedError, PreemptedError
+from snapgen_jax.training.checkpoint import CheckpointConfig, Checkpointer, complete_steps
+from snapgen_jax.training.exits import ConfigError, DamagedError, DivergedError, PreemptedError
 from snapgen_jax.training.files import write_whole
 from snapgen_jax.training.fingerprint import fingerprint
 from snapgen_jax.training.keys import key
@@ -242,20 +242,53 @@ class Run:
         """Restores the newest checkpoint, or draws a first state straight into its sharded layout."""
         abstract = jax.eval_shape(self.recipe.init, key(self.config.seed, 0, "init"))
         self.shardings = tree_shardings(abstract, self.recipe.rules(), self.mesh)
-        latest = self.checkpointer.latest_step() if self.checkpointer is not None else None
-        if self.checkpointer is not None and latest is not None:
-            self._check_meta(self.checkpointer.meta(latest), latest)
-            placed = jax.tree.map(
-                lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), abstract, self.shardings
-            )
-            state, position = self.checkpointer.restore(placed, latest)
-            self.saved_step = latest
-            return state, position
+        found = self._restore(abstract)
+        if found is not None:
+            return found
         state = jax.jit(self.recipe.init, out_shardings=self.shardings)(key(self.config.seed, 0, "init"))
         if earlier is not None:  # compiled, since operations on the arrays of all processes are
             weights = jax.tree.map(np.asarray, earlier())
             state = jax.jit(self.recipe.warm_start, out_shardings=self.shardings)(state, weights)
         return state, 0
+
+    def _restore(self, abstract: TrainState) -> tuple[TrainState, int] | None:
+        """State and position of the newest checkpoint, or of the newest intact one where the config says so."""
+        if self.checkpointer is None or self.checkpointer.latest_step() is None:
+            return None
+        placed = jax.tree.map(
+            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), abstract, self.shardings
+        )
+        damaged: list[int] = []
+        for step in reversed(complete_steps(self.checkpointer.directory.parent)):
+            try:
+                self._check_meta(self.checkpointer.meta(step), step)
+                state, position = self.checkpointer.restore(placed, step)
+            except DamagedError as error:
+                if self.config.checkpoint.fallback == "refuse":
+                    raise
+                if jax.process_count() > 1:  # a process may read parts that are whole, and would not know
+                    raise DamagedError(
+                        f"{error}. Several processes fall back together only by hand: move that folder away, and start "
+                        "again"
+                    ) from error
+                damaged.append(step)
+                if self.first:
+                    print(f"{error}", flush=True)
+                continue
+            if damaged:
+                if self.first:
+                    print(
+                        f"going on from the intact checkpoint of step {step}; what came after is done again", flush=True
+                    )
+                    self.checkpointer.set_aside(damaged)
+                self.life.together("the damaged checkpoints are set aside")
+                self.checkpointer.reload()
+            self.saved_step = step
+            return state, position
+        raise DamagedError(
+            f"all checkpoints of {self.workdir} are damaged (steps {', '.join(map(str, damaged))}); restore one from a "
+            "copy, or start in a new workdir"
+        )
 
     def load_frozen(self) -> Tree:
         """The recipe's frozen networks on the mesh, and their fingerprint for `meta`."""
@@ -272,6 +305,11 @@ class Run:
         }
 
     def _check_meta(self, saved: dict[str, Any], step: int) -> None:
+        if step > self.config.train_steps:
+            raise ConfigError(
+                f"the newest checkpoint of this workdir is of step {step}, the config asks for "
+                f"{self.config.train_steps} steps in all; set train_steps to {step} or more, or start in a new workdir"
+            )
         for name, now in self.meta().items():
             if saved[name] != now:
                 raise ConfigError(
@@ -368,6 +406,7 @@ def train(
     mesh: Mesh | None = None,
     quiet: bool = False,
     began: float | None = None,
+    accepted: Callable[[], None] = lambda: None,
 ) -> TrainState:
     """Trains from the newest checkpoint of `workdir`, or from nothing, to `config.train_steps`.
 
@@ -380,6 +419,7 @@ def train(
         mesh: overrides the mesh that `config.mesh` describes.
         quiet: prints nothing but errors.
         began: when the process began that is there for this run, see `Lifetime`.
+        accepted: runs once the config was compared with the checkpoint, before anything is compiled or written.
 
     Returns:
         The last state, on the mesh.
@@ -403,6 +443,7 @@ def train(
         life.saved(start)
         say = progress.Reporter(config.train_steps, step, quiet or not run.first)
         say.start(summarize(state, depth=4), run.mesh, step)
+        accepted()
         run.open_records(state, start)
         with life.phase("compile"):
             if step < config.train_steps:

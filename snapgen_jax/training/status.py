@@ -7,8 +7,8 @@ import time
 
 from etils import epath
 
-from snapgen_jax.training.checkpoint import complete_steps
-from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.training.checkpoint import Checkpointer, complete_steps
+from snapgen_jax.training.exits import ConfigError, DamagedError
 from snapgen_jax.training.lifetime import PHASES
 from snapgen_jax.training.metrics import read_lines
 from snapgen_jax.training.progress import duration
@@ -29,7 +29,8 @@ def status(workdir: epath.Path) -> str:
     saved = complete_steps(workdir)
     last = steps[-1]["step"] if steps else 0
     lines = [f"step        {last:,} of {total:,} ({100 * last / total:.1f}%)"]
-    lines += [f"checkpoint  {saved[-1]:,}" if saved else "checkpoint  none yet"]
+    damage = _damage(workdir, saved[-1]) if saved else ""
+    lines += [f"checkpoint  {saved[-1]:,}{' (damaged)' if damage else ''}" if saved else "checkpoint  none yet"]
     if steps:
         shown = ", ".join(f"{k} {v:.4g}" for k, v in steps[-1].items() if isinstance(v, float))
         lines += [f"metrics     {shown}", f"skipped     {sum(not s['finite'] for s in steps)} updates were not finite"]
@@ -42,8 +43,22 @@ def status(workdir: epath.Path) -> str:
         whole = sum(seconds[name] for name in (*PHASES, "lost"))
         parts = ", ".join(f"{name} {duration(seconds[name])}" for name in (*PHASES, "lost") if seconds[name] >= 0.5)
         lines += [f"time        {duration(whole)}: {parts}; goodput {100 * seconds['step'] / max(whole, 1e-9):.0f}%"]
-    if saved and saved[-1] >= total:
+    if damage:
+        action = damage
+    elif saved and saved[-1] >= total:
         action = f"finished: snapgen sample --workdir={workdir} --prompt=..., or snapgen export --workdir={workdir}"
     else:
         action = "go on with the command in run.json" + (f"; it resumes at step {saved[-1]:,}" if saved else "")
     return "\n".join([*lines, f"next        {action}"])
+
+
+def _damage(workdir: epath.Path, step: int) -> str:
+    """What is wrong with a checkpoint, as far as it shows without its arrays; "" for nothing."""
+    checkpointer = Checkpointer(workdir)
+    try:
+        checkpointer.look(step)
+    except DamagedError as error:
+        return str(error)
+    finally:
+        checkpointer.close()
+    return ""

@@ -35,19 +35,19 @@ def earlier(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def _made(path: pathlib.Path, specs, config=DIGITS, source=None, init_from="") -> Tokenizer:
-    make_tokenizer(specs, config, source or build_source(config), path / "tokenizer.json", init_from)
+    made = make_tokenizer(specs, config, source or build_source(config), path / "tokenizer.json", init_from)
+    assert made is not None
+    made.save(path / "tokenizer.json")
     return Tokenizer.load(path / "tokenizer.json")
 
 
 def test_a_run_that_reads_no_text_needs_no_tokenizer(tmp_path) -> None:
     assert load_tokenizers({}, None) is None
-    make_tokenizer({}, DIGITS, build_source(DIGITS), tmp_path / "tokenizer.json")
-    assert not (tmp_path / "tokenizer.json").exists()
+    assert make_tokenizer({}, DIGITS, build_source(DIGITS), tmp_path / "tokenizer.json") is None
 
 
 def test_published_tokenizers_are_read_and_none_is_made(tmp_path, published) -> None:
-    make_tokenizer(published, DIGITS, build_source(DIGITS), tmp_path / "tokenizer.json")
-    assert not (tmp_path / "tokenizer.json").exists()
+    assert make_tokenizer(published, DIGITS, build_source(DIGITS), tmp_path / "tokenizer.json") is None
     tokenizers = load_tokenizers(published, None)
     assert tokenizers is not None and set(tokenizers.names) == {"clip", "clip_mask", "t5", "t5_mask"}
     arrays = tokenizers.arrays(["a red circle"], {"clip": 9, "t5": 7, "t5_mask": 7})
@@ -62,7 +62,7 @@ def test_a_new_tokenizer_is_trained_on_the_captions_of_the_source_and_kept(tmp_p
     assert made.encode(["zero zero"], 20)[1].sum() < 2 + len("zero zero"), (
         "words of the source have tokens of their own"
     )
-    assert _made(tmp_path / "run", {"tokens": TRAINED}, DataConfig()).vocab_size == 300, "a resumed run keeps its own"
+    assert _made(tmp_path / "run", {"tokens": TRAINED}).vocab_size == 300, "a resumed run keeps its own"
     loaded = load_tokenizers({"tokens": TRAINED}, tmp_path / "run" / "tokenizer.json")
     assert isinstance(loaded, Tokenizer) and loaded.decode(made.encode(["a five"], 8)[0][0]) == "a five"
 
@@ -118,3 +118,90 @@ def test_specs_that_no_tokenizer_fits_are_refused(tmp_path, published, earlier) 
         DataError, match=r"one tokenizer\.json, and 2 are asked for: a new one for tokens and x for teacher"
     ):
         load_tokenizers({"tokens": TRAINED, "teacher": dataclasses.replace(TRAINED, workdir="x")}, earlier / "t.json")
+
+
+def _again(path, has_weights, specs=None, config=DIGITS, source=None, init_from=""):
+    """What a later start finds: the run's own tokenizer if it is kept."""
+    specs = specs or {"tokens": TRAINED}
+    return make_tokenizer(
+        specs, config, source or build_source(config), path / "tokenizer.json", init_from, has_weights
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"vocab_size": 310}, "data.vocab_size was 300, is now 310"),
+        ({"source": "shapes"}, "data.source was 'digits', is now 'shapes'"),
+        ({"tokenizer": "FILE"}, "file was None, is now"),
+    ],
+)
+def test_a_tokenizer_that_weights_know_is_not_used_for_what_it_was_not_made_of(
+    tmp_path, earlier, changes, says, capsys
+) -> None:
+    _made(tmp_path / "run", {"tokens": TRAINED})
+    if "tokenizer" in changes:
+        changes = {"tokenizer": str(earlier / "tokenizer.json")}
+    config = dataclasses.replace(DIGITS, **changes)
+    with pytest.raises(DataError, match=says):
+        _again(tmp_path / "run", True, config=config)
+    new = _again(tmp_path / "run", False, config=config)
+    assert new is not None and not new.kept and says in capsys.readouterr().out, "where nothing was trained, made anew"
+
+
+def test_other_captions_are_announced_where_they_lay_and_refused_elsewhere(tmp_path, capsys) -> None:
+    config = DataConfig(source="folder", path="a", vocab_size=280)
+    specs, dots = {"tokens": TRAINED}, MovingDots(words="one two")
+    made = _made(tmp_path, specs, config, dots)
+    moved = dataclasses.replace(config, path="b")
+    kept = _again(tmp_path, True, specs, moved, dots)
+    assert kept is not None and kept.kept and not capsys.readouterr().out, "the same captions elsewhere are the same"
+    kept = _again(tmp_path, True, specs, config, MovingDots(words="three four"))
+    assert kept is not None and kept.kept and "the captions have changed since" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"data\.path was 'a', is now 'b'"):
+        _again(tmp_path, True, specs, moved, MovingDots(words="three four"))
+    assert Tokenizer.load(tmp_path / "tokenizer.json").text() == made.text()
+
+
+def test_the_tokenizer_of_another_run_is_compared_as_long_as_that_run_is_there(tmp_path, earlier) -> None:
+    run, named = tmp_path / "run", str(earlier)
+    _made(run, {"tokens": TRAINED}, init_from=named)
+    kept = _again(run, True, init_from=named)
+    assert kept is not None and kept.kept
+    train(["b b b b"], 260).save(earlier / "tokenizer.json")
+    with pytest.raises(DataError, match="sha256 was"):
+        _again(run, True, init_from=named)
+    (earlier / "tokenizer.json").unlink()
+    kept = _again(run, True, init_from=named)
+    assert kept is not None and kept.kept, "it may be deleted"
+
+
+def test_an_altered_or_lost_tokenizer_is_noticed(tmp_path) -> None:
+    path = tmp_path / "tokenizer.json"
+    _made(tmp_path, {"tokens": TRAINED})
+    text = path.read_text()
+    train(["other words"], 280).save(path)
+    for read in (lambda: _again(tmp_path, True), lambda: load_tokenizers({"tokens": TRAINED}, path)):
+        with pytest.raises(DataError, match=r"is not the tokenizer that tokenizer_source\.json describes"):
+            read()
+    path.unlink()
+    again = _again(tmp_path, True)
+    assert again is not None and not again.kept and again.text == text, "the same is made of the same"
+    with pytest.raises(DataError, match="is gone, and the config makes another"):
+        _again(tmp_path, True, config=dataclasses.replace(DIGITS, vocab_size=310))
+    path.write_text(text)
+    (tmp_path / "tokenizer_source.json").write_text("{")
+    with pytest.raises(DataError, match="is damaged"):
+        _again(tmp_path, True)
+    (tmp_path / "tokenizer_source.json").unlink()
+    kept = _again(tmp_path, True)
+    assert kept is not None and kept.kept, "one of an earlier version is taken as it is"
+
+
+def test_ids_beyond_the_embedding_are_refused_though_they_are_few(tmp_path) -> None:
+    made = train(["a"], 259)
+    text = made.text().replace('": 258', '": 5000')
+    assert text != made.text()
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(DataError, match="the tokenizer has 5001 ids and the text encoder takes 4096"):
+        load_tokenizers({"tokens": TRAINED}, tmp_path / "tokenizer.json")

@@ -27,7 +27,6 @@ from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.keys import key
 from snapgen_jax.training.loop import make_step
-from snapgen_jax.workdir import prepare_workdir
 from tests.recipes_for_tests import greys, random_like, state_away_from_zero, train_and_read
 from tests.students_for_tests import CAPTIONS, GREYS, MMDIT, STUDENT, TEACHER
 
@@ -343,6 +342,5 @@ def test_the_step_takes_what_the_specs_promise(arg):
 def test_the_four_step_config_runs_locally(tmp_path):
     spec = f"{CONFIGS}/fewstep/t2i_1024_4step.py:runlocal"
     resolved = load_experiment(spec, ["train_steps=3", "log_every_steps=1", "tensorboard=False"])
-    prepare_workdir(resolved.config, tmp_path)
     state = Experiment(resolved, tmp_path).train()
     assert int(state.step) == 3 and int(state.skipped) == 0

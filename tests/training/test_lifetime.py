@@ -1,5 +1,8 @@
 """The account of a run's time over its restarts."""
 
+import signal
+import subprocess
+import sys
 import types
 
 import pytest
@@ -56,3 +59,34 @@ def test_nothing_is_lost_where_nothing_was_made_after_the_restored_update(tmp_pa
     second = Lifetime(path)
     second.charge_lost_work(10)
     assert second.goodput()["lost"] == 0 and second.goodput()["step"] == 30
+
+
+STUCK = """
+import sys, time
+from etils import epath
+from snapgen_jax.training.lifetime import Lifetime
+life = Lifetime(epath.Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+with life.watch(), life.phase("step"):
+    print("ready", flush=True)
+    for _ in range(600):
+        time.sleep(0.1)
+"""
+
+
+@pytest.mark.parametrize("has_workdir", [True, False])
+def test_the_second_ctrl_c_quits_at_once_and_without_a_workdir_the_first(tmp_path, has_workdir):
+    arguments = [str(tmp_path / "goodput.json")] if has_workdir else []
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUCK, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    if not has_workdir:
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == -signal.SIGINT and "KeyboardInterrupt" in errors
+        return
+    assert "SIGINT in phase step: stopping, with everything saved; press Ctrl-C again" in process.stderr.readline()
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and "quitting at once" in errors

@@ -17,7 +17,6 @@ from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.loop import LoopConfig
 from snapgen_jax.training.state import TrainState
 from snapgen_jax.training.together import JoinedBatches, Together, stack
-from snapgen_jax.workdir import prepare_workdir
 from tests.recipes_for_tests import Sequences, TwoPlayers
 
 SEEDS = (0, 5, 9)
@@ -91,7 +90,6 @@ def test_what_is_trained_together_are_ordinary_runs_in_the_end(tmp_path):
     for seed in (0, 1):
         changes = [f"seed={seed}", "train_steps=3", "tensorboard=False", "evaluation.final=()"]
         resolved = load_experiment("configs/shapes/quickstart.py:runlocal", changes)
-        prepare_workdir(resolved.config, tmp_path / str(seed))
         made.append(Experiment(resolved, tmp_path / str(seed)))
     states = train_together(made, tmp_path / "both")
     assert [int(state.step) for state in states] == [3, 3]

@@ -99,9 +99,6 @@ def made(monkeypatch):
     generator = types.SimpleNamespace(params=None, frozen=None, recipe=None)
     generator.with_weights = lambda params, frozen: generator
     monkeypatch.setattr(runs_module, "Experiment", Untrained)
-    monkeypatch.setattr(
-        runs_module, "prepare_workdir", lambda config, folder: folder.mkdir(parents=True, exist_ok=True)
-    )
     monkeypatch.setattr(runs_module, "parameters", lambda state: 7)
     monkeypatch.setattr(runs_module, "load", lambda folder: generator)
     monkeypatch.setattr(runs_module, "train_together", train_together)
