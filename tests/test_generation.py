@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from snapgen_jax import experiment
+from snapgen_jax import scoring
 from snapgen_jax.config import load_config
 from snapgen_jax.generation import Generator, chosen_options
 from snapgen_jax.training.exits import ConfigError
@@ -43,10 +43,10 @@ def test_a_run_is_evaluated_with_the_generator_that_is_given(tmp_path):
     prepare_workdir(load_config("configs/shapes/quickstart.py:runlocal", ["data.source=synthetic"]), tmp_path)
     given, asked = Draws(), {"sample_grid": {"prompts": ("a ring",)}}
     options = {"generation": {"steps": 4}, "options": asked}
-    experiment.evaluate(tmp_path, ["sample_grid"], **options, generator=given)  # type: ignore[arg-type]
+    scoring.evaluate(tmp_path, ["sample_grid"], **options, generator=given)  # type: ignore[arg-type]
     assert given.asked == (["a ring"], {"seed": 0, "steps": 4}) and (tmp_path / "samples" / "samples.png").exists()
     with pytest.raises(ConfigError, match="no complete checkpoint"):
-        experiment.evaluate(tmp_path, ["sample_grid"], **options)
+        scoring.evaluate(tmp_path, ["sample_grid"], **options)
 
 
 # --- conditions ------------------------------------------------------------------------------------------------------
