@@ -72,7 +72,7 @@ clean: ## Remove the environments and the caches; runs stay
 	rm -rf $(VENV) $(ORACLE) .uv .jax_cache .pytest_cache .ruff_cache build *.egg-info
 
 help: ## List these targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 $(READY): requirements.lock setup.py | $(filter .uv/bin/uv,$(UV))
 	test -x $(VENV)/bin/python || { rm -rf $(VENV) && $(UV) venv --python '$(PYTHON)' $(VENV); }

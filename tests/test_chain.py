@@ -84,9 +84,12 @@ def test_two_stages_train_score_and_are_done_again_only_where_they_changed(tmp_p
         shutil.move(tmp_path / "clip", tmp_path / "kept")
         assert run_chain(first, overrides, tmp_path) == rows, "nothing needs its folder"
         changed = {"student": [*overrides["student"], "optimizer.learning_rate=0.1"]}
-        for _ in range(2):  # the second time as after a stop, when the folder is there again
-            with pytest.raises(AssertionError, match=f"done anew: {tmp_path}/clip"):
-                run_chain(first, changed, tmp_path)
+        with pytest.raises(AssertionError, match=f"done anew: {tmp_path}/clip"):
+            run_chain(first, changed, tmp_path)
+        assert not (tmp_path / "clip").exists(), "nothing is written before a run may begin"
+        (tmp_path / "clip").mkdir()  # as after a stop
+        with pytest.raises(AssertionError, match=f"done anew: {tmp_path}/clip"):
+            run_chain(first, changed, tmp_path)
         shutil.rmtree(tmp_path / "clip")
         shutil.move(tmp_path / "kept", tmp_path / "clip")
 
