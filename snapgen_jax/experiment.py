@@ -32,7 +32,7 @@ from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.loop import Batches, ScheduledEvaluator
 from snapgen_jax.training.recipe import Recipe
 from snapgen_jax.training.state import TrainState
-from snapgen_jax.workdir import prepare_workdir
+from snapgen_jax.workdir import prepare_workdir, recorded_config
 
 Tree = Any
 TOKENIZER = "tokenizer.json"
@@ -156,9 +156,10 @@ class Experiment:
         """Opens data, tokenizer and evaluators, as `train` does before it restores anything; writes nothing.
 
         Raises:
-            ConfigError: the evaluators do not fit.
+            ConfigError: another version wrote the workdir, or the evaluators do not fit.
             DataError: the data or the tokenizer do not.
         """
+        recorded_config(self.workdir)
         _ = self.data, self.evaluators()
 
     def record(self) -> None:
@@ -182,6 +183,7 @@ class Experiment:
             accepted()
             self.record()
 
+        recorded_config(self.workdir)  # one of another version is told so before anything of it is looked at
         return loop.train(
             self.recipe,
             self.data,

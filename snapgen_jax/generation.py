@@ -339,8 +339,9 @@ def load(
     """
     workdir = epath.Path(workdir)
     recipe = load_recipe(workdir, platform, decoder)
+    weights = load_weights(workdir, recipe, step)  # first: a run that has none yet may have no tokenizer either
     tokenizer = load_tokenizers(recipe.tokenizers(), workdir / "tokenizer.json")
-    return Generator(recipe, load_weights(workdir, recipe, step), recipe.load_frozen(None, "generate"), tokenizer)
+    return Generator(recipe, weights, recipe.load_frozen(None, "generate"), tokenizer)
 
 
 def load_weights(workdir: epath.PathLike, recipe: Recipe, step: int | None = None) -> Tree:

@@ -32,11 +32,10 @@ def prepare_workdir(config: ConfigDict, workdir: epath.PathLike, command: list[s
     if current().index:
         return
     workdir = epath.Path(workdir)
-    path = workdir / "config.json"
-    if path.exists():
-        for name, (old, new) in differences(from_json(path.read_text(), workdir), config).items():
+    if (recorded := recorded_config(workdir)) is not None:
+        for name, (old, new) in differences(recorded, config).items():
             print(f"config changed since this run began: {name} was {old}, is now {new}")
-    write_whole(path, to_json(config))
+    write_whole(workdir / "config.json", to_json(config))
     run = {
         "command": command or sys.argv,
         "commit": _commit(),
@@ -47,6 +46,16 @@ def prepare_workdir(config: ConfigDict, workdir: epath.PathLike, command: list[s
         "flags": {name: os.environ[name] for name in FLAGS if os.environ.get(name)},
     }
     write_whole(workdir / "run.json", json.dumps(run, indent=2) + "\n")
+
+
+def recorded_config(workdir: epath.PathLike) -> ConfigDict | None:
+    """The config that a workdir began with; None for a new one.
+
+    Raises:
+        ConfigError: another version wrote it; says what to do.
+    """
+    path = epath.Path(workdir) / "config.json"
+    return from_json(path.read_text(), workdir) if path.exists() else None
 
 
 def differences(old: Config, new: Config, prefix: str = "") -> dict[str, tuple[Any, Any]]:
