@@ -139,6 +139,28 @@ def test_a_missing_file_and_a_file_without_get_config_are_refused(tmp_path):
         configs.load_config(str(tmp_path / "empty.py"))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "def get_config(arg=None):\n    return 1 +\n",
+            r"slip.py:2: SyntaxError: invalid syntax.*; correct the config",
+        ),
+        ("def get_config(arg=None):\n    return c.x\n", r"slip.py:2: NameError: name 'c' is not defined; correct"),
+        (
+            "from ml_collections import ConfigDict\ndef get_config(arg=None):\n    return ConfigDict({}).inputs.kind\n",
+            r"slip.py:3: AttributeError: .*'inputs'",
+        ),
+        ("def get_config():\n    return {}\n", r"must take one argument, `def get_config\(arg=None\)`"),
+        ("def get_config(arg=None):\n    pass\n", r"get_config\(''\) returned None; return a ConfigDict, or a dict"),
+    ],
+)
+def test_a_slip_in_a_config_file_is_named_with_its_line(text, message, tmp_path):
+    (tmp_path / "slip.py").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        configs.load_config(str(tmp_path / "slip.py"))
+
+
 def test_an_unknown_argument_of_get_config_is_refused():
     with pytest.raises(ConfigError, match="unknown argument 'runlocl'"):
         configs.load_config(QUICKSTART + ":runlocl")
