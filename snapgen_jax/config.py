@@ -219,9 +219,14 @@ def from_json(text: str, workdir: Any = "WORKDIR") -> ConfigDict:
         workdir: whose config it is, for errors.
 
     Raises:
-        ConfigError: another version wrote it.
+        ConfigError: another version wrote it, or it is damaged.
     """
-    values = json.loads(text)
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{workdir}: its config.json is no JSON: {error}; restore it from a copy") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{workdir}: its config.json holds no object; restore it from a copy")
     schema = values.pop("schema", 1)
     if schema < SCHEMA:
         raise ConfigError(
