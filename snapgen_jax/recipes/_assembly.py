@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from snapgen_jax.inputs.interfaces import Inputs, TokenizerSpec
-from snapgen_jax.networks.module import Network, build, frozen_spec, init
+from snapgen_jax.networks.module import Network, build, flatten, frozen_spec, init
 from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.weights.frozen import check_weights
 
 Tree = Any
 Specs = dict[str, dict[str, jax.ShapeDtypeStruct]]
@@ -98,6 +99,11 @@ def merged_tokenizers(*parts: Mapping[str, TokenizerSpec]) -> dict[str, Tokenize
 
 
 def taken_from(new: Tree, old: Tree) -> Tree:
-    """Weights of an earlier stage in the dtypes of the new ones; what the earlier stage had beside them is left."""
+    """Weights of an earlier stage in the dtypes of the new ones; what the earlier stage had beside them is left.
+
+    Raises:
+        ConfigError: the earlier stage does not hold these weights; names those that differ.
+    """
+    check_weights("the run that init_from names", flatten(new), flatten(old))
     chosen = {name: old[name] for name in new}
     return jax.tree.map(lambda a, b: b.astype(jnp.asarray(a).dtype), new, chosen)
