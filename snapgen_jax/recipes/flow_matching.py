@@ -397,7 +397,9 @@ class FlowMatching:
             image_shape=decoded["image"].shape[1:],
             context=jax.eval_shape(self.inputs.condition, networks, told),
             inputs=brought,
-            golden=GoldenInputs(prompts=(self.config.sample_prompts[:2] or ("",)) if brought.tokenizer else ()),
+            golden=GoldenInputs(
+                prompts=(self.config.sample_prompts[:2] or ("",)) if brought.tokenizer else (), arrays=brought.golden
+            ),
         )
 
 
