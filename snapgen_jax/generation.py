@@ -171,7 +171,7 @@ class Generator:
             return "the run is unconditional; call `run(indices=range(n))`"
         prompts = "give `prompts`" if self.takes_prompts else ""
         arrays = ", ".join(_described(self.recipe, name) for name in self.condition_names)
-        return " and ".join(filter(None, (prompts, f"give `conditions` with {arrays}" if arrays else "")))
+        return " and ".join(filter(None, (prompts, f"give `conditions` (--condition) with {arrays}" if arrays else "")))
 
 
 def prompt_arrays(recipe: Recipe, tokenizer: CaptionTokenizer, prompts: Sequence[str]) -> dict[str, np.ndarray]:
@@ -341,8 +341,9 @@ def load(
     """
     workdir = epath.Path(workdir)
     recipe = load_recipe(workdir, platform, decoder)
+    weights = load_weights(workdir, recipe, step)  # first, since without any there is no run
     tokenizer = load_tokenizers(recipe.tokenizers(), workdir / "tokenizer.json")
-    return Generator(recipe, load_weights(workdir, recipe, step), recipe.load_frozen(None, "generate"), tokenizer)
+    return Generator(recipe, weights, recipe.load_frozen(None, "generate"), tokenizer)
 
 
 def load_weights(workdir: epath.PathLike, recipe: Recipe, step: int | None = None) -> Tree:
