@@ -22,7 +22,7 @@ PROSE = {name: re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
 CODE = [(name, span) for name, text in PROSE.items() for span in re.findall(r"`([^`\n]+)`", text)]
 WHOLE = [re.sub(r"\\\n\s+", "", text) for text in PROSE.values()]  # a command that goes on in the next line is one
 LINES = [line.split("#")[0].strip() for text in WHOLE for line in text.splitlines() if line.startswith("    ")]
-TARGETS = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 # Named in the pages, and made by a command rather than kept here.
 MADE = re.compile(
