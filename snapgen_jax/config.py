@@ -174,7 +174,8 @@ def _complete(partial: Config, overrides: Sequence[str]) -> tuple[ConfigDict, tu
     known = set().union(*fields)
     for name in wanted:
         if name not in known:
-            raise ConfigError(f"unknown config key {name!r}{closest(name, known)}")
+            of = "" if "system" in wanted else f" of recipe {wanted.get('recipe', ExperimentConfig.recipe)!r}"
+            raise ConfigError(f"unknown config key {name!r}{of}{closest(name, known)}")
     built = tuple(
         _build(cls, {k: v for k, v in wanted.items() if k in names}) for cls, names in zip(classes, fields, strict=True)
     )

@@ -50,12 +50,21 @@ def test_a_preset_decides_the_defaults_of_its_section():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optimiser.learning_rate=1", r"unknown config key 'optimiser'; did you mean 'optimizer'\?"),
+        (
+            "optimiser.learning_rate=1",
+            r"unknown config key 'optimiser' of recipe 'flow_matching'; did you mean 'optimizer'\?",
+        ),
         ("optimizer.learning_rat=1", r"unknown config key 'optimizer.learning_rat'; did you mean 'learning_rate'\?"),
         ("train_steps=many", r"'train_steps' is 'many' \(str\); expected int"),
         ("train_steps=True", r"expected int"),
         ("optimizer.schedule=cosin", r"'optimizer.schedule' is 'cosin'; choose one of 'constant', 'cosine', 'linear'"),
         ("network.preset=huge", r"network.preset: UNetConfig has no preset 'huge'; the presets are smoke"),
+        ("inputs.codec.workdir=ae", r"'inputs.codec': workdir is not read under this kind; set kind='autoencoder', or"),
+        (
+            "inputs.codec={'kind': 'autoencoder', 'decoder_workdir': 'tiny'}",
+            r"decoder_workdir is not read under this decoder; set decoder='tiny', or leave decoder_workdir out",
+        ),
+        ("recipe=autoencoder", r"unknown config key '\w+' of recipe 'autoencoder'; known: autoencoder, batch_size"),
         ("recipe=flowmatching", r"unknown recipe 'flowmatching'; did you mean 'flow_matching'\?"),
         ("train_steps", r"override 'train_steps' has no value"),
         ("network.groups=7", r"config section 'network': .*multiple of groups=7"),

@@ -120,5 +120,7 @@ def test_a_bundle_of_labels_has_examples_of_them():
 
 def test_an_embedding_of_another_width_than_the_network_attends_to_is_refused():
     inputs = dataclasses.replace(CONFIG.inputs, label=LabelEmbeddingConfig.preset("smoke", width=20))
-    with pytest.raises(ValueError, match=r"the context is 20 wide, but network.context_width is 16"):
+    with pytest.raises(
+        ValueError, match=r"the context is 20 wide, but network.context_width is 16; .*, or change inputs.label"
+    ):
         FlowMatching(dataclasses.replace(CONFIG, inputs=inputs), "cpu")
