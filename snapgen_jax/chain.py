@@ -118,9 +118,14 @@ def load_chain(spec: str, overrides: Sequence[str] = ()) -> tuple[ChainConfig, d
         The chain, with paths of configs as they are from here, and the overrides of each run.
 
     Raises:
-        ConfigError: a key, a stage, a file or a function that is named is not there.
+        ConfigError: a key, a stage, a file or a function that is named is not there, or the file describes no chain.
     """
-    chain: ChainConfig = build_dataclass(ChainConfig, read(spec))
+    partial = read(spec)
+    if "stages" not in partial:
+        raise ConfigError(
+            f"{spec} describes no chain, for it has no stages; train it with `snapgen train --config={spec}`"
+        )
+    chain: ChainConfig = build_dataclass(ChainConfig, partial)
     names = [stage.name for stage in chain.stages]
     if repeated := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"two stages are called {', '.join(map(repr, sorted(repeated)))}; each needs its own name")

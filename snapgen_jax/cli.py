@@ -62,13 +62,20 @@ def build_parser() -> argparse.ArgumentParser:
     config = add("config", _show_config, "Print a config with every default filled in.")
     _config(config)
 
-    sample = add("sample", _sample, "Images from prompts, by a trained run or by an exported bundle.")
+    sample = add("sample", _sample, "Images from prompts or class labels, by a trained run or by an exported bundle.")
     source = sample.add_mutually_exclusive_group(required=True)
     source.add_argument("--workdir", help="a trained run")
     source.add_argument("--bundle", help="an exported bundle; runs on LiteRT")
     source.add_argument("--weights", help="folder of a published system's weights; goes with --config")
     _config(sample, default="configs/teacher/sd35_large.py")
-    sample.add_argument("--prompt", action="append", required=True, help="text; repeat for several images")
+    sample.add_argument("--prompt", action="append", default=[], help="text; repeat for several images")
+    sample.add_argument(
+        "--condition",
+        action="append",
+        default=[],
+        metavar="NAME=VALUES",
+        help="what a run is told beside prompts or in place of them, one value an image: label=[3,7]",
+    )
     _generation(sample)
     sample.add_argument("--seed", type=int, default=0, help="of the noise")
     sample.add_argument("--decoder", help="a run of a tiny decoder, in place of the run's own; with --workdir")
@@ -148,7 +155,7 @@ def _workdir(parser: argparse.ArgumentParser) -> None:
 
 def _generation(parser: argparse.ArgumentParser) -> None:
     """The options of generation: the usual ones by name, and every other field of the run's options as it is."""
-    group = parser.add_argument_group("options of the generator, by default the run's own; --NAME=VALUE for any other")
+    group = parser.add_argument_group("options of the generator, by default the run's own; any other as --method=heun")
     group.add_argument("--steps", type=int, help="sampling steps")
     group.add_argument("--guidance", type=float, help="guidance scale; 1 is none")
     parser.set_defaults(takes_options=True)
@@ -321,7 +328,7 @@ def split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _generation_options(options: argparse.Namespace, others: Sequence[str]) -> dict[str, Any]:
-    """`{option: value}` of the generator: those that are named, and "--NAME=VALUE" of others.
+    """`{option: value}` of the generator: those that are named, and "--NAME=VALUE" or "--NAME", "VALUE" of others.
 
     Raises:
         ConfigError: an argument is none of these.
@@ -329,9 +336,13 @@ def _generation_options(options: argparse.Namespace, others: Sequence[str]) -> d
     from snapgen_jax.overrides import parse_override
 
     chosen = {name: value for name in ("steps", "guidance") if (value := getattr(options, name)) is not None}
-    for text in others:
+    left = list(others)
+    while left:
+        text = left.pop(0)
         if not text.startswith("--"):
             raise ConfigError(f"unrecognized argument {text!r}; an option of the generator is --NAME=VALUE")
+        if "=" not in text and left and not left[0].startswith("--"):
+            text = f"{text}={left.pop(0)}"
         path, value = parse_override(text.removeprefix("--"), "--")
         chosen[".".join(path).replace("-", "_")] = value
     return chosen
@@ -418,18 +429,41 @@ def _sample(options: argparse.Namespace) -> None:
         raise ConfigError("--config overrides go with --weights; a run or a bundle is sampled as it was configured")
     if options.decoder and not options.workdir:
         raise ConfigError("--decoder goes with --workdir; a bundle holds the decoder that it was exported with")
+    if not (options.prompt or options.condition):
+        raise ConfigError("there is nothing to draw; give --prompt, or --condition where the run takes no prompts")
+    conditions = _conditions(options.condition)
     try:
-        images = _draw(options)
+        images = _draw(options, conditions)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     out = epath.Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(png_bytes(grid(images, options.prompt)))
+    out.write_bytes(png_bytes(grid(images, options.prompt or _titles(conditions, len(images)))))
     print(f"wrote {len(images)} image{'s' * (len(images) > 1)} of {images.shape[2]} x {images.shape[1]} px to {out}")
 
 
-def _draw(options: argparse.Namespace) -> Any:
-    """The images of the prompts, from whichever source was named."""
+def _conditions(assignments: Sequence[str]) -> dict[str, Any]:
+    """`{name: values [N, ...]}` of "NAME=VALUES", in which one value may stand without brackets."""
+    from snapgen_jax.overrides import parse_override
+
+    found = {}
+    for text in assignments:
+        path, value = parse_override(text, "--condition ")
+        literal = value.literal
+        found[".".join(path)] = list(literal) if isinstance(literal, list | tuple) else [literal]
+    return found
+
+
+def _titles(conditions: dict[str, Any], count: int) -> list[str]:
+    """What each image was told, where that are numbers."""
+    plain = {
+        name: values for name, values in conditions.items() if not any(isinstance(v, list | tuple) for v in values)
+    }
+    return [", ".join(f"{name} {values[i]}" for name, values in plain.items()) for i in range(count)]
+
+
+def _draw(options: argparse.Namespace, conditions: dict[str, Any]) -> Any:
+    """The images of the prompts and conditions, from whichever source was named."""
     chosen = options.generation
     if options.bundle:
         from snapgen_jax.export.client import LiteRTGenerator
@@ -437,16 +471,38 @@ def _draw(options: argparse.Namespace) -> Any:
 
         generator: Any = LiteRTGenerator(options.bundle)
         chosen = {name: value.literal if isinstance(value, Written) else value for name, value in chosen.items()}
+        if conditions:
+            return _draw_bundle(generator, options, conditions, chosen)
     elif options.weights:
         from snapgen_jax.generation import load_system
 
+        if conditions:
+            raise ConfigError("--condition goes with --workdir or --bundle; a published system draws from prompts")
         options.overrides += [f"{name}={value}" for name, value in chosen.items()]
         generator, chosen = load_system(_load(options), options.weights), {}
     else:
         from snapgen_jax.generation import load
 
         generator = load(options.workdir, decoder=options.decoder)
-    return generator.generate(options.prompt, seed=options.seed, **chosen)
+        chosen = {**chosen, "conditions": conditions}
+    return generator.generate(options.prompt or None, seed=options.seed, **chosen)
+
+
+def _draw_bundle(
+    generator: Any, options: argparse.Namespace, conditions: dict[str, Any], chosen: dict[str, Any]
+) -> Any:
+    """The images that a bundle draws from named arrays, and from prompts where there are some."""
+    import numpy as np
+
+    inputs = {name: np.asarray(values) for name, values in conditions.items()}
+    texts = generator.bundle.tokenize(options.prompt) if options.prompt else {}
+    try:
+        outputs = generator.run({**texts, **inputs}, seed=options.seed, **chosen)
+    except RuntimeError as error:  # LiteRT's, for a number that stands for nothing
+        raise ConfigError(f"the bundle does not run on {', '.join(options.condition)}: {error}") from error
+    if "image" not in outputs:
+        raise ConfigError(f"this bundle makes {', '.join(outputs)} and no image")
+    return outputs["image"]
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -174,7 +174,8 @@ def _complete(partial: Config, overrides: Sequence[str]) -> tuple[ConfigDict, tu
     known = set().union(*fields)
     for name in wanted:
         if name not in known:
-            raise ConfigError(f"unknown config key {name!r}{closest(name, known)}")
+            of = "" if "system" in wanted else f" of recipe {wanted.get('recipe', ExperimentConfig.recipe)!r}"
+            raise ConfigError(f"unknown config key {name!r}{of}{closest(name, known)}")
     built = tuple(
         _build(cls, {k: v for k, v in wanted.items() if k in names}) for cls, names in zip(classes, fields, strict=True)
     )
@@ -219,9 +220,14 @@ def from_json(text: str, workdir: Any = "WORKDIR") -> ConfigDict:
         workdir: whose config it is, for errors.
 
     Raises:
-        ConfigError: another version wrote it.
+        ConfigError: another version wrote it, or it is damaged.
     """
-    values = json.loads(text)
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{workdir}: its config.json is no JSON: {error}; restore it from a copy") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{workdir}: its config.json holds no object; restore it from a copy")
     schema = values.pop("schema", 1)
     if schema < SCHEMA:
         raise ConfigError(

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import inspect
 import os
 import pathlib
 import sys
+import traceback
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -27,7 +29,7 @@ def read(spec: str) -> Mapping[str, Any] | ConfigDict:
     """What the `get_config` of "path/to/file.py" or "path/to/file.py:arg" returns.
 
     Raises:
-        ConfigError: the file is missing, imports what is not there, has no `get_config`, or refuses the argument.
+        ConfigError: the file is missing, imports what is not there, has no `get_config`, or fails; names the line.
     """
     path, _, arg = spec.partition(":")
     file = pathlib.Path(os.path.abspath(path))
@@ -35,21 +37,44 @@ def read(spec: str) -> Mapping[str, Any] | ConfigDict:
         raise ConfigError(f"no config file {path!r}; give a path such as configs/shapes/quickstart.py")
     with _configs_above(file):
         try:
-            module = _run(file)
-            if not hasattr(module, "get_config"):
-                raise ConfigError(
-                    f"{path} defines no get_config(arg=None); see configs/shapes/quickstart.py for an example"
-                )
-            return module.get_config(arg or None)
+            partial = _get_config(file, path)(arg or None)
+        except ConfigError:
+            raise
         except ImportError as error:
             raise ConfigError(
                 f"{path}: {error}; a config imports ml_collections, the standard library, and other files of its "
                 f"`{PACKAGE}/` folder (from {PACKAGE}.shapes import quickstart)"
             ) from error
         except (ValueError, KeyError) as error:
-            if isinstance(error, ConfigError):
-                raise
             raise ConfigError(f"{path}: get_config({arg!r}) failed: {error}") from error
+        except Exception as error:  # a slip in a file of the user's
+            raise ConfigError(
+                f"{_place(error, file)}: {type(error).__name__}: {error}; correct the config file"
+            ) from error
+    if not isinstance(partial, Mapping | ConfigDict):
+        raise ConfigError(f"{path}: get_config({arg!r}) returned {partial!r}; return a ConfigDict, or a dict")
+    return partial
+
+
+def _get_config(file: pathlib.Path, path: str) -> Callable[[str | None], Any]:
+    """The function of a config file, which takes one argument."""
+    get_config = getattr(_run(file), "get_config", None)
+    if get_config is None:
+        raise ConfigError(f"{path} defines no get_config(arg=None); see configs/shapes/quickstart.py for an example")
+    try:
+        inspect.signature(get_config).bind(None)
+    except TypeError as error:
+        raise ConfigError(f"{path}: get_config must take one argument, `def get_config(arg=None)`: {error}") from error
+    return get_config
+
+
+def _place(error: Exception, file: pathlib.Path) -> str:
+    """Where a config file went wrong, "FILE:LINE": in itself, or in one that it builds on."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    folder = next((parent for parent in file.parents if parent.name == PACKAGE), file.parent)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if folder in pathlib.Path(f.filename).parents]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else str(file)
 
 
 def _run(file: pathlib.Path) -> types.ModuleType:

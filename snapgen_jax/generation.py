@@ -171,7 +171,7 @@ class Generator:
             return "the run is unconditional; call `run(indices=range(n))`"
         prompts = "give `prompts`" if self.takes_prompts else ""
         arrays = ", ".join(_described(self.recipe, name) for name in self.condition_names)
-        return " and ".join(filter(None, (prompts, f"give `conditions` with {arrays}" if arrays else "")))
+        return " and ".join(filter(None, (prompts, f"give `conditions` (--condition) with {arrays}" if arrays else "")))
 
 
 def prompt_arrays(recipe: Recipe, tokenizer: CaptionTokenizer, prompts: Sequence[str]) -> dict[str, np.ndarray]:
@@ -185,6 +185,7 @@ def condition_arrays(recipe: Recipe, conditions: Mapping[str, Any]) -> dict[str,
 
     Raises:
         ValueError: the batches have no such array, or it has another shape or type there. All must fit one bucket.
+        ConfigError: a value has no meaning, such as a class label beyond the last.
     """
     buckets = recipe.batch_specs()
     known = list(dict.fromkeys([name for specs in buckets.values() for name in specs] + ["noise"]))
@@ -207,6 +208,7 @@ def condition_arrays(recipe: Recipe, conditions: Mapping[str, Any]) -> dict[str,
         raise ValueError(
             f"no bucket holds conditions of the shapes {shapes}; take all from one of {', '.join(buckets)}"
         )
+    recipe.inputs.check_batch(arrays)
     return arrays
 
 

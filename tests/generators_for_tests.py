@@ -9,6 +9,7 @@ import numpy as np
 
 from snapgen_jax.generation import Generator
 from snapgen_jax.inputs.interfaces import TokenizerSpec
+from tests.recipes_for_tests import OneArray, OneArrayConfig
 
 SIDE, FRAMES = 8, 12
 
@@ -36,6 +37,7 @@ class Greys:
     options = Options()
 
     def __init__(self, specs, conditions=None, tokenizers=None, outputs=("image", "clip", "depth", "draw")):
+        self.inputs = OneArray(OneArrayConfig("image", {}, 4))
         self.specs, self.names, self.text, self.outputs = specs, conditions, tokenizers or {}, outputs
         self.traced = 0
 

@@ -101,6 +101,9 @@ class OneArray:
     def check_run(self, workdir, inputs, parts):
         pass
 
+    def check_batch(self, arrays):
+        pass
+
     def exports(self):
         raise ConfigError(f"no phone asks for {self.config.name!r}; export a run of pictures")
 

@@ -37,6 +37,8 @@ def test_every_stage_of_the_shapes_chain_has_a_config_that_takes_the_workdirs_be
 def test_what_is_not_in_the_chain_is_refused_by_name(tmp_path):
     with pytest.raises(ConfigError, match="no stage 'studnet'; did you mean 'student'"):
         load_chain(f"{SHAPES}/chain.py", ["studnet.train_steps=7"])
+    with pytest.raises(ConfigError, match="describes no chain, for it has no stages; train"):
+        load_chain(f"{SHAPES}/student.py")
     bad = tmp_path / "bad.py"
     stages = [{"name": "b", "config": "b.py", "earlier": {"init_from": "a"}}, {"name": "a", "config": "a.py"}]
     bad.write_text(f"def get_config(arg=None):\n    return {{'stages': {stages!r}}}\n")

@@ -17,7 +17,7 @@ from snapgen_jax.export.program import parse
 from snapgen_jax.export.sampler import with_options
 from snapgen_jax.training.exits import ExitCode
 from snapgen_jax.workdir import prepare_workdir
-from tests.generators_for_tests import Options, by_prompt
+from tests.generators_for_tests import Options, by_label, by_prompt
 
 BUNDLE = pathlib.Path(__file__).parent / "export" / "scheduler_schema_1.json"
 
@@ -145,6 +145,57 @@ def test_what_is_no_option_at_all_is_refused_with_the_usage(asked, commands, com
     with pytest.raises(SystemExit) as stopped:
         main([*commands[command], option])
     assert stopped.value.code == 2 and message in capsys.readouterr().err and not asked
+
+
+def test_an_option_of_the_generator_may_stand_apart_from_its_value(asked, commands):
+    assert main([*commands["sample"], "--method", "heun", "--guidance=2"]) == ExitCode.DONE
+    assert asked == [Options(method="heun", guidance=2.0)]
+
+
+# --- conditions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def by_labels(monkeypatch, tmp_path):
+    """The arguments that draw from a run whose picture is the grey of its label, or from a bundle of that."""
+
+    class Bundle:
+        def __init__(self, folder):
+            pass
+
+        def run(self, inputs, seed):
+            if max(inputs["label"]) > 9:
+                raise RuntimeError("index out of bounds")
+            return by_label().run(conditions=inputs)
+
+    monkeypatch.setattr("snapgen_jax.generation.load", lambda *_, **__: by_label())
+    monkeypatch.setattr("snapgen_jax.export.client.LiteRTGenerator", Bundle)
+    out = f"--out={tmp_path / 'labels.png'}"
+    return {"workdir": ["sample", "--workdir=run", out], "bundle": ["sample", "--bundle=bundle", out]}
+
+
+@pytest.mark.parametrize("source", ["workdir", "bundle"])
+@pytest.mark.parametrize(("condition", "count"), [("label=3", "1 image "), ("label=[3,7]", "2 images ")])
+def test_a_run_that_takes_labels_draws_from_the_command_line(by_labels, source, condition, count, capsys):
+    assert main([*by_labels[source], "--condition", condition]) == ExitCode.DONE
+    assert f"wrote {count}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("source", "arguments", "message"),
+    [
+        ("workdir", [], "there is nothing to draw; give --prompt, or --condition"),
+        ("workdir", ["--condition=label"], "has no value; write --condition label=VALUE"),
+        ("workdir", ["--condition=lable=3"], "unknown condition 'lable'; did you mean 'label'?"),
+        ("workdir", ["--condition=label=three"], "expected label int32 [N]"),
+        ("workdir", ["--prompt=three"], "give `conditions` (--condition) with label int32 [N]"),
+        ("bundle", ["--condition=label=12"], "the bundle does not run on label=12: index out of bounds"),
+    ],
+)
+def test_conditions_that_a_run_does_not_take_are_one_line(by_labels, source, arguments, message, capsys):
+    assert main([*by_labels[source], *arguments]) == ExitCode.BAD_CONFIG
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
 
 
 def test_a_command_that_draws_nothing_takes_no_options_of_a_generator(tmp_path, capsys):

@@ -50,12 +50,21 @@ def test_a_preset_decides_the_defaults_of_its_section():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optimiser.learning_rate=1", r"unknown config key 'optimiser'; did you mean 'optimizer'\?"),
+        (
+            "optimiser.learning_rate=1",
+            r"unknown config key 'optimiser' of recipe 'flow_matching'; did you mean 'optimizer'\?",
+        ),
         ("optimizer.learning_rat=1", r"unknown config key 'optimizer.learning_rat'; did you mean 'learning_rate'\?"),
         ("train_steps=many", r"'train_steps' is 'many' \(str\); expected int"),
         ("train_steps=True", r"expected int"),
         ("optimizer.schedule=cosin", r"'optimizer.schedule' is 'cosin'; choose one of 'constant', 'cosine', 'linear'"),
         ("network.preset=huge", r"network.preset: UNetConfig has no preset 'huge'; the presets are smoke"),
+        ("inputs.codec.workdir=ae", r"'inputs.codec': workdir is not read under this kind; set kind='autoencoder', or"),
+        (
+            "inputs.codec={'kind': 'autoencoder', 'decoder_workdir': 'tiny'}",
+            r"decoder_workdir is not read under this decoder; set decoder='tiny', or leave decoder_workdir out",
+        ),
+        ("recipe=autoencoder", r"unknown config key '\w+' of recipe 'autoencoder'; known: autoencoder, batch_size"),
         ("recipe=flowmatching", r"unknown recipe 'flowmatching'; did you mean 'flow_matching'\?"),
         ("train_steps", r"override 'train_steps' has no value"),
         ("network.groups=7", r"config section 'network': .*multiple of groups=7"),
@@ -137,6 +146,28 @@ def test_a_missing_file_and_a_file_without_get_config_are_refused(tmp_path):
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(ConfigError, match="defines no get_config"):
         configs.load_config(str(tmp_path / "empty.py"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "def get_config(arg=None):\n    return 1 +\n",
+            r"slip.py:2: SyntaxError: invalid syntax.*; correct the config",
+        ),
+        ("def get_config(arg=None):\n    return c.x\n", r"slip.py:2: NameError: name 'c' is not defined; correct"),
+        (
+            "from ml_collections import ConfigDict\ndef get_config(arg=None):\n    return ConfigDict({}).inputs.kind\n",
+            r"slip.py:3: AttributeError: .*'inputs'",
+        ),
+        ("def get_config():\n    return {}\n", r"must take one argument, `def get_config\(arg=None\)`"),
+        ("def get_config(arg=None):\n    pass\n", r"get_config\(''\) returned None; return a ConfigDict, or a dict"),
+    ],
+)
+def test_a_slip_in_a_config_file_is_named_with_its_line(text, message, tmp_path):
+    (tmp_path / "slip.py").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        configs.load_config(str(tmp_path / "slip.py"))
 
 
 def test_an_unknown_argument_of_get_config_is_refused():

@@ -107,7 +107,7 @@ def test_an_unconditional_run_takes_the_number_from_the_indices():
     ("make", "prompts", "conditions", "message"),
     [
         (by_prompt, None, None, r"needs 'tokens': give `prompts`$"),
-        (by_label, None, None, r"needs 'label': give `conditions` with label int32 \[N\]$"),
+        (by_label, None, None, r"needs 'label': give `conditions` \(--condition\) with label int32 \[N\]$"),
         (by_label, ["a"], None, r"takes no prompts: it holds no text encoder .* with label int32 \[N\]$"),
         (by_edit, ["1"], None, r"needs 'source': .*source uint8 \[N, 8, 8, 3\] or \[N, 16, 16, 3\]$"),
         (by_prompt, "a ring", None, r"give a list of texts, \['a ring'\]"),

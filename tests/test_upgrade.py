@@ -196,3 +196,28 @@ def test_before_it_every_command_says_what_to_do(command, tmp_path, capsys):
     assert main([name, f"--workdir={tmp_path}", *options]) == ExitCode.BAD_CONFIG
     assert f"rewrite it once with `snapgen upgrade {tmp_path}`" in capsys.readouterr().err
     assert files(tmp_path) == {"config.json": golden("quickstart").encode()}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"recipe": "flow_mat', "config.json is no"),
+        ("[]", "config.json "),
+        ('{"recipe": "latent_flow_matching"}', ""),
+    ],
+)
+@pytest.mark.parametrize("command", ["sample --prompt=a", "status"])
+def test_a_config_that_no_run_wrote_is_one_line_of_every_command(command, text, message, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(text)
+    name, *options = command.split()
+    assert main([name, f"--workdir={tmp_path}", *options]) == ExitCode.BAD_CONFIG
+    said = capsys.readouterr().err
+    assert str(tmp_path) in said and message in said and "Traceback" not in said
+
+
+def test_the_status_of_an_earlier_run_says_what_to_do_next(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(golden("quickstart"))
+    assert main(["status", f"--workdir={tmp_path}"]) == ExitCode.DONE
+    assert f"next        an earlier version wrote this workdir; rewrite it once with `snapgen upgrade {tmp_path}`" in (
+        capsys.readouterr().out
+    )

@@ -79,7 +79,10 @@ class Bucket:
         where = f"bucket {name!r}"
         if unknown := sorted(specs.keys() - declared.keys() - sources.keys()):
             given = f"the tokenizers give {', '.join(sources)}" if sources else "there is no tokenizer"
-            raise DataError(f"{where} asks for {', '.join(unknown)}; the source has {listed(declared)}, and {given}")
+            raise DataError(
+                f"{where} asks for {', '.join(unknown)}; the source has {listed(declared)}, and {given}; choose "
+                "another data.source, or inputs that it has"
+            )
         lengths: dict[str, dict[str, int]] = {}
         for array, text in sources.items():
             if array in specs:

@@ -62,6 +62,8 @@ SOURCES = {
 
 def build_source(config: DataConfig, split: Split = "train") -> Source:
     """Builds the source that a config names. Raises `DataError` where it is unknown, missing or empty."""
+    if config.source == "synthetic":
+        raise DataError("data.source is 'synthetic': random batches hold no examples; train with another data.source")
     if config.source not in SOURCES:
         raise DataError(f"unknown data source {config.source!r}; the sources are {', '.join(SOURCES)}")
     source = importlib.import_module(SOURCES[config.source]).build(config, split)

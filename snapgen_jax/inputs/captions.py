@@ -158,6 +158,10 @@ class Captions:
                 f"{self.config.text_workdir or 'its own'!r}; set inputs.text_workdir to the same"
             )
 
+    def check_batch(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Nothing: every value has a meaning."""
+        del arrays
+
     def exports(self) -> InputsExport:
         """The text encoder, the tokenizer's arrays and, where the codec is a network, the decoder."""
         units = {"text_encoder": text_unit(TEXT, self.config.text), **self.images.export_units()}

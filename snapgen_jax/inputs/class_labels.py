@@ -19,6 +19,7 @@ from snapgen_jax.networks.codec import Codec, CodecConfig
 from snapgen_jax.networks.label import LabelEmbeddingConfig
 from snapgen_jax.networks.module import Network, Platform, apply, build, for_platform
 from snapgen_jax.networks.text import TextContext
+from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.exports import InputsExport
 
 LABEL = "label"
@@ -124,8 +125,18 @@ class ClassLabels:
         if "latent" in parts:
             self.images.check_run(workdir, inputs)
 
+    def check_batch(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Raises `ConfigError` where a label is no class: the embedding would read another row in its place."""
+        labels, classes = np.asarray(arrays.get(LABEL, ())), self.config.label.classes
+        if (wrong := labels[(labels < 0) | (labels >= classes)]).size:
+            raise ConfigError(
+                f"label {wrong[0]} is no class: there are {classes}, from 0 to {classes - 1}; give another label, or "
+                f"set inputs.label.classes to the number of classes in the data"
+            )
+
     def exports(self) -> InputsExport:
         """The embedding, which takes the place of a text encoder, and the decoder where the codec is a network."""
         units = {"text_encoder": label_unit(LABEL, self.config.label), **self.images.export_units()}
-        null = {"label": np.asarray(self.config.label.classes, np.int32)}
-        return InputsExport(units, null, {}, self.images.describe())
+        classes = self.config.label.classes
+        null, golden = {"label": np.asarray(classes, np.int32)}, {"label": np.arange(min(2, classes), dtype=np.int32)}
+        return InputsExport(units, null, {}, self.images.describe(), golden)

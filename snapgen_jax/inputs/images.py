@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from snapgen_jax.inputs._images import ImageCodec, Size, image_specs
@@ -104,6 +105,10 @@ class Images:
         """Raises where an earlier run had other latents."""
         if "latent" in parts:
             self.images.check_run(workdir, inputs)
+
+    def check_batch(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Nothing: every value has a meaning."""
+        del arrays
 
     def exports(self) -> InputsExport:
         """Nothing draws from images alone.

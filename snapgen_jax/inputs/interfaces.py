@@ -141,6 +141,17 @@ class Inputs(Protocol):
         """
         ...
 
+    def check_batch(self, arrays: Mapping[str, Any]) -> None:
+        """Compares values of a batch with what the networks know.
+
+        Args:
+            arrays: NumPy arrays, all or some of `batch_specs`.
+
+        Raises:
+            ConfigError: a value has no meaning, such as a class label beyond the last; says what to change.
+        """
+        ...
+
     def exports(self) -> Any:
         """What it brings to a bundle, a `training.exports.InputsExport`.
 

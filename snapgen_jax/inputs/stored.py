@@ -172,6 +172,10 @@ class Stored:
         """Nothing: a run does not say of what its stored latents and text states were made."""
         del workdir, inputs, parts
 
+    def check_batch(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Nothing: every value has a meaning."""
+        del arrays
+
     def exports(self) -> InputsExport:
         """None of a bundle's parts but the network are here.
 

@@ -89,6 +89,15 @@ class CodecConfig:
     tiny_decoder: TinyDecoderConfig = TinyDecoderConfig.preset("shapes")
     decoder_workdir: str = ""
 
+    def __post_init__(self) -> None:
+        """Raises `ValueError` where weights are named that the kind does not read."""
+        kind, decoder = ("kind", "autoencoder"), ("decoder", "tiny")
+        for name, wanted in {"workdir": (kind,), "decoder_workdir": (kind, decoder)}.items():
+            unread = [(key, value) for key, value in wanted if getattr(self, key) != value]
+            if getattr(self, name) and unread:
+                needed = " and ".join(f"{key}={value!r}" for key, value in unread)
+                raise ValueError(f"{name} is not read under this {unread[0][0]}; set {needed}, or leave {name} out")
+
 
 def build_codec(config: CodecConfig, platform: Platform = "cpu") -> Codec:
     """The codec that a config describes, without parameters; `platform` is the one that its networks run on.

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from snapgen_jax.inputs._images import CODEC
 from snapgen_jax.inputs.interfaces import Inputs, TokenizerSpec
-from snapgen_jax.networks.module import Network, build, frozen_spec, init
+from snapgen_jax.networks.module import Network, build, flatten, frozen_spec, init
 from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.weights.frozen import check_weights
 
 Tree = Any
 Specs = dict[str, dict[str, jax.ShapeDtypeStruct]]
@@ -51,13 +54,19 @@ def check_context(network: Any, inputs: Inputs) -> None:
     given = jax.eval_shape(inputs.null_condition, specs)
     if given is None:
         raise ValueError(f"inputs of the kind {inputs.config.kind!r} give no condition, which the network attends to")
+    fields = {field.name for field in dataclasses.fields(inputs.config)}
+    encoders = [role for role in inputs.networks() if role in fields and role != CODEC]
     for what, states, name in (
         ("the context", given.sequence, "context_width"),
         ("the pooled text", given.pooled, "pooled_width"),
     ):
         width = getattr(network, name)
         if width and width != states.shape[-1]:  # a network without a pooled width reads no pooled text
-            raise ValueError(f"{what} is {states.shape[-1]} wide, but network.{name} is {width}; make them equal")
+            of = " or ".join(f"inputs.{field}" for field in ([name] if name in fields else encoders))
+            raise ValueError(
+                f"{what} is {states.shape[-1]} wide, but network.{name} is {width}; make them equal: set network.{name}"
+                + (f", or change {of}" if of else "")
+            )
 
 
 def merged_specs(*parts: Specs) -> Specs:
@@ -98,6 +107,11 @@ def merged_tokenizers(*parts: Mapping[str, TokenizerSpec]) -> dict[str, Tokenize
 
 
 def taken_from(new: Tree, old: Tree) -> Tree:
-    """Weights of an earlier stage in the dtypes of the new ones; what the earlier stage had beside them is left."""
+    """Weights of an earlier stage in the dtypes of the new ones; what the earlier stage had beside them is left.
+
+    Raises:
+        ConfigError: the earlier stage does not hold these weights; names those that differ.
+    """
+    check_weights("the run that init_from names", flatten(new), flatten(old))
     chosen = {name: old[name] for name in new}
     return jax.tree.map(lambda a, b: b.astype(jnp.asarray(a).dtype), new, chosen)

@@ -43,6 +43,14 @@ class SamplingConfig:
             raise ValueError(f"steps={self.steps}; a sample needs at least one step")
 
 
+def check_sampling(schedule: Schedule, options: SamplingConfig) -> None:
+    """Raises `ValueError` where a schedule has no grid of these steps and this shift: before training, not after it."""
+    try:
+        schedule.grid(options.steps, options.shift)
+    except ValueError as error:
+        raise ValueError(f"sampling: {error}") from error
+
+
 def initial_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """`[B, *shape]` standard normal, each example from its own key."""
     return jax.vmap(lambda k: jax.random.normal(k, shape))(keys)

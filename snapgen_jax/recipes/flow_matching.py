@@ -40,7 +40,7 @@ from snapgen_jax.recipes._assembly import (
     trained_roles,
 )
 from snapgen_jax.recipes._flow_export import flow_plan
-from snapgen_jax.recipes._sampling import SamplingConfig, initial_noise, noise_shape, sample_flow
+from snapgen_jax.recipes._sampling import SamplingConfig, check_sampling, initial_noise, noise_shape, sample_flow
 from snapgen_jax.systems.denoiser import Denoiser, Prediction
 from snapgen_jax.training.accumulate import accumulate_gradients
 from snapgen_jax.training.exports import ExportPlan, GoldenInputs
@@ -113,7 +113,7 @@ class FlowMatching:
         """`platform` is the one compiled for; it fixes compute dtype and form of the depthwise convolution.
 
         Raises:
-            ValueError: the network does not fit what it is fed.
+            ValueError: the network does not fit what it is fed, or the sampling not its schedule.
         """
         self.config: Any = config
         self.platform: Platform = platform
@@ -133,6 +133,7 @@ class FlowMatching:
                 f"{config.network.latent_channels}; make them equal"
             )
         check_context(config.network, self.inputs)
+        check_sampling(config.schedule, config.sampling)
 
     # --- networks ---
 
@@ -156,7 +157,7 @@ class FlowMatching:
     def warm_start(self, state: TrainState, earlier: Tree) -> TrainState:
         """Starts from `{player: weights}` of an earlier stage; optimizer, average and schedule begin anew. What the
         earlier stage trained beside these networks is left."""
-        params = taken_from(state.players["model"].params, earlier["model"])
+        params = taken_from(state.players["model"].params, earlier.get("model", {}))
         return state.replace(players={"model": self.new_player(params)})
 
     def new_player(self, params: Tree) -> Player:
@@ -396,7 +397,9 @@ class FlowMatching:
             image_shape=decoded["image"].shape[1:],
             context=jax.eval_shape(self.inputs.condition, networks, told),
             inputs=brought,
-            golden=GoldenInputs(prompts=(self.config.sample_prompts[:2] or ("",)) if brought.tokenizer else ()),
+            golden=GoldenInputs(
+                prompts=(self.config.sample_prompts[:2] or ("",)) if brought.tokenizer else (), arrays=brought.golden
+            ),
         )
 
 

@@ -88,12 +88,14 @@ class InputsExport:
         null: `{input of the program: array of one example}`, those of the empty condition.
         tokenizer: `{array: what the bundle's tokenizer makes}`; empty where the program reads no text.
         codec: `Codec.describe()`, how latents become pictures; None leaves latents to the caller.
+        golden: `{input of the program: [N, ...]}` that the golden examples take, of inputs that no tokenizer makes.
     """
 
     units: Mapping[str, ExportUnit]
     null: Mapping[str, np.ndarray]
     tokenizer: Mapping[str, str]
     codec: Mapping[str, Any] | None
+    golden: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -367,6 +367,7 @@ class Run:
         if compiled is None:
             raise ConfigError(f"the data gave bucket {batch.bucket!r}; the recipe knows {', '.join(self.specs)}")
         progress.check_batch_arrays(batch.arrays, self.specs[batch.bucket], jax.process_count())
+        self.recipe.inputs.check_batch(batch.arrays)
         state, metrics = compiled(state, frozen, put_batch(batch.arrays, self.mesh))
         if self._in_step:
             jax.block_until_ready(metrics)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from typing import Any
 
 from etils import epath
 
@@ -18,12 +19,13 @@ def status(workdir: epath.Path) -> str:
     """A few lines: last step, last checkpoint, last loss, where the time went, and the next action.
 
     Raises:
-        ConfigError: the folder is no workdir.
+        ConfigError: the folder is no workdir, or its config is damaged.
     """
     config_path = workdir / "config.json"
     if not config_path.exists():
         raise ConfigError(f"{workdir} is not a workdir: it has no config.json")
-    total = json.loads(config_path.read_text())["train_steps"]
+    config = _config(config_path)
+    total = config["train_steps"]
     steps = read_lines(workdir / "metrics" / "train.jsonl")
     perf = read_lines(workdir / "metrics" / "perf.jsonl")
     saved = complete_steps(workdir)
@@ -45,11 +47,27 @@ def status(workdir: epath.Path) -> str:
         lines += [f"time        {duration(whole)}: {parts}; goodput {100 * seconds['step'] / max(whole, 1e-9):.0f}%"]
     if damage:
         action = damage
+    elif "schema" not in config:
+        action = f"an earlier version wrote this workdir; rewrite it once with `snapgen upgrade {workdir}`"
     elif saved and saved[-1] >= total:
         action = f"finished: snapgen sample --workdir={workdir} --prompt=..., or snapgen export --workdir={workdir}"
     else:
         action = "go on with the command in run.json" + (f"; it resumes at step {saved[-1]:,}" if saved else "")
     return "\n".join([*lines, f"next        {action}"])
+
+
+def _config(path: epath.Path) -> dict[str, Any]:
+    """The config of a run, with at least its `train_steps`."""
+    try:
+        config = json.loads(path.read_text())
+        if config["train_steps"] > 0:
+            return config
+        reason = "its train_steps is not above 0"
+    except json.JSONDecodeError as error:
+        reason = f"it is no JSON: {error}"
+    except (KeyError, TypeError):
+        reason = "it has no train_steps"
+    raise ConfigError(f"{path} is no config of a run: {reason}; restore it from a copy")
 
 
 def _damage(workdir: epath.Path, step: int) -> str:

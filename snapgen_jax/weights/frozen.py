@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -67,7 +68,9 @@ def load_run(
             if name.startswith("ema/")
         }
         wanted = flatten(spec)
-        _check(str(workdir), wanted, {path[1:]: leaf for path, leaf in saved.items() if path[0] == player})
+        check_weights(
+            f"the run {str(workdir)!r}", wanted, {path[1:]: leaf for path, leaf in saved.items() if path[0] == player}
+        )
         held = flatten(checkpointer.restore_weights(unflatten(saved), found))
     finally:
         checkpointer.close()
@@ -75,8 +78,17 @@ def load_run(
     return jax.device_put(unflatten(weights), _places(spec, mesh, rules))
 
 
-def _check(workdir: str, wanted: dict[Path, Any], held: dict[Path, Any]) -> None:
-    """Raises where a run does not hold what is wanted of it."""
+def check_weights(who: str, wanted: Mapping[Path, Any], held: Mapping[Path, Any]) -> None:
+    """Compares the shapes of weights.
+
+    Args:
+        who: holds them, for the message: "the run 'runs/teacher'".
+        wanted: by path, what the config describes.
+        held: by path, what there is.
+
+    Raises:
+        ConfigError: one is missing or has another shape; names the first ten.
+    """
     lines = [
         f"  {'/'.join(path)}: {list(held[path].shape) if path in held else 'none'}, the config says {list(leaf.shape)}"
         for path, leaf in wanted.items()
@@ -84,7 +96,7 @@ def _check(workdir: str, wanted: dict[Path, Any], held: dict[Path, Any]) -> None
     ]
     if lines:
         more = [f"  ... and {len(lines) - 10} more"] if len(lines) > 10 else []
-        message = f"the run {workdir!r} holds another network than the config describes; make their sections equal:"
+        message = f"{who} holds another network than the config describes; make their sections equal:"
         raise ConfigError("\n".join([message, *lines[:10], *more]))
 
 

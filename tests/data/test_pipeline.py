@@ -304,7 +304,10 @@ def test_specs_that_image_data_cannot_fill_are_refused(tokenizer: Tokenizer) -> 
     longer = {"tokens": specs(2)["tokens"], "mask": np.empty((2, 99), np.float32)}
     with pytest.raises(DataError, match=r"tokens and mask differ in length: \d+ and 99"):
         Pipeline(SHAPES, {"a": longer}, tokenizer)
-    with pytest.raises(DataError, match=r"asks for mask, tokens; the source has image .*, and there is no tokenizer"):
+    with pytest.raises(
+        DataError,
+        match=r"asks for mask, tokens; the source has image .*, and there is no tokenizer; choose another data.source",
+    ):
         Pipeline(SHAPES, {"a": specs(2)})
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from snapgen_jax.data.config import DataConfig
+from snapgen_jax.data.errors import DataError
 from snapgen_jax.data.shapes_grammar import ShapesConfig
 from snapgen_jax.data.shapes_heldout import is_heldout
 from snapgen_jax.data.sources import build_source, hold_out
@@ -54,6 +55,11 @@ def test_digits_are_all_there_once_and_say_what_they_are() -> None:
                 assert example["label"] == label
     assert len(ink["one"]) > 100
     assert np.mean(ink["one"]) > 150 > 60 > np.mean(ink["zero"])
+
+
+def test_random_batches_are_no_source() -> None:
+    with pytest.raises(DataError, match=r"random batches hold no examples; train with another data\.source"):
+        build_source(DataConfig(source="synthetic"), "validation")
 
 
 def test_hold_out_divides_the_examples() -> None:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from snapgen_jax import inference_weights, train
+from snapgen_jax.export import golden
+from snapgen_jax.export.program import parse
 from snapgen_jax.generation import Generator
 from snapgen_jax.inputs.class_labels import ClassLabelsConfig
 from snapgen_jax.networks.codec import CodecConfig
@@ -15,6 +17,7 @@ from snapgen_jax.networks.label import LabelEmbeddingConfig
 from snapgen_jax.networks.module import flatten, init
 from snapgen_jax.networks.unet import UNetConfig
 from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig
+from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.keys import key
 from snapgen_jax.training.optimizer import OptimizerConfig
 from tests.recipes_for_tests import ONE_STAGE
@@ -98,7 +101,26 @@ def test_a_class_has_a_say_in_the_picture():
     np.testing.assert_allclose(latent[0], latent[2], atol=1e-5)
 
 
+@pytest.mark.parametrize("label", [-1, CLASSES])
+def test_a_label_that_is_no_class_is_refused_in_training_and_when_drawing(label):
+    made, message = FlowMatching(CONFIG, "cpu"), f"label {label} is no class: there are {CLASSES}, from 0 to 9;"
+    wrong = batch() | {"label": np.full(8, label, np.int32)}
+    with pytest.raises(ConfigError, match=message):
+        train(made, [wrong], steps=1, quiet=True)
+    with pytest.raises(ConfigError, match=message):
+        Generator(made, {}, {}, None).generate(conditions={"label": [3, label]})
+
+
+def test_a_bundle_of_labels_has_examples_of_them():
+    plan = FlowMatching(CONFIG, "cpu").exports()
+    inputs, noise = golden.begin(parse(plan.program), plan.golden, None)
+    np.testing.assert_array_equal(inputs["label"], [0, 1])
+    assert noise is not None and len(noise) == 2
+
+
 def test_an_embedding_of_another_width_than_the_network_attends_to_is_refused():
     inputs = dataclasses.replace(CONFIG.inputs, label=LabelEmbeddingConfig.preset("smoke", width=20))
-    with pytest.raises(ValueError, match=r"the context is 20 wide, but network.context_width is 16"):
+    with pytest.raises(
+        ValueError, match=r"the context is 20 wide, but network.context_width is 16; .*, or change inputs.label"
+    ):
         FlowMatching(dataclasses.replace(CONFIG, inputs=inputs), "cpu")

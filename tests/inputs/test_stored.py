@@ -100,7 +100,9 @@ def test_a_size_that_the_autoencoder_cannot_halve_is_refused():
 
 
 def test_states_of_another_width_than_the_network_attends_to_are_refused():
-    with pytest.raises(ValueError, match=r"the context is 20 wide, but network.context_width is 16"):
+    with pytest.raises(
+        ValueError, match=r"the context is 20 wide, but network.context_width is 16; .*, or change inputs.context_width"
+    ):
         recipe(context_width=20)
     with pytest.raises(ValueError, match=r"the pooled text is 20 wide, but network.pooled_width is 16"):
         recipe(pooled_width=20)

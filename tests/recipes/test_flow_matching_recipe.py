@@ -22,6 +22,7 @@ from snapgen_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from snapgen_jax.recipes._sampling import SamplingConfig, initial_noise
 from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig
 from snapgen_jax.training import loop
+from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.keys import example_keys, key
 from snapgen_jax.training.loop import LoopConfig, make_step
 from snapgen_jax.training.optimizer import OptimizerConfig
@@ -208,6 +209,28 @@ def test_times_below_the_bound_count_by_the_square_of_the_time():
 def test_a_codec_that_does_not_fit_the_network_is_refused():
     with pytest.raises(ValueError, match=r"the inputs give 48 latent channels and network.latent_channels is 12"):
         fed(codec=CodecConfig(patch=4))
+
+
+def test_sampling_that_the_schedule_does_not_have_is_refused_before_the_training():
+    with pytest.raises(ValueError, match=r"sampling: shift = 3\.0: a schedule of kind 'vp' has none"):
+        recipe(schedule=VPSchedule(), prediction="eps", sampling=SamplingConfig(shift=3.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: {"unet": model["unet"]}, r"text/.*: none, the config says \["),
+        (lambda model: jax.tree.map(lambda x: x[..., :1], model), r"text/.*: \[.*1\], the config says \["),
+        (None, r"text/.*: none, the config says"),
+    ],
+)
+def test_an_earlier_stage_of_another_network_is_refused_with_what_differs(change, message):
+    made = recipe()
+    state = jax.eval_shape(made.init, key(0, 0, "init"))
+    drawn = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), state.players["model"].params)
+    earlier = {"discriminator": {}} if change is None else {"model": change(drawn)}
+    with pytest.raises(ConfigError, match=f"the run that init_from names holds another network.*\n(.*\n)*.*{message}"):
+        jax.eval_shape(made.warm_start, state, earlier)
 
 
 def test_platform_choices_are_fixed_by_the_platform_compiled_for():

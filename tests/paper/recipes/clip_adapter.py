@@ -162,6 +162,9 @@ class Clips:
     def check_run(self, workdir, inputs, parts):
         del workdir, inputs, parts
 
+    def check_batch(self, arrays):
+        del arrays
+
     def exports(self):
         raise ConfigError("the recipe exports one unit, which takes the clip itself")
 
