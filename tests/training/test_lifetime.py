@@ -62,9 +62,10 @@ def test_nothing_is_lost_where_nothing_was_made_after_the_restored_update(tmp_pa
 
 
 STUCK = """
-import sys, time
+import signal, sys, time
 from etils import epath
 from snapgen_jax.training.lifetime import Lifetime
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would inherit that it is ignored
 life = Lifetime(epath.Path(sys.argv[1]) if len(sys.argv) > 1 else None)
 with life.watch(), life.phase("step"):
     print("ready", flush=True)
