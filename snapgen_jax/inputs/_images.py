@@ -105,3 +105,42 @@ def latents_of(codec: Mapping[str, Any]) -> dict[str, Any]:
     named = {"identity": ("scale", "shift"), "patch": ("patch", "scale", "shift", "frequency_scale")}
     chosen = {name: codec.get(name) for name in ("kind", *named.get(codec["kind"], ()))}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
+
+
+class OfImages:
+    """The part of an `Inputs` that all kinds of images share: a codec makes latents of `image` and pictures of latents.
+
+    Attributes:
+        images: the codec.
+    """
+
+    images: ImageCodec
+
+    def latent_shape(self, size: Size | None = None) -> tuple[int, ...]:
+        """`(h, w, c)` of the latent of an image size."""
+        return self.images.latent_shape(size)
+
+    def clean(self, networks: Networks, batch: Tree) -> jax.Array:
+        """The latents of the images."""
+        return self.images.encode(networks, batch["image"])
+
+    def decode(self, networks: Networks, x_0: jax.Array) -> dict[str, jax.Array]:
+        """`{"image": uint8 [B, H, W, 3]}`."""
+        return self.images.decode(networks, x_0)
+
+    def codec(self, networks: Networks) -> Codec:
+        """That of the config, with its parameters."""
+        return self.images.bind(networks)
+
+    def check_run(self, workdir: str, inputs: Mapping[str, Any], parts: Sequence[str]) -> None:
+        """Raises `ConfigError` where an earlier run had other latents."""
+        if "latent" in parts:
+            self.images.check_run(workdir, inputs)
+
+    def check_batch(self, arrays: Mapping[str, Any]) -> None:
+        """Nothing: every value has a meaning."""
+        del arrays
+
+    def load_codec(self, roles: tuple[str, ...], mesh: Mesh | None) -> dict[str, Tree]:
+        """Reads the codec, where it is among the roles."""
+        return self.images.load(mesh) if any(role in roles for role in self.images.networks()) else {}

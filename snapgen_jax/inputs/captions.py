@@ -15,10 +15,10 @@ from jax.sharding import Mesh
 
 from snapgen_jax.diffusion.guidance import draw_kept, keep
 from snapgen_jax.inputs._export import text_unit
-from snapgen_jax.inputs._images import ImageCodec, Size, image_specs
+from snapgen_jax.inputs._images import ImageCodec, OfImages, Size, image_specs
 from snapgen_jax.inputs.interfaces import Networks, TokenizerSpec, Tree, is_kept
 from snapgen_jax.networks.clip import ClipTextConfig, null_tokens
-from snapgen_jax.networks.codec import Codec, CodecConfig
+from snapgen_jax.networks.codec import CodecConfig
 from snapgen_jax.networks.module import Network, Platform, apply, build, for_platform, frozen_spec
 from snapgen_jax.networks.rules import rules_of
 from snapgen_jax.networks.text import TextContext
@@ -54,7 +54,7 @@ class CaptionsConfig:
         return Captions(self, batch_size, platform)
 
 
-class Captions:
+class Captions(OfImages):
     """See the top of this file. Implements `inputs.interfaces.Inputs`."""
 
     def __init__(self, config: CaptionsConfig, batch_size: int, platform: Platform):
@@ -72,10 +72,6 @@ class Captions:
             "mask": jax.ShapeDtypeStruct(shape, jnp.float32),
         }
         return image_specs(self.batch_size, self.config.image_sizes, captions)
-
-    def latent_shape(self, size: Size | None = None) -> tuple[int, ...]:
-        """`(h, w, c)` of the latent of an image size."""
-        return self.images.latent_shape(size)
 
     def conditions(self) -> tuple[str, ...]:
         """The token ids and their mask."""
@@ -95,9 +91,7 @@ class Captions:
         if TEXT in roles:
             spec, rules = {TEXT: frozen_spec(self.text)}, rules_of({TEXT: self.text})
             loaded = load_run(self.config.text_workdir, spec, mesh=mesh, rules=rules)
-        if any(role in roles for role in self.images.networks()):
-            loaded |= self.images.load(mesh)
-        return loaded
+        return {**loaded, **self.load_codec(roles, mesh)}
 
     def tokenizers(self) -> dict[str, TokenizerSpec]:
         """That of "tokens", which goes with the text encoder."""
@@ -105,10 +99,6 @@ class Captions:
         return {"tokens": TokenizerSpec("trained", config.text.max_tokens, config.text.vocab_size, config.text_workdir)}
 
     # --- examples and conditions ---
-
-    def clean(self, networks: Networks, batch: Tree) -> jax.Array:
-        """The latents of the images."""
-        return self.images.encode(networks, batch["image"])
 
     def draw_kept(self, key: jax.Array, batch_size: int) -> dict[str, jax.Array]:
         """`{"text": bool [B]}`, false with probability `caption_dropout`."""
@@ -134,18 +124,9 @@ class Captions:
 
     # --- out again ---
 
-    def decode(self, networks: Networks, x_0: jax.Array) -> dict[str, jax.Array]:
-        """`{"image": uint8 [B, H, W, 3]}`."""
-        return self.images.decode(networks, x_0)
-
-    def codec(self, networks: Networks) -> Codec:
-        """That of the config, with its parameters."""
-        return self.images.bind(networks)
-
     def check_run(self, workdir: str, inputs: Mapping[str, Any], parts: Sequence[str]) -> None:
         """Raises where an earlier run had other latents, or read other text states than are made here."""
-        if "latent" in parts:
-            self.images.check_run(workdir, inputs)
+        super().check_run(workdir, inputs, parts)
         if "condition" not in parts or "text_workdir" not in inputs:
             return
         if not inputs["text_workdir"]:
@@ -157,10 +138,6 @@ class Captions:
                 f"the run {workdir!r} reads the text encoder of {inputs['text_workdir']!r} and the student "
                 f"{self.config.text_workdir or 'its own'!r}; set inputs.text_workdir to the same"
             )
-
-    def check_batch(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Nothing: every value has a meaning."""
-        del arrays
 
     def exports(self) -> InputsExport:
         """The text encoder, the tokenizer's arrays and, where the codec is a network, the decoder."""

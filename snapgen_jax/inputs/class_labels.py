@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 
 from snapgen_jax.diffusion.guidance import draw_kept, keep
 from snapgen_jax.inputs._export import label_unit
-from snapgen_jax.inputs._images import ImageCodec, Size, image_specs
+from snapgen_jax.inputs._images import ImageCodec, OfImages, Size, image_specs
 from snapgen_jax.inputs.interfaces import Networks, TokenizerSpec, Tree, is_kept
-from snapgen_jax.networks.codec import Codec, CodecConfig
+from snapgen_jax.networks.codec import CodecConfig
 from snapgen_jax.networks.label import LabelEmbeddingConfig
 from snapgen_jax.networks.module import Network, Platform, apply, build, for_platform
 from snapgen_jax.networks.text import TextContext
@@ -47,7 +47,7 @@ class ClassLabelsConfig:
         return ClassLabels(self, batch_size, platform)
 
 
-class ClassLabels:
+class ClassLabels(OfImages):
     """See the top of this file. Implements `inputs.interfaces.Inputs`."""
 
     def __init__(self, config: ClassLabelsConfig, batch_size: int, platform: Platform):
@@ -61,10 +61,6 @@ class ClassLabels:
         """One bucket per image size: `image` uint8 `[B, H, W, 3]`, `label` int32 `[B]`."""
         label = jax.ShapeDtypeStruct((self.batch_size,), jnp.int32)
         return image_specs(self.batch_size, self.config.image_sizes, {"label": label})
-
-    def latent_shape(self, size: Size | None = None) -> tuple[int, ...]:
-        """`(h, w, c)` of the latent of an image size."""
-        return self.images.latent_shape(size)
 
     def conditions(self) -> tuple[str, ...]:
         """The label."""
@@ -80,17 +76,13 @@ class ClassLabels:
 
     def load(self, roles: tuple[str, ...], mesh: Mesh | None) -> dict[str, Tree]:
         """Reads the codec, where it is asked for."""
-        return self.images.load(mesh) if any(role in roles for role in self.images.networks()) else {}
+        return self.load_codec(roles, mesh)
 
     def tokenizers(self) -> dict[str, TokenizerSpec]:
         """None: no text is read."""
         return {}
 
     # --- examples and conditions ---
-
-    def clean(self, networks: Networks, batch: Tree) -> jax.Array:
-        """The latents of the images."""
-        return self.images.encode(networks, batch["image"])
 
     def draw_kept(self, key: jax.Array, batch_size: int) -> dict[str, jax.Array]:
         """`{"label": bool [B]}`, false with probability `label_dropout`."""
@@ -111,19 +103,6 @@ class ClassLabels:
         return self.condition(networks, {"label": jnp.full((1,), self.config.label.classes, jnp.int32)})
 
     # --- out again ---
-
-    def decode(self, networks: Networks, x_0: jax.Array) -> dict[str, jax.Array]:
-        """`{"image": uint8 [B, H, W, 3]}`."""
-        return self.images.decode(networks, x_0)
-
-    def codec(self, networks: Networks) -> Codec:
-        """That of the config, with its parameters."""
-        return self.images.bind(networks)
-
-    def check_run(self, workdir: str, inputs: Mapping[str, Any], parts: Sequence[str]) -> None:
-        """Raises where an earlier run had other latents."""
-        if "latent" in parts:
-            self.images.check_run(workdir, inputs)
 
     def check_batch(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Raises `ConfigError` where a label is no class: the embedding would read another row in its place."""

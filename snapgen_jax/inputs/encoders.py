@@ -9,19 +9,18 @@ dtype in which they compute, and split over the `fsdp` axis of the mesh.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
-from snapgen_jax.inputs._images import ImageCodec, Size, image_specs
+from snapgen_jax.inputs._images import ImageCodec, OfImages, Size, image_specs
 from snapgen_jax.inputs.interfaces import Networks, TokenizerSpec, Tree, is_kept
 from snapgen_jax.networks.autoencoder import AutoencoderConfig
 from snapgen_jax.networks.clip import ClipTextConfig
-from snapgen_jax.networks.codec import Codec, CodecConfig
+from snapgen_jax.networks.codec import CodecConfig
 from snapgen_jax.networks.context import ENCODERS, ConditionerConfig, draw_kept
 from snapgen_jax.networks.gemma2 import Gemma2Config
 from snapgen_jax.networks.module import Network, Platform, apply, build, for_platform
@@ -75,7 +74,7 @@ class EncodersConfig:
         return Encoders(self, batch_size, platform)
 
 
-class Encoders:
+class Encoders(OfImages):
     """See the top of this file. Implements `inputs.interfaces.Inputs`."""
 
     def __init__(self, config: EncodersConfig, batch_size: int, platform: Platform):
@@ -94,10 +93,6 @@ class Encoders:
         tokens = {name: jax.ShapeDtypeStruct((b, s.length), jnp.int32) for name, s in self.tokenizers().items()}
         mask = jax.ShapeDtypeStruct((b, self.config.language_tokens), jnp.float32)
         return image_specs(b, self.config.image_sizes, {**tokens, "language_mask": mask})
-
-    def latent_shape(self, size: Size | None = None) -> tuple[int, ...]:
-        """`(h, w, c)` of the latent of an image size."""
-        return self.images.latent_shape(size)
 
     def conditions(self) -> tuple[str, ...]:
         """The token ids of each encoder, and the mask of the language model's."""
@@ -122,7 +117,7 @@ class Encoders:
             for name, network in self.encoders.items()
             if name in roles
         }
-        return {**loaded, **(self.images.load(mesh) if any(role in roles for role in self.images.networks()) else {})}
+        return {**loaded, **self.load_codec(roles, mesh)}
 
     def tokenizers(self) -> dict[str, TokenizerSpec]:
         """Those of the published encoders."""
@@ -140,10 +135,6 @@ class Encoders:
         }
 
     # --- examples and conditions ---
-
-    def clean(self, networks: Networks, batch: Tree) -> jax.Array:
-        """What the autoencoder makes of the images."""
-        return self.images.encode(networks, batch["image"])
 
     def draw_kept(self, key: jax.Array, batch_size: int) -> dict[str, jax.Array]:
         """`{encoder: float32 [B]}`, 0 with probability `encoder_dropout`, independently."""
@@ -177,23 +168,6 @@ class Encoders:
         )
 
     # --- out again ---
-
-    def decode(self, networks: Networks, x_0: jax.Array) -> dict[str, jax.Array]:
-        """`{"image": uint8 [B, H, W, 3]}`."""
-        return self.images.decode(networks, x_0)
-
-    def codec(self, networks: Networks) -> Codec:
-        """The autoencoder, with its parameters."""
-        return self.images.bind(networks)
-
-    def check_run(self, workdir: str, inputs: Mapping[str, Any], parts: Sequence[str]) -> None:
-        """Raises where an earlier run had other latents."""
-        if "latent" in parts:
-            self.images.check_run(workdir, inputs)
-
-    def check_batch(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Nothing: every value has a meaning."""
-        del arrays
 
     def exports(self) -> InputsExport:
         """A phone does not hold encoders of this size.

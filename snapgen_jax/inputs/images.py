@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Literal
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
-from snapgen_jax.inputs._images import ImageCodec, Size, image_specs
+from snapgen_jax.inputs._images import ImageCodec, OfImages, Size, image_specs
 from snapgen_jax.inputs.interfaces import Networks, TokenizerSpec, Tree
-from snapgen_jax.networks.codec import Codec, CodecConfig
+from snapgen_jax.networks.codec import CodecConfig
 from snapgen_jax.networks.module import Network, Platform
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.exports import InputsExport
@@ -36,7 +35,7 @@ class ImagesConfig:
         return Images(self, batch_size, platform)
 
 
-class Images:
+class Images(OfImages):
     """See the top of this file. Implements `inputs.interfaces.Inputs`."""
 
     def __init__(self, config: ImagesConfig, batch_size: int, platform: Platform):
@@ -46,10 +45,6 @@ class Images:
     def batch_specs(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
         """One bucket per image size: `image` uint8 `[B, H, W, 3]`."""
         return image_specs(self.batch_size, self.config.image_sizes, {})
-
-    def latent_shape(self, size: Size | None = None) -> tuple[int, ...]:
-        """`(h, w, c)` of the latent of an image size."""
-        return self.images.latent_shape(size)
 
     def conditions(self) -> tuple[str, ...]:
         """None."""
@@ -65,15 +60,11 @@ class Images:
 
     def load(self, roles: tuple[str, ...], mesh: Mesh | None) -> dict[str, Tree]:
         """Reads the codec, where it is asked for."""
-        return self.images.load(mesh) if any(role in roles for role in self.images.networks()) else {}
+        return self.load_codec(roles, mesh)
 
     def tokenizers(self) -> dict[str, TokenizerSpec]:
         """None: no text is read."""
         return {}
-
-    def clean(self, networks: Networks, batch: Tree) -> jax.Array:
-        """The latents of the images."""
-        return self.images.encode(networks, batch["image"])
 
     def draw_kept(self, key: jax.Array, batch_size: int) -> dict[str, jax.Array]:
         """Nothing is dropped."""
@@ -92,23 +83,6 @@ class Images:
     def null_condition(self, networks: Networks) -> None:
         """There is none."""
         del networks
-
-    def decode(self, networks: Networks, x_0: jax.Array) -> dict[str, jax.Array]:
-        """`{"image": uint8 [B, H, W, 3]}`."""
-        return self.images.decode(networks, x_0)
-
-    def codec(self, networks: Networks) -> Codec:
-        """That of the config, with its parameters."""
-        return self.images.bind(networks)
-
-    def check_run(self, workdir: str, inputs: Mapping[str, Any], parts: Sequence[str]) -> None:
-        """Raises where an earlier run had other latents."""
-        if "latent" in parts:
-            self.images.check_run(workdir, inputs)
-
-    def check_batch(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Nothing: every value has a meaning."""
-        del arrays
 
     def exports(self) -> InputsExport:
         """Nothing draws from images alone.
