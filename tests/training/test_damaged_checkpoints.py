@@ -34,7 +34,7 @@ def train(workdir, fallback="refuse", steps=4):
 def sound(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("sound")
     state = train(workdir)
-    (workdir / "config.json").write_text(json.dumps({"train_steps": 4}))
+    (workdir / "config.json").write_text(json.dumps({"schema": 2, "train_steps": 4}))
     return workdir, fingerprint(state)
 
 
