@@ -1,4 +1,4 @@
-"""A path that the user gave and that cannot be used is his to correct (78); what a file system fails at is not (69)."""
+"""A path that the user gave and that cannot be used is 78, to be corrected; what a file system fails at is 69, not."""
 
 import errno
 import os

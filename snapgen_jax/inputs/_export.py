@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -11,7 +10,6 @@ import jax.numpy as jnp
 
 from snapgen_jax.networks.codec import CodecConfig, build_codec
 from snapgen_jax.networks.module import apply, build
-from snapgen_jax.networks.text import TextContext
 from snapgen_jax.training.exports import ExportUnit
 
 Tree = Any
@@ -47,12 +45,6 @@ def label_unit(role: str, config: Any) -> ExportUnit:
         return {"sequence": context.sequence, "mask": context.mask, "pooled": context.pooled}
 
     return ExportUnit("label_embedding", embed_label, (role,), {"label": jax.ShapeDtypeStruct((1,), jnp.int32)})
-
-
-def context_spec(config: Any) -> TextContext:
-    """ShapeDtypeStructs `[1, ...]` of what a text encoder gives."""
-    network, spec = build(dataclasses.replace(config, dtype="float32"))
-    return jax.eval_shape(functools.partial(apply, network), spec, *_text_inputs(config).values())
 
 
 def _text_inputs(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
