@@ -195,8 +195,9 @@ class TwoPlayers(Bare):
         critic_turn = state.step % 3 == 0
         grads["critic"] = jax.tree.map(lambda g: jnp.where(critic_turn, g, 0.0), grads["critic"])
         grads, norm = clip_by_joint_norm(grads, self.config.clip_norm)
-        predictor = step_player(state.players["predictor"], grads["predictor"], self.optimizer, state.step, 0.9)
-        stepped = step_player(state.players["critic"], grads["critic"], self.optimizer, state.step, 0.9)
+        old = state.players
+        predictor, _ = step_player(old["predictor"], grads["predictor"], self.optimizer, state.step, ema_decay=0.9)
+        stepped, _ = step_player(old["critic"], grads["critic"], self.optimizer, state.step, ema_decay=0.9)
         critic = jax.tree.map(lambda new, old: jnp.where(critic_turn, new, old), stepped, state.players["critic"])
         extra = {
             "mean_loss": 0.9 * state.extra["mean_loss"] + 0.1 * error,

@@ -34,7 +34,6 @@ from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.exports import ExportPlan
 from snapgen_jax.training.optimizer import (
     OptimizerConfig,
-    clip_by_joint_norm,
     learning_rate_schedule,
     make_optimizer,
     new_player,
@@ -289,9 +288,14 @@ class Reconstruction:
             return total, (made, terms, found)
 
         (total, (made, metrics, found)), grads = jax.value_and_grad(objective, has_aux=True)(model.params)
-        grads, norm = clip_by_joint_norm(grads, self.config.optimizer.clip_norm)
-        model = dataclasses.replace(model, params=self.measure(model.params, found, state.step))
-        players["model"] = step_player(model, grads, self.optimizers["model"], state.step, self.config.ema_decay)
+        players["model"], norm = step_player(
+            model.replace(params=self.measure(model.params, found, state.step)),
+            grads,
+            self.optimizers["model"],
+            state.step,
+            clip_norm=self.config.optimizer.clip_norm,
+            ema_decay=self.config.ema_decay,
+        )
         rate = jnp.asarray(self.learning_rate(state.step))
         metrics |= {"loss": total, "grad_norm/model": norm, "learning_rate": rate}
         if other is not None:
@@ -317,8 +321,9 @@ class Reconstruction:
             return jnp.mean(hinge_discriminator_loss(self.judge(networks, real), self.judge(networks, made)))
 
         loss, grads = jax.value_and_grad(objective)(player.params)
-        grads, norm = clip_by_joint_norm(grads, self.config.discriminator_optimizer.clip_norm)
-        return step_player(player, grads, self.optimizers[DISCRIMINATOR], step, 0.0), loss, norm
+        optimizer, clip_norm = self.optimizers[DISCRIMINATOR], self.config.discriminator_optimizer.clip_norm
+        player, norm = step_player(player, grads, optimizer, step, clip_norm=clip_norm)
+        return player, loss, norm
 
     # --- use ---
 

@@ -39,7 +39,6 @@ from snapgen_jax.training.accumulate import accumulate_gradients
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.optimizer import (
     OptimizerConfig,
-    clip_by_joint_norm,
     make_optimizer,
     new_player,
     step_player,
@@ -339,8 +338,8 @@ class Adversarial(Distillation):
             return objective(self.weights({**others, name: params}, frozen), drawn)
 
         grads, _, metrics = accumulate_gradients(loss, player.params, drawn, config.microbatches)
-        grads, norm = clip_by_joint_norm(grads, config.discriminator_optimizer.clip_norm)
-        player = step_player(player, grads, self.discriminator_optimizer, state.step, 0.0)
+        optimizer, clip_norm = self.discriminator_optimizer, config.discriminator_optimizer.clip_norm
+        player, norm = step_player(player, grads, optimizer, state.step, clip_norm=clip_norm)
         return player, {**metrics, f"grad_norm/{name}": norm}
 
     def validation_error(

@@ -29,7 +29,6 @@ from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.exports import ExportPlan
 from snapgen_jax.training.optimizer import (
     OptimizerConfig,
-    clip_by_joint_norm,
     learning_rate_schedule,
     make_optimizer,
     new_player,
@@ -185,8 +184,15 @@ class Contrastive:
             return found["loss"].mean(), found["accuracy"].mean()
 
         (value, accuracy), grads = jax.value_and_grad(loss, has_aux=True)(player.params)
-        grads, norm = clip_by_joint_norm(grads, self.config.optimizer.clip_norm)
-        player = step_player(player, grads, self.optimizer, state.step, self.config.ema_decay)
+        config = self.config
+        player, norm = step_player(
+            player,
+            grads,
+            self.optimizer,
+            state.step,
+            clip_norm=config.optimizer.clip_norm,
+            ema_decay=config.ema_decay,
+        )
         metrics = {
             "loss": value,
             "accuracy": accuracy,

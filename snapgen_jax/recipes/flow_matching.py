@@ -46,7 +46,6 @@ from snapgen_jax.training.accumulate import accumulate_gradients
 from snapgen_jax.training.exports import ExportPlan, GoldenInputs
 from snapgen_jax.training.optimizer import (
     OptimizerConfig,
-    clip_by_joint_norm,
     learning_rate_schedule,
     make_optimizer,
     new_player,
@@ -273,8 +272,15 @@ class FlowMatching:
             return self.loss(self.weights({**others, "model": params}, frozen), drawn, state.extra)
 
         grads, value, aux = accumulate_gradients(loss, player.params, drawn, self.config.microbatches)
-        grads, norm = clip_by_joint_norm(grads, self.config.optimizer.clip_norm)
-        player = step_player(player, grads, self.optimizer, state.step, self.config.ema_decay)
+        config = self.config
+        player, norm = step_player(
+            player,
+            grads,
+            self.optimizer,
+            state.step,
+            clip_norm=config.optimizer.clip_norm,
+            ema_decay=config.ema_decay,
+        )
         extra, more = self.report(state.extra, aux)
         rate = jnp.asarray(self.learning_rate(state.step))
         metrics = {"loss": value, **more, "grad_norm": norm, "learning_rate": rate}

@@ -22,7 +22,7 @@ from etils import epath
 from snapgen_jax.training.exits import ConfigError, DamagedError
 from snapgen_jax.training.files import on_object_store
 from snapgen_jax.training.fingerprint import seal
-from snapgen_jax.training.state import Player, TrainState
+from snapgen_jax.training.state import TrainState
 
 Tree = Any
 _REMEDY = "point --workdir at an empty folder to start a new run, or restore the config of this one"
@@ -322,7 +322,7 @@ def _restored(abstract: TrainState, stored: Mapping[str, Any]) -> TrainState:
     for name, player in abstract.players.items():
         whole = fill({"params": player.params, "opt_state": player.opt_state}, state["players"][name])
         ema = None if player.ema is None else fill(player.ema, stored["ema"][name])
-        players[name] = Player(whole["params"], whole["opt_state"], ema)
+        players[name] = player.replace(params=whole["params"], opt_state=whole["opt_state"], ema=ema)
     extra = fill(abstract.extra, state["extra"]) if "extra" in state else abstract.extra
     return TrainState(state["step"], state["skipped"], players, extra)
 

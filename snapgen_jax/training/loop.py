@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from snapgen_jax.evaluation.interfaces import EvaluationResult
 from snapgen_jax.parallel.chips import Roofline, chip_of_kind
@@ -32,6 +32,7 @@ from snapgen_jax.training.keys import key
 from snapgen_jax.training.lifetime import Lifetime
 from snapgen_jax.training.metrics import MetricWriter, evaluated
 from snapgen_jax.training.profile import Profiler
+from snapgen_jax.training.ravel import gather, leaf_by_leaf
 from snapgen_jax.training.recipe import Metrics, Recipe
 from snapgen_jax.training.state import TrainState
 
@@ -140,19 +141,26 @@ def make_step(recipe: Recipe, seed: int) -> Callable[[TrainState, Tree, Tree], t
     return step
 
 
-def lower_step(
-    recipe: Recipe, seed: int, mesh: Mesh, shardings: Tree, state: Tree, frozen: Tree, bucket: str
-) -> jax.stages.Lowered:
+def lower_step(recipe: Recipe, seed: int, mesh: Mesh, state: Tree, frozen: Tree, bucket: str) -> jax.stages.Lowered:
     """The step of one bucket, lowered for a mesh: what a run compiles, and what a plan compiles without a device.
 
     Args:
-        shardings: of the state.
-        state, frozen: arrays, or `ShapeDtypeStruct`s with shardings.
+        state, frozen: arrays, or `ShapeDtypeStruct`s with shardings; the state as a step carries it, see `carried`.
         bucket: which of the recipe's batch shapes.
     """
+    shardings = jax.tree.map(lambda x: x.sharding, state)
     jitted = jax.jit(make_step(recipe, seed), donate_argnums=0, out_shardings=(shardings, None))
     with jax.set_mesh(mesh):
         return jitted.lower(state, frozen, _batch_spec(recipe, mesh, bucket))
+
+
+def carried(state: TrainState, mesh: Mesh) -> TrainState:
+    """The shapes of a state in the form in which a step carries it on a mesh: on one device with moments and averages
+    as vectors, where that pays; see `training.ravel`."""
+    if mesh.size > 1:
+        return state
+    where = jax.sharding.NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), jax.eval_shape(gather, state))
 
 
 def _batch_spec(recipe: Recipe, mesh: Mesh, bucket: str) -> Tree:
@@ -190,7 +198,7 @@ def lower_abstract_step(
     frozen_placed = placed(frozen, tree_shardings(frozen, recipe.rules(), mesh))
     state_placed = placed(state, shardings)
     if not part:
-        return lower_step(recipe, seed, mesh, shardings, state_placed, frozen_placed, bucket), state
+        return lower_step(recipe, seed, mesh, carried(state_placed, mesh), frozen_placed, bucket), state
     known = recipe.parts()
     if part not in known:
         raise ValueError(f"no part {part!r} of this recipe's step; its parts are: {', '.join(known) or 'none'}")
@@ -317,10 +325,17 @@ class Run:
                     "it is fixed within a workdir: restore it, or start in a new workdir"
                 )
 
+    def carry(self, state: TrainState) -> TrainState:
+        """A state in the form in which the step carries it, see `carried`; uses up the given one."""
+        form = carried(state, self.mesh)
+        if jax.tree.structure(form) == jax.tree.structure(state):
+            return state
+        return jax.jit(gather, donate_argnums=0, out_shardings=jax.tree.map(lambda s: s.sharding, form))(state)
+
     def compile(self, state: TrainState, frozen: Tree) -> None:
-        """Compiles the step for every bucket, before the first batch is drawn."""
+        """Compiles the step for every bucket, before the first batch is drawn; the state is as `carry` gives it."""
         for bucket in self.specs:
-            lowered = lower_step(self.recipe, self.config.seed, self.mesh, self.shardings, state, frozen, bucket)
+            lowered = lower_step(self.recipe, self.config.seed, self.mesh, state, frozen, bucket)
             self._compiled[bucket] = lowered.compile()
             self.rooflines[bucket] = roofline(self._compiled[bucket])
 
@@ -342,7 +357,7 @@ class Run:
             return
         with self.life.phase("checkpoint"):
             self.flush_metrics()
-            self.checkpointer.save(state, position, self.meta())
+            self.checkpointer.save(leaf_by_leaf(state), position, self.meta())
             self.saved_step = step
             self.life.saved(step)
             self.life.store(step)
@@ -354,7 +369,7 @@ class Run:
         done_at, done = self._on_record
         for evaluator in [e for e in due if step != done_at or e.name not in done]:
             with self.life.phase("evaluation"):
-                result = evaluator.run(inference_weights(state), frozen)
+                result = evaluator.run(inference_weights(leaf_by_leaf(state)), frozen)
                 self.life.together(f"{evaluator.name} at step {step}")
             if self.writer is not None:
                 self.writer.evaluation(step, evaluator.name, result.numbers, result.pictures)
@@ -448,6 +463,7 @@ def train(
         run.open_records(state, start)
         with life.phase("compile"):
             if step < config.train_steps:
+                state = run.carry(state)
                 run.compile(state, frozen)
                 say.peaks(list(run.rooflines.values()))
             life.together("start")
@@ -492,4 +508,4 @@ def train(
             if run.checkpointer is not None:
                 run.checkpointer.close()
             life.store(step)
-    return state
+    return leaf_by_leaf(state)

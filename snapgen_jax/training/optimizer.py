@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from snapgen_jax.training.ema import update_ema
+from snapgen_jax.training.ravel import Layout, RavelledPlayer
 from snapgen_jax.training.state import Player
 
 Tree = Any
@@ -51,15 +52,22 @@ def learning_rate_schedule(config: OptimizerConfig, train_steps: int) -> optax.S
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
 
 
-def make_optimizer(config: OptimizerConfig, train_steps: int) -> optax.GradientTransformation:
-    """AdamW without clipping: `clip_by_joint_norm` comes first, over every player that steps."""
-    return optax.adamw(
-        learning_rate_schedule(config, train_steps),
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=_decayed,
+class Elementwise(optax.GradientTransformation):
+    """An optimizer that treats every number by itself, by the last key of its path at most: AdamW does, one that looks
+    at a whole matrix does not. Its state may be kept as vectors, see `training.ravel`."""
+
+
+def make_optimizer(config: OptimizerConfig, train_steps: int) -> Elementwise:
+    """AdamW without clipping, which `step_player` does first."""
+    return Elementwise(
+        *optax.adamw(
+            learning_rate_schedule(config, train_steps),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=_decayed,
+        )
     )
 
 
@@ -84,14 +92,40 @@ def clip_by_joint_norm(grads: Tree, max_norm: float) -> tuple[Tree, jax.Array]:
 
 def new_player(params: Tree, optimizer: optax.GradientTransformation, ema: bool) -> Player:
     """A player before its first update; its average starts as a copy of its parameters."""
-    return Player(params, optimizer.init(params), jax.tree.map(jnp.array, params) if ema else None)
+    average = jax.tree.map(jnp.array, params) if ema else None
+    return Player(params, optimizer.init(params), average, elementwise=isinstance(optimizer, Elementwise))
 
 
 def step_player(
-    player: Player, grads: Tree, optimizer: optax.GradientTransformation, step: jax.Array, ema_decay: float
-) -> Player:
-    """One optimizer step and, where the player keeps an average, one step of it."""
-    updates, opt_state = optimizer.update(grads, player.opt_state, player.params)
-    params = optax.apply_updates(player.params, updates)
+    player: Player,
+    grads: Tree,
+    optimizer: optax.GradientTransformation,
+    step: jax.Array,
+    *,
+    clip_norm: float = 0.0,
+    ema_decay: float = 0.0,
+) -> tuple[Player, jax.Array]:
+    """Clipping, one optimizer step and, where the player keeps an average, one step of it.
+
+    Args:
+        player: as it is.
+        grads: of its parameters.
+        optimizer: its own.
+        step: int32 scalar, updates done before this one.
+        clip_norm: bound of the gradient's norm; 0 where it was clipped before, jointly with that of other players.
+        ema_decay: see `update_ema`.
+
+    Returns:
+        The next player, and the norm of the gradient before clipping (float32 scalar).
+    """
+    layout = Layout.of(player.params) if isinstance(player, RavelledPlayer) else None
+    params: Tree = player.params
+    if layout is not None:
+        params, grads = layout.ravel(params), layout.ravel(grads)
+    grads, norm = clip_by_joint_norm(grads, clip_norm)
+    updates, opt_state = optimizer.update(grads, player.opt_state, params)
+    params: Tree = optax.apply_updates(params, updates)
     ema = None if player.ema is None else update_ema(player.ema, params, step, ema_decay)
-    return Player(params, opt_state, ema)
+    if layout is not None:
+        params = layout.unravel(params)
+    return player.replace(params=params, opt_state=opt_state, ema=ema), norm

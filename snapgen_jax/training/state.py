@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Self
 
 import jax
 
@@ -19,11 +19,17 @@ class Player:
         params: nested dict of float32 arrays.
         opt_state: the state of its optax optimizer.
         ema: the exponential moving average of `params`, or None where the recipe keeps none.
+        elementwise: whether the optimizer treats every number by itself, see `training.optimizer.Elementwise`.
     """
 
     params: Tree
     opt_state: Tree
     ema: Tree | None = None
+    elementwise: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with fields replaced."""
+        return dataclasses.replace(self, **changes)
 
 
 @jax.tree_util.register_dataclass

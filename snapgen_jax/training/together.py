@@ -22,7 +22,7 @@ from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.exports import ExportPlan
 from snapgen_jax.training.loop import PlainBatch
 from snapgen_jax.training.recipe import Metrics, Part, Recipe, Use
-from snapgen_jax.training.state import TrainState
+from snapgen_jax.training.state import Player, TrainState
 
 Tree = Any
 
@@ -30,6 +30,11 @@ Tree = Any
 def stack(trees: Sequence[Tree]) -> Tree:
     """One tree of several of the same shapes, with a first axis that counts them."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def _as_leaves(players: dict[str, Player]) -> dict[str, Player]:
+    """Players that a step does not carry as vectors, where the axis of runs would be lost."""
+    return {name: player.replace(elementwise=False) for name, player in players.items()}
 
 
 class Together:
@@ -77,7 +82,7 @@ class Together:
         """Every run as it begins by itself, from the key of its own seed."""
         del key
         states = jax.vmap(lambda seed: self.recipe.init(keys.key(seed, 0, "init")))(self.seeds)
-        return states.replace(step=jnp.int32(0), skipped=jnp.int32(0))
+        return TrainState(jnp.int32(0), jnp.int32(0), _as_leaves(states.players), states.extra)
 
     def warm_start(self, state: TrainState, earlier: Tree) -> TrainState:
         """Every run from its own earlier one, of stacked `{player: weights}`."""
@@ -87,7 +92,7 @@ class Together:
             return new.players, new.extra
 
         players, extra = jax.vmap(one)(state.players, state.extra, earlier)
-        return state.replace(players=players, extra=extra)
+        return state.replace(players=_as_leaves(players), extra=extra)
 
     def frozen_spec(self) -> Tree:
         """That of one run with the axis of runs."""
@@ -118,7 +123,9 @@ class Together:
 
     def part(self, state: TrainState, i: int) -> TrainState:
         """The state of one run, as it would be by itself."""
-        players, extra = jax.tree.map(lambda x: x[i], (state.players, state.extra))
+        alone = jax.eval_shape(self.recipe.init, keys.key(0, 0, "init"))
+        parts = [x[i] for x in jax.tree.leaves((state.players, state.extra))]
+        players, extra = jax.tree.unflatten(jax.tree.structure((alone.players, alone.extra)), parts)
         return state.replace(players=players, extra=extra)
 
     def rules(self) -> Sequence[tuple[str, PartitionSpec]]:

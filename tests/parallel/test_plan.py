@@ -129,7 +129,7 @@ def test_what_is_planned_is_the_very_program_that_a_run_compiles():
     abstract, _ = loop.lower_abstract_step(made, 0, mesh, "64x64")
     run = loop.Run(made, loop.LoopConfig(mesh=MeshConfig(data=2, fsdp=4)), mesh, None)
     state, _ = run.start(None)
-    real = loop.lower_step(made, 0, mesh, run.shardings, state, run.load_frozen(), "64x64")
+    real = loop.lower_step(made, 0, mesh, run.carry(state), run.load_frozen(), "64x64")
     assert abstract.as_text() == real.as_text()
 
 

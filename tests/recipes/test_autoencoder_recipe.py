@@ -163,7 +163,7 @@ def test_with_weight_zero_a_term_is_not_there():
         grads = jax.grad(loss)(player.params)
         norm = optax.global_norm(grads)
         grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, ADAM.clip_norm / jnp.maximum(norm, 1e-12)), grads)
-        return step_player(player, grads, made.optimizers["model"], state.step, 0.9).params
+        return step_player(player, grads, made.optimizers["model"], state.step, ema_decay=0.9)[0].params
 
     given = update(started(made), {}, batch(0), jax.random.key(1))[0].players["model"].params
     expected = jax.jit(by_hand)(started(made), batch(0)["image"], jax.random.key(1))

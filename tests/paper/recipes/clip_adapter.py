@@ -25,7 +25,6 @@ from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.exports import ExportPlan, ExportUnit, GoldenInputs
 from snapgen_jax.training.optimizer import (
     OptimizerConfig,
-    clip_by_joint_norm,
     make_optimizer,
     new_player,
     step_player,
@@ -257,8 +256,8 @@ class ClipAdapter:
             return jnp.mean(jnp.square(mapped.reshape(clip.shape) - target))
 
         value, grads = jax.value_and_grad(loss)(player.params)
-        grads, norm = clip_by_joint_norm(grads, self.config.optimizer.clip_norm)
-        player = step_player(player, grads, self.optimizer, state.step, 0.0)
+        clip_norm = self.config.optimizer.clip_norm
+        player, norm = step_player(player, grads, self.optimizer, state.step, clip_norm=clip_norm)
         return state.replace(players={"model": player}), {"loss": value, "grad_norm": norm}
 
     def generate(
