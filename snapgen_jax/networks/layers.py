@@ -44,7 +44,7 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jnp.dot(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        y = product(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
@@ -88,6 +88,28 @@ class Conv(nnx.Module):
 
 
 @jax.custom_jvp
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`[..., in]` by `[in, out]`.
+
+    The kernel's gradient is a product of two matrices. As a contraction over several axes at once, which it is
+    otherwise, XLA computes on CPU all that led to the gradient of the output twice: for the input, and transposed for
+    the kernel (`python -m benchmarks.update`: a tenth of the quickstart's update).
+    """
+    return jnp.dot(x, kernel)
+
+
+@product.defjvp
+def _product_jvp(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    (x, kernel), (dx, dkernel) = primals, tangents
+    return product(x, kernel), product(dx, kernel) + _of_rows(x, dkernel)
+
+
+def _of_rows(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`product` with all axes but the last taken together."""
+    return jnp.dot(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+@jax.custom_jvp
 def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """1x1 convolution, `[B, H, W, in]` by `[1, 1, in, out]`, whose derivatives are matrix products.
 
@@ -100,7 +122,7 @@ def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
 @pointwise.defjvp
 def _pointwise_jvp(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
     (x, kernel), (dx, dkernel) = primals, tangents
-    return pointwise(x, kernel), jnp.dot(dx, kernel[0, 0]) + jnp.dot(x, dkernel[0, 0])
+    return pointwise(x, kernel), jnp.dot(dx, kernel[0, 0]) + _of_rows(x, dkernel[0, 0])
 
 
 _SMALL = 2.0**-3  # what is squared inside GroupNorm is scaled by it
