@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,17 +22,21 @@ if __package__:
     from snapgen_jax.diffusion.noise import draw_noise
     from snapgen_jax.export.program import SCHEMA, BundleError, FeedForward, parse
     from snapgen_jax.export.sampler import Sampler, Unit, with_options
-else:  # beside its own copies, in a bundle
+else:  # beside its own copies, in a bundle; each may be a link into a store of blobs, where Python would look
+    sys.path.insert(0, str(pathlib.Path(__file__).absolute().parent))
     from noise import draw_noise  # type: ignore[import-not-found]
     from program import SCHEMA, BundleError, FeedForward, parse  # type: ignore[import-not-found]
     from sampler import Sampler, Unit, with_options  # type: ignore[import-not-found]
 
 
 class Bundle:
-    """A bundle's folder: its manifest, and its files by name. No name leads out of the folder."""
+    """A bundle's folder: its manifest, and its files by name.
+
+    No name leads out of the folder. Links are followed: a snapshot of the Hugging Face hub is links into its cache.
+    """
 
     def __init__(self, folder: str | pathlib.Path) -> None:
-        self.folder = pathlib.Path(folder).resolve()
+        self.folder = pathlib.Path(folder).absolute()
         if not (self.folder / "manifest.json").is_file():
             raise BundleError(f"{folder} holds no manifest.json, so it is not an export bundle")
         self.manifest = self._json("manifest.json")
@@ -47,9 +52,10 @@ class Bundle:
 
     def file(self, name: str) -> pathlib.Path:
         """The path of a file that the manifest or a caller names. Raises `BundleError` where it leaves the folder."""
-        path = (self.folder / name).resolve()
-        if not path.is_relative_to(self.folder) or "\\" in name:
+        parts = pathlib.PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts or "\\" in name or pathlib.PureWindowsPath(name).drive:
             raise BundleError(f"the file name {name!r} leads out of the bundle; a name is relative and stays inside")
+        path = self.folder / name
         if not path.is_file():
             raise BundleError(f"the bundle has no file {name!r}")
         return path
