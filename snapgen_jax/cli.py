@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="what a run is told beside prompts or in place of them, one value an image: label=[3,7]",
     )
     _generation(sample)
-    sample.add_argument("--seed", type=int, default=0, help="of the noise")
+    sample.add_argument("--seed", type=int, default=0, help="of the noise, from 0 to 4294967295 (default: %(default)s)")
     sample.add_argument("--decoder", help="a run of a tiny decoder, in place of the run's own; with --workdir")
     sample.add_argument("--out", default="samples.png", help="PNG file to write (default: %(default)s)")
 

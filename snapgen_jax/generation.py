@@ -26,6 +26,7 @@ from snapgen_jax.config import Config, build, from_json, resolve
 from snapgen_jax.data.pretrained_tokenizers import PretrainedTokenizer
 from snapgen_jax.data.tokenizer import CaptionTokenizer
 from snapgen_jax.data.tokenizer_specs import load_tokenizers
+from snapgen_jax.diffusion.noise import word
 from snapgen_jax.networks.module import Platform
 from snapgen_jax.parallel.mesh import make_mesh
 from snapgen_jax.systems import sd35
@@ -55,7 +56,7 @@ class Generator:
 
     def _jit(self, options: Any) -> Any:
         def generate(params: Tree, frozen: Tree, conditions: Tree, seed: jax.Array, indices: jax.Array) -> Tree:
-            keys = example_keys(seed, indices, "generate")
+            keys = example_keys(seed, indices)
             return self.recipe.generate(params, frozen, conditions, keys, options)
 
         return jax.jit(generate, out_shardings=on_every_host(self.params))
@@ -117,13 +118,14 @@ class Generator:
             prompts: N texts; one longer than the encoder takes is cut, with a warning.
             conditions: `{name: [N, ...]}`, arrays of the recipe's batches as they are, such as class labels, images to
                 edit or stored text states, and "noise". Alone, or beside prompts.
-            seed: of the noise.
-            indices: N integers, by default 0 .. N-1. An unconditional recipe takes N from them.
+            seed: of the noise, from 0 to 2**32 - 1. An exported bundle draws the same from it; see `diffusion.noise`.
+            indices: N integers within the same bounds, by default 0 .. N-1. An unconditional recipe takes N from them.
             batch_size: examples computed together; one program serves any N that is at least this.
             options: fields of `recipe.options`, such as `steps` and `guidance`.
 
         Raises:
-            ValueError: a condition is unknown or does not fit, one is missing, or lengths differ.
+            ValueError: a condition is unknown or does not fit, one is missing, lengths differ, or a seed or an index is
+                out of bounds.
             ConfigError: an option is unknown or does not fit, or the recipe takes no prompts and got some.
         """
         chosen = chosen_options(self.recipe.options, options)
@@ -134,7 +136,8 @@ class Generator:
         if not counts:
             raise ValueError(f"there is nothing to draw: {self._wanted()}")
         count = _same_length(counts)
-        where = np.arange(count) if indices is None else np.asarray(indices)
+        drawn_from = word("seed", seed)
+        where = np.array([word("index", i) for i in (range(count) if indices is None else indices)])
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; give 1 or more")
         jitted, size = self._jitted(chosen), min(batch_size, count)
@@ -142,7 +145,7 @@ class Generator:
         for start in range(0, count, size):
             rows = np.arange(start, start + size) % count  # the last batch is filled up, so that one program serves
             batch = {name: array[rows] for name, array in arrays.items()}
-            outputs = jitted(self.params, self.frozen, batch, np.int32(seed), where[rows].astype(np.int32))
+            outputs = jitted(self.params, self.frozen, batch, drawn_from, where[rows])
             parts.append(jax.device_get(outputs))
         return {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
 

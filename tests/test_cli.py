@@ -147,6 +147,15 @@ def test_what_is_no_option_at_all_is_refused_with_the_usage(asked, commands, com
     assert stopped.value.code == 2 and message in capsys.readouterr().err and not asked
 
 
+@pytest.mark.parametrize(("command", "option"), [("sample", "--seed"), ("evaluate", "--set=sample_grid.seed")])
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_out_of_bounds_is_refused(asked, commands, command, option, seed, capsys):
+    assert main([*commands[command], f"{option}={seed}"]) == ExitCode.BAD_CONFIG
+    said = capsys.readouterr().err
+    assert f"the seed is {seed}; it must be a whole number from 0 to 4294967295" in said
+    assert "Traceback" not in said and not asked
+
+
 def test_an_option_of_the_generator_may_stand_apart_from_its_value(asked, commands):
     assert main([*commands["sample"], "--method", "heun", "--guidance=2"]) == ExitCode.DONE
     assert asked == [Options(method="heun", guidance=2.0)]

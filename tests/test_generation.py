@@ -146,6 +146,31 @@ def test_indices_and_the_batch_size_are_checked():
         by_prompt().run(["1"], batch_size=0)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": -1}, "the seed is -1; it must be a whole number from 0 to 4294967295"),
+        ({"seed": 2**32}, "the seed is 4294967296; it must"),
+        ({"seed": 1.0}, "the seed is 1.0; it must"),
+        ({"indices": [-1]}, "the index is -1; it must"),
+        ({"indices": [2**32]}, "the index is 4294967296; it must"),
+        ({"indices": [0.5]}, "the index is 0.5; it must"),
+    ],
+)
+def test_a_seed_or_an_index_out_of_bounds_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        by_prompt().run(["1"], **options)
+
+
+def test_the_largest_seed_and_index_are_drawn_from():
+    run, largest = by_label().run, 2**32 - 1
+    drawn = [
+        run(conditions={"label": [0]}, seed=seed, indices=[index])["draw"][0]
+        for seed, index in ((largest, largest), (largest, 0), (0, largest), (2**31 - 1, 2**31 - 1))
+    ]
+    assert len(set(drawn)) == 4
+
+
 def test_a_run_without_images_says_which_outputs_it_has():
     made = by_label(outputs=("clip", "depth"))
     assert set(made.run(conditions={"label": [1]})) == {"clip", "depth"}

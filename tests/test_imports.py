@@ -74,12 +74,12 @@ MAY_IMPORT = {
     "coding": ["generation", "networks", "weights", "data.images", "training.exits"],
     "evaluation": ["generation", "data.shapes", "data.shapes_grammar", "data.prompts", "typed"],
     "evaluation.report": ["evaluation", "data.prompts", "training.files", "training.metrics"],
-    "export": ["training.exports"],
+    "export": ["diffusion.noise", "training.exports"],
     "export.run": ["export", "generation", "training.exits", "training.files"],
     # copied into every bundle
     "export.program": [],
     "export.sampler": ["export.program"],
-    "export.client": ["export.program", "export.sampler"],
+    "export.client": ["diffusion.noise", "export.program", "export.sampler"],
     "export.verify": ["export.program", "export.sampler", "export.client"],
     # configs and workdirs
     "config": ["config_file", "overrides", "data.config", "training", "recipes", "systems", "typed"],
@@ -121,9 +121,10 @@ LIBRARIES = {
     "evaluation.interfaces": {"numpy"},
     "inputs.interfaces": {"jax"},
     # copied into every bundle, where there is nothing else
+    "diffusion.noise": {"numpy"},
     "export.program": {"numpy"},
     "export.sampler": {"numpy", "program"},
-    "export.client": {"numpy", "ai_edge_litert", "tokenizers", "program", "sampler"},
+    "export.client": {"numpy", "ai_edge_litert", "tokenizers", "noise", "program", "sampler"},
     "export.verify": {"numpy", "ai_edge_litert", "program", "sampler", "client"},
 }
 

@@ -5,7 +5,7 @@
     program.json      which calls make an example, as data; its schema stands at the top of program.py
     tokenizer.json    of the `tokenizers` library, where the program takes prompts
     golden/           .npy arrays, whose names `golden.run` explains, and golden.json: prompts, tolerances
-    program.py, sampler.py, client.py   what runs it: numpy and ai-edge-litert alone
+    program.py, sampler.py, noise.py, client.py   what runs it: numpy and ai-edge-litert alone
     verify.py         checks all of this, with the same two libraries
     README.md         for the person who loads it
 
@@ -28,6 +28,7 @@ from typing import Any, Literal, Protocol
 import jax
 import numpy as np
 
+from snapgen_jax.diffusion import noise as noise_module
 from snapgen_jax.export import client, compare, golden, gpu, program, sampler, verify
 from snapgen_jax.export.compat import Requirements, check, flex_operators
 from snapgen_jax.export.convert import Backend, to_tflite
@@ -209,7 +210,7 @@ class _Export:
         self.folder.mkdir()
         if self.program.tokenizer and tokenizer:
             shutil.copyfile(tokenizer, self.folder / "tokenizer.json")
-        for module in (program, sampler, client, verify):
+        for module in (noise_module, program, sampler, client, verify):
             shutil.copyfile(str(module.__file__), self.folder / pathlib.Path(str(module.__file__)).name)
         write_json(self.folder / "program.json", self.plan.program)
 

@@ -1,7 +1,7 @@
 """A client of an export bundle: from prompts or named arrays to images, with numpy and ai-edge-litert alone.
 
-Three files are copied into every bundle and import nothing of the library they lie in: program.py says what
-program.json means, sampler.py runs it, and this one reads the folder and calls LiteRT.
+Four files are copied into every bundle and import nothing of the library they lie in: program.py says what program.json
+means, sampler.py runs it, noise.py draws what it begins with, and this one reads the folder and calls LiteRT.
 
     generator = LiteRTGenerator("bundle")
     images = generator.generate(["two red circles left of a blue square"])   # uint8 [1, H, W, 3]; needs `tokenizers`
@@ -12,24 +12,31 @@ from __future__ import annotations
 
 import json
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 if __package__:
+    from snapgen_jax.diffusion.noise import draw_noise
     from snapgen_jax.export.program import SCHEMA, BundleError, FeedForward, parse
     from snapgen_jax.export.sampler import Sampler, Unit, with_options
-else:  # beside its own copies, in a bundle
+else:  # beside its own copies, in a bundle; each may be a link into a store of blobs, where Python would look
+    sys.path.insert(0, str(pathlib.Path(__file__).absolute().parent))
+    from noise import draw_noise  # type: ignore[import-not-found]
     from program import SCHEMA, BundleError, FeedForward, parse  # type: ignore[import-not-found]
     from sampler import Sampler, Unit, with_options  # type: ignore[import-not-found]
 
 
 class Bundle:
-    """A bundle's folder: its manifest, and its files by name. No name leads out of the folder."""
+    """A bundle's folder: its manifest, and its files by name.
+
+    No name leads out of the folder. Links are followed: a snapshot of the Hugging Face hub is links into its cache.
+    """
 
     def __init__(self, folder: str | pathlib.Path) -> None:
-        self.folder = pathlib.Path(folder).resolve()
+        self.folder = pathlib.Path(folder).absolute()
         if not (self.folder / "manifest.json").is_file():
             raise BundleError(f"{folder} holds no manifest.json, so it is not an export bundle")
         self.manifest = self._json("manifest.json")
@@ -45,9 +52,10 @@ class Bundle:
 
     def file(self, name: str) -> pathlib.Path:
         """The path of a file that the manifest or a caller names. Raises `BundleError` where it leaves the folder."""
-        path = (self.folder / name).resolve()
-        if not path.is_relative_to(self.folder) or "\\" in name:
+        parts = pathlib.PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts or "\\" in name or pathlib.PureWindowsPath(name).drive:
             raise BundleError(f"the file name {name!r} leads out of the bundle; a name is relative and stays inside")
+        path = self.folder / name
         if not path.is_file():
             raise BundleError(f"the bundle has no file {name!r}")
         return path
@@ -126,16 +134,6 @@ def litert_unit(path: pathlib.Path, signature: str, num_threads: int | None = No
     return Interpreter(model_path=str(path), num_threads=num_threads).get_signature_runner(signature)
 
 
-def draw_noise(seed: int, index: int, shape: Sequence[int]) -> np.ndarray:
-    """Standard normal noise from (seed, index), float32.
-
-    NumPy's Philox, keyed with both numbers. It is this client's own choice: JAX draws other numbers from the same
-    seed, so the same image needs the same noise array, as stored under golden/.
-    """
-    bits = np.random.Philox(key=np.array([seed, index], np.uint64))
-    return np.random.Generator(bits).standard_normal(tuple(shape), dtype=np.float32)
-
-
 class LiteRTGenerator:
     """A bundle on LiteRT; with prompts, it has the interface of the JAX generator.
 
@@ -160,8 +158,12 @@ class LiteRTGenerator:
     ) -> np.ndarray:
         """The output "image" of prompts, `uint8 [N, H, W, 3]`.
 
-        Image n depends on (seed, indices[n], prompts[n]) alone; indices default to 0..N-1. `options` are those of
-        `sampler.with_options`: steps, guidance, method.
+        Image n depends on (seed, indices[n], prompts[n]) alone, and is that of the JAX generator but for rounding.
+        Indices default to 0..N-1; they and the seed are whole numbers from 0 to 2**32 - 1, see noise.py. `options` are
+        those of `sampler.with_options`: steps, guidance, method.
+
+        Raises:
+            ValueError: the inputs do not fit together, or a seed or an index is out of bounds.
         """
         if "image" not in self.program.outputs:
             raise ValueError(f"this bundle makes {', '.join(self.program.outputs)} and no image; use `run`")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from snapgen_jax.diffusion.noise import draw_noise
 from snapgen_jax.export import client
 from snapgen_jax.export.compare import LIMITS
 from snapgen_jax.export.precision import Precision
@@ -43,7 +44,7 @@ def begin(program: Program, given: GoldenInputs, tokenizer: pathlib.Path | None)
     if not isinstance(program, Flow):
         return found, None
     shape = program.noise_shape()
-    return found, np.stack([client.draw_noise(given.seed, i, shape) for i in range(counts.pop())])
+    return found, np.stack([draw_noise(given.seed, i, shape) for i in range(counts.pop())])
 
 
 def others(given: GoldenInputs, count: int) -> GoldenInputs:
@@ -54,7 +55,7 @@ def others(given: GoldenInputs, count: int) -> GoldenInputs:
         tuple(" ".join(random.choice(words, random.integers(1, 17))) for _ in range(count)) if given.prompts else ()
     )
     arrays = {name: np.asarray(array)[np.arange(count) % len(array)] for name, array in given.arrays.items()}
-    return dataclasses.replace(given, prompts=prompts, arrays=arrays, examples=count, seed=given.seed + 1)
+    return dataclasses.replace(given, prompts=prompts, arrays=arrays, examples=count, seed=(given.seed + 1) % 2**32)
 
 
 def run(sampler: Sampler, inputs: Mapping[str, np.ndarray], noise: np.ndarray | None) -> Arrays:

@@ -29,7 +29,9 @@ largest number inside a unit is given above, so that a GPU driver's rounding can
 FLOW = """\
 An example is: {inputs} -> {encoders}noise -> {steps} steps (rule {rules}) of {denoisers} -> {decoder}{outputs}. Every
 call is for one example. Guidance ({guidance}) is two calls, the second with the null inputs. The noise, the time
-features and the sampler loop are the client's, in float32."""
+features and the sampler loop are the client's, in float32. `noise.py` makes noise of a seed and an index: a port that
+follows its first lines draws the pictures that JAX draws from them. `golden/noise.npy` is the noise of the seed in
+`golden/golden.json` and of the indices 0, 1 ..."""
 
 CALL = "An example is one call: {inputs} -> **{unit}** -> {outputs}."
 

@@ -21,7 +21,8 @@ if __package__:
     from snapgen_jax.export.client import Bundle
     from snapgen_jax.export.program import SCHEMA, BundleError, Flow
     from snapgen_jax.export.sampler import Arrays, Sampler, Unit
-else:  # beside its own copy of the client, in a bundle
+else:  # beside its own copy of the client, in a bundle; each may be a link into a store of blobs
+    sys.path.insert(0, str(pathlib.Path(__file__).absolute().parent))
     from client import Bundle  # type: ignore[import-not-found]
     from program import SCHEMA, BundleError, Flow  # type: ignore[import-not-found]
     from sampler import Arrays, Sampler, Unit  # type: ignore[import-not-found]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from snapgen_jax.diffusion.guidance import with_guidance
+from snapgen_jax.diffusion.noise import standard_normal
 from snapgen_jax.diffusion.samplers import Method, sample
 from snapgen_jax.diffusion.schedules import Level, Schedule
 
@@ -51,9 +53,15 @@ def check_sampling(schedule: Schedule, options: SamplingConfig) -> None:
         raise ValueError(f"sampling: {error}") from error
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def initial_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """`[B, *shape]` standard normal, each example from its own key."""
-    return jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
+    """Standard normal float32 `[B, *shape]`, each example from its own key.
+
+    It is `diffusion.noise` of the key's first two words. A Threefry key has no more; one of "rbg" has two others, but
+    keys that were split differ in the first two already.
+    """
+    words = jax.random.key_data(keys)
+    return standard_normal(words[:, 0], words[:, 1], shape, jnp)
 
 
 def noise_shape(latent: tuple[int, ...], options: SamplingConfig) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from snapgen_jax.diffusion.guidance import with_guidance
+from snapgen_jax.diffusion.noise import draw_noise
 from snapgen_jax.diffusion.samplers import sample
 from snapgen_jax.diffusion.timesteps import shift_time
 from snapgen_jax.networks.autoencoder import AutoencoderCodec, AutoencoderConfig
@@ -306,22 +307,21 @@ class SD35Generator:
         }
 
     def run(
-        self, prompts: list[str], *, negative_prompt: str = "", seed: int = 0, noise: jax.Array | None = None
+        self, prompts: list[str], *, negative_prompt: str = "", seed: int = 0, noise: Any = None
     ) -> dict[str, np.ndarray]:
         """One image after the other, since a teacher fills the memory: everything that `SD35.generate` returns.
 
         Args:
             prompts: N texts.
             negative_prompt: what guidance leads away from.
-            seed: of the noise; image n depends on (seed, n, prompt n) alone.
+            seed: of the noise, see `diffusion.noise`; image n depends on (seed, n, prompt n) alone.
             noise: `[N, h, w, c]` in place of noise from the seed.
         """
         tokens, null = self.tokens(list(prompts)), self.tokens([negative_prompt])
         shape = self.system.latent_shape()
         parts = []
         for n in range(len(prompts)):
-            key = jax.random.fold_in(jax.random.key(seed), n)
-            start = jax.random.normal(key, (1, *shape)) if noise is None else jnp.asarray(noise[n : n + 1])
+            start = draw_noise(seed, n, shape)[None] if noise is None else noise[n : n + 1]
             one = {name: ids[n : n + 1] for name, ids in tokens.items()}
             arguments = (one, null, start)
             if self.mesh is not None:

@@ -1,6 +1,8 @@
 """A bundle is whole, verified and self-contained; or it is not there."""
 
+import hashlib
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -119,6 +121,38 @@ def test_the_bundle_verifies_with_numpy_and_litert_alone(name, request):
     for line in ("f32 golden 1 image", "f16 golden 1 image", *latents):
         assert line in done.stdout
     assert "FAIL" not in done.stdout and "tokenizer:" not in done.stdout
+
+
+@pytest.fixture
+def snapshot(toy, tmp_path) -> pathlib.Path:
+    """The bundle in the layout of the Hugging Face hub's cache: every file is a link to a blob named by its hash."""
+    snapshot, blobs = tmp_path / "cache" / "snapshots" / "1a2b", tmp_path / "cache" / "blobs"
+    blobs.mkdir(parents=True)
+    for path in toy.folder.rglob("*"):
+        if path.is_file() and path.parent.name != "__pycache__":
+            blob = blobs / hashlib.sha256(path.read_bytes()).hexdigest()
+            shutil.copyfile(path, blob)
+            link = snapshot / path.relative_to(toy.folder)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
+
+
+def test_a_bundle_of_links_into_a_cache_draws_and_verifies_itself(snapshot, toy, tmp_path):
+    assert (snapshot / "golden" / "noise.npy").readlink().parts[:4] == ("..", "..", "..", "blobs")
+    images = LiteRTGenerator(snapshot).generate(PROMPTS)
+    np.testing.assert_array_equal(images, LiteRTGenerator(toy.folder).generate(PROMPTS))
+    (tmp_path / "linked").symlink_to(snapshot)
+    for folder, argument in ((tmp_path, "cache/snapshots/1a2b/verify.py"), (tmp_path / "linked", "verify.py")):
+        done = subprocess.run([sys.executable, argument, "--precision=f32"], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "checks passed" in done.stdout and "FAIL" not in done.stdout
+
+
+def test_the_client_of_a_bundle_of_links_finds_its_neighbours(snapshot):
+    code = "print(Bundle(sys.path[0]).manifest['schema'], draw_noise(0, 0, (1,)))"
+    done = subprocess.run([sys.executable, "-i", snapshot / "client.py"], input=code, capture_output=True, text=True)
+    assert done.stdout.split() == ["2", "[-0.52292746]"], done.stderr
 
 
 def test_every_file_is_in_the_manifest(toy):

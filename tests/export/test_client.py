@@ -1,6 +1,7 @@
 """The client's numpy arithmetic is that of the library: same times, features, steps, codec and token ids."""
 
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,15 @@ import numpy as np
 import pytest
 
 from snapgen_jax.data.tokenizer import Tokenizer
+from snapgen_jax.diffusion.noise import draw_noise
 from snapgen_jax.diffusion.path import T_MIN, velocity_from_x0
 from snapgen_jax.diffusion.samplers import sample
 from snapgen_jax.diffusion.timesteps import time_grid
 from snapgen_jax.export import client, sampler
 from snapgen_jax.export.client import Bundle, LiteRTGenerator
 from snapgen_jax.export.program import BundleError, parse
+from snapgen_jax.export.verify import grey_levels
+from snapgen_jax.generation import Generator
 from snapgen_jax.networks.codec import CodecConfig, build_codec, to_uint8
 from snapgen_jax.networks.time_features import time_features
 
@@ -121,6 +125,40 @@ def test_an_image_depends_on_its_seed_index_and_prompt_alone(toy):
     assert (generator.generate(PROMPTS, seed=4) != images).any()
 
 
+@pytest.mark.parametrize("options", [{}, {"method": "renoise"}], ids=["euler", "renoise"])
+def test_a_bundle_draws_the_picture_of_its_run_from_the_same_seed_index_and_prompt(smoke, tokenizer_json, options):
+    run = Generator(smoke.recipe, smoke.params, {}, Tokenizer.load(tokenizer_json))
+    bundle = LiteRTGenerator(smoke.folder)
+    images = []
+    for seed in (0, 2**32 - 1):
+        chosen = {"seed": seed, "indices": [3, 2**32 - 1], **options}
+        images += [*bundle.generate(PROMPTS, **chosen)]
+        differences = grey_levels(np.stack(images[-2:]), run.generate(PROMPTS, **chosen))
+        assert differences.max() <= 1 and (differences > 0).mean() <= 1e-3
+    for one, other in itertools.combinations(images, 2):
+        assert grey_levels(one, other).mean() > 3, "another seed or index gives another picture"
+
+
+def test_golden_noise_is_that_of_its_seed(toy, clip):
+    for exported in (toy, clip):
+        seed = json.loads((exported.folder / "golden" / "golden.json").read_text())["seed"]
+        for index, noise in enumerate(np.load(exported.folder / "golden" / "noise.npy")):
+            np.testing.assert_array_equal(noise, draw_noise(seed, index, noise.shape))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": -1}, "the seed is -1; it must be a whole number from 0 to 4294967295"),
+        ({"seed": 2**32}, "the seed is 4294967296; it must"),
+        ({"indices": [0, -1]}, "the index is -1; it must"),
+    ],
+)
+def test_a_seed_or_an_index_out_of_bounds_is_named(toy, options, message):
+    with pytest.raises(ValueError, match=message):
+        LiteRTGenerator(toy.folder).generate(PROMPTS, **options)
+
+
 def test_options_replace_the_bundles_own(toy):
     generator = LiteRTGenerator(toy.folder, precision="f16")
     default = generator.generate(PROMPTS[:1])
@@ -131,16 +169,12 @@ def test_options_replace_the_bundles_own(toy):
         generator.generate(PROMPTS[:1], method="ddim")
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "golden/../../secret", "link", "..\\secret"])
-def test_no_file_name_leaves_the_bundle(tmp_path, toy, name):
-    folder = tmp_path / "bundle"
-    folder.mkdir()
-    (tmp_path / "secret").write_text("secret")
-    (folder / "link").symlink_to(tmp_path / "secret")
-    for file in ("manifest.json", "program.json"):
-        (folder / file).write_bytes((toy.folder / file).read_bytes())
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/hostname", "golden/../../secret", "golden/../manifest.json", "..\\secret", "c:secret"]
+)
+def test_no_file_name_leaves_the_bundle(toy, name):
     with pytest.raises(BundleError, match="leads out of the bundle"):
-        Bundle(folder).file(name)
+        Bundle(toy.folder).file(name)
 
 
 def test_a_folder_that_is_no_bundle_is_refused(tmp_path):

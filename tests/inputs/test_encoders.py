@@ -162,7 +162,7 @@ def test_all_encoders_are_kept_where_nothing_is_said_and_where_another_inputs_ke
 
 def test_it_draws_images_that_every_encoder_has_a_say_in(frozen, fresh):
     made, weights = recipe(), {"model": fresh.players["model"].params}
-    keys = example_keys(0, jnp.arange(2), "generate")
+    keys = example_keys(0, jnp.arange(2))
     options = dataclasses.replace(made.options, steps=2, guidance=2.0)
     draw = jax.jit(lambda given: made.generate(weights, frozen, given, keys, options))
     given = {name: array[:2] for name, array in batch().items() if name != "image"}

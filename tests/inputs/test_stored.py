@@ -78,7 +78,7 @@ def test_it_learns_to_draw_the_latents_that_the_states_tell():
     assert after < 0.8 * before
     conditions = {name: jnp.asarray(batch(7)[name][:4]) for name in made.conditions()}
     options = dataclasses.replace(made.options, steps=2, guidance=2.0)
-    draw, keys = jax.jit(made.generate, static_argnums=4), example_keys(0, jnp.arange(4), "generate")
+    draw, keys = jax.jit(made.generate, static_argnums=4), example_keys(0, jnp.arange(4))
     drawn = draw(inference_weights(state), {}, conditions, keys, options)
     assert "image" not in drawn, "there is no decoder"
     assert drawn["latent"].shape == (4, 8, 8, 4)

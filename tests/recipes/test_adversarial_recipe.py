@@ -199,7 +199,7 @@ def test_the_generator_is_called_four_times_for_an_image(playing):
     counting = recipe()
     counting.denoiser = Counting(made.denoiser.network)
     conditions = {name: greys()[name][:2] for name in ("tokens", "mask")}
-    params, keys = {"model": state.players["model"].params}, example_keys(0, jnp.arange(2), "generate")
+    params, keys = {"model": state.players["model"].params}, example_keys(0, jnp.arange(2))
     image = jax.jit(functools.partial(counting.generate, options=counting.options))(params, {}, conditions, keys)
     jax.effects_barrier()
     assert [t.tolist() for t in calls] == [pytest.approx([t, t]) for t in (1.0, 0.9, 0.75, 0.5)]

@@ -84,7 +84,7 @@ def test_it_learns_in_a_notebook_and_draws_what_the_caption_says():
     assert after < 0.8 * before
     conditions = {k: jnp.asarray(v) for k, v in batch(7, 4).items() if k != "image"}
     generate = jax.jit(made.generate, static_argnums=4)
-    made_images = generate(params, {}, conditions, example_keys(0, jnp.arange(4), "generate"), made.options)
+    made_images = generate(params, {}, conditions, example_keys(0, jnp.arange(4)), made.options)
     assert made_images["image"].shape == (4, 8, 8, 3) and made_images["image"].dtype == jnp.uint8
 
 
@@ -169,7 +169,7 @@ def test_captions_are_dropped_at_the_given_rate():
 
 
 def test_an_image_depends_on_its_own_key_alone():
-    keys = example_keys(0, jnp.asarray([5, 6, 7]), "generate")
+    keys = example_keys(0, jnp.asarray([5, 6, 7]))
     np.testing.assert_array_equal(initial_noise(keys, (4, 4, 12))[1], initial_noise(keys[1:2], (4, 4, 12))[0])
 
 
@@ -184,7 +184,7 @@ def test_given_noise_of_another_shape_is_refused(method, wrong, right):
 
     def generate(shape):
         conditions = {**tokens, "noise": jnp.zeros(shape)}
-        keys = example_keys(0, jnp.arange(2), "generate")
+        keys = example_keys(0, jnp.arange(2))
         options = dataclasses.replace(made.options, method=method)
         return jax.eval_shape(lambda p: made.generate({"model": p}, {}, conditions, keys, options), weights)
 

@@ -12,6 +12,7 @@ import pytest
 
 from snapgen_jax import cli
 from snapgen_jax.config import complete, load_config
+from snapgen_jax.diffusion.noise import draw_noise
 from snapgen_jax.generation import load_system
 from snapgen_jax.networks.mmdit import MMDiTConfig
 from snapgen_jax.networks.module import count_parameters
@@ -85,6 +86,10 @@ def test_the_seed_and_the_place_decide_the_image():
     assert pair.dtype == np.uint8
     assert (pair[0] != pair[1]).any()
     np.testing.assert_array_equal(pair[:1], generator.generate([PROMPT], seed=3))
+    noise = np.stack([draw_noise(3, index, generator.system.latent_shape()) for index in range(2)])
+    np.testing.assert_array_equal(pair, generator.run([PROMPT, PROMPT], noise=noise)["image"])
+    with pytest.raises(ValueError, match="the seed is -1; it must"):
+        generator.generate([PROMPT], seed=-1)
 
 
 def test_the_command_of_the_readme_draws_with_a_folder(tmp_path, capsys):

@@ -124,6 +124,16 @@ def test_parameters_arrive_sharded_and_a_host_reads_only_slices(tmp_path, tensor
     assert all(array.shape == (8, 40 // fsdp) for array in reads)
 
 
+def test_a_snapshot_of_a_hub_which_is_links_into_its_cache_is_read(tmp_path, tensors):
+    blobs = write(tmp_path / "blobs", tensors, files=2)
+    snapshot = tmp_path / "snapshots" / "1a2b"
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(blobs.iterdir())):
+        file.rename(blobs / f"{number}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    assert_equal(load_here(snapshot, tensors, dtype=jnp.float32), tensors)
+
+
 def test_a_tied_tensor_may_have_either_name_or_both(tmp_path, tensors):
     renamed = {("tied.weight" if name == "embed.weight" else name): value for name, value in tensors.items()}
     assert_equal(load_here(write(tmp_path / "a", renamed), tensors, dtype=jnp.float32), tensors)
