@@ -326,11 +326,11 @@ class Run:
                 )
 
     def carry(self, state: TrainState) -> TrainState:
-        """A state in the form in which the step carries it, see `carried`; uses up the given one."""
+        """A state in the form in which the step carries it, see `carried`."""
         form = carried(state, self.mesh)
         if jax.tree.structure(form) == jax.tree.structure(state):
             return state
-        return jax.jit(gather, donate_argnums=0, out_shardings=jax.tree.map(lambda s: s.sharding, form))(state)
+        return jax.jit(gather, out_shardings=jax.tree.map(lambda s: s.sharding, form))(state)
 
     def compile(self, state: TrainState, frozen: Tree) -> None:
         """Compiles the step for every bucket, before the first batch is drawn; the state is as `carry` gives it."""
