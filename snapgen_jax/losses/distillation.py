@@ -3,8 +3,9 @@
     S(L_task, L_kd) = E_t[ a_t L_task^t + (1 - a_t) sg(|L_task^t| / |L_kd^t|) L_kd^t ]
 
 The ratio makes the teacher's term as large as the task's at every time, so that a_t alone sets the mix: the data teach
-in the middle of the path, where a_t is large, and the teacher at its ends. The ratio is taken from running means of
-both losses in bins of time, which are arrays that the caller keeps.
+in the middle of the path, where a_t is large, and the teacher at its ends. Of several losses L_kd is the weighted sum,
+and so there is one ratio (SnapGen++, arXiv 2601.08303, equation 8). It is taken from running means of the losses in
+bins of time, which are arrays that the caller keeps.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 Losses = Mapping[str, jax.Array]
 Means = dict[str, dict[str, jax.Array]]
 TASK = "task"
+FADED = 1e-20  # a bin of no more than this count was not seen for so long that it tells nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +37,11 @@ class ScalingConfig:
         ratio: |L_task| / |L_kd| of the running means of the example's bin of time ("running"), of the batch at hand
             ("batch"), or 1 ("none").
         ratio_bounds: the ratio is clipped to these.
-        terms: S of the task and all of the teacher's losses together ("one", as in SnapGen++, arXiv 2601.08303), or one
-            S of the task and each of them, added ("each", as SnapGen prints it), which counts the task's loss again for
-            each.
+        terms: S of the task and the weighted sum of the teacher's losses ("one", as in SnapGen++, equation 8), whose
+            weights share out the teacher's part among them; or one S of the task and each of them, added ("each", as
+            SnapGen prints it), which counts the task's loss again for each, and each teacher's loss by its own weight.
         bins: of time, equally wide.
-        decay: of the running means, for each update that has examples in the bin.
+        decay: of the running means, for each update, whether it has examples in the bin or not.
     """
 
     alpha: Literal["density", "cdf", "constant", "none"] = "density"
@@ -94,18 +96,9 @@ def bin_sums(losses: Losses, t: jax.Array, config: ScalingConfig) -> Means:
 
 
 def update_means(means: Means, sums: Means, config: ScalingConfig) -> Means:
-    """The running means after a batch. A bin without examples stays as it is."""
-
-    def updated(name: str) -> dict[str, jax.Array]:
-        seen = sums[name]["count"] > 0
-        return {
-            part: jnp.where(
-                seen, config.decay * means[name][part] + (1 - config.decay) * sums[name][part], means[name][part]
-            )
-            for part in means[name]
-        }
-
-    return {name: updated(name) for name in means}
+    """The running means after a batch. What a bin without examples holds fades too: its mean stays, and counts for less
+    beside the next example, so that all bins look back over as many updates."""
+    return jax.tree.map(lambda mean, found: config.decay * mean + (1 - config.decay) * found, means, sums)
 
 
 def scaled(
@@ -127,28 +120,35 @@ def scaled(
     if config.alpha == "none":
         return task + sum(weight * losses[name] for name, weight in weights.items())
     alpha = task_share(t, config)
-    taught = {
-        name: weight * _ratio(task, losses[name], means.get(TASK), means.get(name), t, config) * losses[name]
-        for name, weight in weights.items()
-    }
+    sizes = _sizes({name: losses[name] for name in (TASK, *weights)}, t, means, config)
+
+    def as_large(loss: jax.Array, size: jax.Array) -> jax.Array:
+        """A loss times the ratio."""
+        if config.ratio == "none":
+            return loss
+        return jnp.clip(sizes[TASK] / jnp.maximum(size, 1e-12), *config.ratio_bounds) * loss
+
     if config.terms == "one":
-        return alpha * task + (1 - alpha) * sum(taught.values())
-    return sum(alpha * task + (1 - alpha) * term for term in taught.values())  # type: ignore[return-value]
+        together, size = (
+            sum((weight * of[name] for name, weight in weights.items()), jnp.zeros_like(task)) for of in (losses, sizes)
+        )
+        return alpha * task + (1 - alpha) * as_large(together, size)
+    terms = (weight * as_large(losses[name], sizes[name]) for name, weight in weights.items())
+    return sum((alpha * task + (1 - alpha) * term for term in terms), jnp.zeros_like(task))
 
 
-def _ratio(task: jax.Array, loss: jax.Array, task_mean, loss_mean, t: jax.Array, config: ScalingConfig) -> jax.Array:
-    task, loss = jax.lax.stop_gradient((task, loss))
-    match config.ratio:
-        case "none":
-            return jnp.ones_like(task)
-        case "batch":
-            ratio = jnp.mean(task) / jnp.maximum(jnp.mean(loss), 1e-12)
-        case "running":
-            index = _bin(t, config)
-            above, below, seen = task_mean["total"][index], loss_mean["total"][index], task_mean["count"][index] > 0
-            # Both totals have the same count, which cancels.
-            ratio = jnp.where(seen, above, task) / jnp.maximum(jnp.where(seen, below, loss), 1e-12)
-    return jnp.clip(ratio, *config.ratio_bounds)
+def _sizes(losses: Losses, t: jax.Array, means: Means, config: ScalingConfig) -> dict[str, jax.Array]:
+    """The size of each loss `[B]` that ratios are taken of: the mean of the example's bin, or of the batch."""
+    losses = jax.lax.stop_gradient(losses)
+    if config.ratio != "running":
+        return {name: jnp.full_like(loss, jnp.mean(loss)) for name, loss in losses.items()}
+    index = _bin(t, config)
+
+    def size(loss: jax.Array, mean: Mapping[str, jax.Array]) -> jax.Array:
+        total, count = mean["total"][index], mean["count"][index]
+        return jnp.where(count > FADED, total / jnp.maximum(count, FADED), loss)
+
+    return {name: size(loss, means[name]) for name, loss in losses.items()}
 
 
 def _bin(t: jax.Array, config: ScalingConfig) -> jax.Array:

@@ -56,13 +56,37 @@ def test_without_scaling_the_losses_are_added_by_their_weights():
     np.testing.assert_allclose(s(ScalingConfig(alpha="none"), weights={"output": 0.5}), TASK + 0.5 * OUTPUT)
 
 
-def test_each_printed_form_counts_the_task_as_often_as_it_says():
-    losses, weights = LOSSES | {"feature": 3 * TASK}, {"output": 1.0, "feature": 1.0}
-    a = task_share(T, ScalingConfig())
-    one = s(ScalingConfig(), losses, weights)
-    each = s(ScalingConfig(terms="each"), losses, weights)
-    np.testing.assert_allclose(one, a * TASK + (1 - a) * 2 * TASK, rtol=1e-5)
+TWO = LOSSES | {"feature": 30 * TASK}
+UNEVEN = {"output": 1.0, "feature": 0.05}
+
+
+def test_of_several_losses_there_is_one_ratio_over_their_weighted_sum():
+    """SnapGen++, equation 8: a L_task + (1 - a) r sum_k w_k L_k with r = m_task / sum_k w_k m_k."""
+    means = new_means(tuple(UNEVEN), ScalingConfig())
+    a, r = task_share(T, ScalingConfig()), TASK / (OUTPUT + 0.05 * TWO["feature"])
+    expected = a * TASK + (1 - a) * r * (OUTPUT + 0.05 * TWO["feature"])
+    np.testing.assert_allclose(s(ScalingConfig(), TWO, UNEVEN, means), expected, rtol=1e-5)
+    np.testing.assert_allclose(expected, TASK, rtol=1e-5)  # so the teacher counts once, however many losses he has
+
+    half = dataclasses.replace(FREE, alpha="constant", constant=0.5)
+    by_output = jax.grad(lambda x: jnp.sum(s(half, TWO | {"output": x}, UNEVEN, means)))(OUTPUT)
+    np.testing.assert_allclose(by_output, 0.5 * r, rtol=1e-5)
+    by_feature = jax.grad(lambda x: jnp.sum(s(half, TWO | {"feature": x}, UNEVEN, means)))(TWO["feature"])
+    np.testing.assert_allclose(by_feature, 0.5 * 0.05 * r, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ratio", ["running", "batch"])
+def test_all_weights_times_ten_change_nothing(ratio):
+    config = ScalingConfig(ratio=ratio)
+    once, tenfold = (s(config, TWO, {name: k * w for name, w in UNEVEN.items()}) for k in (1, 10))
+    np.testing.assert_allclose(once, tenfold, rtol=1e-5)
+
+
+def test_an_operator_for_each_loss_counts_the_task_and_the_teacher_again_for_each():
+    each = s(ScalingConfig(terms="each"), TWO, {"output": 1.0, "feature": 1.0})
     np.testing.assert_allclose(each, 2 * TASK, rtol=1e-5)
+    halved = s(dataclasses.replace(FREE, terms="each", alpha="constant", constant=0.0), TWO, {"output": 0.5})
+    np.testing.assert_allclose(halved, 0.5 * TASK, rtol=1e-5)
 
 
 def test_the_gradient_passes_both_losses_and_not_the_ratio():
@@ -74,7 +98,7 @@ def test_the_gradient_passes_both_losses_and_not_the_ratio():
     np.testing.assert_allclose(by_output, 0.5 * TASK / OUTPUT, rtol=1e-5)
 
 
-def test_running_means_hold_the_ratio_of_their_bin_of_time_and_others_stay():
+def test_running_means_hold_the_ratio_of_their_bin_of_time():
     config = ScalingConfig(bins=4, decay=0.5)
     t = jnp.array([0.1, 0.2, 0.9])
     means = new_means(("output",), config)
@@ -85,12 +109,35 @@ def test_running_means_hold_the_ratio_of_their_bin_of_time_and_others_stay():
     np.testing.assert_allclose(mean["task"][jnp.array([0, 3])], [6.0, 1.0])
     np.testing.assert_allclose(mean["output"][0], (0.25 * 1 + 0.5 * 3) / 0.75)  # the newer counts twice as much
     np.testing.assert_array_equal(means["task"]["count"][1:3], 0)
-    after = update_means(means, bin_sums(losses, jnp.full(3, 0.6), config), config)
-    np.testing.assert_array_equal(after["task"]["total"][0], means["task"]["total"][0])
 
     alpha_0 = dataclasses.replace(config, alpha="constant", constant=0.0, alpha_bounds=(0.0, 1.0))
     value = scaled({"task": jnp.ones(1), "output": jnp.ones(1)}, WEIGHTS, jnp.array([0.1]), means, alpha_0)
     np.testing.assert_allclose(value, 6.0 / mean["output"][0], rtol=1e-6)
+
+
+def test_all_bins_forget_by_updates_and_not_by_sightings():
+    """After so many updates elsewhere that a bin's history has faded to a hundredth, one example outweighs it."""
+    config = ScalingConfig(bins=2, decay=0.9)
+    means = new_means(("output",), config)
+
+    def seen(means, t, task):
+        losses = {"task": jnp.array([task]), "output": jnp.ones(1)}
+        return update_means(means, bin_sums(losses, jnp.array([t]), config), config)
+
+    def ratio(means):
+        teacher_alone = dataclasses.replace(config, alpha="constant", constant=0.0, alpha_bounds=(0.0, 1.0))
+        return scaled({"task": jnp.ones(1), "output": jnp.ones(1)}, WEIGHTS, jnp.array([0.1]), means, teacher_alone)
+
+    for _ in range(100):
+        means = seen(means, 0.1, 8.0)
+    for _ in range(44):  # 0.9^44 = 0.0097
+        means = seen(means, 0.9, 1.0)
+    np.testing.assert_allclose(ratio(means), 8.0, rtol=1e-5)  # what fades keeps its mean
+    faded = 0.9**45 * (1 - 0.9**100)
+    np.testing.assert_allclose(ratio(seen(means, 0.1, 2.0)), (8 * faded + 0.1 * 2) / (faded + 0.1), rtol=1e-5)
+    for _ in range(500):  # nothing is left of it: the example at hand speaks for itself
+        means = seen(means, 0.9, 1.0)
+    np.testing.assert_allclose(ratio(means), 1.0, rtol=1e-5)
 
 
 def test_one_batch_ratio_and_the_bounds_are_the_other_readings():
