@@ -2,6 +2,8 @@
 
     L = |x - D(z)| + LPIPS(x, D(z)) + w_kl KL(q(z|x), N(0, 1)) + a L_G(D(z)),   z ~ q(z|x) = N(mean, exp(logvar))
 
+Differences are means over the N values of an image, and the divergence, a sum over its latent, is divided by the same
+N, so that w_kl is to the differences what it is in the paper, where both are sums.
 The latents' mean and deviation are measured along the way, so that a later stage gets them with zero mean and unit
 variance whatever the weight of the divergence; no gradient passes there.
 """
@@ -9,6 +11,7 @@ variance whatever the weight of the divergence; no gradient passes there.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -31,7 +34,7 @@ class AutoencoderTrainingConfig(ReconstructionConfig):
 
     Attributes:
         autoencoder: the network.
-        kl: weight of the divergence of the latents from a standard normal distribution.
+        kl: weight w_kl of the divergence of a latent from a standard normal distribution, a sum over its elements.
     """
 
     autoencoder: AutoencoderConfig = AutoencoderConfig.preset("shapes")
@@ -67,8 +70,8 @@ class AutoencoderTraining(Reconstruction):
     def make(self, networks: Tree, drawn: Tree) -> tuple[jax.Array, dict[str, tuple[float, jax.Array]], Tree]:
         """The reconstruction, the divergence of the latents, and the latents."""
         made, mean, logvar = apply(self.autoencoder, networks[ROLE], drawn["image"], drawn["eps"])
-        own = {"kl": (self.config.kl, kl_to_standard_normal(mean, logvar))} if self.config.kl else {}
-        return made, own, mean
+        divergence = kl_to_standard_normal(mean, logvar) / math.prod(made.shape[1:])
+        return made, {"kl": (self.config.kl, divergence)} if self.config.kl else {}, mean
 
     def measure(self, params: Tree, found: Tree, step: jax.Array) -> Tree:
         """Takes mean and variance of the batch into those of the latents: all batches alike at first, then the last

@@ -141,6 +141,19 @@ def test_each_term_teaches_by_itself():
         assert norms["decoder"] > 1e-8 or name == "kl", "the divergence is the encoder's alone"
 
 
+def test_the_divergence_is_to_the_differences_what_it_is_in_sums_over_an_image():
+    """Rombach et al. add |x - D(z)| summed over an image and 1e-6 of the divergence summed over its latent."""
+    made = recipe(dataclasses.replace(OFF, l1=1.0), kl=1e-6)
+    networks = {**made.load_frozen(None), **started(made).players["model"].params}
+    drawn = jax.jit(made.draw)({}, batch(0), jax.random.key(1))
+    image, own, _ = jax.jit(made.make)(networks, drawn)
+    total, _ = made.task(networks, drawn, image, own)
+    _, mean, logvar = apply(made.autoencoder, networks["autoencoder"], drawn["image"], drawn["eps"])
+    divergence = jnp.sum(jnp.square(mean) + jnp.exp(logvar) - 1 - logvar) / 2
+    in_sums = (jnp.sum(jnp.abs(image - drawn["image"])) + 1e-6 * divergence) / len(image)
+    np.testing.assert_allclose(total * image[0].size, in_sums, rtol=1e-5)
+
+
 @functools.cache
 def pixels_alone():
     """A recipe of the absolute difference alone, and its compiled update."""
