@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from snapgen_jax.bookkeeping import as_json
+from snapgen_jax.bounds import at_least, check
 from snapgen_jax.chain_derive import function_of, taken
 from snapgen_jax.config import build_dataclass
 from snapgen_jax.config_file import read
@@ -105,6 +106,9 @@ class ChainConfig:
     per_category: int = 64
     categories: tuple[str, ...] = CATEGORIES
     examples: int = 512
+
+    def __post_init__(self) -> None:
+        check(self, examples=at_least(2))
 
 
 def load_chain(spec: str, overrides: Sequence[str] = ()) -> tuple[ChainConfig, dict[str, list[str]]]:

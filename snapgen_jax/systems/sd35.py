@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from snapgen_jax.bounds import FINITE, above, at_least, check
 from snapgen_jax.diffusion.guidance import with_guidance
 from snapgen_jax.diffusion.samplers import sample
 from snapgen_jax.diffusion.timesteps import shift_time
@@ -87,6 +88,9 @@ class SD35Config:
     t5_tokens: int = 256
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     mesh: MeshConfig = MeshConfig(data=1, fsdp=-1)
+
+    def __post_init__(self) -> None:
+        check(self, image_size=at_least(1), steps=at_least(1), guidance=FINITE, shift=above(0), t5_tokens=at_least(1))
 
 
 NetworkConfigs = dict[str, Any]

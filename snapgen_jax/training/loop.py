@@ -18,6 +18,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from snapgen_jax.bounds import SEED, at_least, check
 from snapgen_jax.evaluation.interfaces import EvaluationResult
 from snapgen_jax.parallel.chips import Roofline, chip_of_kind
 from snapgen_jax.parallel.mesh import MeshConfig, batch_sharding, check_batch, make_mesh, put_batch
@@ -43,8 +44,8 @@ class LoopConfig:
     """What the loop itself needs to know.
 
     Attributes:
-        seed: of everything random in the run.
-        train_steps: updates in the whole run.
+        seed: of everything random in the run, 0 to 2^31 - 1.
+        train_steps: updates in the whole run; 0 evaluates the first state and saves nothing.
         log_every_steps: cadence of the progress line and of writing metrics.
         max_skipped_steps: this many discarded updates in a row end the run.
         microbatches: gradient accumulation, for the check that the batch divides.
@@ -64,6 +65,11 @@ class LoopConfig:
     profile_steps: str = ""
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def __post_init__(self) -> None:
+        positive = at_least(1)
+        check(self, seed=SEED, train_steps=at_least(0), log_every_steps=positive, max_skipped_steps=positive)
+        check(self, microbatches=positive, stall_seconds=at_least(0))
 
 
 class DrawnBatch(Protocol):
