@@ -79,7 +79,13 @@ def build_parser() -> argparse.ArgumentParser:
     _generation(sample)
     sample.add_argument("--seed", type=int, default=0, help="of the noise")
     sample.add_argument("--decoder", help="a run of a tiny decoder, in place of the run's own; with --workdir")
-    sample.add_argument("--out", default="samples.png", help="PNG file to write (default: %(default)s)")
+    sample.add_argument("--precision", help="of a bundle's networks: f32 (the default), f16, or another that it has")
+    sample.add_argument(
+        "--out",
+        default="samples.png",
+        help="one sheet of all images; or a folder, with / at its end, or a name with {index} or %%03d for one file an "
+        "image; .png, .jpg, .jpeg or .webp (default: %(default)s)",
+    )
 
     evaluate = add("evaluate", _evaluate, "Score a trained run.")
     _workdir(evaluate)
@@ -423,23 +429,24 @@ def _show_config(options: argparse.Namespace) -> None:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    from snapgen_jax.evaluation.pictures import grid, png_bytes
+    from snapgen_jax.image_files import destination
 
     if options.overrides and not options.weights:
         raise ConfigError("--config overrides go with --weights; a run or a bundle is sampled as it was configured")
     if options.decoder and not options.workdir:
         raise ConfigError("--decoder goes with --workdir; a bundle holds the decoder that it was exported with")
+    if options.precision and not options.bundle:
+        raise ConfigError("--precision goes with --bundle; a run computes in the precision of its device")
     if not (options.prompt or options.condition):
         raise ConfigError("there is nothing to draw; give --prompt, or --condition where the run takes no prompts")
-    conditions = _conditions(options.condition)
+    conditions, where = _conditions(options.condition), destination(options.out)
     try:
         images = _draw(options, conditions)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    out = epath.Path(options.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(png_bytes(grid(images, options.prompt or _titles(conditions, len(images)))))
-    print(f"wrote {len(images)} image{'s' * (len(images) > 1)} of {images.shape[2]} x {images.shape[1]} px to {out}")
+    files = where.write(images, options.prompt or _titles(conditions, len(images)))
+    to = f"{files[0]}" if len(files) == 1 else f"{files[0]} ... {files[-1]}"
+    print(f"wrote {len(images)} image{'s' * (len(images) > 1)} of {images.shape[2]} x {images.shape[1]} px to {to}")
 
 
 def _conditions(assignments: Sequence[str]) -> dict[str, Any]:
@@ -469,7 +476,8 @@ def _draw(options: argparse.Namespace, conditions: dict[str, Any]) -> Any:
         from snapgen_jax.export.client import LiteRTGenerator
         from snapgen_jax.typed import Written
 
-        generator: Any = LiteRTGenerator(options.bundle)
+        precision = {"precision": options.precision} if options.precision else {}
+        generator: Any = LiteRTGenerator(options.bundle, **precision)
         chosen = {name: value.literal if isinstance(value, Written) else value for name, value in chosen.items()}
         if conditions:
             return _draw_bundle(generator, options, conditions, chosen)

@@ -100,6 +100,7 @@ MAY_IMPORT = {
     "in_memory": ["training"],
     "process": [],
     "quickstart": ["*"],
+    "image_files": ["evaluation.pictures", "training.exits", "training.files"],
     "bookkeeping": ["training.exits", "training.files"],
     "chain": [
         "bookkeeping",
