@@ -89,9 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = add("evaluate", _evaluate, "Score a trained run.")
     _workdir(evaluate)
-    evaluate.add_argument(
-        "--names", default="compositional", help="evaluators, separated by commas (default: %(default)s)"
-    )
+    evaluate.add_argument("--names", help="evaluators, separated by commas (default: those of the run's config)")
     evaluate.add_argument("--step", type=int, help="checkpoint (default: the newest)")
     _generation(evaluate)
     evaluate.add_argument("--decoder", help="a run of a tiny decoder, in place of the run's own")
@@ -514,9 +512,9 @@ def _draw_bundle(
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from snapgen_jax.scoring import evaluate
+    from snapgen_jax.scoring import configured, evaluate
 
-    names = options.names.split(",")
+    names = configured(options.workdir) if options.names is None else options.names.split(",")
     of_evaluators = _evaluator_options(options.set, names)
     numbers = evaluate(
         options.workdir,

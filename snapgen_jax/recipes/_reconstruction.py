@@ -106,7 +106,7 @@ class ReconstructionConfig:
     evaluation: EvaluationConfig = EvaluationConfig(during=("reconstruction",), final=("reconstruction",))
 
     def __post_init__(self) -> None:
-        check(self, batch_size=at_least(1), train_steps=at_least(0), ema_decay=SHARE)
+        check(self, batch_size=at_least(1), train_steps=at_least(1), ema_decay=SHARE)
 
 
 class Reconstruction:

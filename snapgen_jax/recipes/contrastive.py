@@ -65,7 +65,7 @@ class ContrastiveConfig:
     evaluation: EvaluationConfig = EvaluationConfig(during=("validation_loss",), final=("validation_loss",))
 
     def __post_init__(self) -> None:
-        check(self, batch_size=at_least(1), train_steps=at_least(0), ema_decay=SHARE)
+        check(self, batch_size=at_least(1), train_steps=at_least(1), ema_decay=SHARE)
 
 
 class Contrastive:

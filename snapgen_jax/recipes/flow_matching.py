@@ -97,7 +97,7 @@ class FlowMatchingConfig:
     sample_prompts: tuple[str, ...] = ("a red circle", "a blue square", "two green stars", "a ring above a cross")
 
     def __post_init__(self) -> None:
-        check(self, batch_size=at_least(1), microbatches=at_least(1), train_steps=at_least(0))
+        check(self, batch_size=at_least(1), microbatches=at_least(1), train_steps=at_least(1))
         check(self, loss_full_from=SHARE, ema_decay=SHARE)
 
 

@@ -45,7 +45,7 @@ class LoopConfig:
 
     Attributes:
         seed: of everything random in the run, 0 to 2^31 - 1.
-        train_steps: updates in the whole run; 0 evaluates the first state and saves nothing.
+        train_steps: updates in the whole run.
         log_every_steps: cadence of the progress line and of writing metrics.
         max_skipped_steps: this many discarded updates in a row end the run.
         microbatches: gradient accumulation, for the check that the batch divides.
@@ -68,7 +68,7 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         positive = at_least(1)
-        check(self, seed=SEED, train_steps=at_least(0), log_every_steps=positive, max_skipped_steps=positive)
+        check(self, seed=SEED, train_steps=at_least(1), log_every_steps=positive, max_skipped_steps=positive)
         check(self, microbatches=positive, stall_seconds=at_least(0))
 
 
