@@ -11,7 +11,6 @@ T5 may be missing, as in the reference: its states are zeros then, and long prom
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -42,6 +41,7 @@ from snapgen_jax.weights.loader import load
 from snapgen_jax.weights.maps import clip as clip_map
 from snapgen_jax.weights.maps import sd3_autoencoder, sd3_mmdit
 from snapgen_jax.weights.maps import t5 as t5_map
+from snapgen_jax.weights.published import read_config_file
 from snapgen_jax.weights.sources import source
 
 Tree = Any
@@ -124,10 +124,7 @@ def read_configs(folder: pathlib.Path) -> NetworkConfigs:
                 f"layout of its repository, with {', '.join(p.folder for p in PARTS.values())} and the tokenizers.\n"
                 f"{source(part.source).advice}"
             )
-        try:
-            configs[name] = part.maps.read_config(json.loads(file.read_text()))
-        except (ValueError, KeyError) as error:
-            raise WeightsError(f"{file}: {error}") from error
+        configs[name] = read_config_file(file, part.maps.read_config)
     return configs
 
 
