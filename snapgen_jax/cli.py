@@ -438,6 +438,8 @@ def _sample(options: argparse.Namespace) -> None:
     if not (options.prompt or options.condition):
         raise ConfigError("there is nothing to draw; give --prompt, or --condition where the run takes no prompts")
     conditions, where = _conditions(options.condition), destination(options.out)
+    if not options.bundle:
+        _say_compiling("the generator")
     try:
         images = _draw(options, conditions)
     except ValueError as error:
@@ -445,6 +447,11 @@ def _sample(options: argparse.Namespace) -> None:
     files = where.write(images, options.prompt or _titles(conditions, len(images)))
     to = f"{files[0]}" if len(files) == 1 else f"{files[0]} ... {files[-1]}"
     print(f"wrote {len(images)} image{'s' * (len(images) > 1)} of {images.shape[2]} x {images.shape[1]} px to {to}")
+
+
+def _say_compiling(what: str) -> None:
+    """Says on stderr what keeps the command silent for so long."""
+    print(f"compiling {what}; a large run takes minutes, the first time ...", file=sys.stderr, flush=True)
 
 
 def _conditions(assignments: Sequence[str]) -> dict[str, Any]:
@@ -516,6 +523,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     names = configured(options.workdir) if options.names is None else options.names.split(",")
     of_evaluators = _evaluator_options(options.set, names)
+    _say_compiling(f"what {', '.join(names)} {'needs' if len(names) == 1 else 'need'}")
     numbers = evaluate(
         options.workdir,
         names,
@@ -549,6 +557,7 @@ def _export(options: argparse.Namespace) -> None:
     from snapgen_jax.export.run import export_run
 
     out = options.out or str(epath.Path(options.workdir) / "export" / "bundle")
+    _say_compiling("the run's networks, converting them, and holding each file against JAX")
     report = export_run(options.workdir, out, backend=options.backend, decoder=options.decoder, gpu_check=options.gpu)
     print(json.dumps(report, indent=2))
 

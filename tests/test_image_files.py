@@ -53,7 +53,8 @@ def greys(folder):
 def test_a_folder_or_a_pattern_gets_one_file_an_image(drawn, out, files, said, tmp_path, capsys):
     assert sample(f"{tmp_path}/{out}" if out else tmp_path) == ExitCode.DONE
     assert greys(tmp_path) == dict(zip(files, (70, 140), strict=True))
-    told = capsys.readouterr().out
+    told, told_while_waiting = capsys.readouterr()
+    assert "compiling the generator; a large run takes minutes" in told_while_waiting
     assert f"wrote 2 images of {SIDE} x {SIDE} px to {tmp_path / files[0]} ... {tmp_path / files[1]}" in told
     assert said in told
 

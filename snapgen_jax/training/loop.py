@@ -26,6 +26,7 @@ from snapgen_jax.parallel.sharding import explain, summarize, tree_shardings
 from snapgen_jax.parallel.traffic import traffic
 from snapgen_jax.training import progress
 from snapgen_jax.training.checkpoint import CheckpointConfig, Checkpointer, complete_steps
+from snapgen_jax.training.compile_times import CompileTimes
 from snapgen_jax.training.exits import ConfigError, DamagedError, DivergedError, PreemptedError
 from snapgen_jax.training.files import write_whole
 from snapgen_jax.training.fingerprint import fingerprint
@@ -323,11 +324,14 @@ class Run:
                     "it is fixed within a workdir: restore it, or start in a new workdir"
                 )
 
-    def compile(self, state: TrainState, frozen: Tree) -> None:
+    def compile(self, state: TrainState, frozen: Tree, say: Callable[[str], None]) -> None:
         """Compiles the step for every bucket, before the first batch is drawn."""
+        path = None if self.workdir is None or not self.first else self.workdir / "metrics" / "compile.json"
+        times = CompileTimes(path)
         for bucket in self.specs:
-            lowered = lower_step(self.recipe, self.config.seed, self.mesh, self.shardings, state, frozen, bucket)
-            self._compiled[bucket] = lowered.compile()
+            with times.timed(bucket, say):
+                lowered = lower_step(self.recipe, self.config.seed, self.mesh, self.shardings, state, frozen, bucket)
+                self._compiled[bucket] = lowered.compile()
             self.rooflines[bucket] = roofline(self._compiled[bucket])
 
     def open_records(self, state: TrainState, step: int) -> None:
@@ -454,7 +458,7 @@ def train(
         run.open_records(state, start)
         with life.phase("compile"):
             if step < config.train_steps:
-                run.compile(state, frozen)
+                run.compile(state, frozen, say.line)
                 say.peaks(list(run.rooflines.values()))
             life.together("start")
         life.store(step)
@@ -488,8 +492,7 @@ def train(
                         if run.writer is not None and perf:
                             run.writer.perf(perf)
                         life.store(step)
-                        if line and not say.quiet:
-                            print(line, flush=True)
+                        say.line(line)
         finally:
             run.profiler.stop(state)
             progress.close(stream)
