@@ -1,6 +1,6 @@
-"""What a number of a config may be, said once beside the field: `check(self, every_steps=at_least(1))`.
+"""What a number or a text of a config may be, said once beside the field: `check(self, every_steps=at_least(1))`.
 
-A dataclass checks its fields in `__post_init__`, so that a number that nobody can mean is refused where it is given:
+A dataclass checks its fields in `__post_init__`, so that a value that nobody can mean is refused where it is given:
 before anything is compiled or written, and in a notebook too.
 """
 
@@ -95,6 +95,15 @@ def check(instance: Any, **bounds: Bounds) -> None:
             hint = f"; {allowed.hint}" if allowed.hint else ""
             each = " each" if isinstance(value, Sequence | Mapping) else ""
             raise FieldError(field, f"is {value}; give {allowed}{each}{hint}")
+
+
+def check_texts(instance: Any, *fields: str) -> None:
+    """Raises `FieldError` for the first of some fields that hold texts with half of a character in one of them, as a
+    command line leaves it that is not UTF-8: no tokenizer reads it."""
+    for field in fields:
+        for text in getattr(instance, field):
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise FieldError(field, f"holds {text!a}, which is no text: it was not UTF-8; write it in UTF-8")
 
 
 def _numbers(value: Any) -> Iterator[float]:

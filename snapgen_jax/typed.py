@@ -28,8 +28,10 @@ class Written(str):
     @property
     def literal(self) -> Any:
         """The Python literal that it spells, or else the text itself."""
+        # Half of a character cannot stand in the source of a literal, but its escape can.
+        source = self.encode("utf-8", "backslashreplace").decode()
         try:
-            return ast.literal_eval(self)
+            return ast.literal_eval(source)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             return str(self)
 

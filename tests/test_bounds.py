@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 
@@ -88,14 +89,10 @@ def test_a_number_that_nobody_can_mean_is_refused_by_the_name_of_its_key(overrid
 
 
 def test_zero_is_taken_where_it_has_a_meaning():
-    sections = {
-        "checkpoint": "keep_every_steps",
-        "evaluation": "every_steps",
-        "optimizer": "clip_norm",
-        "data": "workers",
-    }
-    config = load_config(QUICKSTART, [f"{section}.{name}=0" for section, name in sections.items()])
-    assert [config[section][name] for section, name in sections.items()] == [0, 0, 0, 0]
+    never = ["checkpoint.keep_every_steps", "evaluation.every_steps", "optimizer.clip_norm", "data.workers"]
+    config: Any = load_config(QUICKSTART, [f"{name}=0" for name in never])
+    assert config.checkpoint.keep_every_steps == config.evaluation.every_steps == config.data.workers == 0
+    assert config.optimizer.clip_norm == 0
 
 
 def test_a_config_file_may_say_nan_and_is_refused_too(tmp_path):
@@ -115,6 +112,20 @@ def test_the_command_ends_with_78_before_a_workdir_is_made(tmp_path, capsys):
     code = main(["train", f"--workdir={tmp_path / 'run'}", f"--config={QUICKSTART}", "--config.log_every_steps=0"])
     assert code == ExitCode.BAD_CONFIG and not (tmp_path / "run").exists()
     assert "config key 'log_every_steps' is 0; give 1 or more" in capsys.readouterr().err
+
+
+NOT_UTF_8 = r"holds 'a \\udcff', which is no text: it was not UTF-8; write it in UTF-8"
+
+
+def test_prompts_that_are_not_utf_8_are_refused_before_a_run_begins():
+    with pytest.raises(ConfigError, match=f"config key 'sample_prompts' {NOT_UTF_8}"):
+        load_config(QUICKSTART, ["sample_prompts=('a ring', 'a \udcff')"])
+
+
+@pytest.mark.parametrize("name", ["sample_grid", "clip_score", "diversity"])
+def test_prompts_of_an_evaluator_that_are_not_utf_8_are_refused(name):
+    with pytest.raises(ValueError, match=f"option of the evaluator '{name}' 'prompts' {NOT_UTF_8}"):
+        create(EvaluatorSpec(name, options={"prompts": ("a ring", "a \udcff")}))
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,13 @@ def test_a_prompt_that_is_not_utf_8_is_named(commands, tokenizing, capsys):
     assert r"'a \udcff' is no text" in capsys.readouterr().err
 
 
+def test_a_prompt_of_an_evaluator_that_is_not_utf_8_is_named(commands, asked, capsys):
+    arguments = [a.replace("'1'", "'a \udcff'") for a in commands["evaluate"]]
+    assert main(arguments) == ExitCode.BAD_CONFIG
+    said = capsys.readouterr().err
+    assert r"'prompts' holds 'a \udcff', which is no text" in said and "Traceback" not in said and not asked
+
+
 @pytest.mark.parametrize(
     ("command", "arguments", "expected"),
     [

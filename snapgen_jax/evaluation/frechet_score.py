@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from snapgen_jax.bounds import SEED, at_least, check
+from snapgen_jax.bounds import SEED, at_least, check, check_texts
 from snapgen_jax.evaluation.diversity import pairwise_distances
 from snapgen_jax.evaluation.features import image_features
 from snapgen_jax.evaluation.frechet import frechet_distance
@@ -104,6 +104,7 @@ class DiversityScore:
 
     def __post_init__(self) -> None:
         check(self, count=at_least(1), images=at_least(2), seed=SEED)
+        check_texts(self, "prompts")
 
     def __call__(self, generator: ImageGenerator, dataset: ValidationData | None = None) -> EvaluationResult:
         """Number `diversity.pairwise`: mean feature distance over pairs of images of a prompt, then over prompts; with

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from snapgen_jax.bounds import SHARE, at_least, check
+from snapgen_jax.bounds import SHARE, at_least, check, check_texts
 from snapgen_jax.diffusion.path import interpolate, velocity
 from snapgen_jax.diffusion.schedules import FlowSchedule, Level, Schedule
 from snapgen_jax.evaluation.interfaces import EvaluationConfig, EvaluatorSpec
@@ -99,6 +99,7 @@ class FlowMatchingConfig:
     def __post_init__(self) -> None:
         check(self, batch_size=at_least(1), microbatches=at_least(1), train_steps=at_least(1))
         check(self, loss_full_from=SHARE, ema_decay=SHARE)
+        check_texts(self, "sample_prompts")
 
 
 class Point(NamedTuple):
