@@ -116,6 +116,8 @@ MAY_IMPORT = {
     "chain_run": ["*"],
     "chain_table": ["chain"],
     "cli": ["*"],
+    "cli_parser": ["overrides", "training.exits"],
+    "cli_exit": ["data.errors", "parallel.hosts", "training.exits"],
     "__init__": ["*"],
 }
 
