@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from snapgen_jax.bookkeeping import as_json
+from snapgen_jax.bounds import at_least, check
 from snapgen_jax.chain_derive import function_of, taken
 from snapgen_jax.config import build_dataclass
 from snapgen_jax.config_file import read
@@ -106,6 +107,9 @@ class ChainConfig:
     categories: tuple[str, ...] = CATEGORIES
     examples: int = 512
 
+    def __post_init__(self) -> None:
+        check(self, examples=at_least(2))
+
 
 def load_chain(spec: str, overrides: Sequence[str] = ()) -> tuple[ChainConfig, dict[str, list[str]]]:
     """Reads a chain's config "path/to/file.py:arg".
@@ -142,6 +146,7 @@ def load_chain(spec: str, overrides: Sequence[str] = ()) -> tuple[ChainConfig, d
         if stage.derive:
             stages.append(_with_options(stage, of_stage.pop(stage.name)))
         else:
+            _refuse_filled(stage, of_stage[stage.name])
             stages.append(dataclasses.replace(stage, config=str(folder / stage.config)))
     return dataclasses.replace(chain, stages=tuple(stages)), of_stage
 
@@ -184,6 +189,20 @@ def _check(stage: StageConfig, earlier: Mapping[str, StageConfig]) -> None:
             ) from error
     if stage.derive:
         function_of(stage.name, stage.derive)
+
+
+def _refuse_filled(stage: StageConfig, overrides: Sequence[str]) -> None:
+    """Raises ConfigError for an override of what the chain itself fills in, or of the section that holds it."""
+    filled = {**{key: f"the workdir of {name}" for key, name in stage.earlier.items()}, **stage.filled}
+    for text in overrides:
+        path, _ = parse_override(text, f"--config.{stage.name}.")
+        for key, source in filled.items():
+            length = min(len(path), len(parts := key.split(".")))
+            if path[:length] == parts[:length]:
+                raise ConfigError(
+                    f"--config.{stage.name}.{text}: the chain fills {key!r} of stage {stage.name!r} with {source}; "
+                    "leave the override out, or take the key out of the stage's `earlier` or `filled`"
+                )
 
 
 def _with_options(stage: StageConfig, overrides: Sequence[str]) -> StageConfig:

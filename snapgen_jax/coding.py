@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import cast
@@ -18,6 +17,7 @@ from snapgen_jax.networks.module import Platform
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.weights.frozen import load_codec
 from snapgen_jax.weights.maps import sd3_autoencoder
+from snapgen_jax.weights.published import read_config_file
 
 
 def codec_of_run(workdir: epath.PathLike, decoder: epath.PathLike | None = None) -> Codec:
@@ -40,11 +40,10 @@ def codec_of_weights(folder: epath.PathLike) -> Codec:
     Raises:
         ConfigError: the folder holds none that we can read.
     """
-    file = pathlib.Path(folder) / "config.json"
     try:
-        network = sd3_autoencoder.read_config(json.loads(file.read_text()))
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{folder} is no folder of a published autoencoder: {error!r}") from error
+        network = read_config_file(pathlib.Path(folder) / "config.json", sd3_autoencoder.read_config)
+    except ValueError as error:
+        raise ConfigError(f"{folder} is no folder of a published autoencoder: {error}") from error
     config = CodecConfig("autoencoder", autoencoder=network, workdir=str(folder))
     codec = build_codec(config, cast(Platform, jax.default_backend()))
     return codec.bind(load_codec(config, codec))

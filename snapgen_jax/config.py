@@ -48,11 +48,6 @@ class ExperimentConfig(LoopConfig):
     data: DataConfig = DataConfig()
 
 
-def recipe_names() -> list[str]:
-    """The recipes there are: every public module under `snapgen_jax.recipes`."""
-    return _modules("snapgen_jax.recipes")
-
-
 def recipe_class(name: str) -> Any:
     """The class `RECIPE` of `snapgen_jax.recipes.<name>`; its attribute `Config` is its config dataclass.
 

@@ -13,8 +13,23 @@ from snapgen_jax.evaluation import registry
 from snapgen_jax.evaluation.interfaces import EvaluationResult, EvaluatorSpec
 from snapgen_jax.evaluation.pictures import png_bytes
 from snapgen_jax.experiment import Experiment, judge
-from snapgen_jax.generation import Generator, load, load_config
+from snapgen_jax.generation import Generator, load, load_config, load_recipe
 from snapgen_jax.training.exits import ConfigError
+
+
+def configured(workdir: epath.PathLike) -> list[str]:
+    """The evaluators of a run, by the names in its config.
+
+    Raises:
+        ConfigError: the folder is no workdir, or its config names none.
+    """
+    names = [spec.name for spec in load_recipe(workdir).evaluators()]
+    if not names:
+        raise ConfigError(
+            f"{workdir}: its config names no evaluators, in `evaluation.during` or `evaluation.final`; choose some by "
+            f"--names, of {', '.join(registry.EVALUATORS)}"
+        )
+    return names
 
 
 def evaluate(

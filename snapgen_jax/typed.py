@@ -19,6 +19,8 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from snapgen_jax.bounds import FieldError
+
 
 class Written(str):
     """A value as it stands on a command line; `coerce` makes of it what the field wants."""
@@ -26,8 +28,10 @@ class Written(str):
     @property
     def literal(self) -> Any:
         """The Python literal that it spells, or else the text itself."""
+        # Half of a character cannot stand in the source of a literal, but its escape can.
+        source = self.encode("utf-8", "backslashreplace").decode()
         try:
-            return ast.literal_eval(self)
+            return ast.literal_eval(source)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             return str(self)
 
@@ -85,6 +89,9 @@ def build(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
         arguments[name] = coerce(value, hints[name], where, default=defaults[name])
     try:
         return cls(**arguments) if base is None else dataclasses.replace(base, **arguments)
+    except FieldError as error:
+        where = f"{path}.{error.field}" if path else error.field
+        raise ValueError(f"config key {where!r} {error.reason}") from error
     except (ValueError, TypeError) as error:
         raise ValueError(f"config section {path or 'top level'!r}: {error}") from error
 

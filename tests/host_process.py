@@ -14,7 +14,7 @@ import time
 import jax
 import numpy as np
 
-from snapgen_jax.cli import run_to_exit_code
+from snapgen_jax.cli_exit import run_to_exit_code
 from snapgen_jax.evaluation.interfaces import EvaluationResult
 from snapgen_jax.parallel import hosts
 from snapgen_jax.parallel.mesh import MeshConfig

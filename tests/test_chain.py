@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import re
 import shutil
 import types
 
@@ -52,6 +53,26 @@ def test_what_is_not_in_the_chain_is_refused_by_name(tmp_path):
         load_chain(str(bad))
     with pytest.raises(ConfigError, match="snapgen chain"):
         load_config(f"{SHAPES}/chain.py")
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "source"),
+    [
+        ("init_from=/runs/other", "init_from", "the workdir of a"),
+        ("network.depth=2", "network.depth", "search.depth"),
+        ("network.depth.x=2", "network.depth", "search.depth"),
+        ("network={'depth': 2}", "network.depth", "search.depth"),
+    ],
+)
+def test_an_override_of_what_the_chain_fills_in_is_refused_with_both(override, key, source, tmp_path):
+    search = {"name": "search", "derive": "tests.derive_for_tests:count", "example": {"depth": 2}}
+    filled = {"earlier": {"init_from": "a"}, "filled": {"network.depth": "search.depth"}}
+    stages = [{"name": "a", "config": "a.py"}, search, {"name": "b", "config": "b.py", **filled}]
+    said = f"--config.b.{override}: the chain fills {key!r} of stage 'b' with {source}; leave the override out"
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load(tmp_path, *stages, overrides=[f"b.{override}"])
+    others = ["network.width=3", "train_steps=2", "init=1"]
+    assert load(tmp_path, *stages, overrides=[f"b.{other}" for other in others])[1]["b"] == others
 
 
 def test_the_table_sets_a_row_beside_the_one_it_is_to_better():

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from snapgen_jax import generation
-from snapgen_jax.cli import main
+from snapgen_jax.cli import COMMANDS, main
 from snapgen_jax.config import load_config
 from snapgen_jax.data.tokenizer import train
 from snapgen_jax.evaluation.frechet_score import DiversityScore, FrechetScore
@@ -51,6 +51,13 @@ def test_a_prompt_that_is_not_utf_8_is_named(commands, tokenizing, capsys):
     assert r"'a \udcff' is no text" in capsys.readouterr().err
 
 
+def test_a_prompt_of_an_evaluator_that_is_not_utf_8_is_named(commands, asked, capsys):
+    arguments = [a.replace("'1'", "'a \udcff'") for a in commands["evaluate"]]
+    assert main(arguments) == ExitCode.BAD_CONFIG
+    said = capsys.readouterr().err
+    assert r"'prompts' holds 'a \udcff', which is no text" in said and "Traceback" not in said and not asked
+
+
 @pytest.mark.parametrize(
     ("command", "arguments", "expected"),
     [
@@ -63,7 +70,7 @@ def test_a_prompt_that_is_not_utf_8_is_named(commands, tokenizing, capsys):
 def test_home_is_put_in_place_of_its_sign_in_every_flag(command, arguments, expected, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     given = {}
-    monkeypatch.setattr(f"snapgen_jax.cli._{command}", lambda options: given.update(vars(options)))
+    monkeypatch.setitem(COMMANDS, command, lambda options: given.update(vars(options)))
     assert main([command, *arguments]) == ExitCode.DONE
     assert {name: given[name] for name in expected} == expected
 

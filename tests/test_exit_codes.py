@@ -5,8 +5,7 @@ import os
 
 import pytest
 
-from snapgen_jax import cli
-from snapgen_jax.cli import main
+from snapgen_jax.cli import COMMANDS, main
 from snapgen_jax.training.exits import ExitCode
 
 QUICKSTART = "--config=configs/shapes/quickstart.py:runlocal"
@@ -64,6 +63,6 @@ def test_only_what_is_wrong_with_a_given_path_is_78(number, name, code, tmp_path
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
     workdir = tmp_path / "run" if name and "run" in name else tmp_path
-    monkeypatch.setattr(cli, "_status", fail)
+    monkeypatch.setitem(COMMANDS, "status", fail)
     assert main(["status", f"--workdir={workdir}"]) == code
     assert ("Traceback" in capsys.readouterr().err) == (code == ExitCode.INFRASTRUCTURE)

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from snapgen_jax.chain import load_chain
-from snapgen_jax.cli import build_parser, split_overrides
+from snapgen_jax.cli_parser import build_parser, split_overrides
 from snapgen_jax.config import load_config
 from snapgen_jax.recipes.flow_matching import SamplingConfig
 from snapgen_jax.training.exits import ExitCode

@@ -70,6 +70,26 @@ def test_numbers_of_a_validation_split_that_repeats_training_say_so(evaluate) ->
     assert code == ExitCode.DONE and "validation.held_out" not in numbers and "NOT HELD OUT" not in said
 
 
+def test_without_names_the_evaluators_of_the_runs_own_config_are_asked(evaluate) -> None:
+    own = {"evaluation.during": "('sample_grid',)", "evaluation.final": "('diversity', 'sample_grid')"}
+    code, numbers, _ = evaluate(40, "--set=diversity.images=2", **own)
+    assert code == ExitCode.DONE
+    assert set(numbers) == {f"diversity.pairwise{end}" for end in ("", ".low", ".high")}, "and no score of shapes"
+
+
+def test_an_option_of_an_evaluator_that_the_run_does_not_have_names_those_it_has(evaluate) -> None:
+    own = {"evaluation.during": "()", "evaluation.final": "('diversity', 'sample_grid')"}
+    code, numbers, said = evaluate(6, "--set=frechet.examples=20", **own)
+    assert code == ExitCode.BAD_CONFIG and not numbers
+    assert "'frechet' is not among --names=diversity,sample_grid" in said
+
+
+def test_a_run_without_evaluators_is_told_to_choose_some(evaluate) -> None:
+    code, numbers, said = evaluate(6, **{"evaluation.during": "()", "evaluation.final": "()"})
+    assert code == ExitCode.BAD_CONFIG and not numbers
+    assert "its config names no evaluators" in said and "by --names, of validation_loss, sample_grid" in said
+
+
 def test_evaluators_that_read_no_example_say_nothing_of_the_split(evaluate) -> None:
     prompts = "--set=diversity.prompts=('a star',)"
     code, numbers, said = evaluate(5, "--names=diversity", prompts)

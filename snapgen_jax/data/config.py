@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
+from snapgen_jax.bounds import SHARE, at_least, below, check
 from snapgen_jax.data.shapes_grammar import ShapesConfig
 
 Split = Literal["train", "validation"]
@@ -69,3 +70,7 @@ class DataConfig:
     prefetch: int = 2
     max_unreadable_share: float = 0.01
     shapes: ShapesConfig = dataclasses.field(default_factory=ShapesConfig)
+
+    def __post_init__(self) -> None:
+        check(self, validation_share=below(1), vocab_size=at_least(1), workers=at_least(0), threads=at_least(1))
+        check(self, prefetch=at_least(1), max_unreadable_share=SHARE)

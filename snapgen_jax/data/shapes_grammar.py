@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from snapgen_jax.bounds import SHARE, at_least, check, within
 from snapgen_jax.data.shapes import (
     BACKGROUND,
     COLOURS,
@@ -46,6 +47,12 @@ class CategoryShares:
     binding: float = 0.14
     mixed: float = 0.14
 
+    def __post_init__(self) -> None:
+        shares = dataclasses.asdict(self)
+        check(self, **dict.fromkeys(shares, at_least(0)))
+        if not any(shares.values()):
+            raise ValueError("no category has a share; give one of them at least a number above 0")
+
 
 @dataclasses.dataclass(frozen=True)
 class ShapesConfig:
@@ -71,6 +78,10 @@ class ShapesConfig:
     relation_colours: float = 0.5
     captions: Literal["phrases", "layout"] = "phrases"
     dense_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        check(self, size=within(32, 256), train_examples=at_least(1), validation_examples=at_least(1))
+        check(self, background=within(0, 255), relation_colours=SHARE, dense_share=SHARE)
 
 
 # --- drawing a scene -------------------------------------------------------------------------------------------------

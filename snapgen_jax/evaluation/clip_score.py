@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from snapgen_jax.bounds import SEED, at_least, check, check_texts
 from snapgen_jax.evaluation.interfaces import EvaluationResult, Generator, ImageGenerator, ValidationData
 from snapgen_jax.evaluation.outputs import draw, read_images
 from snapgen_jax.evaluation.requests import requests
@@ -34,6 +35,10 @@ class ClipScore:
     seed: int = 0
     output: str = "image"
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check(self, count=at_least(1), seed=SEED)
+        check_texts(self, "prompts")
 
     def __call__(self, generator: ImageGenerator, dataset: ValidationData | None = None) -> EvaluationResult:
         """Numbers `clip.score`, and `clip.chance`: the same with each image beside the prompt of the next.

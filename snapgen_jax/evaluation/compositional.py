@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from snapgen_jax.bounds import SEED, check
 from snapgen_jax.data.prompts import CATEGORIES, Prompt, make_prompts
 from snapgen_jax.evaluation.detector import detect
 from snapgen_jax.evaluation.detector_validation import validate_detector
@@ -62,6 +63,7 @@ class CompositionalScore:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check(self, seed=SEED)
         if not 2 <= self.per_category <= PER_CATEGORY or self.per_category % 2:
             raise ValueError(f"per_category is {self.per_category}; choose an even number from 2 to {PER_CATEGORY}")
         if not self.categories or not set(self.categories) <= set(CATEGORIES):

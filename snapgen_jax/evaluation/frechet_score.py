@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from snapgen_jax.bounds import SEED, at_least, check, check_texts
 from snapgen_jax.evaluation.diversity import pairwise_distances
 from snapgen_jax.evaluation.features import image_features
 from snapgen_jax.evaluation.frechet import frechet_distance
@@ -37,6 +38,9 @@ class FrechetScore:
     output: str = "image"
     reference: str = "image"
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check(self, examples=at_least(2), seed=SEED)
 
     def __call__(self, generator: ImageGenerator, dataset: ValidationData | None = None) -> EvaluationResult:
         """Numbers `frechet.distance`, and `frechet.real`: what real images in place of the generated ones would score.
@@ -97,6 +101,10 @@ class DiversityScore:
     seed: int = 0
     output: str = "image"
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check(self, count=at_least(1), images=at_least(2), seed=SEED)
+        check_texts(self, "prompts")
 
     def __call__(self, generator: ImageGenerator, dataset: ValidationData | None = None) -> EvaluationResult:
         """Number `diversity.pairwise`: mean feature distance over pairs of images of a prompt, then over prompts; with

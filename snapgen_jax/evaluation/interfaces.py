@@ -1,4 +1,5 @@
-"""What recipes and the loop know about evaluation: names, cadence and results. Imports nothing of ours."""
+"""What recipes and the loop know about evaluation: names, cadence and results. Imports nothing of ours
+but the bounds of numbers."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+
+from snapgen_jax.bounds import at_least, check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,9 @@ class EvaluationConfig:
     every_steps: int = 1000
     during: tuple[str, ...] = ("validation_loss", "sample_grid")
     final: tuple[str, ...] = ("validation_loss", "sample_grid")
+
+    def __post_init__(self) -> None:
+        check(self, every_steps=at_least(0))
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -6,7 +6,9 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from snapgen_jax.evaluation.fonts import Font, legible
 
 PAPER, INK = (250, 250, 250), (60, 60, 67)
 PASSED, FAILED = (22, 152, 92), (214, 64, 69)
@@ -91,7 +93,8 @@ def grid(
 
     Args:
         images: `uint8 [N, H, W, 3]`, drawn larger by a whole factor until a side has `least_pixels`.
-        captions: N texts, wrapped to the width of an image and cut after four lines; or none.
+        captions: N texts, wrapped to the width of an image and cut after four lines; or none. Characters that no font
+            on this machine shows are spelt in others, see `fonts.legible`.
         passed: N verdicts; or none.
 
     Returns:
@@ -108,8 +111,8 @@ def grid(
             raise ValueError(f"{count} images came with {len(items)} {name}; give one for each image, or none")
     large = [enlarge(image, least_pixels) for image in images]
     height, width = large[0].shape[:2]
-    font = ImageFont.load_default(size=FONT_SIZE)
-    lines = [_wrap(caption, font, width) for caption in captions] or [[]] * count
+    texts = [legible(caption, FONT_SIZE) for caption in captions]
+    lines = [_wrap(text, font, width) for text, font in texts] or [[]] * count
 
     columns = min(columns, count)
     rows = [range(start, min(start + columns, count)) for start in range(0, count, columns)]
@@ -128,14 +131,15 @@ def grid(
             canvas.paste(Image.fromarray(large[n]), (left + frame, top + frame))
             for number, line in enumerate(lines[n]):
                 below = top + height + 2 * frame + 2 + number * LINE_HEIGHT
-                draw.text((left + frame, below), line, fill=INK, font=font)
+                draw.text((left + frame, below), line, fill=INK, font=texts[n][1])
         top += row_height
     return np.asarray(canvas)
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+def _wrap(text: str, font: Font, width: int) -> list[str]:
     lines = [""]
-    for word in text.split():
+    words = [part for word in text.split() for part in _parts(word, font, width)]
+    for word in words:
         longer = f"{lines[-1]} {word}".strip()
         if lines[-1] and font.getlength(longer) > width:
             lines.append(word)
@@ -144,3 +148,13 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: 
     if len(lines) > MOST_LINES:
         lines = [*lines[: MOST_LINES - 1], lines[MOST_LINES - 1] + " ..."]
     return lines
+
+
+def _parts(word: str, font: Font, width: int) -> list[str]:
+    """A word in parts that fit into a line: of Chinese, or an address, whole captions are one word."""
+    parts = [""]
+    for letter in word:
+        if parts[-1] and font.getlength(parts[-1] + letter) > width:
+            parts.append("")
+        parts[-1] += letter
+    return parts

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from snapgen_jax.bounds import at_least, check
 from snapgen_jax.evaluation.features import image_features
 from snapgen_jax.evaluation.frechet import frechet_distance
 from snapgen_jax.evaluation.interfaces import EvaluationResult, ValidationData
@@ -36,6 +37,9 @@ class Reconstruction:
     function: Callable[[Tree, Tree, Tree, jax.Array], dict[str, jax.Array]]
     examples: int = 128
     shown: int = 8
+
+    def __post_init__(self) -> None:
+        check(self, examples=at_least(2), shown=at_least(1))
 
     def __call__(self, generator: Any, dataset: ValidationData | None = None) -> EvaluationResult:
         """Numbers `reconstruction.<decoder>.<measure>` as `compare` gives them, `.lpips` where the function does, and

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import typing
 
+from snapgen_jax.bounds import FieldError
 from snapgen_jax.evaluation.interfaces import Evaluator, EvaluatorSpec
 from snapgen_jax.typed import closest, coerce
 
@@ -45,4 +46,7 @@ def create(spec: EvaluatorSpec) -> Evaluator:
         )
     if spec.function is not None and not takes_function:
         raise ValueError(f"the evaluator {spec.name!r} takes no function; remove EvaluatorSpec.function")
-    return evaluator(**options, **({"function": spec.function} if takes_function else {}))
+    try:
+        return evaluator(**options, **({"function": spec.function} if takes_function else {}))
+    except FieldError as error:
+        raise ValueError(f"{what} {error.field!r} {error.reason}") from error

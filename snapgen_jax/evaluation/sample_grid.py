@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from snapgen_jax.bounds import SEED, at_least, check, check_texts
 from snapgen_jax.evaluation.interfaces import EvaluationResult, ImageGenerator, ValidationData
 from snapgen_jax.evaluation.outputs import described, draw, read
 from snapgen_jax.evaluation.pictures import as_pictures, grid
@@ -32,6 +33,10 @@ class SampleGrid:
     columns: int = 8
     output: str = "image"
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check(self, count=at_least(1), seed=SEED, columns=at_least(1))
+        check_texts(self, "prompts")
 
     def __call__(self, generator: ImageGenerator, dataset: ValidationData | None = None) -> EvaluationResult:
         """The picture `samples`; no number.

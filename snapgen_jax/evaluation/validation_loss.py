@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from snapgen_jax.bounds import SEED, at_least, check
 from snapgen_jax.evaluation.interfaces import EvaluationResult, ValidationData
 
 Tree = Any
@@ -32,6 +33,9 @@ class ValidationLoss:
     function: Callable[[Tree, Tree, Tree, jax.Array], dict[str, jax.Array]]
     batches: int = 8
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check(self, batches=at_least(1), seed=SEED)
 
     def __call__(self, generator: Any, dataset: ValidationData | None = None) -> EvaluationResult:
         """Numbers `validation_loss.<name>`.

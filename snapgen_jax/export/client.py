@@ -76,7 +76,8 @@ class Bundle:
     def sampler(self, precision: str = "f32", num_threads: int | None = None) -> Sampler:
         """Loads the units of one precision into LiteRT."""
         if precision not in self.manifest["precisions"]:
-            raise BundleError(f"no precision {precision!r} in this bundle; it has {self.manifest['precisions']}")
+            known = ", ".join(self.manifest["precisions"])
+            raise BundleError(f"no precision {precision!r} in this bundle; it has {known}")
         described = self.manifest["units"]
         units = {
             name: litert_unit(self.file(unit["files"][precision]), unit["signature"], num_threads)

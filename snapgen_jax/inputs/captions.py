@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from snapgen_jax.bounds import SHARE, at_least, check
 from snapgen_jax.diffusion.guidance import draw_kept, keep
 from snapgen_jax.inputs._export import text_unit
 from snapgen_jax.inputs._images import ImageCodec, OfImages, Size, image_specs
@@ -48,6 +49,9 @@ class CaptionsConfig:
     text_workdir: str = ""
     codec: CodecConfig = CodecConfig()
     caption_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        check(self, image_sizes=at_least(1), caption_dropout=SHARE)
 
     def build(self, batch_size: int, platform: Platform) -> Captions:
         """Raises `ValueError` where an image size does not divide as the codec needs."""

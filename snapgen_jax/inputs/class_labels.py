@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from snapgen_jax.bounds import SHARE, at_least, check
 from snapgen_jax.diffusion.guidance import draw_kept, keep
 from snapgen_jax.inputs._export import label_unit
 from snapgen_jax.inputs._images import ImageCodec, OfImages, Size, image_specs
@@ -41,6 +42,9 @@ class ClassLabelsConfig:
     codec: CodecConfig = CodecConfig()
     label: LabelEmbeddingConfig = LabelEmbeddingConfig()
     label_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        check(self, image_sizes=at_least(1), label_dropout=SHARE)
 
     def build(self, batch_size: int, platform: Platform) -> ClassLabels:
         """Raises `ValueError` where an image size does not divide as the codec needs."""

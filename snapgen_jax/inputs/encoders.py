@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from snapgen_jax.bounds import SHARE, at_least, check
 from snapgen_jax.inputs._images import ImageCodec, OfImages, Size, image_specs
 from snapgen_jax.inputs.interfaces import Networks, TokenizerSpec, Tree, is_kept
 from snapgen_jax.networks.autoencoder import AutoencoderConfig
@@ -68,6 +69,9 @@ class EncodersConfig:
     conditioner: ConditionerConfig = ConditionerConfig.preset("t2i")
     encoder_dropout: float = 0.464
     stand_ins: bool = False
+
+    def __post_init__(self) -> None:
+        check(self, image_sizes=at_least(1), language_tokens=at_least(1), encoder_dropout=SHARE)
 
     def build(self, batch_size: int, platform: Platform) -> Encoders:
         """Raises `ValueError` where the widths of the networks do not fit each other, or an image size the codec."""

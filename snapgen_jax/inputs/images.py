@@ -9,6 +9,7 @@ from typing import Literal
 import jax
 from jax.sharding import Mesh
 
+from snapgen_jax.bounds import at_least, check
 from snapgen_jax.inputs._images import ImageCodec, OfImages, Size, image_specs
 from snapgen_jax.inputs.interfaces import Networks, TokenizerSpec, Tree
 from snapgen_jax.networks.codec import CodecConfig
@@ -29,6 +30,9 @@ class ImagesConfig:
     kind: Literal["images"] = "images"
     image_sizes: tuple[Size, ...] = ((32, 32),)
     codec: CodecConfig = CodecConfig("identity", scale=1.0, shift=0.0)
+
+    def __post_init__(self) -> None:
+        check(self, image_sizes=at_least(1))
 
     def build(self, batch_size: int, platform: Platform) -> Images:
         """Raises `ValueError` where an image size does not divide as the codec needs."""

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from snapgen_jax.bounds import SHARE, at_least, check
 from snapgen_jax.diffusion.guidance import draw_kept, keep
 from snapgen_jax.inputs._images import Size, bucket_name
 from snapgen_jax.inputs.interfaces import Networks, TokenizerSpec, Tree, is_kept
@@ -50,6 +51,11 @@ class StoredConfig:
     pooled_width: int = 2048
     caption_dropout: float = 0.1
     prefix: str = ""
+
+    def __post_init__(self) -> None:
+        positive = at_least(1)
+        check(self, image_sizes=positive, reduction=positive, latent_channels=at_least(0), context_tokens=positive)
+        check(self, context_width=positive, pooled_width=positive, caption_dropout=SHARE)
 
     def build(self, batch_size: int, platform: Platform) -> Stored:
         """Raises `ValueError` where an image size does not divide by `reduction`."""

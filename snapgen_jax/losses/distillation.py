@@ -18,6 +18,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from snapgen_jax.bounds import FINITE, above, at_least, below, check
+
 Losses = Mapping[str, jax.Array]
 Means = dict[str, dict[str, jax.Array]]
 TASK = "task"
@@ -52,6 +54,9 @@ class ScalingConfig:
     terms: Literal["one", "each"] = "one"
     bins: int = 32
     decay: float = 0.99
+
+    def __post_init__(self) -> None:
+        check(self, constant=FINITE, alpha_bounds=FINITE, ratio_bounds=above(0), bins=at_least(1), decay=below(1))
 
 
 def task_share(t: jax.Array, config: ScalingConfig) -> jax.Array:

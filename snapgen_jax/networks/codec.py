@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from snapgen_jax.bounds import FINITE, above, at_least, check
 from snapgen_jax.networks.autoencoder import AutoencoderCodec, AutoencoderConfig
 from snapgen_jax.networks.module import Network, Platform, Tree, build, for_platform
 from snapgen_jax.networks.sizes import height_width
@@ -91,6 +92,7 @@ class CodecConfig:
 
     def __post_init__(self) -> None:
         """Raises `ValueError` where weights are named that the kind does not read."""
+        check(self, patch=at_least(1), scale=above(0), shift=FINITE, frequency_scale=above(0))
         kind, decoder = ("kind", "autoencoder"), ("decoder", "tiny")
         for name, wanted in {"workdir": (kind,), "decoder_workdir": (kind, decoder)}.items():
             unread = [(key, value) for key, value in wanted if getattr(self, key) != value]

@@ -11,6 +11,8 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from snapgen_jax.bounds import at_least, check
+
 Tree = Any
 BATCH_AXES = ("data", "fsdp")
 AXES = (*BATCH_AXES, "tensor")
@@ -32,6 +34,9 @@ class MeshConfig:
     fsdp: int = 1
     tensor: int = 1
     slices: int = 1
+
+    def __post_init__(self) -> None:
+        check(self, slices=at_least(1))
 
     PRESETS: ClassVar[dict[str, dict[str, int]]] = {
         "data": {},

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
+from snapgen_jax.bounds import SHARE, at_least, check
 from snapgen_jax.evaluation.interfaces import EvaluationConfig, EvaluatorSpec
 from snapgen_jax.inputs.images import ImagesConfig
 from snapgen_jax.inputs.interfaces import TokenizerSpec
@@ -68,6 +69,10 @@ class ReconstructionLoss:
     adversarial_from_steps: int = 0
     balance: Literal["adaptive", "none"] = "adaptive"
 
+    def __post_init__(self) -> None:
+        weight = at_least(0)
+        check(self, l1=weight, l2=weight, perceptual=weight, adversarial=weight, adversarial_from_steps=at_least(0))
+
 
 @dataclasses.dataclass(frozen=True)
 class ReconstructionConfig:
@@ -98,6 +103,9 @@ class ReconstructionConfig:
     discriminator_optimizer: OptimizerConfig = OptimizerConfig(b1=0.5)
     ema_decay: float = 0.999
     evaluation: EvaluationConfig = EvaluationConfig(during=("reconstruction",), final=("reconstruction",))
+
+    def __post_init__(self) -> None:
+        check(self, batch_size=at_least(1), train_steps=at_least(1), ema_decay=SHARE)
 
 
 class Reconstruction:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from snapgen_jax.bounds import FINITE, above, at_least, check
 from snapgen_jax.diffusion.guidance import with_guidance
 from snapgen_jax.diffusion.noise import standard_normal
 from snapgen_jax.diffusion.samplers import Method, sample
@@ -40,9 +41,8 @@ class SamplingConfig:
     shift: float = 1.0
     image_size: tuple[int, int] | None = None
 
-    def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"steps={self.steps}; a sample needs at least one step")
+    def __post_init__(self) -> None:
+        check(self, steps=at_least(1), guidance=FINITE, shift=above(0), image_size=at_least(1))
 
 
 def check_sampling(schedule: Schedule, options: SamplingConfig) -> None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
+from snapgen_jax.bounds import FINITE, at_least, check
 from snapgen_jax.diffusion.guidance import guided
 from snapgen_jax.diffusion.path import expand_like, interpolate
 from snapgen_jax.diffusion.samplers import sample
@@ -64,6 +65,9 @@ class TeacherConfig:
     guidance: float = 1.0
     rollout_steps: int = 1
 
+    def __post_init__(self) -> None:
+        check(self, guidance=FINITE, rollout_steps=at_least(1))
+
 
 class Teacher:
     """A teacher beside a student."""
@@ -97,8 +101,6 @@ class Teacher:
             raise ConfigError(
                 f"teacher.weights holds an MMDiT alone, and no {roles}; let teacher.inputs name a run of it"
             )
-        if config.rollout_steps < 1:
-            raise ConfigError(f"teacher.rollout_steps={config.rollout_steps}; give 1, or more to follow its flow")
         if config.inputs is None and "latent" in config.takes:
             raise ConfigError(
                 "teacher.takes names latents, and there are no teacher.inputs to take them from; set them"

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from snapgen_jax.bounds import FINITE, above, at_least, check
 from snapgen_jax.diffusion.path import expand_like, interpolate, velocity, x0_from_velocity
 from snapgen_jax.diffusion.schedules import Level
 from snapgen_jax.inputs.interfaces import prefixed
@@ -86,6 +87,11 @@ class AdversarialConfig(DistillationConfig):
     critic_weight: float = 0.0
     feature_weight: float = 0.0
     sampling: SamplingConfig = SamplingConfig(steps=4, guidance=1.0, method="renoise", shift=3.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, adversarial_weight=at_least(0), penalty_weight=at_least(0), critic_weight=at_least(0))
+        check(self, noise_mean=FINITE, noise_std=above(0))
 
 
 class Adversarial(Distillation):

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from snapgen_jax.bounds import at_least, check
 from snapgen_jax.losses.gaussian import kl_to_standard_normal
 from snapgen_jax.networks.autoencoder import AutoencoderCodec, AutoencoderConfig
 from snapgen_jax.networks.codec import from_uint8
@@ -40,6 +41,10 @@ class AutoencoderTrainingConfig(ReconstructionConfig):
     autoencoder: AutoencoderConfig = AutoencoderConfig.preset("shapes")
     kl: float = 1e-6
     loss: ReconstructionLoss = ReconstructionLoss(l1=1.0, l2=0.0, adversarial=0.5)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, kl=at_least(0))
 
 
 class AutoencoderTraining(Reconstruction):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from snapgen_jax.bounds import SHARE, at_least, check
 from snapgen_jax.evaluation.interfaces import EvaluationConfig, EvaluatorSpec
 from snapgen_jax.inputs.captions import CaptionsConfig
 from snapgen_jax.inputs.interfaces import TokenizerSpec
@@ -61,6 +62,9 @@ class ContrastiveConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     ema_decay: float = 0.999
     evaluation: EvaluationConfig = EvaluationConfig(during=("validation_loss",), final=("validation_loss",))
+
+    def __post_init__(self) -> None:
+        check(self, batch_size=at_least(1), train_steps=at_least(1), ema_decay=SHARE)
 
 
 class Contrastive:

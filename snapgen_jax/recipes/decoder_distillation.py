@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from snapgen_jax.bounds import SHARE, at_least, check
 from snapgen_jax.inputs.images import ImagesConfig
 from snapgen_jax.inputs.interfaces import TokenizerSpec, prefixed, subtree
 from snapgen_jax.networks.codec import CodecConfig, build_codec, from_uint8
@@ -56,6 +57,10 @@ class DecoderDistillationConfig(ReconstructionConfig):
     generator_workdir: str = ""
     generator: FlowMatchingConfig = FlowMatchingConfig()
     generated_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, crop=at_least(0), generated_share=SHARE)
 
 
 class DecoderDistillation(Reconstruction):

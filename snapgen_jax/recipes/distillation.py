@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from snapgen_jax.bounds import at_least, check
 from snapgen_jax.diffusion.path import interpolate, velocity
 from snapgen_jax.inputs.interfaces import TokenizerSpec
 from snapgen_jax.losses.distillation import (
@@ -72,6 +73,11 @@ class DistillationConfig(FlowMatchingConfig):
     scaling: ScalingConfig = ScalingConfig()
     shard_student: bool = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        weight = at_least(0, "less leads away from the teacher")
+        check(self, output_weight=weight, feature_weight=weight, projector_hidden=at_least(1))
+
 
 class Distillation(FlowMatching):
     """See the top of this file. Implements `training.recipe.Recipe`."""
@@ -100,11 +106,6 @@ class Distillation(FlowMatching):
 
     def _check(self) -> None:
         config: DistillationConfig = self.config
-        if config.output_weight < 0 or config.feature_weight < 0:
-            raise ConfigError(
-                f"output_weight={config.output_weight} and feature_weight={config.feature_weight}; give 0 or more, "
-                "since less leads away from the teacher"
-            )
         if config.output_weight and self.teacher.has_own_latents:
             raise ConfigError(
                 "the teacher has latents of its own, so that velocities cannot be compared; set output_weight=0 and "

@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
+from snapgen_jax.bounds import SHARE, at_least, check, check_texts
 from snapgen_jax.diffusion.path import interpolate, velocity
 from snapgen_jax.diffusion.schedules import FlowSchedule, Level, Schedule
 from snapgen_jax.evaluation.interfaces import EvaluationConfig, EvaluatorSpec
@@ -93,6 +94,11 @@ class FlowMatchingConfig:
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     sample_prompts: tuple[str, ...] = ("a red circle", "a blue square", "two green stars", "a ring above a cross")
+
+    def __post_init__(self) -> None:
+        check(self, batch_size=at_least(1), microbatches=at_least(1), train_steps=at_least(1))
+        check(self, loss_full_from=SHARE, ema_decay=SHARE)
+        check_texts(self, "sample_prompts")
 
 
 class Point(NamedTuple):

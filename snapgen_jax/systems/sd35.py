@@ -11,7 +11,6 @@ T5 may be missing, as in the reference: its states are zeros then, and long prom
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from snapgen_jax.bounds import FINITE, above, at_least, check
 from snapgen_jax.diffusion.guidance import with_guidance
 from snapgen_jax.diffusion.noise import draw_noise
 from snapgen_jax.diffusion.samplers import sample
@@ -42,6 +42,7 @@ from snapgen_jax.weights.loader import load
 from snapgen_jax.weights.maps import clip as clip_map
 from snapgen_jax.weights.maps import sd3_autoencoder, sd3_mmdit
 from snapgen_jax.weights.maps import t5 as t5_map
+from snapgen_jax.weights.published import read_config_file
 from snapgen_jax.weights.sources import source
 
 Tree = Any
@@ -89,6 +90,9 @@ class SD35Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     mesh: MeshConfig = MeshConfig(data=1, fsdp=-1)
 
+    def __post_init__(self) -> None:
+        check(self, image_size=at_least(1), steps=at_least(1), guidance=FINITE, shift=above(0), t5_tokens=at_least(1))
+
 
 NetworkConfigs = dict[str, Any]
 
@@ -121,10 +125,7 @@ def read_configs(folder: pathlib.Path) -> NetworkConfigs:
                 f"layout of its repository, with {', '.join(p.folder for p in PARTS.values())} and the tokenizers.\n"
                 f"{source(part.source).advice}"
             )
-        try:
-            configs[name] = part.maps.read_config(json.loads(file.read_text()))
-        except (ValueError, KeyError) as error:
-            raise WeightsError(f"{file}: {error}") from error
+        configs[name] = read_config_file(file, part.maps.read_config)
     return configs
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from snapgen_jax.bounds import at_least, check
 from snapgen_jax.training.exits import ConfigError, DamagedError
 from snapgen_jax.training.files import on_object_store
 from snapgen_jax.training.fingerprint import seal
@@ -44,6 +45,10 @@ class CheckpointConfig:
     keep_last: int = 2
     keep_every_steps: int = 0
     fallback: Literal["refuse", "previous"] = "refuse"
+
+    def __post_init__(self) -> None:
+        rarely = "a number above train_steps saves before evaluations and after the last step alone"
+        check(self, every_steps=at_least(1, rarely), keep_last=at_least(1), keep_every_steps=at_least(0))
 
 
 def complete_steps(workdir: epath.PathLike) -> list[int]:

@@ -10,12 +10,13 @@ def on_object_store(path: epath.PathLike) -> bool:
     return "://" in str(path)
 
 
-def write_whole(path: epath.Path, text: str) -> None:
-    """Writes a text file so that no reader, and no crash, ever sees a part of it."""
+def write_whole(path: epath.Path, content: str | bytes) -> None:
+    """Writes a file, text as UTF-8, so that no reader, and no crash, ever sees a part of it."""
+    data = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
     if on_object_store(path):  # an object is there when all of it is, and renaming one would copy it
-        path.write_text(text)
+        path.write_bytes(data)
         return
     temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text)
+    temporary.write_bytes(data)
     temporary.replace(path)

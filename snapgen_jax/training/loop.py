@@ -18,6 +18,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, PartitionSpec
 
+from snapgen_jax.bounds import SEED, at_least, check
 from snapgen_jax.evaluation.interfaces import EvaluationResult
 from snapgen_jax.parallel.chips import Roofline, chip_of_kind
 from snapgen_jax.parallel.mesh import MeshConfig, batch_sharding, check_batch, make_mesh, put_batch
@@ -25,6 +26,7 @@ from snapgen_jax.parallel.sharding import explain, summarize, tree_shardings
 from snapgen_jax.parallel.traffic import traffic
 from snapgen_jax.training import progress
 from snapgen_jax.training.checkpoint import CheckpointConfig, Checkpointer, complete_steps
+from snapgen_jax.training.compile_times import CompileTimes
 from snapgen_jax.training.exits import ConfigError, DamagedError, DivergedError, PreemptedError
 from snapgen_jax.training.files import write_whole
 from snapgen_jax.training.fingerprint import fingerprint
@@ -44,7 +46,7 @@ class LoopConfig:
     """What the loop itself needs to know.
 
     Attributes:
-        seed: of everything random in the run.
+        seed: of everything random in the run, 0 to 2^31 - 1.
         train_steps: updates in the whole run.
         log_every_steps: cadence of the progress line and of writing metrics.
         max_skipped_steps: this many discarded updates in a row end the run.
@@ -65,6 +67,11 @@ class LoopConfig:
     profile_steps: str = ""
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def __post_init__(self) -> None:
+        positive = at_least(1)
+        check(self, seed=SEED, train_steps=at_least(1), log_every_steps=positive, max_skipped_steps=positive)
+        check(self, microbatches=positive, stall_seconds=at_least(0))
 
 
 class DrawnBatch(Protocol):
@@ -332,11 +339,14 @@ class Run:
             return state
         return jax.jit(gather, out_shardings=jax.tree.map(lambda s: s.sharding, form))(state)
 
-    def compile(self, state: TrainState, frozen: Tree) -> None:
+    def compile(self, state: TrainState, frozen: Tree, say: Callable[[str], None]) -> None:
         """Compiles the step for every bucket, before the first batch is drawn; the state is as `carry` gives it."""
+        path = None if self.workdir is None or not self.first else self.workdir / "metrics" / "compile.json"
+        times = CompileTimes(path)
         for bucket in self.specs:
-            lowered = lower_step(self.recipe, self.config.seed, self.mesh, state, frozen, bucket)
-            self._compiled[bucket] = lowered.compile()
+            with times.timed(bucket, say):
+                lowered = lower_step(self.recipe, self.config.seed, self.mesh, state, frozen, bucket)
+                self._compiled[bucket] = lowered.compile()
             self.rooflines[bucket] = roofline(self._compiled[bucket])
 
     def open_records(self, state: TrainState, step: int) -> None:
@@ -464,7 +474,7 @@ def train(
         with life.phase("compile"):
             if step < config.train_steps:
                 state = run.carry(state)
-                run.compile(state, frozen)
+                run.compile(state, frozen, say.line)
                 say.peaks(list(run.rooflines.values()))
             life.together("start")
         life.store(step)
@@ -498,8 +508,7 @@ def train(
                         if run.writer is not None and perf:
                             run.writer.perf(perf)
                         life.store(step)
-                        if line and not say.quiet:
-                            print(line, flush=True)
+                        say.line(line)
         finally:
             run.profiler.stop(state)
             progress.close(stream)

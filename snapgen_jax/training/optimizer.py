@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from snapgen_jax.bounds import above, at_least, below, check
 from snapgen_jax.training.ema import update_ema
 from snapgen_jax.training.ravel import Layout, RavelledPlayer
 from snapgen_jax.training.state import Player
@@ -38,6 +39,10 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.01
     clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(self, learning_rate=at_least(0), warmup_steps=at_least(0), final_share=at_least(0), b1=below(1))
+        check(self, b2=below(1), eps=above(0), weight_decay=at_least(0), clip_norm=at_least(0, "0 turns it off"))
 
 
 def learning_rate_schedule(config: OptimizerConfig, train_steps: int) -> optax.Schedule:

@@ -74,6 +74,11 @@ class Reporter:
         self._seconds: Mapping[str, float] | None = None
         self._time = time.monotonic()
 
+    def line(self, text: str) -> None:
+        """Prints a line."""
+        if not self.quiet:
+            print(text, flush=True)
+
     def start(self, table: str, mesh: Mesh, step: int) -> None:
         """Prints where everything lies, and where the run begins."""
         if self.quiet:

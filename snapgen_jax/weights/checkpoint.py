@@ -19,9 +19,12 @@ from safetensors import SafetensorError, safe_open
 
 from snapgen_jax.weights.sources import Source
 
-# <stem>[.<variant>][-00001-of-00002].safetensors, with "fp16" as the usual variant
-_FILE = re.compile(r"(?P<stem>[^.]+?)(\.(?P<variant>[^.]+?))?(-\d+-of-\d+)?\.safetensors")
-_INDEX = re.compile(r"(?P<stem>[^.]+)\.safetensors\.index(\.(?P<variant>[^.]+))?\.json")
+# The same weights once more, in another dtype or not averaged, as diffusers and transformers name them: before the
+# number of a shard and the end of an index, or, in older repositories, after the number and before "index".
+VARIANTS = ("fp16", "bf16", "fp32", "ema", "non_ema")
+_ONE = f"({'|'.join(VARIANTS)})"
+_FILE = re.compile(rf"[^.]+?(?:\.{_ONE})?(?:-\d+-of-\d+)?(?:\.{_ONE})?\.safetensors")
+_INDEX = re.compile(rf"[^.]+\.safetensors(?:\.{_ONE})?\.index(?:\.{_ONE})?\.json")
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".msgpack")
 FLOATS = ("BF16", "F16", "F32")
 # A memory-mapped file counts as memory of the process for as long as it is open, so it is reopened now and then.
@@ -41,19 +44,18 @@ class Tensor:
     dtype: str  # as safetensors calls it: "BF16", "F16", "F32" ...
 
 
-def read_folder(
-    folder: str | pathlib.Path, *, variant: str | None = None, source: Source | None = None
-) -> dict[str, Tensor]:
+def read_folder(folder: str | pathlib.Path, *, source: Source | None = None) -> dict[str, Tensor]:
     """Lists the tensors of a folder from the headers of its files; no tensor is read.
+
+    Beside `model.safetensors` a variant (`model.fp16.safetensors`) is left alone; without it the only variant is read.
 
     Args:
         folder: a local folder.
-        variant: "fp16" reads `model.fp16.safetensors` where the folder also holds `model.safetensors`.
         source: where the weights are published; quoted by the errors.
 
     Raises:
-        WeightsError: the folder or a file is missing or broken, an index names a file outside the folder, or two files
-            hold the same tensor.
+        WeightsError: the folder or a file is missing or broken, an index names a file outside the folder, two files
+            hold the same tensor, or there are several variants and no plain file.
     """
     folder = pathlib.Path(folder)
     advice = f"\n{source.advice}" if source else ""
@@ -61,12 +63,13 @@ def read_folder(
         remote = "copy it to a local disk first; " if "://" in str(folder) or ":/" in str(folder) else ""
         raise WeightsError(f"{folder} is not a folder; {remote}weights are read from a local folder.{advice}")
 
-    indices = sorted(path for path in folder.iterdir() if _variant(_INDEX, path) == (variant,))
+    chosen = _chosen(folder, advice)
+    indices = [path for path in chosen if path.suffix == ".json"]
     if len(indices) > 1:
         names = ", ".join(path.name for path in indices)
         raise WeightsError(f"{folder} holds several sets of weights ({names}); move each to a folder of its own")
     listed = _read_index(indices[0], advice) if indices else None
-    files = sorted(set(listed.values())) if listed else _files(folder, variant, advice)
+    files = sorted(set(listed.values())) if listed else chosen
 
     tensors: dict[str, Tensor] = {}
     for file in files:
@@ -82,10 +85,21 @@ def read_folder(
     return tensors
 
 
-def _variant(pattern: re.Pattern[str], path: pathlib.Path) -> tuple[str | None, ...]:
-    """`(variant,)` of a file whose name fits, else `()`."""
-    match = pattern.fullmatch(path.name)
-    return (match["variant"],) if match else ()
+def _chosen(folder: pathlib.Path, advice: str) -> list[pathlib.Path]:
+    """The files and indices that are read: the plain ones, or else those of the only variant there is."""
+    found: dict[str, list[pathlib.Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if match := _FILE.fullmatch(path.name) or _INDEX.fullmatch(path.name):
+            found.setdefault(match[1] or match[2] or "", []).append(path)
+    if not found:
+        raise WeightsError(_nothing(folder) + advice)
+    if "" not in found and len(found) > 1:
+        held = "; ".join(f"{variant}: {', '.join(path.name for path in found[variant])}" for variant in sorted(found))
+        raise WeightsError(
+            f"{folder} holds several variants of its weights and none without one ({held}); keep the one that is "
+            "meant, and move the files of the others to another folder"
+        )
+    return found.get("", next(iter(found.values())))
 
 
 def _elsewhere(tensors: dict[str, Tensor], name: str, file: pathlib.Path) -> bool:
@@ -110,22 +124,22 @@ def _read_index(index: pathlib.Path, advice: str) -> dict[str, pathlib.Path]:
     return {name: index.parent / file for name, file in listed.items()}
 
 
-def _files(folder: pathlib.Path, variant: str | None, advice: str) -> list[pathlib.Path]:
-    """The safetensors files of a folder without an index."""
-    files = sorted(path for path in folder.iterdir() if _variant(_FILE, path) == (variant,))
-    if files:
-        return files
-    message = f"{folder} holds no {f'{variant} ' if variant else ''}safetensors file"
+def _nothing(folder: pathlib.Path) -> str:
+    """What to say of a folder without weights: what it holds in their place."""
+    message = f"{folder} holds no safetensors file"
     inner = sorted({path.parent.name for path in folder.glob("*/*.safetensors")})
-    others = sorted({str(found) for path in folder.iterdir() for found in _variant(_FILE, path)})
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
     if inner:
         message += f"; its folders {', '.join(inner)} do: give the one that is meant"
     if others:
-        message += f"; it holds the variant {', '.join(others)}: give variant={others[0]!r}"
+        message += (
+            f" of a known name; {', '.join(others)} is neither NAME.safetensors nor a variant (NAME.fp16.safetensors; "
+            f"{', '.join(VARIANTS)}): rename it, without a dot in NAME"
+        )
     if pickles:
         message += f"; {', '.join(pickles)} may execute code when read, so they are not: save them as safetensors"
-    raise WeightsError(message + advice)
+    return message
 
 
 def _read_header(file: pathlib.Path, advice: str) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import pathlib
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from snapgen_jax.weights.maps import clip as clip_map
 from snapgen_jax.weights.maps import gemma2 as gemma2_map
 from snapgen_jax.weights.maps import lpips as lpips_map
 from snapgen_jax.weights.maps import sd3_autoencoder, sd3_mmdit
+from snapgen_jax.weights.published import read_json
 from snapgen_jax.weights.sources import source
 
 Tree = Any
@@ -225,7 +225,10 @@ def _load_published(name: str, folder: epath.PathLike, maps: Any, config: Any, s
 def _is_published(folder: epath.Path) -> bool:
     """A folder with a network's `config.json`, and not the workdir of a run, whose config names a recipe."""
     path = folder / "config.json"
-    return path.exists() and "recipe" not in json.loads(path.read_text())
+    try:
+        return path.exists() and "recipe" not in read_json(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _places(spec: Tree, mesh: Mesh | None, rules: Rules) -> Tree:

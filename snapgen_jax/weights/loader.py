@@ -33,7 +33,6 @@ def load(
     shardings: Tree,
     *,
     dtype: DTypeLike = jnp.bfloat16,
-    variant: str | None = None,
     source: Source | None = None,
 ) -> Tree:
     """Loads the weights in a folder as the parameters of a network.
@@ -45,7 +44,6 @@ def load(
         shardings: where each parameter goes: a tree like `spec` of `jax.sharding.Sharding`, as
             `parallel.sharding.tree_shardings` makes it from path rules, or one sharding for all.
         dtype: of the loaded parameters, whatever the file's.
-        variant: "fp16" reads `model.fp16.safetensors` where the folder also holds `model.safetensors`.
         source: where the weights are published; quoted by the errors.
 
     Returns:
@@ -57,7 +55,7 @@ def load(
     """
     flat = flatten(spec)
     places = dict.fromkeys(flat, shardings) if isinstance(shardings, Sharding) else flatten(shardings)
-    tensors = read_folder(folder, variant=variant, source=source)
+    tensors = read_folder(folder, source=source)
     try:
         names = match(tensors, weight_map, reference_shapes(weight_map, spec))
     except WeightsError as error:

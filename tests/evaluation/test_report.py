@@ -129,13 +129,13 @@ def test_a_bare_workdir_still_gets_its_report(tmp_path):
 def test_a_crash_while_writing_leaves_the_old_report(workdir, monkeypatch):
     page(workdir, title="first")
 
-    def write_half(path, text):
-        with path.open("w") as file:
-            file.write(text[: len(text) // 2])
+    def write_half(path, data):
+        with path.open("wb") as file:
+            file.write(data[: len(data) // 2])
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(type(epath.Path(workdir)), "write_text", write_half)
+        patched.setattr(type(epath.Path(workdir)), "write_bytes", write_half)
         with pytest.raises(OSError, match="no space left"):
             write_report(workdir, {**NUMBERS, "minutes": 1.0}, title="second")
     assert "<h1>first</h1>" in (workdir / "report.html").read_text()

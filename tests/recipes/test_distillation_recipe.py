@@ -142,8 +142,8 @@ def test_image_sizes_at_which_features_relate_otherwise_are_refused(monkeypatch)
         ({"teacher_taps": ()}, "pair by pair"),
         ({"teacher_taps": ("block_09",)}, "the network has block_00, block_01"),
         ({"student_taps": (), "teacher_taps": ()}, "no features to compare"),
-        ({"output_weight": -1.0}, "output_weight=-1.0 and"),
-        ({"feature_weight": -0.1}, "feature_weight=-0.1; give 0 or more"),
+        ({"output_weight": -1.0}, "output_weight is -1.0; give 0 or more"),
+        ({"feature_weight": -0.1}, "feature_weight is -0.1; give 0 or more; less leads away"),
         ({"scaling": ScalingConfig(ratio="batch"), "microbatches": 2}, "that of a microbatch, and there are 2"),
     ],
 )

@@ -251,7 +251,7 @@ def test_what_made_its_stored_latents_and_text_states_is_not_loaded():
         ({"network": MMDiTConfig.preset("smoke")}, r"12 channels and teacher\.network\.latent_channels is 4"),
         ({"weights": "b", "inputs": CAPTIONS}, r"holds an MMDiT alone, and no text; let teacher\.inputs name a run"),
         ({"weights": "b", "network": UNetConfig.preset("smoke", latent_channels=12)}, "to 'mmdit'"),
-        ({"rollout_steps": 0}, r"teacher\.rollout_steps=0"),
+        ({"rollout_steps": 0}, "rollout_steps is 0; give 1 or more"),
         ({"workdir": "a", "weights": "b"}, "one of them"),
         ({"takes": ("latent",)}, r"no teacher\.inputs to take them from"),
         ({"prediction": "F"}, "cannot predict 'F'"),

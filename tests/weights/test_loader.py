@@ -146,12 +146,46 @@ def test_a_prefix_and_tensors_of_other_parts_are_accepted_where_the_map_says_so(
     assert_equal(load_here(write(tmp_path, whole), tensors, dtype=jnp.float32), tensors)
 
 
-def test_a_variant_beside_the_plain_files_is_read_only_when_asked_for(tmp_path, tensors):
+@pytest.mark.parametrize("other", ["model.fp16", "model.non_ema", "model.backup", "a.b.c"])
+def test_what_lies_beside_the_plain_files_under_a_name_of_its_own_is_left_alone(tmp_path, tensors, other):
+    write(tmp_path, {name: 2 * value for name, value in tensors.items()}, stem=other)
     write(tmp_path, tensors)
-    write(tmp_path, {name: 2 * value for name, value in tensors.items()}, stem="model.fp16")
     assert_equal(load_here(tmp_path, tensors, dtype=jnp.float32), tensors)
-    doubled = load_here(tmp_path, tensors, dtype=jnp.float32, variant="fp16")
-    assert_equal(doubled, {name: 2 * value for name, value in tensors.items()})
+
+
+@pytest.mark.parametrize("variant", checkpoint.VARIANTS)
+def test_the_only_variant_there_is_is_read(tmp_path, tensors, variant):
+    write(tmp_path, {name: 2 * value for name, value in tensors.items()}, stem="model.backup")
+    write(tmp_path, tensors, stem=f"model.{variant}")
+    assert_equal(load_here(tmp_path, tensors, dtype=jnp.float32), tensors)
+
+
+@pytest.mark.parametrize(
+    ("shard", "index"),
+    [
+        ("diffusion_pytorch_model.fp16-0000{}-of-00002.safetensors", "safetensors.index.fp16.json"),
+        ("diffusion_pytorch_model-0000{}-of-00002.fp16.safetensors", "safetensors.fp16.index.json"),
+        ("diffusion_pytorch_model.fp16-0000{}-of-00002.safetensors", ""),
+    ],
+)
+def test_a_variant_of_several_files_is_read_by_its_index_or_without(tmp_path, tensors, shard, index):
+    halves = {1: dict(list(tensors.items())[::2]), 2: dict(list(tensors.items())[1::2])}
+    for number, half in halves.items():
+        save_file({name: np.ascontiguousarray(value) for name, value in half.items()}, tmp_path / shard.format(number))
+    if index:
+        listed = {name: shard.format(number) for number, half in halves.items() for name in half}
+        (tmp_path / f"diffusion_pytorch_model.{index}").write_text(json.dumps({"weight_map": listed}))
+    assert_equal(load_here(tmp_path, tensors, dtype=jnp.float32), tensors)
+
+
+def test_of_several_variants_without_a_plain_file_one_is_to_be_kept(tmp_path, tensors):
+    for variant in ("fp16", "bf16"):
+        write(tmp_path, tensors, stem=f"model.{variant}")
+    said = r"several variants .* \(bf16: model\.bf16\.safetensors; fp16: model\.fp16\.safetensors\); keep the one"
+    with pytest.raises(WeightsError, match=said):
+        load_here(tmp_path, tensors)
+    (tmp_path / "model.bf16.safetensors").unlink()
+    assert_equal(load_here(tmp_path, tensors, dtype=jnp.float32), tensors)
 
 
 def test_one_error_names_every_wrong_tensor_before_any_is_read(tmp_path, tensors, monkeypatch):
@@ -229,8 +263,9 @@ def test_folders_without_usable_files_say_what_they_hold(tmp_path, tensors):
     write(tmp_path / "text_encoder", tensors, stem="model.fp16")
     with pytest.raises(WeightsError, match="its folders text_encoder do"):
         load_here(tmp_path, tensors)
-    with pytest.raises(WeightsError, match="it holds the variant fp16"):
-        load_here(tmp_path / "text_encoder", tensors)
+    write(tmp_path / "backup", tensors, stem="model.backup")
+    with pytest.raises(WeightsError, match=r"of a known name; model\.backup\.safetensors is neither .*: rename it"):
+        load_here(tmp_path / "backup", tensors)
     with pytest.raises(WeightsError, match="copy it to a local disk first"):
         load_here("gs://bucket/t5", tensors)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.weights.mapping import Rule, WeightMap, linear, norm, one
+from snapgen_jax.weights.published import given
 
 
 def read_config(values: Mapping[str, Any], **changes: Any) -> ClipTextConfig:
@@ -20,16 +21,17 @@ def read_config(values: Mapping[str, Any], **changes: Any) -> ClipTextConfig:
     Raises:
         ValueError: the checkpoint is of a kind that `ClipText` does not have.
     """
-    values = values.get("text_config", values)  # a whole CLIP holds the configs of both halves
+    values = given(values)
+    values = given(values.get("text_config", values))  # a whole CLIP holds the configs of both halves
     vocab, width = values["vocab_size"], values["hidden_size"]
     activation = values.get("hidden_act", "quick_gelu")
-    for key, given, expected in (
+    for key, found, expected in (
         ("hidden_act", activation, activation if activation in ("quick_gelu", "gelu") else "'quick_gelu' or 'gelu'"),
         ("intermediate_size", values["intermediate_size"], 4 * width),
         ("layer_norm_eps", values.get("layer_norm_eps", 1e-5), 1e-5),
     ):
-        if given != expected:
-            raise ValueError(f"this text encoder has {key} = {given!r}; ClipText can only read {expected}")
+        if found != expected:
+            raise ValueError(f"this text encoder has {key} = {found!r}; ClipText can only read {expected}")
     early = values.get("eos_token_id", 49407) == 2
     eos_id = vocab - 1 if early else values.get("eos_token_id", 49407)
     fields = {

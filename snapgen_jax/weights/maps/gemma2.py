@@ -7,6 +7,7 @@ from typing import Any
 
 from snapgen_jax.networks.gemma2 import Gemma2Config
 from snapgen_jax.weights.mapping import Rule, WeightMap, at, linear, one, stacked
+from snapgen_jax.weights.published import given
 
 
 def read_config(values: Mapping[str, Any], **changes: Any) -> Gemma2Config:
@@ -15,19 +16,20 @@ def read_config(values: Mapping[str, Any], **changes: Any) -> Gemma2Config:
     Raises:
         ValueError: the checkpoint is of a kind that `Gemma2` does not have.
     """
+    values = given(values)
     layers = values["num_hidden_layers"]
     alternating = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)]
-    rope = values.get("rope_parameters") or {"rope_theta": values.get("rope_theta", 10_000.0)}  # older files: flat
-    for key, given, expected in (
+    rope = given(values.get("rope_parameters") or values)  # older files: flat
+    for key, found, expected in (
         ("model_type", values.get("model_type"), "gemma2"),
         ("hidden_activation", values.get("hidden_activation", "gelu_pytorch_tanh"), "gelu_pytorch_tanh"),
         ("layer_types", values.get("layer_types", alternating), alternating),
         ("rope_type", rope.get("rope_type", "default"), "default"),
         ("attention_bias", values.get("attention_bias", False), False),
-        ("use_bidirectional_attention", bool(values.get("use_bidirectional_attention")), False),
+        ("use_bidirectional_attention", values.get("use_bidirectional_attention", False), False),
     ):
-        if given != expected:
-            raise ValueError(f"this language model has {key} = {given!r}; Gemma2 can only read {expected!r}")
+        if found != expected:
+            raise ValueError(f"this language model has {key} = {found!r}; Gemma2 can only read {expected!r}")
     fields = {
         "vocab_size": values["vocab_size"],
         "width": values["hidden_size"],
@@ -39,7 +41,7 @@ def read_config(values: Mapping[str, Any], **changes: Any) -> Gemma2Config:
         "query_scale": values["query_pre_attn_scalar"],
         "softcap": values["attn_logit_softcapping"],
         "window": values["sliding_window"],
-        "rope_theta": rope["rope_theta"],
+        "rope_theta": rope.get("rope_theta", 10_000.0),
         "epsilon": values.get("rms_norm_eps", 1e-6),
     }
     return Gemma2Config(**{**fields, **changes})

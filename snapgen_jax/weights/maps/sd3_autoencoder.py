@@ -7,32 +7,38 @@ from typing import Any
 
 from snapgen_jax.networks.autoencoder import AutoencoderConfig
 from snapgen_jax.weights.mapping import Rule, WeightMap, conv, linear, norm
+from snapgen_jax.weights.published import given
 
 
 def read_config(values: Mapping[str, Any], **changes: Any) -> AutoencoderConfig:
     """The config of a checkpoint from the values of its `config.json`; `changes` replaces our own fields.
 
+    What is left out or null has diffusers' default: quantisation convolutions, a scale of 0.18215, and no shift.
+
     Raises:
         ValueError: the checkpoint is of a kind that `Autoencoder` does not have (with quantisation convolutions, as
             before Stable Diffusion 3, say).
     """
-    for key, expected in (
-        ("use_quant_conv", False),
-        ("use_post_quant_conv", False),
-        ("mid_block_add_attention", True),
-        ("act_fn", "silu"),
-        ("in_channels", 3),
-        ("out_channels", 3),
+    values = given(values)
+    for key, default, expected in (
+        ("use_quant_conv", True, False),
+        ("use_post_quant_conv", True, False),
+        ("mid_block_add_attention", True, True),
+        ("act_fn", "silu", "silu"),
+        ("in_channels", 3, 3),
+        ("out_channels", 3, 3),
+        ("latents_mean", None, None),
+        ("latents_std", None, None),
     ):
-        if values.get(key, expected) != expected:
-            raise ValueError(f"this autoencoder has {key} = {values[key]!r}; Autoencoder can only read {expected!r}")
+        if (found := values.get(key, default)) != expected:
+            raise ValueError(f"this autoencoder has {key} = {found!r}; Autoencoder can only read {expected!r}")
     fields = {
         "channels": tuple(values["block_out_channels"]),
         "layers": values["layers_per_block"],
         "latent_channels": values["latent_channels"],
         "groups": values["norm_num_groups"],
-        "scale": values["scaling_factor"],
-        "shift": values["shift_factor"],
+        "scale": values.get("scaling_factor", 0.18215),
+        "shift": values.get("shift_factor", 0.0),
     }
     return AutoencoderConfig(**{**fields, **changes})
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from snapgen_jax.networks.mmdit import MMDiTConfig
 from snapgen_jax.weights.mapping import Rule, WeightMap, at, conv, linear, norm, one, stacked
+from snapgen_jax.weights.published import given
 
 _BLOCK = "transformer_blocks.{}"
 
@@ -17,16 +18,17 @@ def read_config(values: Mapping[str, Any], **changes: Any) -> MMDiTConfig:
     Raises:
         ValueError: the checkpoint is of a kind that `MMDiT` does not have (Stable Diffusion 3 before 3.5, say).
     """
+    values = given(values)
     dual = tuple(values.get("dual_attention_layers", ()))
     width = values["num_attention_heads"] * values["attention_head_dim"]
-    for key, given, expected in (
+    for key, found, expected in (
         ("qk_norm", values.get("qk_norm"), "rms_norm"),
         ("dual_attention_layers", dual, tuple(range(len(dual)))),
         ("caption_projection_dim", values["caption_projection_dim"], width),
         ("out_channels", values.get("out_channels") or values["in_channels"], values["in_channels"]),
     ):
-        if given != expected:
-            raise ValueError(f"this transformer has {key} = {given!r}; MMDiT can only read {expected!r}")
+        if found != expected:
+            raise ValueError(f"this transformer has {key} = {found!r}; MMDiT can only read {expected!r}")
     fields = {
         "latent_channels": values["in_channels"],
         "patch": values["patch_size"],

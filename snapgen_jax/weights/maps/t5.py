@@ -7,6 +7,7 @@ from typing import Any
 
 from snapgen_jax.networks.t5 import T5Config
 from snapgen_jax.weights.mapping import WeightMap, at, linear, norm, one, stacked
+from snapgen_jax.weights.published import given
 
 
 def read_config(values: Mapping[str, Any], **changes: Any) -> T5Config:
@@ -15,6 +16,7 @@ def read_config(values: Mapping[str, Any], **changes: Any) -> T5Config:
     Raises:
         ValueError: the checkpoint is of a kind that `T5Encoder` does not have (the first T5, which is not gated, say).
     """
+    values = given(values)
     kind = values.get("feed_forward_proj", "relu")
     if kind != "gated-gelu":
         raise ValueError(f"this T5 has feed_forward_proj = {kind!r}; T5Encoder can only read 'gated-gelu' (T5 v1.1)")

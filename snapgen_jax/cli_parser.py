@@ -1,0 +1,191 @@
+"""What may stand on the command line of `snapgen`: commands, their options, and the help that each of them has."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from snapgen_jax.training.exits import ConfigError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `snapgen`."""
+    parser = argparse.ArgumentParser(
+        prog="snapgen", description="SnapGen in JAX: train, sample, score and export text-to-image models for phones."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text)
+
+    quickstart = add("quickstart", "From nothing to a running phone model on a laptop, in about ten minutes.")
+    _workdir(quickstart)
+    _config(quickstart, default="configs/shapes/quickstart.py")
+    quickstart.add_argument(
+        "--chain", action="store_true", help="the whole method in twenty minutes: configs/shapes/chain.py:quick"
+    )
+
+    chain = add("chain", "Train, or go on training, several stages that start from each other; score them.")
+    _workdir(chain)
+    _config(chain, default="configs/shapes/chain.py")
+
+    train = add("train", "Train, or go on training, to the end of a config.")
+    _workdir(train)
+    _config(train)
+    train.add_argument("--processes", type=int, help="how many processes the run has (default: what the cluster says)")
+    train.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where no cluster says it")
+    train.add_argument("--index", type=int, help="of this process, with --coordinator")
+    train.add_argument(
+        "--start_timeout_seconds", type=int, default=1800, help="how long to wait for the others (default: %(default)s)"
+    )
+
+    config = add("config", "Print a config with every default filled in.")
+    _config(config)
+
+    sample = add("sample", "Images from prompts or class labels, by a trained run or by an exported bundle.")
+    source = sample.add_mutually_exclusive_group(required=True)
+    source.add_argument("--workdir", help="a trained run")
+    source.add_argument("--bundle", help="an exported bundle; runs on LiteRT")
+    source.add_argument("--weights", help="folder of a published system's weights; goes with --config")
+    _config(sample, default="configs/teacher/sd35_large.py")
+    sample.add_argument("--prompt", action="append", default=[], help="text; repeat for several images")
+    sample.add_argument(
+        "--condition",
+        action="append",
+        default=[],
+        metavar="NAME=VALUES",
+        help="what a run is told beside prompts or in place of them, one value an image: label=[3,7]",
+    )
+    _generation(sample)
+    sample.add_argument("--seed", type=int, default=0, help="of the noise, from 0 to 4294967295 (default: %(default)s)")
+    sample.add_argument("--decoder", help="a run of a tiny decoder, in place of the run's own; with --workdir")
+    sample.add_argument("--precision", help="of a bundle's networks: f32 (the default), f16, or another that it has")
+    sample.add_argument(
+        "--out",
+        default="samples.png",
+        help="one sheet of all images; or a folder, with / at its end, or a name with {index} or %%03d for one file an "
+        "image; .png, .jpg, .jpeg or .webp (default: %(default)s)",
+    )
+
+    evaluate = add("evaluate", "Score a trained run.")
+    _workdir(evaluate)
+    evaluate.add_argument("--names", help="evaluators, separated by commas (default: those of the run's config)")
+    evaluate.add_argument("--step", type=int, help="checkpoint (default: the newest)")
+    _generation(evaluate)
+    evaluate.add_argument("--decoder", help="a run of a tiny decoder, in place of the run's own")
+    evaluate.add_argument(
+        "--set", action="append", default=[], metavar="NAME.OPTION=VALUE", help="an evaluator's: frechet.examples=2048"
+    )
+
+    export = add("export", "Write a TFLite bundle of a trained run, checked against JAX.")
+    _workdir(export)
+    export.add_argument("--out", help="folder to write (default: WORKDIR/export/bundle)")
+    export.add_argument(
+        "--backend", choices=("jax2tf", "litert"), default="jax2tf", help="converter (default: %(default)s)"
+    )
+
+    export.add_argument(
+        "--gpu",
+        choices=("check", "skip"),
+        default="check",
+        help="refuse what is wrong on LiteRT's GPU accelerator, where a Vulkan driver is found, or would overflow "
+        "float16; or export it nevertheless (default: %(default)s)",
+    )
+    export.add_argument("--decoder", help="a run of a tiny decoder, in place of the run's own")
+
+    encode = add("encode", "Image files to latents, by a trained run or by published weights.")
+    _codec(encode)
+    encode.add_argument("images", nargs="+", help="image files")
+    encode.add_argument("--out", default="latents.safetensors", help="file to write (default: %(default)s)")
+
+    decode = add("decode", "Latents to image files, by a trained run or by published weights.")
+    _codec(decode)
+    decode.add_argument("latents", help="file that `snapgen encode` wrote")
+    decode.add_argument("--out", default="decoded", help="folder for the PNG files (default: %(default)s)")
+
+    data = add("data", "Draw batches and train on none: how fast the input is.")
+    _workdir(data)
+    _config(data)
+    data.add_argument("--batches", type=int, default=100, help="how many (default: %(default)s)")
+
+    plan = add("plan", "Whether a config fits TPUs that are not here, and what it will cost.")
+    what = plan.add_mutually_exclusive_group(required=True)
+    _config(what, required=False)
+    what.add_argument("--from", dest="earlier", metavar="FILE", help="derive from this earlier --json, compile nothing")
+    plan.add_argument("--topology", required=True, help="v5e:4x4, v5p:2x2x2, v6e:16x16, 2*v5e:4x4 ...")
+    plan.add_argument(
+        "--part",
+        default="",
+        help="a piece of the step by itself: draw (frozen encoders), teacher, discriminator, generator",
+    )
+    plan.add_argument("--json", metavar="FILE", help="also write all figures there")
+
+    status = add("status", "Where a run stands, and what to do next.")
+    _workdir(status)
+
+    upgrade = add("upgrade", "Rewrite the configs of a workdir that an earlier version wrote.")
+    upgrade.add_argument("workdir", help="folder of a run, or of a chain of runs")
+
+    count = add("count", "Parameters and compute of networks, from shapes alone.")
+    which = count.add_mutually_exclusive_group(required=True)
+    which.add_argument("--ladder", action="store_true", help="the design steps A to G beside the published changes")
+    which.add_argument("--all", action="store_true", help="every network and preset")
+    return parser
+
+
+def _workdir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workdir", required=True, help="folder of the run, local or gs://")
+
+
+def _generation(parser: argparse.ArgumentParser) -> None:
+    """The options of generation: the usual ones by name, and every other field of the run's options as it is."""
+    group = parser.add_argument_group("options of the generator, by default the run's own; any other as --method=heun")
+    group.add_argument("--steps", type=int, help="sampling steps")
+    group.add_argument("--guidance", type=float, help="guidance scale; 1 is none")
+    parser.set_defaults(takes_options=True)
+
+
+def _codec(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--workdir", help="a run of an autoencoder, of a tiny decoder, or of a generator")
+    source.add_argument("--weights", help="folder of a published autoencoder, such as vae/ of Stable Diffusion 3")
+    parser.add_argument("--decoder", help="a run of a tiny decoder, in place of a generator's own; with --workdir")
+
+
+def _config(parser: Any, default: str | None = None, required: bool = True) -> None:
+    parser.add_argument(
+        "--config",
+        required=required and default is None,
+        default=default,
+        metavar="FILE[:ARG]",
+        help="config file, and the argument of its get_config; override any key with --config.KEY=VALUE"
+        + (f" (default: {default})" if default else ""),
+    )
+
+
+def split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Separates `--config.a.b=value` from the other arguments; returns the others, and `a.b=value` of each."""
+    overrides = [a.removeprefix("--config.") for a in arguments if a.startswith("--config.")]
+    return [a for a in arguments if not a.startswith("--config.")], overrides
+
+
+def generation_options(options: argparse.Namespace, others: Sequence[str]) -> dict[str, Any]:
+    """`{option: value}` of the generator: those that are named, and "--NAME=VALUE" or "--NAME", "VALUE" of others.
+
+    Raises:
+        ConfigError: an argument is none of these.
+    """
+    from snapgen_jax.overrides import parse_override
+
+    chosen = {name: value for name in ("steps", "guidance") if (value := getattr(options, name)) is not None}
+    left = list(others)
+    while left:
+        text = left.pop(0)
+        if not text.startswith("--"):
+            raise ConfigError(f"unrecognized argument {text!r}; an option of the generator is --NAME=VALUE")
+        if "=" not in text and left and not left[0].startswith("--"):
+            text = f"{text}={left.pop(0)}"
+        path, value = parse_override(text.removeprefix("--"), "--")
+        chosen[".".join(path).replace("-", "_")] = value
+    return chosen
