@@ -65,6 +65,24 @@ class Greys:
         return {name: outputs[name] for name in self.outputs}
 
 
+class Circle(Greys):
+    """A contrastive recipe: an image's grey and a prompt's number are angles in sixteenths of a turn.
+
+    It embeds texts alone, or images beside them.
+    """
+
+    def conditions(self):
+        return ("tokens",)
+
+    def generate(self, params, frozen, conditions, keys, options):
+        def unit(number):
+            angle = number.astype(jnp.float32) * (2 * np.pi / 16)
+            return jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+        image = {"image": unit(conditions["image"][:, 0, 0, 0])} if "image" in conditions else {}
+        return {**image, "text": unit(conditions["tokens"][:, 0])}
+
+
 class Numbers:
     """Token ids that are the numbers which prompts spell."""
 

@@ -46,13 +46,7 @@ class ClipScore:
         Raises:
             ValueError: there is no contrastive run, or nothing to draw, or the generator takes no prompts.
         """
-        workdir = self.workdir or text_workdir(generator)
-        clip = load(workdir)
-        if not compares(clip):
-            raise ValueError(
-                f"{workdir} does not compare images with texts; name a run of the recipe 'contrastive' in the option "
-                "`workdir` of clip_score"
-            )
+        clip = contrastive_run(self.workdir, generator, "clip_score")
         wanted = requests(generator, self.prompts, self.count, dataset, self.seed)
         if wanted.prompts is None:
             raise ValueError("clip_score compares images with their prompts, and this run takes no prompts")
@@ -66,11 +60,27 @@ class ClipScore:
         )
 
 
-def text_workdir(generator: ImageGenerator) -> str:
+def contrastive_run(workdir: str, generator: ImageGenerator, name: str) -> Generator:
+    """The run in a workdir, or where that is "" the one whose text encoder a generator's run reads, loaded.
+
+    Raises:
+        ValueError: there is none, or it compares no images with texts; says so of the evaluator `name`.
+    """
+    workdir = workdir or text_workdir(generator, name)
+    run = load(workdir)
+    if not compares(run):
+        raise ValueError(
+            f"{workdir} does not compare images with texts; name a run of the recipe 'contrastive' in the option "
+            f"`workdir` of {name}"
+        )
+    return run
+
+
+def text_workdir(generator: ImageGenerator, name: str = "clip_score") -> str:
     """The one run whose tokenizer, and so whose text encoder, a generator's run reads.
 
     Raises:
-        ValueError: there is none, or more than one.
+        ValueError: there is none, or more than one; says so of the evaluator `name`.
     """
     specs = generator.recipe.tokenizers().values() if isinstance(generator, Generator) else ()
     found = sorted({spec.workdir for spec in specs if spec.kind == "trained" and spec.workdir})
@@ -79,7 +89,7 @@ def text_workdir(generator: ImageGenerator) -> str:
             f"it reads the text encoders of several runs, {', '.join(found)}" if found else "it reads that of no run"
         )
         raise ValueError(
-            "clip_score needs a run of the recipe 'contrastive': name it in the option `workdir`, or evaluate a run "
+            f"{name} needs a run of the recipe 'contrastive': name it in the option `workdir`, or evaluate a run "
             f"that reads its text encoder ({known})"
         )
     return found[0]

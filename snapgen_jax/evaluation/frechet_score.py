@@ -1,4 +1,4 @@
-"""Two evaluators on fixed image features: distance to real images, and difference between seeds."""
+"""Distance to real images, by themselves and with their captions, and difference between seeds, as evaluators."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from snapgen_jax.bounds import SEED, at_least, check, check_texts
+from snapgen_jax.evaluation.clip_score import contrastive_run, embeddings
 from snapgen_jax.evaluation.diversity import pairwise_distances
 from snapgen_jax.evaluation.features import image_features
 from snapgen_jax.evaluation.frechet import frechet_distance
 from snapgen_jax.evaluation.interfaces import EvaluationResult, ImageGenerator, ValidationData
 from snapgen_jax.evaluation.outputs import are_images, draw, form, read_images
-from snapgen_jax.evaluation.requests import examples, needs_of, requests, requests_of_examples
+from snapgen_jax.evaluation.requests import Requests, examples, needs_of, requests, requests_of_examples
 from snapgen_jax.evaluation.statistics import mean_interval
 
 _REMEDY = (
@@ -52,34 +55,93 @@ class FrechetScore:
             ValueError: there is no validation split, it repeats the training split, it has fewer than four readable
                 images, or there are no images by the names of `output` and `reference`.
         """
-        if dataset is None:
-            raise ValueError("frechet compares with images of the validation split, and was given none")
-        if not dataset.source.held_out:
-            raise ValueError(
-                "frechet needs images that training does not see, four or more, and the validation split repeats the "
-                f"{len(dataset.source)} training images; {_REMEDY}"
-            )
-        names = dict.fromkeys((self.reference, *needs_of(generator)))
-        arrays, indices = examples(dataset, names, 2 * self.examples)
-        images, count = arrays[self.reference], len(indices) // 2
-        if not are_images(images):
-            raise ValueError(
-                f"the array {self.reference!r} of the validation split is {form(images)}, and frechet reads images "
-                "uint8 [N, H, W, 3]; set its option `reference` to an array of such"
-            )
-        if count < 2:
-            raise ValueError(
-                f"frechet needs four readable images of one size in the validation split or more and found "
-                f"{len(images)}; {_REMEDY}"
-            )
-        half = {name: array[:count] for name, array in arrays.items()}
-        wanted = requests_of_examples(generator, (), half, indices[:count], dataset, self.seed)
+        (one, wanted), (other, _) = halves("frechet", generator, dataset, self.reference, self.examples, self.seed)
         outputs = draw(generator, wanted, seed=self.seed, options=self.options)
         drawn = image_features(read_images(outputs, self.output))
-        first, second = image_features(images[:count]), image_features(images[count : 2 * count])
+        first, second = image_features(one), image_features(other)
         return EvaluationResult(
             {"frechet.distance": frechet_distance(drawn, second), "frechet.real": frechet_distance(first, second)}
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class JointFrechetScore:
+    """Frechet distance between pairs of an image and its caption, generated and real, in the eyes of a contrastive run.
+
+    DeVries et al. 2019, "On the evaluation of conditional GANs": the features of a pair are those of the image and the
+    embedding of the caption, side by side. Here both are unit vectors of one trained pair of networks, so that neither
+    outweighs the other. A model whose images are right and belong to other captions is far away, which the distance of
+    images alone does not see.
+
+    Attributes:
+        workdir: a run of the recipe `contrastive`; "" for the one whose text encoder the generator's run reads.
+        examples, seed, output, reference, options: as for `FrechetScore`.
+    """
+
+    workdir: str = ""
+    examples: int = 2048
+    seed: int = 0
+    output: str = "image"
+    reference: str = "image"
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check(self, examples=at_least(2), seed=SEED)
+
+    def __call__(self, generator: ImageGenerator, dataset: ValidationData | None = None) -> EvaluationResult:
+        """Numbers `joint_frechet.distance`; `joint_frechet.real`, as for `FrechetScore`; and `joint_frechet.permuted`:
+        that of the generated images each beside the caption of the next.
+
+        Raises:
+            ValueError: as for `FrechetScore`, or there is no contrastive run, or the generator takes no prompts.
+        """
+        clip = contrastive_run(self.workdir, generator, "joint_frechet")
+        parts = halves("joint_frechet", generator, dataset, self.reference, self.examples, self.seed)
+        (one, wanted), (other, others) = parts
+        if wanted.prompts is None or others.prompts is None:
+            raise ValueError("joint_frechet compares images with their captions, and this run takes no prompts")
+        images = read_images(draw(generator, wanted, seed=self.seed, options=self.options), self.output)
+        drawn, text = embeddings(clip, images, wanted.prompts)
+        first, second = embeddings(clip, one, wanted.prompts)[0], np.hstack(embeddings(clip, other, others.prompts))
+        beside = {"distance": (drawn, text), "real": (first, text), "permuted": (drawn, np.roll(text, 1, axis=0))}
+        return EvaluationResult(
+            {f"joint_frechet.{name}": frechet_distance(np.hstack(pair), second) for name, pair in beside.items()}
+        )
+
+
+def halves(
+    name: str, generator: ImageGenerator, dataset: ValidationData | None, reference: str, count: int, seed: int
+) -> list[tuple[np.ndarray, Requests]]:
+    """Two sets of as many real images, `uint8 [N, H, W, 3]`, N at most `count`, and what to draw for each.
+
+    Raises:
+        ValueError: see `FrechetScore`; says so of the evaluator `name`.
+    """
+    if dataset is None:
+        raise ValueError(f"{name} compares with images of the validation split, and was given none")
+    if not dataset.source.held_out:
+        raise ValueError(
+            f"{name} needs images that training does not see, four or more, and the validation split repeats the "
+            f"{len(dataset.source)} training images; {_REMEDY}"
+        )
+    arrays, indices = examples(dataset, dict.fromkeys((reference, *needs_of(generator))), 2 * count)
+    images, size = arrays[reference], len(indices) // 2
+    if not are_images(images):
+        raise ValueError(
+            f"the array {reference!r} of the validation split is {form(images)}, and {name} reads images "
+            "uint8 [N, H, W, 3]; set its option `reference` to an array of such"
+        )
+    if size < 2:
+        raise ValueError(
+            f"{name} needs four readable images of one size in the validation split or more and found "
+            f"{len(images)}; {_REMEDY}"
+        )
+
+    def part(rows: slice) -> tuple[np.ndarray, Requests]:
+        own = {array: values[rows] for array, values in arrays.items()}
+        return images[rows], requests_of_examples(generator, (), own, indices[rows], dataset, seed)
+
+    return [part(slice(0, size)), part(slice(size, 2 * size))]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ EVALUATORS: dict[str, str] = {
     "sample_grid": "snapgen_jax.evaluation.sample_grid:SampleGrid",
     "compositional": "snapgen_jax.evaluation.compositional:CompositionalScore",
     "frechet": "snapgen_jax.evaluation.frechet_score:FrechetScore",
+    "joint_frechet": "snapgen_jax.evaluation.frechet_score:JointFrechetScore",
     "reconstruction": "snapgen_jax.evaluation.reconstruction:Reconstruction",
     "diversity": "snapgen_jax.evaluation.frechet_score:DiversityScore",
     "clip_score": "snapgen_jax.evaluation.clip_score:ClipScore",

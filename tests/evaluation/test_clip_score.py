@@ -8,25 +8,7 @@ import pytest
 from snapgen_jax.evaluation import clip_score
 from snapgen_jax.evaluation.clip_score import ClipScore, text_workdir
 from snapgen_jax.generation import Generator
-from tests.generators_for_tests import TOKENS, Greys, Numbers, Validation, by_label, by_prompt
-
-
-class Circle(Greys):
-    """A contrastive recipe: an image's grey and a prompt's number are angles in sixteenths of a turn.
-
-    It embeds texts alone, or images beside them.
-    """
-
-    def conditions(self):
-        return ("tokens",)
-
-    def generate(self, params, frozen, conditions, keys, options):
-        def unit(number):
-            angle = number.astype(jnp.float32) * (2 * np.pi / 16)
-            return jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=-1)
-
-        image = {"image": unit(conditions["image"][:, 0, 0, 0])} if "image" in conditions else {}
-        return {**image, "text": unit(conditions["tokens"][:, 0])}
+from tests.generators_for_tests import TOKENS, Circle, Numbers, Validation, by_label, by_prompt
 
 
 @pytest.fixture

@@ -2,12 +2,15 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from snapgen_jax.evaluation.frechet_score import DiversityScore, FrechetScore
+from snapgen_jax.evaluation import clip_score
+from snapgen_jax.evaluation.frechet_score import DiversityScore, FrechetScore, JointFrechetScore
+from snapgen_jax.generation import Generator
+from tests.generators_for_tests import TOKENS, Circle, Numbers, by_edit, by_label, by_prompt
 from tests.generators_for_tests import Validation as Split
-from tests.generators_for_tests import by_edit, by_label, by_prompt
 
 
 @dataclasses.dataclass
@@ -86,6 +89,44 @@ def test_seeds_differ_or_do_not():
     numbers = found.numbers
     assert found.values["diversity.pairwise"].mean() == pytest.approx(numbers["diversity.pairwise"])
     assert numbers["diversity.pairwise.low"] < numbers["diversity.pairwise"] < numbers["diversity.pairwise.high"]
+
+
+# --- pairs of image and caption ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def eyes(monkeypatch):
+    """A contrastive run, whose embeddings of an image and of its caption are equal."""
+    run = Generator(Circle(TOKENS), jnp.int32(0), jnp.int32(0), Numbers())
+    monkeypatch.setattr(clip_score, "load", lambda workdir: run)
+
+
+class Shifted:
+    """A run whose images are all right, each for the caption before it."""
+
+    def __init__(self, made):
+        self.made = made
+
+    def generate(self, prompts, **options):
+        return np.roll(self.made.generate(prompts, **options), 1, axis=0)
+
+
+def test_right_images_of_other_captions_are_far_away_together_with_their_captions_alone(eyes):
+    right, shifted = by_prompt(), Shifted(by_prompt())
+    images = [FrechetScore()(made, Split()).numbers["frechet.distance"] for made in (right, shifted)]
+    assert images[0] == pytest.approx(images[1], rel=1e-4)
+    pairs = [JointFrechetScore("run")(made, Split()).numbers for made in (right, shifted)]
+    assert pairs[0]["joint_frechet.distance"] == pytest.approx(pairs[0]["joint_frechet.real"], rel=1e-4)
+    assert pairs[1]["joint_frechet.distance"] > pairs[0]["joint_frechet.distance"] + 0.1
+    assert pairs[0]["joint_frechet.permuted"] > pairs[0]["joint_frechet.distance"] + 0.1
+    assert pairs[0]["joint_frechet.real"] == pairs[1]["joint_frechet.real"]
+
+
+def test_what_has_no_captions_has_no_joint_distance(eyes):
+    with pytest.raises(ValueError, match="joint_frechet compares images with their captions, and this run takes no"):
+        JointFrechetScore("run")(by_label(), Split())
+    with pytest.raises(ValueError, match="joint_frechet needs a run of the recipe 'contrastive': name it"):
+        JointFrechetScore()(by_prompt(), Split())
 
 
 # --- runs with other conditions and outputs --------------------------------------------------------------------------
