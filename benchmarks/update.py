@@ -1,4 +1,5 @@
-"""Where the time of an update goes: the loss, its gradient, the optimizer leaf by leaf and in vectors.
+"""Where the time of an update goes: the loss, its gradient as XLA derives it and as `networks.layers.product` does, the
+optimizer leaf by leaf and in vectors.
 
     python -m benchmarks.update                                        # the quickstart's
     python -m benchmarks.update --config=configs/shapes/student.py:quick --save=NAME
@@ -16,11 +17,14 @@ import pathlib
 import re
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import jax
+import jax.numpy as jnp
 
 from benchmarks.measuring import by_turns, commit, machine, random_like
 from snapgen_jax.config import load_config, resolve
+from snapgen_jax.networks import layers
 from snapgen_jax.process import prepare
 from snapgen_jax.training.keys import key
 from snapgen_jax.training.loop import make_step
@@ -50,6 +54,10 @@ def parts(recipe: Any) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         networks = recipe.weights({"model": params}, frozen)
         return recipe.loss(networks, recipe.draw(networks, batch, key(0, 0, "update"), 0), state.extra)[0]
 
+    def derived(*arguments: Any) -> Tree:
+        with mock.patch.object(layers, "of_rows", jnp.dot):
+            return jax.grad(loss)(*arguments)
+
     def learn(state: Tree, grads: Tree) -> Tree:
         player, _ = step_player(
             state.players["model"],
@@ -66,6 +74,7 @@ def parts(recipe: Any) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
 
     return {
         "loss": (loss, (params, frozen, batch)),
+        "gradient, as XLA derives it": (derived, (params, frozen, batch)),
         "gradient": (jax.grad(loss), (params, frozen, batch)),
         "optimizer, leaf by leaf": (learn, (state, grads)),
         "optimizer, in vectors": (learn, (gather(state), grads)),
@@ -80,7 +89,7 @@ def measure(recipe: Recipe, calls: int, rounds: int) -> list[dict[str, Any]]:
     for name, (function, arguments) in parts(recipe).items():
         carries = not name.startswith(("loss", "gradient"))
         program = jax.jit(function, donate_argnums=0 if carries else ()).lower(*arguments).compile()
-        held = [jax.tree.map(jax.numpy.array, arguments[0])]
+        held = [jax.tree.map(jnp.array, arguments[0])]
 
         def several(
             program: Any = program, held: Any = held, rest: Any = arguments[1:], carries: bool = carries

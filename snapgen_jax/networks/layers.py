@@ -101,10 +101,10 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 @product.defjvp
 def _product_jvp(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
     (x, kernel), (dx, dkernel) = primals, tangents
-    return product(x, kernel), product(dx, kernel) + _of_rows(x, dkernel)
+    return product(x, kernel), product(dx, kernel) + of_rows(x, dkernel)
 
 
-def _of_rows(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def of_rows(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`product` with all axes but the last taken together."""
     return jnp.dot(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
@@ -122,7 +122,7 @@ def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
 @pointwise.defjvp
 def _pointwise_jvp(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
     (x, kernel), (dx, dkernel) = primals, tangents
-    return pointwise(x, kernel), jnp.dot(dx, kernel[0, 0]) + _of_rows(x, dkernel[0, 0])
+    return pointwise(x, kernel), jnp.dot(dx, kernel[0, 0]) + of_rows(x, dkernel[0, 0])
 
 
 _SMALL = 2.0**-3  # what is squared inside GroupNorm is scaled by it
