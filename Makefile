@@ -54,7 +54,7 @@ notebooks: $(DEV) ## Execute the notebooks and keep their pictures
 	$(VENV)/bin/jupyter-execute --inplace notebooks/*.ipynb
 
 oracle: $(ORACLE)/.ready ## Compare with torch, diffusers and transformers, live (TORCH_INDEX=...)
-	$(ORACLE)/bin/python -m pytest -m oracle --numprocesses=$(JOBS) $(or $(PYTEST_ARGS),$$(grep -rl 'mark[.]oracle' tests))
+	$(ORACLE)/bin/python -m pytest -m oracle --numprocesses=$(JOBS) $(or $(PYTEST_ARGS),$$(grep -rl --include='*.py' 'mark[.]oracle' tests))
 
 gpu-driver: ## Install a Vulkan driver in software on Debian, as root, for the checks on LiteRT's GPU accelerator
 	apt-get update -qq

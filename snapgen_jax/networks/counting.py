@@ -138,7 +138,8 @@ def all_counts() -> list[Count]:
             config: Any = config_class.preset(preset)
             inputs = config.input_spec()
             shapes = " ".join("x".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(inputs))
-            counts.append(Count(config.kind, preset, *size(config, inputs), shapes))
+            parameters, macs = size(config, inputs)
+            counts.append(Count(config.kind, preset, parameters, macs, shapes))
     return counts
 
 

@@ -261,7 +261,7 @@ def sketch(config: NetworkConfig) -> tuple[Callable, int]:
     nodes = [node for _, node in nnx.iter_graph(module)]
     for blocks in nodes:
         if isinstance(blocks, nnx.List):
-            blocks[:] = [_TracedOnce(block) if callable(block) else block for block in blocks]
+            blocks[:] = [_TracedOnce(b) if isinstance(b, nnx.Module) and callable(b) else b for b in blocks]
     return cast(Callable, module), sum(node.size for node in nodes if isinstance(node, nnx.Param))
 
 
