@@ -1,8 +1,8 @@
 # `make quickstart` and `make test` are all that a newcomer needs; `make help` lists the rest.
 #
-# Both make .venv from requirements.lock first, and again only when the lock or setup.py changes. They need uv, or any
-# Python 3 with pip, which then fetches uv into .uv/. The environment's own Python is the first one found in the range
-# below; where there is none, uv downloads it.
+# Both make .venv from requirements.lock first, and again only when the lock or setup.py changes: the quickstart installs
+# what it uses, and the tests add the rest. They need uv, or any Python 3 with pip, which then fetches uv into .uv/. The
+# environment's own Python is the first one found in the range below; where there is none, uv downloads it.
 
 PYTHON      ?= >=3.11,<3.14
 WORKDIR     ?= quickstart
@@ -16,6 +16,7 @@ TORCH_INDEX ?=
 VENV   := .venv
 ORACLE := .venv-oracle
 READY  := $(VENV)/.ready
+DEV    := $(VENV)/.dev
 UV     := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo .uv/bin/uv)
 
 # What `snapgen` sets for itself (snapgen_jax/process.py), for the tests and notebooks too.
@@ -30,30 +31,30 @@ export UV_SYSTEM_CERTS ?= 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format types notebooks oracle cuda gpu-driver install lock clean
+.PHONY: help quickstart test lint format types notebooks oracle cuda gpu-driver install dev lock clean
 
 quickstart: $(READY) ## Train a SnapGen from nothing, sample, score, export and run the export (WORKDIR=quickstart)
 	$(VENV)/bin/snapgen quickstart --workdir $(WORKDIR)
 
-test: $(READY) ## Run the tests (PYTEST_ARGS="tests/networks -k depthwise")
+test: $(DEV) ## Run the tests (PYTEST_ARGS="tests/networks -k depthwise")
 	$(VENV)/bin/python -m pytest --numprocesses=$(JOBS) --dist=loadfile $(PYTEST_ARGS)
 
-lint: $(READY) ## Check style and formatting
+lint: $(DEV) ## Check style and formatting
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-format: $(READY) ## Mend what lint can mend
+format: $(DEV) ## Mend what lint can mend
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-types: $(READY) ## Check types
+types: $(DEV) ## Check types
 	$(VENV)/bin/pyright
 
-notebooks: $(READY) ## Execute the notebooks and keep their pictures
+notebooks: $(DEV) ## Execute the notebooks and keep their pictures
 	$(VENV)/bin/jupyter-execute --inplace notebooks/*.ipynb
 
 oracle: $(ORACLE)/.ready ## Compare with torch, diffusers and transformers, live (TORCH_INDEX=...)
-	$(ORACLE)/bin/python -m pytest -m oracle $(PYTEST_ARGS)
+	$(ORACLE)/bin/python -m pytest -m oracle --numprocesses=$(JOBS) $(or $(PYTEST_ARGS),$$(grep -rl --include='*.py' 'mark[.]oracle' tests))
 
 gpu-driver: ## Install a Vulkan driver in software on Debian, as root, for the checks on LiteRT's GPU accelerator
 	apt-get update -qq
@@ -62,7 +63,9 @@ gpu-driver: ## Install a Vulkan driver in software on Debian, as root, for the c
 cuda: $(READY) ## Add JAX's CUDA plugin to .venv (again after the lock changes)
 	$(UV) pip install --python $(VENV)/bin/python --constraint requirements.lock --editable '.[cuda]'
 
-install: $(READY) ## Make .venv, and no more (PYTHON=3.12)
+install: $(READY) ## Make .venv with what the quickstart uses, and no more (PYTHON=3.12)
+
+dev: $(DEV) ## Make .venv, or add to it, all that the tests, notebooks and plans for TPUs use
 
 lock: $(filter .uv/bin/uv,$(UV)) ## Write requirements.lock anew from setup.py (UPGRADE=--upgrade)
 	$(UV) pip compile setup.py --universal --python-version 3.11 --extra dev --output-file requirements.lock \
@@ -74,16 +77,28 @@ clean: ## Remove the environments and the caches; runs stay
 help: ## List these targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
+MAKE_VENV := test -x $(VENV)/bin/python || { rm -rf $(VENV) && $(UV) venv --python '$(PYTHON)' $(VENV); }
+
+# Neither removes what the other, `make cuda` or you have added.
 $(READY): requirements.lock setup.py | $(filter .uv/bin/uv,$(UV))
-	test -x $(VENV)/bin/python || { rm -rf $(VENV) && $(UV) venv --python '$(PYTHON)' $(VENV); }
-	$(UV) pip sync --python $(VENV)/bin/python requirements.lock
-	$(UV) pip install --python $(VENV)/bin/python --no-deps --editable .
+	$(MAKE_VENV)
+	$(UV) pip install --python $(VENV)/bin/python --constraint requirements.lock --editable '.[export]'
 	touch $@
 
+$(DEV): requirements.lock setup.py | $(filter .uv/bin/uv,$(UV))
+	$(MAKE_VENV)
+	$(UV) pip install --python $(VENV)/bin/python --no-deps --requirements requirements.lock --editable .
+	touch $(READY) $@
+
+# torch and its company lie in an environment of their own, which sees all that .venv has, and adds to it alone.
 # pip rather than uv: it also looks where the machine's own pip settings say that wheels are kept.
-$(ORACLE)/.ready: requirements.lock setup.py | $(filter .uv/bin/uv,$(UV))
-	test -x $(ORACLE)/bin/python || { rm -rf $(ORACLE) && $(UV) venv --seed --python '$(PYTHON)' $(ORACLE); }
-	$(ORACLE)/bin/python -m pip install --constraint requirements.lock $(TORCH_INDEX) --editable '.[dev,oracle]'
+$(ORACLE)/.ready: $(DEV)
+	rm -rf $(ORACLE)
+	$(UV) venv --seed --python $(VENV)/bin/python $(ORACLE)
+	$(VENV)/bin/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+	    > $(ORACLE)/venv.pth
+	mv $(ORACLE)/venv.pth $(ORACLE)/lib/python*/site-packages/
+	$(ORACLE)/bin/python -m pip install --constraint requirements.lock $(TORCH_INDEX) --editable '.[oracle]'
 	touch $@
 
 .uv/bin/uv:

@@ -31,12 +31,18 @@ CORE = [
     "rich>=13",
 ]
 # The two converters and the quantiser are pinned together: they share one flatbuffer schema.
-EXPORT = [
-    "tensorflow-cpu==2.21.0; sys_platform == 'linux' and platform_machine == 'x86_64'",
-    "tensorflow==2.21.0; sys_platform != 'linux' or platform_machine != 'x86_64'",
+LITERT = [
     "ai-edge-litert==2.3.0",
     "ai-edge-quantizer==0.10.0",
     "backports-strenum<1.3",  # of ai-edge-litert: pip refuses later ones on these Pythons, and uv does not see why
+]
+EXPORT = [
+    *LITERT,
+    "tensorflow-cpu==2.21.0; sys_platform == 'linux' and platform_machine == 'x86_64'",
+    "tensorflow==2.21.0; sys_platform != 'linux' or platform_machine != 'x86_64'",
+]
+EXPORT_LITERT = [  # without TensorFlow: `snapgen export --backend=litert`
+    *LITERT,
     "litert-converter==0.5.0; (sys_platform == 'linux' and platform_machine == 'x86_64') or sys_platform == 'darwin'",
 ]
 TPU = [
@@ -75,8 +81,9 @@ setup(
         "tpu": TPU,
         "cuda": ["jax[cuda13]"],
         "export": EXPORT,
+        "export-litert": EXPORT_LITERT,
         "oracle": ["torch==2.13.0", "diffusers==0.42.1", "transformers==5.23.0", "accelerate"],
-        "dev": DEV + EXPORT,
+        "dev": sorted({*DEV, *EXPORT, *EXPORT_LITERT}),
     },
     entry_points={"console_scripts": ["snapgen = snapgen_jax.cli:entry"]},
 )

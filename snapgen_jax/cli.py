@@ -350,6 +350,9 @@ def _upgrade(options: argparse.Namespace) -> None:
 
 
 def _count(options: argparse.Namespace) -> None:
+    import gc
+
+    gc.disable()  # this process lives for seconds, and spent a third of them in looking for garbage
     from snapgen_jax.networks.counting import all_counts_table, ladder_table
 
     print(ladder_table() if options.ladder else all_counts_table())

@@ -29,6 +29,7 @@ MACHINES = [
 
 MAKE = shutil.which("make") or ""
 needs_make = pytest.mark.skipif(not MAKE, reason="needs make")
+needs_timeout = pytest.mark.skipif(not shutil.which("timeout"), reason="needs GNU timeout, as .ci/run does")
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def test_every_library_that_the_package_imports_is_a_direct_requirement(setup_ar
 
 
 def test_the_extras_that_the_readme_promises_exist(setup_arguments):
-    assert set(setup_arguments["extras_require"]) == {"tpu", "cuda", "export", "oracle", "dev"}
+    assert set(setup_arguments["extras_require"]) == {"tpu", "cuda", "export", "export-litert", "oracle", "dev"}
     assert setup_arguments["python_requires"] == ">=3.11,<3.14"
 
 
@@ -142,13 +143,19 @@ def test_every_target_can_be_planned(target):
 FAKE_UV = """#!/bin/sh
 echo "uv $*" >> {log}
 case "$1" in
-    venv) mkdir -p .venv/bin; for name in python snapgen; do ln -sf {tool} .venv/bin/$name; done ;;
+    venv)
+        for folder; do :; done
+        mkdir -p $folder/bin $folder/lib/python3.1/site-packages
+        for name in python snapgen ruff pyright jupyter-execute; do ln -sf {tool} $folder/bin/$name; done ;;
     --version) exit {status} ;;
 esac
 """
 FAKE_TOOL = """#!/bin/sh
 echo "$(basename "$0") $*" >> {log}
-case "$*" in *"pip install"*) mkdir -p .uv/bin; cp uv-from-pip .uv/bin/uv ;; esac
+case "$*" in
+    *"pip install"*" uv") mkdir -p .uv/bin; cp uv-from-pip .uv/bin/uv ;;
+    *sysconfig*) echo "import site; site.addsitedir('...')" ;;
+esac
 """
 
 
@@ -160,7 +167,11 @@ class Clone:
         self.path.mkdir()
         for name in ("Makefile", "requirements.lock", "setup.py"):
             shutil.copy(ROOT / name, folder)
-        for name in ("sh", "mkdir", "ln", "cp", "rm", "touch", "basename", "env"):  # and no Python, no pip, no uv
+        (folder / "tests").mkdir()
+        (folder / "tests" / "test_live.py").write_text("@pytest.mark.oracle")
+        (folder / "tests" / "test_other.py").write_text("@pytest.mark.slow")
+        # And no Python, no pip, no uv.
+        for name in ("sh", "mkdir", "ln", "cp", "mv", "rm", "touch", "basename", "env", "grep"):
             (self.path / name).symlink_to(shutil.which(name))
         tool = self._script(self.path / "python3", FAKE_TOOL)
         self._script(self.path / "uv" if has_uv else folder / "uv-from-pip", FAKE_UV, tool=tool, status=0)
@@ -175,31 +186,61 @@ class Clone:
         self.log.write_text("")
         done = _make(self.folder, *arguments, PATH=str(self.path))
         assert done.returncode == 0, done.stderr
-        return [line for line in self.log.read_text().splitlines() if "--version" not in line]
+        lines = [" ".join(line.split()) for line in self.log.read_text().splitlines()]
+        return [line for line in lines if "--version" not in line]
+
+
+VENV_CALL = "uv venv --python >=3.11,<3.14 .venv"
+USED = "uv pip install --python .venv/bin/python --constraint requirements.lock --editable .[export]"
+ALL = "uv pip install --python .venv/bin/python --no-deps --requirements requirements.lock --editable ."
+QUICKSTART = "snapgen quickstart --workdir quickstart"
+TEST = "python -m pytest --numprocesses=2 --dist=loadfile"
 
 
 @needs_make
-@pytest.mark.parametrize("order", [("quickstart", "test"), ("test", "quickstart")])
-def test_either_command_installs_once_on_a_fresh_clone(tmp_path, order):
+def test_the_quickstart_installs_what_it_uses_and_the_tests_add_the_rest_once(tmp_path):
     clone = Clone(tmp_path, has_uv=True)
-    commands = {
-        "quickstart": "snapgen quickstart --workdir quickstart",
-        "test": "python -m pytest --numprocesses=2 --dist=loadfile",
-    }
-    first = [line.strip() for line in clone.make(order[0])]
-    assert [line.split(" --python")[0] for line in first[:3]] == ["uv venv", "uv pip sync", "uv pip install"]
-    assert first[3:] == [commands[order[0]]]
-    assert [line.strip() for line in clone.make(order[1])] == [commands[order[1]]]
-    assert [line.strip() for line in clone.make(order[0])] == [commands[order[0]]]
+    assert clone.make("quickstart") == [VENV_CALL, USED, QUICKSTART]
+    assert clone.make("quickstart") == [QUICKSTART]
+    assert clone.make("test") == [ALL, TEST]
+    assert clone.make("quickstart", "test") == [QUICKSTART, TEST]
+
+
+@needs_make
+def test_after_the_tests_the_quickstart_has_what_it_uses(tmp_path):
+    clone = Clone(tmp_path, has_uv=True)
+    assert clone.make("test") == [VENV_CALL, ALL, TEST]
+    assert clone.make("quickstart", "test") == [QUICKSTART, TEST]
+
+
+@needs_make
+@pytest.mark.parametrize("target", ["lint", "format", "types", "notebooks", "dev"])
+def test_what_the_quickstart_does_not_use_is_there_for_those_who_do(tmp_path, target):
+    clone = Clone(tmp_path, has_uv=True)
+    clone.make("install")
+    assert clone.make(target)[0] == ALL
 
 
 @needs_make
 def test_a_changed_lock_is_installed_into_the_environment_there_is(tmp_path):
     clone = Clone(tmp_path, has_uv=True)
-    clone.make("install")
-    ready = (tmp_path / ".venv" / ".ready").stat().st_mtime
+    clone.make("install", "dev")
+    ready = (tmp_path / ".venv" / ".dev").stat().st_mtime
     os.utime(tmp_path / "requirements.lock", (ready + 10, ready + 10))
-    assert [line.split()[1:3] for line in clone.make("install")] == [["pip", "sync"], ["pip", "install"]]
+    assert clone.make("install") == [USED]
+    assert clone.make("dev") == [ALL]
+
+
+@needs_make
+def test_the_oracle_environment_adds_to_the_one_there_is(tmp_path):
+    clone = Clone(tmp_path, has_uv=True)
+    calls = clone.make("oracle")
+    assert calls[:3] == [VENV_CALL, ALL, "uv venv --seed --python .venv/bin/python .venv-oracle"]
+    assert calls[4] == "python -m pip install --constraint requirements.lock --editable .[oracle]"
+    link = tmp_path / ".venv-oracle" / "lib" / "python3.1" / "site-packages" / "venv.pth"
+    assert "site.addsitedir" in link.read_text()
+    assert calls[5:] == ["python -m pytest -m oracle --numprocesses=2 tests/test_live.py"]
+    assert clone.make("oracle", "PYTEST_ARGS=-k x") == ["python -m pytest -m oracle --numprocesses=2 -k x"]
 
 
 @needs_make
@@ -221,10 +262,55 @@ def test_without_uv_and_without_pip_it_says_what_to_install(tmp_path):
     assert "python3-pip" in done.stderr
 
 
-def test_ci_runs_lint_types_and_the_tests_last():
-    script = ROOT / ".ci" / "run"
-    assert os.access(script, os.X_OK)
-    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
-    lines = script.read_text(encoding="utf-8").splitlines()
-    assert "set -euo pipefail" in lines
-    assert lines[-3:] == ["make lint", "make types", "make test"]
+FAKE_MAKE = """#!/bin/sh
+echo "make $*"
+case "$*" in
+    {target}) echo "{output}"; exit {status} ;;
+esac
+"""
+
+
+def _ci(folder: pathlib.Path, target: str, output: str, status: int) -> subprocess.CompletedProcess:
+    """Runs .ci/run with a `make` that says what it was asked for, and fails at one target."""
+    for name, text in [("make", FAKE_MAKE.format(target=target, output=output, status=status)), ("uv", "#!/bin/sh\n")]:
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run([ROOT / ".ci" / "run"], env=environment, capture_output=True, text=True, timeout=60)
+
+
+def _asked(done: subprocess.CompletedProcess) -> list[str]:
+    return [line.removeprefix("make ") for line in done.stdout.splitlines() if line.startswith("make ")]
+
+
+@needs_timeout
+def test_ci_runs_lint_types_the_oracle_and_the_tests_last(tmp_path):
+    done = _ci(tmp_path, "none", "", 0)
+    assert done.returncode == 0
+    assert _asked(done) == ["lint", "types", "oracle", "test"]
+    assert done.stdout.splitlines()[-1] == "make test"
+
+
+@needs_timeout
+@pytest.mark.parametrize("target", ["lint", "types", "oracle", "test"])
+def test_ci_ends_where_something_fails(tmp_path, target):
+    done = _ci(tmp_path, target, "broken", 3)
+    assert done.returncode != 0
+    assert _asked(done)[-1] == target
+
+
+@needs_timeout
+def test_ci_skips_the_oracle_where_its_packages_cannot_be_fetched_and_says_so(tmp_path):
+    reason = "ERROR: No matching distribution found for torch==2.13.0"
+    done = _ci(tmp_path, ".venv-oracle/.ready", reason, 2)
+    assert done.returncode == 0
+    assert _asked(done) == ["lint", "types", "test"]
+    assert reason in done.stdout and "Skipped: make oracle" in done.stdout
+
+
+@needs_timeout
+def test_ci_fails_where_the_oracle_cannot_be_installed_for_another_reason(tmp_path):
+    reason = "ERROR: Cannot install snapgen-jax[oracle] because these package versions have conflicting dependencies."
+    done = _ci(tmp_path, ".venv-oracle/.ready", reason, 2)
+    assert done.returncode != 0
+    assert reason in done.stdout

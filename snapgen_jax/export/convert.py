@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pathlib
 import re
 from collections.abc import Callable, Mapping
@@ -12,12 +13,24 @@ import jax
 import numpy as np
 
 Backend = Literal["jax2tf", "litert"]
-BACKENDS: tuple[Backend, ...] = ("jax2tf", "litert")
-INSTALL = "pip install 'snapgen-jax[export]'"
+BACKENDS: dict[Backend, tuple[str, str]] = {  # the library, and the extra of setup.py that installs it
+    "jax2tf": ("tensorflow", "export"),
+    "litert": ("litert_converter", "export-litert"),
+}
 
 
 class ConversionError(RuntimeError):
     """The converter did not lower the function. The message is the converter's, without the weights it prints."""
+
+
+def require(backend: Backend) -> None:
+    """Raises ImportError, which says how to install it, where the converter of a backend is not installed."""
+    library, extra = BACKENDS[backend]
+    if importlib.util.find_spec(library) is None:
+        raise ImportError(
+            f"exporting by {backend!r} needs {library}, which is not installed: pip install 'snapgen-jax[{extra}]', or "
+            "`make dev` in a clone"
+        )
 
 
 def to_tflite(
@@ -53,13 +66,12 @@ def to_tflite(
     for name, spec in inputs.items():
         if spec.dtype not in (np.float32, np.int32):
             raise ValueError(f"{signature}: input {name!r} is {spec.dtype}; a file takes float32 and int32 only")
+    require(backend)
     params = jax.tree.map(_float32, params)
     jax.eval_shape(function, params, **inputs)  # the function's own errors, before a converter dresses them up
     try:
         converter = importlib.import_module(f"snapgen_jax.export.{backend}_backend")
         converter.convert(function, params, inputs, signature, path)
-    except ImportError as error:
-        raise ImportError(f"the {backend!r} backend is not installed ({error}); install it with: {INSTALL}") from error
     except Exception as error:  # both converters raise their own kinds, some private
         raise ConversionError(f"{signature}: the {backend!r} backend failed: {_brief(error)}") from error
     return path

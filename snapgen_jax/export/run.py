@@ -8,7 +8,7 @@ import tempfile
 from etils import epath
 
 from snapgen_jax.export.bundle import GPUCheck, export_bundle, generator_of
-from snapgen_jax.export.convert import Backend
+from snapgen_jax.export.convert import Backend, require
 from snapgen_jax.generation import load
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.files import on_object_store
@@ -34,10 +34,14 @@ def export_run(
         What was measured, `export.*`.
 
     Raises:
-        ConfigError: `out` is in an object store, or the run cannot be exported.
+        ConfigError: `out` is in an object store, the backend is not installed, or the run cannot be exported.
     """
     if on_object_store(out):
         raise ConfigError(f"a bundle is made of local files, and {out} is not; give --out a local folder, and copy it")
+    try:
+        require(backend)
+    except ImportError as error:
+        raise ConfigError(str(error)) from error
     generator = load(workdir, platform="cpu", decoder=decoder)
     recipe, params, frozen = generator.recipe, generator.params, generator.frozen
     try:

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from snapgen_jax.networks.attention import Attention, causal_bias, mask_bias
 from snapgen_jax.networks.layers import LayerNorm, Linear
-from snapgen_jax.networks.module import Preset, Rules, compute_dtype, shard
+from snapgen_jax.networks.module import Preset, Rules, compute_dtype, draw, shard
 from snapgen_jax.networks.text import TextContext
 
 __all__ = ["ClipText", "ClipTextConfig", "null_tokens"]
@@ -179,8 +179,8 @@ class ClipText(nnx.Module):
         dtype = compute_dtype(config)
         tokens, positions = (nnx.initializers.normal(std * config.embedding_std) for std in (1.0, 0.5))
         self.config = config
-        self.token_embedding = nnx.Param(tokens(rngs.params(), (config.vocab_size, config.width), jnp.float32))
-        self.position_embedding = nnx.Param(positions(rngs.params(), (config.max_tokens, config.width), jnp.float32))
+        self.token_embedding = draw(rngs, tokens, (config.vocab_size, config.width))
+        self.position_embedding = draw(rngs, positions, (config.max_tokens, config.width))
         self.neighbours = Neighbours(config, rngs) if config.neighbours else None
         self.layers = nnx.List([ClipLayer(config, rngs) for _ in range(config.layers)])
         self.norm = LayerNorm(config.width, dtype=dtype)

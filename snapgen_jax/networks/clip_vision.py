@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from snapgen_jax.networks.clip import ClipLayer
 from snapgen_jax.networks.layers import Conv, LayerNorm, Linear
-from snapgen_jax.networks.module import Preset, Rules, compute_dtype, shard
+from snapgen_jax.networks.module import Preset, Rules, compute_dtype, draw, shard
 
 __all__ = ["ClipVision", "ClipVisionConfig"]
 
@@ -77,13 +77,13 @@ class ClipVision(nnx.Module):
     def __init__(self, config: ClipVisionConfig, rngs: nnx.Rngs):
         width, dtype = config.width, compute_dtype(config)
         cells = (config.image_size // config.patch) ** 2
-        draw = nnx.initializers.normal(width**-0.5)
+        normal = nnx.initializers.normal(width**-0.5)
         self.config = config
         self.patch = Conv(
             3, width, config.patch, stride=config.patch, padding=(0, 0), bias=False, dtype=dtype, rngs=rngs
         )
-        self.class_embedding = nnx.Param(draw(rngs.params(), (width,), jnp.float32))
-        self.position_embedding = nnx.Param(draw(rngs.params(), (1 + cells, width), jnp.float32))
+        self.class_embedding = draw(rngs, normal, (width,))
+        self.position_embedding = draw(rngs, normal, (1 + cells, width))
         self.norm_in = LayerNorm(width, dtype=dtype)
         self.layers = nnx.List([ClipLayer(config, rngs) for _ in range(config.layers)])
         self.norm = LayerNorm(width, dtype=dtype)

@@ -7,6 +7,7 @@ SnapGen (arXiv 2412.09619, section 3.1): eight networks, each one design step fr
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
-from snapgen_jax.networks.module import apply, build, count_parameters
+from snapgen_jax.networks.module import sketch
 from snapgen_jax.networks.registry import CONFIGS
 from snapgen_jax.networks.unet import UNetConfig
 
@@ -24,15 +25,32 @@ PIXELS_PER_LATENT = 8  # side, of the autoencoder that SnapGen works on
 # --- counting --------------------------------------------------------------------------------------------------------
 
 
+def size(config: Any, *inputs: Sequence[Any]) -> tuple[int, ...]:
+    """Number of parameters of the network of a config, and multiply-adds of one call on each of several `inputs`.
+
+    Args:
+        inputs: `ShapeDtypeStruct`s of the network's positional arguments, such as `config.input_spec()`.
+    """
+    found: list[int] = []
+
+    def calls(*inputs: Sequence[Any]) -> list[Any]:
+        network, count = sketch(config)
+        found.append(count)
+        return [network(*args) for args in inputs]
+
+    jaxpr, outputs = jax.make_jaxpr(calls, return_shape=True)(*inputs)
+    leaves = iter(jaxpr.jaxpr.outvars)
+    return *found, *(_macs(jaxpr.jaxpr, [next(leaves) for _ in jax.tree.leaves(output)]) for output in outputs)
+
+
 def parameters(config: Any) -> int:
     """Number of parameters of the network of a config."""
-    return count_parameters(build(config)[1])
+    return size(config)[0]
 
 
 def macs(config: Any, inputs: Sequence[Any]) -> int:
     """Multiply-adds of one call of the network of a config on inputs of the given shapes (`ShapeDtypeStruct`s)."""
-    network, spec = build(config)
-    return count_macs(lambda params, *args: apply(network, params, *args), spec, *inputs)
+    return size(config, inputs)[1]
 
 
 def count_macs(function: Callable, *args: Any) -> int:
@@ -45,11 +63,16 @@ def count_macs(function: Callable, *args: Any) -> int:
     Raises:
         ValueError: there is a product inside a loop whose number of turns is not known.
     """
-    return _macs(jax.make_jaxpr(function)(*args).jaxpr)
+    return _all_macs(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def _macs(jaxpr: Jaxpr) -> int:
-    needed, total = {v for v in jaxpr.outvars if isinstance(v, Var)}, 0
+@functools.lru_cache(maxsize=256)  # equal blocks share a jaxpr
+def _all_macs(jaxpr: Jaxpr) -> int:
+    return _macs(jaxpr, jaxpr.outvars)
+
+
+def _macs(jaxpr: Jaxpr, outputs: Sequence[Any]) -> int:
+    needed, total = {v for v in outputs if isinstance(v, Var)}, 0
     for equation in reversed(jaxpr.eqns):
         if not needed.isdisjoint(equation.outvars):
             needed |= {v for v in equation.invars if isinstance(v, Var)}
@@ -68,7 +91,7 @@ def _equation_macs(equation: Any) -> int:
         return size * kernel[inputs] * math.prod(kernel[axis] for axis in window)
     if name == "jit" and params["name"] == "depthwise_shifted":
         return size * 9
-    bodies = [_macs(jaxpr) for jaxpr in _subjaxprs(params)]
+    bodies = [_all_macs(jaxpr) for jaxpr in _subjaxprs(params)]
     if name == "cond":
         return max(bodies)
     if name == "scan":
@@ -87,10 +110,10 @@ def _subjaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:
                 yield item
 
 
-def unet_macs(config: UNetConfig, pixels: int) -> int:
-    """Multiply-adds of one UNet call for a square image of that many pixels a side, with 77 text tokens."""
+def _image(config: UNetConfig, pixels: int) -> Sequence[Any]:
+    """Inputs of a UNet for a square image of that many pixels a side, with 77 text tokens."""
     side = pixels // PIXELS_PER_LATENT
-    return macs(config, config.input_spec(height=side, width=side))
+    return config.input_spec(height=side, width=side)
 
 
 # --- every network ---------------------------------------------------------------------------------------------------
@@ -115,7 +138,8 @@ def all_counts() -> list[Count]:
             config: Any = config_class.preset(preset)
             inputs = config.input_spec()
             shapes = " ".join("x".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(inputs))
-            counts.append(Count(config.kind, preset, parameters(config), macs(config, inputs), shapes))
+            parameters, macs = size(config, inputs)
+            counts.append(Count(config.kind, preset, parameters, macs, shapes))
     return counts
 
 
@@ -182,10 +206,7 @@ class LadderRow:
 
 def ladder_rows(final: UNetConfig | None = None) -> list[LadderRow]:
     """The ladder, counted. Published compute was measured at 1024 pixels, and `macs_1024_change` stands beside it."""
-    sizes = {
-        name: (parameters(config), unet_macs(config, 256), unet_macs(config, 1024))
-        for name, config in ladder(final).items()
-    }
+    sizes = {name: size(config, _image(config, 256), _image(config, 1024)) for name, config in ladder(final).items()}
 
     def changes(step: Step) -> tuple[float | None, ...]:
         if step.against is None:

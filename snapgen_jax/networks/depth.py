@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from snapgen_jax.networks.module import shard, take_apart
+from snapgen_jax.networks.module import rngs_of, shard, take_apart
 from snapgen_jax.networks.taps import Reuse, decision, select_rows
 
 Remat = Literal["none", "block"]
@@ -30,9 +30,15 @@ def stack(make: Callable[[nnx.Rngs], LayerT], layers: int, rngs: nnx.Rngs) -> La
 
     Each layer is drawn from a key of its own. The result is only a container: run it with `scan`.
     """
-    join, _ = take_apart(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
-    params = jax.vmap(lambda key: take_apart(make(nnx.Rngs(key)))[1])(jax.random.split(rngs.params(), layers))
-    return join(params)  # type: ignore[return-value]
+    joins = []
+
+    def one(key: jax.Array) -> Any:
+        join, params = take_apart(make(rngs_of(key, like=rngs)))
+        joins.append(join)  # the same of every layer
+        return params
+
+    params = jax.vmap(one)(jax.random.split(rngs.params(), layers))
+    return joins[0](params)
 
 
 def scan(

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from snapgen_jax.networks.module import draw
+
 Form = Literal["auto", "grouped", "shifted"]
 
 # Floats of one running sum of the kernel gradient: few enough for all nine to stay in cache, and enough to be worth the
@@ -168,8 +170,7 @@ class DepthwiseConv(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        draw = nnx.initializers.lecun_normal()
-        self.kernel = nnx.Param(draw(rngs.params(), (3, 3, 1, width), jnp.float32))
+        self.kernel = draw(rngs, nnx.initializers.lecun_normal(), (3, 3, 1, width))
         self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
         self.stride: int = stride
         self.form: Form = form

@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from snapgen_jax.networks.attention import MASKED, attend, causal_bias, mask_bias, rotate
 from snapgen_jax.networks.depth import scan, stack
 from snapgen_jax.networks.layers import Linear
-from snapgen_jax.networks.module import Preset, Rules, compute_dtype, shard
+from snapgen_jax.networks.module import Preset, Rules, compute_dtype, draw, shard
 from snapgen_jax.networks.text import TextContext
 
 # Kernels are split along their output, which a checkpoint stores as whole rows: each host reads one run of bytes. What
@@ -161,9 +161,8 @@ class Gemma2(nnx.Module):
     """Token ids to a `TextContext`. Build it through `networks.module.build`."""
 
     def __init__(self, config: Gemma2Config, rngs: nnx.Rngs):
-        shape = (config.vocab_size, config.width)
         self.config = config
-        self.token_embedding = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, jnp.float32))
+        self.token_embedding = draw(rngs, nnx.initializers.normal(0.02), (config.vocab_size, config.width))
         self.blocks = stack(lambda rngs: Gemma2Layer(config, rngs), config.layers, rngs)
         self.norm = OffsetRMSNorm(config.width, epsilon=config.epsilon, dtype=compute_dtype(config))
 

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from snapgen_jax.networks.module import draw
+
 Init = Literal["fan_in", "zeros"]
 
 
 def _kernel(rngs: nnx.Rngs, shape: tuple[int, ...], init: Init) -> nnx.Param:
-    draw = nnx.initializers.zeros if init == "zeros" else nnx.initializers.lecun_normal()
-    return nnx.Param(draw(rngs.params(), shape, jnp.float32))
+    return draw(rngs, nnx.initializers.zeros if init == "zeros" else nnx.initializers.lecun_normal(), shape)
 
 
 def _constant(value: float, *shape: int) -> nnx.Param:

@@ -148,6 +148,26 @@ class _Keys:
         return jax.random.fold_in(self.key, self.count - 1)
 
 
+class _NoKeys(_Keys):
+    """For a trace of which the shapes alone are read: with it `draw` draws nothing, which takes a third of the time."""
+
+    def __init__(self, key: jax.Array):
+        super().__init__(key)
+        self.zeros = functools.cache(lambda shape: jnp.zeros(shape, jnp.float32))
+
+
+def draw(rngs: nnx.Rngs, initializer: Callable[..., jax.Array], shape: tuple[int, ...]) -> nnx.Param:
+    """A float32 parameter of that shape, drawn by an initializer of `nnx.initializers` from the next key of `rngs`."""
+    if isinstance(rngs, _NoKeys):
+        return nnx.Param(rngs.zeros(shape))
+    return nnx.Param(initializer(rngs.params(), shape, jnp.float32))
+
+
+def rngs_of(key: jax.Array, like: nnx.Rngs) -> nnx.Rngs:
+    """Keys from `key` for a part of a network; none are drawn where `like`, those of the whole, draws none."""
+    return cast(nnx.Rngs, _NoKeys(key) if isinstance(like, _NoKeys) else _Keys(key))
+
+
 @functools.lru_cache(maxsize=256)
 def build(config: NetworkConfig) -> tuple[Network, Tree]:
     """Builds a network from its config without drawing a parameter.
@@ -156,7 +176,7 @@ def build(config: NetworkConfig) -> tuple[Network, Tree]:
         network: hashable description, the first argument of `init` and `apply`.
         spec: nested dict of `jax.ShapeDtypeStruct`, the tree that `apply` expects.
     """
-    graphdef, flat = _named_leaves(nnx.eval_shape(lambda: config.module(cast(nnx.Rngs, _Keys(jax.random.key(0))))))
+    graphdef, flat = _named_leaves(nnx.eval_shape(lambda: config.module(cast(nnx.Rngs, _NoKeys(jax.random.key(0))))))
     return Network(config, graphdef, tuple(flat)), unflatten(flat)
 
 
@@ -213,6 +233,36 @@ def take_apart(module: nnx.Module) -> tuple[Callable[[Tree], nnx.Module], Tree]:
     """
     graphdef, state = nnx.split(module)
     return functools.partial(nnx.merge, graphdef), state
+
+
+class _TracedOnce(nnx.Module):
+    """A module, called through `jax.jit`, which traces once what is equal in structure and in shapes."""
+
+    def __init__(self, module: nnx.Module):
+        self.graphdef, state = nnx.split(module)
+        self.state = nnx.data(state)
+
+    def __call__(self, *args: Any) -> Any:
+        return _traced_once(self.graphdef, self.state, args)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _traced_once(graphdef: nnx.GraphDef, state: Any, args: tuple[Any, ...]) -> Any:
+    return cast(Callable, nnx.merge(graphdef, state))(*args)
+
+
+def sketch(config: NetworkConfig) -> tuple[Callable, int]:
+    """The module of a config and its number of parameters, for a trace of which the shapes alone are read.
+
+    The parameters are zeros, and the equal blocks of a list are traced once: this is several times as fast as `build`
+    and `apply`. Call it inside the trace; the module is called as often as you like.
+    """
+    module = config.module(cast(nnx.Rngs, _NoKeys(jax.random.key(0))))
+    nodes = [node for _, node in nnx.iter_graph(module)]
+    for blocks in nodes:
+        if isinstance(blocks, nnx.List):
+            blocks[:] = [_TracedOnce(b) if isinstance(b, nnx.Module) and callable(b) else b for b in blocks]
+    return cast(Callable, module), sum(node.size for node in nodes if isinstance(node, nnx.Param))
 
 
 def count_parameters(tree: Tree) -> int:

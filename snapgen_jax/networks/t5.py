@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 from snapgen_jax.networks.attention import attend, mask_bias
 from snapgen_jax.networks.depth import scan, stack
 from snapgen_jax.networks.layers import Linear, RMSNorm
-from snapgen_jax.networks.module import Preset, Rules, compute_dtype, shard
+from snapgen_jax.networks.module import Preset, Rules, compute_dtype, draw, shard
 from snapgen_jax.networks.text import TextContext
 
 # Kernels are split along their output, which a checkpoint stores as whole rows: each host reads one run of bytes. What
@@ -134,10 +134,10 @@ class T5Encoder(nnx.Module):
     """Token ids to a `TextContext`. Build it through `networks.module.build`."""
 
     def __init__(self, config: T5Config, rngs: nnx.Rngs):
-        draw = nnx.initializers.normal
+        normal = nnx.initializers.normal
         self.config = config
-        self.token_embedding = nnx.Param(draw(1.0)(rngs.params(), (config.vocab_size, config.width), jnp.float32))
-        self.distance_bias = nnx.Param(draw(0.1)(rngs.params(), (config.buckets, config.heads), jnp.float32))
+        self.token_embedding = draw(rngs, normal(1.0), (config.vocab_size, config.width))
+        self.distance_bias = draw(rngs, normal(0.1), (config.buckets, config.heads))
         self.blocks = stack(lambda rngs: T5Layer(config, rngs), config.layers, rngs)
         self.norm = RMSNorm(config.width, epsilon=config.epsilon, dtype=compute_dtype(config))
 

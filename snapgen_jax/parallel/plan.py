@@ -68,7 +68,7 @@ def topology(name: str) -> Topology:
     except Exception as error:
         raise ValueError(
             f"no topology {name!r}: {str(error).splitlines()[0]}. Shapes are as in v5e:4x4, v5p:2x2x2, v6e:16x16; "
-            "compiling for TPUs needs libtpu (pip install 'snapgen-jax[tpu]')"
+            "compiling for TPUs needs libtpu (pip install 'snapgen-jax[tpu]', or `make dev` in a clone)"
         ) from error
     return Topology(name, chip, found.devices)
 

@@ -1,10 +1,13 @@
 """What a phone does not run is refused, with the operator and the tensor named."""
 
+import importlib.util
+
 import jax.numpy as jnp
 import pytest
 
+from snapgen_jax import cli
 from snapgen_jax.export.compat import IncompatibleModelError, Requirements, breaches, check
-from snapgen_jax.export.convert import ConversionError, to_tflite
+from snapgen_jax.export.convert import BACKENDS, ConversionError, to_tflite
 from snapgen_jax.export.flatbuffer import Description, Operator, Tensor, describe
 
 from .conftest import QUICK, array
@@ -134,3 +137,14 @@ def test_what_does_not_export_is_said_before_or_by_the_converter(tmp_path):
         to_tflite(bfloat16_inside, weights, {"x": array(1, 4, 4)}, "f", target, QUICK)
     with pytest.raises(TypeError, match="dot_general requires contracting dimensions"):  # the function's own error
         to_tflite(lambda params, x: {"y": x @ params}, weights, {"x": array(1, 4, 5)}, "f", target, QUICK)
+
+
+@pytest.mark.parametrize(("backend", "extra"), [("jax2tf", "export"), ("litert", "export-litert")])
+def test_a_converter_that_is_not_installed_is_named_before_a_run_is_read(backend, extra, tmp_path, monkeypatch, capsys):
+    library = BACKENDS[backend][0]
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == library else find(name, *rest))
+    assert cli.main(["export", f"--workdir={tmp_path}/run", f"--backend={backend}"]) == 78
+    assert f"needs {library}, which is not installed: pip install 'snapgen-jax[{extra}]'" in capsys.readouterr().err
+    with pytest.raises(ImportError, match=library):
+        to_tflite(lambda p, x: {"y": x}, {}, {"x": array(1, 4)}, "f", tmp_path / "x.tflite", backend)

@@ -5,14 +5,16 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from snapgen_jax.networks import counting
 from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.depthwise import depthwise_grouped, depthwise_shifted
-from snapgen_jax.networks.module import apply, build, flatten
+from snapgen_jax.networks.module import apply, build, count_parameters, flatten
 from snapgen_jax.networks.registry import CONFIGS
 from snapgen_jax.networks.unet import UNetConfig
+from snapgen_jax.networks.unet_blocks import TransformerBlock
 
 # Readings of what the paper leaves open, and their millions of parameters by hand: ImageNet, text-to-image.
 READINGS = {
@@ -109,8 +111,7 @@ def test_the_ladder_table_has_a_row_a_step_with_the_published_changes(monkeypatc
     assert len({len(line) for line in lines}) == 1
 
 
-def test_every_network_and_preset_is_in_the_table_of_all(monkeypatch):
-    monkeypatch.setattr(counting, "macs", lambda config, inputs: 7)
+def test_every_network_and_preset_is_in_the_table_of_all():
     table = counting.all_counts_table()
     for config_class in CONFIGS:
         for preset in config_class.PRESETS:
@@ -121,6 +122,29 @@ def test_every_network_and_preset_is_in_the_table_of_all(monkeypatch):
 
 def _squeezed(table):
     return ["|".join(f" {cell.strip()} " for cell in line.split("|")) for line in table.splitlines()]
+
+
+@pytest.mark.parametrize("config_class", [c for c in CONFIGS if c.PRESETS], ids=lambda c: c.__name__)
+def test_a_network_has_the_size_of_what_is_built_and_applied(config_class):
+    config = config_class.preset("smoke")
+    network, spec = build(config)
+    calls = [config.input_spec(), config.input_spec(3)]
+    expected = [counting.count_macs(lambda params, *args: apply(network, params, *args), spec, *args) for args in calls]
+    assert counting.size(config, *calls) == (count_parameters(spec), *expected)
+
+
+def test_equal_blocks_are_counted_each_and_traced_once(monkeypatch):
+    traced, run = [], TransformerBlock.__call__
+    monkeypatch.setattr(TransformerBlock, "__call__", lambda *args: traced.append(args) or run(*args))
+
+    def size(depth):
+        config = UNetConfig.preset("smoke", mid_depth=depth, ffn_ratio=7)
+        return np.array(counting.size(config, config.input_spec()))
+
+    two, once = size(2), len(traced)
+    three, six = size(3), size(6)
+    assert once > 0 and len(traced) == once
+    assert ((six - three) == 3 * (three - two)).all() and (three > two).all()
 
 
 def test_products_are_counted_inside_loops_branches_and_custom_rules():

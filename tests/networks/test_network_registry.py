@@ -6,7 +6,7 @@ import typing
 import jax
 import pytest
 
-from snapgen_jax.networks.module import apply, build, flatten
+from snapgen_jax.networks.module import apply, build, flatten, init
 from snapgen_jax.networks.projector import ProjectorConfig
 from snapgen_jax.networks.registry import CONFIGS, DenoiserConfig, TextEncoderConfig
 from snapgen_jax.networks.text import TextContext
@@ -45,6 +45,12 @@ def test_a_network_returns_and_replaces_every_intermediate_that_its_config_names
         lambda p, a, r: apply(network, p, *a, taps=names, reuse=r), spec, config.input_spec(2), found
     )
     assert again == (v, found)
+
+
+@by_kind
+def test_what_is_built_without_drawing_has_the_shapes_and_dtypes_of_what_is_drawn(config):
+    network, spec = build(config)
+    assert jax.eval_shape(lambda key: init(network, key), jax.random.key(0)) == spec
 
 
 @by_kind
