@@ -12,6 +12,7 @@ Numbers = dict[str, float]
 COLUMNS = {
     "params": "parameters",
     "images_seen": "images seen",
+    "score.chance": "chance",
     "score.overall": "score",
     "score.seen": "seen",
     "score.heldout": "held-out",
@@ -33,6 +34,8 @@ def table(chain: ChainConfig, rows: Mapping[str, Numbers]) -> str:
         value = rows[label][key]
         if key in ("params", "images_seen"):
             return f"{int(value):,}"
+        if key == "score.chance":
+            return f"{value:.3f}"
         other = rows.get(against.get(label, ""), {}).get(key)
         return f"{value:.3f}" + ("" if other is None else f" ({value - other:+.3f})")
 

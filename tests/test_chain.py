@@ -79,11 +79,27 @@ def test_the_table_sets_a_row_beside_the_one_it_is_to_better():
     rows = (RowConfig("student"), RowConfig("distilled", against="student"))
     chain = ChainConfig(stages=(StageConfig("x", rows=rows),))
     numbers = {
-        "student": {"params": 1000, "score.overall": 0.5},
-        "distilled": {"params": 1000, "score.overall": 0.625},
+        "student": {"params": 1000, "score.chance": 0.066, "score.overall": 0.5},
+        "distilled": {"params": 1000, "score.chance": 0.066, "score.overall": 0.625},
     }
     text = table(chain, numbers)
-    assert "| distilled, against student | 1,000      | 0.625 (+0.125) |" in text
+    assert "| distilled, against student | 1,000      | 0.066  | 0.625 (+0.125) |" in text
+
+
+@pytest.mark.parametrize("arg", ["", ":quick", ":runlocal"])
+def test_what_a_teacher_adds_is_seen_beside_as_many_updates_without_one(arg):
+    """Both start from the student, see as many images, and differ in the recipe and what belongs to it alone."""
+    chain, _ = load_chain(f"{SHAPES}/chain.py{arg}")
+    stages = {stage.name: stage for stage in chain.stages}
+    (row,) = stages["student_further"].rows
+    distilled = next(row for row in stages["student_distilled"].rows if row.label == "distilled")
+    assert distilled.against == row.label
+    taught, alone = (
+        load_config(stage.config, [f"{key}=/runs/{name}" for key, name in stage.earlier.items()]).to_dict()
+        for stage in (stages["student_distilled"], stages["student_further"])
+    )
+    assert alone["init_from"] == taught["init_from"] == "/runs/student"
+    assert {key for key in alone if alone[key] != taught[key]} == {"recipe"}
 
 
 @pytest.mark.slow

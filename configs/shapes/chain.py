@@ -7,7 +7,8 @@ teacher, student, distilled student, four steps.
 
 Every stage is a config of its own beside this one, trained in `WORKDIR/STAGE`; a chain that was stopped goes on where
 it was. The short forms draw patches of pixels in place of latents, and so have neither autoencoder nor decoder, and
-"quick" a simpler world. The distilled student starts from the student.
+"quick" a simpler world. The distilled student starts from the student; beside it stands the student after as many
+further updates by itself.
 Machine: one GPU; `quick`, two CPU cores for twenty minutes. Metric: the table at the end, in which a row stands
 beside the one that it is to better.
 """
@@ -25,8 +26,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     distilled = {"init_from": "student_distilled"}
     unguided = {"steps": 4, "guidance": 1.0}
 
-    def stage(name: str, earlier: dict, *rows: dict) -> dict:
-        return {"name": name, "config": f"{name}.py" + (f":{arg}" if arg else ""), "earlier": earlier, "rows": rows}
+    def stage(name: str, earlier: dict, *rows: dict, of: str = "") -> dict:
+        config = f"{of or name}.py" + (f":{arg}" if arg else "")
+        return {"name": name, "config": config, "earlier": earlier, "rows": rows}
 
     last = {"label": "few-step, 4 steps", "against": "distilled, 4 steps"}
     phone = {"label": "few-step, 4 steps, tiny decoder", "decoder": "tiny_decoder", "against": last["label"]}
@@ -39,9 +41,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 stage("teacher", text, {"label": "teacher"}),
                 stage("student", text, {"label": "student"}),
                 stage(
+                    "student_further",
+                    {**text, "init_from": "student"},
+                    {"label": "student, as many updates further"},
+                    of="student",
+                ),
+                stage(
                     "student_distilled",
                     further,
-                    {"label": "distilled", "against": "student"},
+                    {"label": "distilled", "against": "student, as many updates further"},
                     {"label": "distilled, 4 steps", "options": unguided},
                 ),
                 stage("student_few_step", {**text, **teacher, **distilled}, last, *([] if arg else [phone])),

@@ -17,10 +17,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """`arg`: as for `clip.py`."""
     c = student.get_config(arg)
     c.recipe = "distillation"
-    architecture = teacher.mmdit(arg)
-    c.teacher = ConfigDict({"workdir": "runs/teacher", "network": architecture, "prediction": c.prediction})
+    network = teacher.architecture(arg)
+    c.teacher = ConfigDict({"workdir": "runs/teacher", "network": network, "prediction": c.prediction})
     c.scaling = ConfigDict({"ratio": "none"})  # benchmarks/claims/snapgen.py trains the other too: "with ratio"
     c.feature_weight = 0.3  # features are normalised, and differ by more than velocities do
     c.student_taps = ("mid",)
-    c.teacher_taps = (f"block_{(architecture.depth - 1) // 2:02d}",)  # the last says little that its velocity does not
+    # The last block says little that its velocity does not.
+    c.teacher_taps = ("mid",) if network.kind == "unet" else (f"block_{(network.depth - 1) // 2:02d}",)
     return c
