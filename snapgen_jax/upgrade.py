@@ -172,8 +172,13 @@ def _contrastive(config: Section) -> Section:
 
 
 def _autoencoder(config: Section) -> Section:
+    """The weight of the divergence was that of a mean over the latent, beside means over the image."""
     inputs = {"kind": "images", **_take(config, "image_sizes")}
-    return {**config, "inputs": inputs}
+    network = config["autoencoder"]
+    reduction = 2 ** (len(network["channels"]) - 1)
+    of_an_image = 3 * reduction**2 / network["latent_channels"]  # its values, for each of the latent
+    weight = config.pop("kl") * of_an_image
+    return {**config, "inputs": inputs, "kl_weight": weight}
 
 
 def _decoder_distillation(config: Section) -> Section:

@@ -154,12 +154,18 @@ def test_what_is_no_option_at_all_is_refused_with_the_usage(asked, commands, com
     assert stopped.value.code == 2 and message in capsys.readouterr().err and not asked
 
 
-@pytest.mark.parametrize(("command", "option"), [("sample", "--seed"), ("evaluate", "--set=sample_grid.seed")])
+@pytest.mark.parametrize(
+    ("command", "option", "message"),
+    [
+        ("sample", "--seed", "the seed is {}; it must be a whole number from 0 to 4294967295"),
+        ("evaluate", "--set=sample_grid.seed", "'sample_grid' 'seed' is {}; give a number from 0 to 2147483647"),
+    ],
+)
 @pytest.mark.parametrize("seed", [-1, 2**32])
-def test_a_seed_out_of_bounds_is_refused(asked, commands, command, option, seed, capsys):
+def test_a_seed_out_of_bounds_is_refused(asked, commands, command, option, message, seed, capsys):
     assert main([*commands[command], f"{option}={seed}"]) == ExitCode.BAD_CONFIG
     said = capsys.readouterr().err
-    assert f"the seed is {seed}; it must be a whole number from 0 to 4294967295" in said
+    assert message.format(seed) in said
     assert "Traceback" not in said and not asked
 
 

@@ -99,7 +99,8 @@ def _imported_libraries() -> Iterator[tuple[str, str]]:
                 names = [node.module]
             for name in names:
                 top = name.partition(".")[0]
-                beside = (path.parent / f"{top}.py").exists()  # the files of a bundle import each other by bare name
+                # The files of a bundle import each other by bare name, noise.py of another folder among them.
+                beside = path.parent.name == "export" and (top == "noise" or (path.parent / f"{top}.py").exists())
                 if top not in sys.stdlib_module_names and top != "snapgen_jax" and not beside:
                     yield top, f"{path.relative_to(ROOT)}:{node.lineno}"
 

@@ -5,8 +5,9 @@
 
 A stage of `chain.py`, after `clip.py`; on the same latents as `student.py`. In its shortest form a UNet of twice the
 width of the student's: an MMDiT knows nothing yet after the minutes that two cores have for it (0.016 after 2,000
-updates, where chance is 0.07), and there is nothing to learn from it. Machine: one GPU, or two CPU cores for some hours.
-Metric: `score.overall`.
+updates, where chance is 0.07), and there is nothing to learn from it.
+
+Machine: one GPU, or two CPU cores for some hours. Metric: `score.overall`.
 """
 
 from ml_collections import ConfigDict

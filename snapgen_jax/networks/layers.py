@@ -106,8 +106,12 @@ def _product_jvp(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
 
 
 def of_rows(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`product` with all axes but the last taken together."""
-    return jnp.dot(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+    """`product`, on CPU with all axes but the last taken together."""
+
+    def rows(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.dot(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+    return jax.lax.platform_dependent(x, kernel, cpu=rows, default=jnp.dot)
 
 
 @jax.custom_jvp

@@ -35,16 +35,16 @@ class AutoencoderTrainingConfig(ReconstructionConfig):
 
     Attributes:
         autoencoder: the network.
-        kl: weight w_kl of the divergence of a latent from a standard normal distribution, a sum over its elements.
+        kl_weight: w_kl, of the divergence of a latent from a standard normal distribution, a sum over its elements.
     """
 
     autoencoder: AutoencoderConfig = AutoencoderConfig.preset("shapes")
-    kl: float = 1e-6
+    kl_weight: float = 1e-6
     loss: ReconstructionLoss = ReconstructionLoss(l1=1.0, l2=0.0, adversarial=0.5)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, kl=at_least(0))
+        check(self, kl_weight=at_least(0))
 
 
 class AutoencoderTraining(Reconstruction):
@@ -76,7 +76,7 @@ class AutoencoderTraining(Reconstruction):
         """The reconstruction, the divergence of the latents, and the latents."""
         made, mean, logvar = apply(self.autoencoder, networks[ROLE], drawn["image"], drawn["eps"])
         divergence = kl_to_standard_normal(mean, logvar) / math.prod(made.shape[1:])
-        return made, {"kl": (self.config.kl, divergence)} if self.config.kl else {}, mean
+        return made, {"kl": (self.config.kl_weight, divergence)} if self.config.kl_weight else {}, mean
 
     def measure(self, params: Tree, found: Tree, step: jax.Array) -> Tree:
         """Takes mean and variance of the batch into those of the latents: all batches alike at first, then the last

@@ -86,6 +86,29 @@ def test_groups_that_do_not_divide_the_channels_are_refused():
         layers.GroupNorm(40)
 
 
+@pytest.mark.parametrize("shape", [(6, 8), (2, 3, 8), (2, 3, 3, 8)])
+def test_the_derivatives_of_a_product_are_those_of_the_dot_product(shape):
+    x, kernel, dx, dkernel = normal(*shape), normal(8, 5, seed=1), normal(*shape, seed=2), normal(8, 5, seed=3)
+    ours, theirs = (jax.jvp(f, (x, kernel), (dx, dkernel)) for f in (layers.product, jnp.dot))
+    grads = [jax.grad(lambda *a, f=f: (f(*a) ** 2).sum(), (0, 1))(x, kernel) for f in (layers.product, jnp.dot)]
+    for a, b in zip(jax.tree.leaves((ours, grads[0])), jax.tree.leaves((theirs, grads[1])), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_on_cpu_the_gradient_of_a_kernel_is_a_product_of_matrices_and_nothing_is_copied_transposed():
+    """What it is of several axes: what led to the gradient of the output was computed again, transposed."""
+    x, kernel = normal(4, 32, 64), normal(64, 64, seed=1)
+
+    def copies(product):
+        def loss(kernel):
+            return (jnp.tanh(product(x, kernel)) ** 2).sum()
+
+        text = jax.jit(jax.grad(loss)).lower(kernel).compile().as_text()
+        return text.count("f32[64,128]{1,0} fusion")
+
+    assert copies(layers.product) == 0 < copies(jnp.dot)
+
+
 def test_a_pointwise_convolution_has_matrix_products_for_derivatives():
     x, kernel, dx, dkernel = normal(2, 4, 6, 5), normal(1, 1, 5, 3), normal(2, 4, 6, 5), normal(1, 1, 5, 3)
 

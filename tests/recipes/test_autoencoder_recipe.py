@@ -104,8 +104,8 @@ def test_the_statistics_follow_the_latents_and_nothing_else_moves_them(run):
 
 def test_each_term_teaches_by_itself():
     alone = {
-        **{name: recipe(dataclasses.replace(OFF, **{name: 1.0}), kl=0.0) for name in ("l1", "l2", "perceptual")},
-        "kl": recipe(OFF, kl=1.0),
+        **{name: recipe(dataclasses.replace(OFF, **{name: 1.0}), kl_weight=0.0) for name in ("l1", "l2", "perceptual")},
+        "kl": recipe(OFF, kl_weight=1.0),
     }
     judged = recipe(dataclasses.replace(OFF, adversarial=1.0))
     params = started(judged).players
@@ -143,7 +143,7 @@ def test_each_term_teaches_by_itself():
 
 def test_the_divergence_is_to_the_differences_what_it_is_in_sums_over_an_image():
     """Rombach et al. add |x - D(z)| summed over an image and 1e-6 of the divergence summed over its latent."""
-    made = recipe(dataclasses.replace(OFF, l1=1.0), kl=1e-6)
+    made = recipe(dataclasses.replace(OFF, l1=1.0), kl_weight=1e-6)
     networks = {**made.load_frozen(None), **started(made).players["model"].params}
     drawn = jax.jit(made.draw)({}, batch(0), jax.random.key(1))
     image, own, _ = jax.jit(made.make)(networks, drawn)
@@ -157,7 +157,7 @@ def test_the_divergence_is_to_the_differences_what_it_is_in_sums_over_an_image()
 @functools.cache
 def pixels_alone():
     """A recipe of the absolute difference alone, and its compiled update."""
-    made = recipe(dataclasses.replace(OFF, l1=1.0), kl=0.0)
+    made = recipe(dataclasses.replace(OFF, l1=1.0), kl_weight=0.0)
     return made, jax.jit(made.update)
 
 
