@@ -33,7 +33,10 @@ RUNS = {
     "t2i_256": ("configs/pretrain/t2i_256.py:runlocal", SHORT),
     "t2i_256_images": ("configs/pretrain/t2i_256_images.py:runlocal", SHORT),
     "t2i_512_sd35l": ("configs/distill/t2i_512_sd35l.py:runlocal", SHORT),
-    "t2i_1024_4step": ("configs/fewstep/t2i_1024_4step.py:runlocal", SHORT),
+    "t2i_1024_4step": (
+        "configs/fewstep/t2i_1024_4step.py:runlocal",
+        [*SHORT, "sampling.times=()", "sampling.shift=3.0", "teacher.few_step_times=()"],
+    ),
     "autoencoder": ("configs/shapes/autoencoder.py:runlocal", [*SHORT, f"kl_weight={1e-4 * (3 * 2**2 / 4)}"]),
     "tiny_decoder": ("configs/shapes/tiny_decoder.py:generated", []),
 }

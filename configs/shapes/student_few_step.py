@@ -4,8 +4,9 @@
         --config.inputs.text_workdir=runs/clip --config.teacher.workdir=runs/teacher \
         --config.init_from=runs/student_distilled
 
-Last stage of `chain.py`; `--config.sampling.steps=8` trains eight steps. The teacher is asked with guidance, since the
-generator is not guided. Machine: one GPU, or two CPU cores for some hours. Metric: `score.overall` at four steps.
+Last stage of `chain.py`; `--config.sampling.steps=8` trains eight steps. The teacher is a full-step one, which may be
+asked at any time, and is asked with guidance, since the generator is not guided. Machine: one GPU, or two CPU cores for
+some hours. Metric: `score.overall` at four steps.
 """
 
 from ml_collections import ConfigDict

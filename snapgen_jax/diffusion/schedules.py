@@ -23,7 +23,7 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import jax
@@ -76,6 +76,11 @@ class BaseSchedule(abc.ABC):
     @abc.abstractmethod
     def grid(self, steps: int, shift: float = 1.0) -> Level:
         """Levels of sampling: NumPy float32 `[steps + 1]`, from noise down to the data (t = 0)."""
+
+    def grid_at(self, times: Sequence[float]) -> Level:
+        """Levels of sampling at given times of the path, those of the network's calls: NumPy float32 `[S + 1]`, from
+        noise down, and then the data (t = 0). The native times are those of `level`."""
+        return self.level(np.append(np.asarray(times, np.float32), np.float32(0)))
 
     @abc.abstractmethod
     def network_input(self, x_t: jax.Array, level: Level) -> jax.Array:

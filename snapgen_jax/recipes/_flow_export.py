@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from snapgen_jax.diffusion.path import T_MIN
-from snapgen_jax.diffusion.timesteps import time_grid
 from snapgen_jax.networks.module import apply, build
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.time_features import MAX_PERIOD, TIME_SCALE
+from snapgen_jax.recipes._sampling import SamplingConfig, sampling_grid
 from snapgen_jax.systems.denoiser import Denoiser
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.exports import ExportPlan, ExportUnit, GoldenInputs, InputsExport
@@ -20,27 +20,11 @@ from snapgen_jax.training.exports import ExportPlan, ExportUnit, GoldenInputs, I
 Tree = Any
 
 
-class Sampling(Protocol):
-    """How examples are made: steps, guidance scale, step rule, shift of the grid of times."""
-
-    @property
-    def steps(self) -> int: ...
-
-    @property
-    def guidance(self) -> float: ...
-
-    @property
-    def method(self) -> str: ...
-
-    @property
-    def shift(self) -> float: ...
-
-
 def flow_plan(
     *,
     denoiser_role: str,
     denoiser: Denoiser,
-    sampling: Sampling,
+    sampling: SamplingConfig,
     latent_shape: tuple[int, ...],
     image_shape: tuple[int, ...],
     context: TextContext,
@@ -87,8 +71,8 @@ def flow_plan(
         },
         "outputs": outputs,
         "latent_shape": list(latent_shape),
-        "times": [float(t) for t in time_grid(sampling.steps, sampling.shift)],
-        "shift": sampling.shift,
+        "times": [float(t) for t in sampling_grid(denoiser.schedule, sampling).t],
+        **({} if sampling.times else {"shift": sampling.shift}),  # with a shift a client may choose the number of steps
         "step": {
             "unit": unit.name,
             "rule": sampling.method,

@@ -32,6 +32,8 @@ class SamplingConfig:
         guidance: scale w of classifier-free guidance; 1 is none.
         method: "euler" or "heun", or "renoise" for a network that jumps to the data; see `diffusion.samplers.sample`.
         shift: of the grid of times; see `shift_time`.
+        times: those of the network's calls, from noise down, in place of an even grid of these steps and this shift:
+            such as a few-step teacher was trained for. `steps` is then their number, and `shift` stays 1.
         image_size: (height, width) in pixels; None for the first image size of the inputs.
     """
 
@@ -39,18 +41,35 @@ class SamplingConfig:
     guidance: float = 3.0
     method: Method = "euler"
     shift: float = 1.0
+    times: tuple[float, ...] = ()
     image_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         check(self, steps=at_least(1), guidance=FINITE, shift=above(0), image_size=at_least(1))
+        if not self.times:
+            return
+        if any(t <= s for t, s in zip(self.times, (*self.times[1:], 0.0), strict=True)) or self.times[0] > 1:
+            raise ValueError(f"times={self.times}; give times that fall, the first at most 1 and the last above 0")
+        if len(self.times) != self.steps or self.shift != 1:
+            raise ValueError(
+                f"steps={self.steps} and shift={self.shift} beside times={self.times}, which are {len(self.times)} "
+                "steps and as they are; set steps to their number and shift to 1, or times to () for an even grid"
+            )
+
+
+def sampling_grid(schedule: Schedule, options: SamplingConfig) -> Level:
+    """The levels that are sampled at, NumPy float32 `[steps + 1]`, from noise down to the data."""
+    return schedule.grid_at(options.times) if options.times else schedule.grid(options.steps, options.shift)
 
 
 def check_sampling(schedule: Schedule, options: SamplingConfig) -> None:
-    """Raises `ValueError` where a schedule has no grid of these steps and this shift: before training, not after it."""
+    """Raises `ValueError` where a schedule has no such grid: before training, not after it."""
     try:
-        schedule.grid(options.steps, options.shift)
+        sampling_grid(schedule, options)
     except ValueError as error:
         raise ValueError(f"sampling: {error}") from error
+    if options.times and schedule.kind == "flow" and options.times[0] != 1:
+        raise ValueError(f"sampling.times={options.times}; a flow begins with noise alone: let the first time be 1")
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -87,10 +106,10 @@ def sample_flow(
         noise: float32 `[B, ...]` of `noise_shape`.
         condition: of B examples.
         null: of nothing, one for all.
-        options: steps, guidance, method and shift.
+        options: guidance, method, and the grid.
         carry: what `denoise` reads and rewrites, such as cached activations.
     """
-    grid = schedule.grid(options.steps, options.shift)
+    grid = sampling_grid(schedule, options)
 
     def at_grid(x_t: jax.Array, t: jax.Array, i: jax.Array, carry: Carry, c: Condition) -> tuple[jax.Array, Carry]:
         return denoise(x_t, grid.at(i, x_t.shape[0]), i, carry, c)
@@ -100,3 +119,27 @@ def sample_flow(
         later = jnp.moveaxis(jnp.roll(noise, -1, axis=1), 1, 0)  # the last interval ends in data and uses none
         return sample(guided, schedule.initial(noise[:, 0], grid), grid.t, carry, method="renoise", noise=later)
     return sample(guided, schedule.initial(noise, grid), grid.t, carry, method=options.method)
+
+
+def own_states(
+    denoise: Callable[[jax.Array, Level], jax.Array], schedule: Schedule, grid: Level, noise: jax.Array
+) -> jax.Array:
+    """Where a generator that renoises is at each time of a grid when it samples by itself: `x_t` `[S, B, ...]`.
+
+    "Backward simulation" (Yin et al. 2024, "Improved Distribution Matching Distillation for Fast Image Synthesis",
+    section 4.5): in sampling each call but the first sees what the call before made, not noised data. `denoise` is
+    called at all times but the last.
+
+    Args:
+        denoise: `(x_t [B, ...], level [B]) -> velocity [B, ...]`.
+        schedule, grid: as in sampling.
+        noise: `[B, S, ...]` standard normal: what it begins with, and what is mixed in later.
+    """
+
+    def recording(x_t: jax.Array, t: jax.Array, i: jax.Array, states: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return denoise(x_t, grid.at(i, x_t.shape[0])), states.at[i].set(x_t)
+
+    first, later = schedule.initial(noise[:, 0], grid), jnp.moveaxis(noise[:, 1:], 1, 0)
+    states = jnp.zeros((noise.shape[1], *first.shape), jnp.float32)
+    last, states = sample(recording, first, grid.t[:-1], states, method="renoise", noise=later)
+    return states.at[-1].set(last)

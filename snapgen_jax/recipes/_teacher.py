@@ -1,10 +1,14 @@
-"""A network to learn from: frozen, an argument of the step, never differentiated and never in a checkpoint."""
+"""A network to learn from: frozen, an argument of the step, never differentiated and never in a checkpoint.
+
+A full-step teacher knows the velocity at any time. A few-step one, such as Stable Diffusion 3.5 Large Turbo, was
+trained to jump to the data from a few times: there alone it knows something, and its velocity is no score.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -18,19 +22,22 @@ from snapgen_jax.diffusion.path import expand_like, interpolate
 from snapgen_jax.diffusion.samplers import sample
 from snapgen_jax.diffusion.schedules import FlowSchedule, Level, Schedule
 from snapgen_jax.inputs.captions import same_tokens
-from snapgen_jax.inputs.interfaces import Inputs, Networks, TokenizerSpec, prefixed, subtree
+from snapgen_jax.inputs.interfaces import Inputs, Networks, TokenizerSpec
 from snapgen_jax.inputs.registry import InputsConfig
 from snapgen_jax.networks.mmdit import MMDiTConfig
 from snapgen_jax.networks.module import Network, Platform, build, for_platform
 from snapgen_jax.networks.registry import DenoiserConfig
 from snapgen_jax.networks.rules import rules_of
 from snapgen_jax.recipes._assembly import Specs, merged_specs, merged_tokenizers, specs_of, trained_roles
+from snapgen_jax.recipes._sampling import SamplingConfig, sampling_grid
 from snapgen_jax.systems.denoiser import Denoiser, Prediction
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.weights.frozen import draw_stand_ins, load_mmdit, load_run
 
 Tree = Any
 TEACHER = "teacher"
+FEW_STEP_RECIPE = "adversarial"  # whose runs are few-step generators
+SAME_TIME = 1e-3  # times that differ by less are one
 Taken = Literal["condition", "latent"]
 
 
@@ -52,6 +59,8 @@ class TeacherConfig:
         guidance: scale of classifier-free guidance in the target, so that the student need not be guided.
         rollout_steps: 1 takes the velocity at x_t. More follow the teacher's flow from x_t to the data in so many Euler
             steps, and take their mean velocity, which leads there in one: a target that is sharp even at much noise.
+        few_step_times: of a few-step teacher: the times at which its own sampler asks it, from noise down; () for a
+            full-step one. Weights do not tell which they are. A run does: it is held to what is said here.
     """
 
     workdir: str = ""
@@ -64,21 +73,44 @@ class TeacherConfig:
     takes: tuple[Taken, ...] = ("condition",)
     guidance: float = 1.0
     rollout_steps: int = 1
+    few_step_times: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         check(self, guidance=FINITE, rollout_steps=at_least(1))
 
 
 class Teacher:
-    """A teacher beside a student."""
+    """A teacher beside a student.
 
-    def __init__(self, config: TeacherConfig, student: Inputs, schedule: Schedule, batch_size: int, platform: Platform):
-        """`student` is what the student is fed, and `schedule` its noise schedule.
+    Attributes:
+        name: of its field of the recipe's config, and the beginning of its roles.
+        places: `{its network: role}`: where among all networks each of `networks()` is.
+    """
+
+    def __init__(
+        self,
+        config: TeacherConfig,
+        student: Inputs,
+        schedule: Schedule,
+        batch_size: int,
+        platform: Platform,
+        name: str = TEACHER,
+        beside: Teacher | None = None,
+    ):
+        """
+        Args:
+            config: what it is.
+            student: what the student is fed.
+            schedule: the student's noise schedule.
+            batch_size: examples in a global batch.
+            platform: the one compiled for.
+            name: see the attribute.
+            beside: another teacher of the same student; the networks that both have are held once, as that one's.
 
         Raises:
             ConfigError: the fields do not fit each other.
         """
-        self.config, self.student = config, student
+        self.config, self.student, self.name = config, student, name
         self.knows_levels = config.schedule == schedule
         self.role = config.network.kind
         self.denoiser = Denoiser(build(for_platform(config.network, platform))[0], config.prediction, config.schedule)
@@ -86,31 +118,67 @@ class Teacher:
         if config.inputs is not None:
             sizes = {"image_sizes": student.config.image_sizes}
             self.inputs = dataclasses.replace(config.inputs, **sizes).build(batch_size, platform)
+        self.places = {role: f"{name}/{role}" for role in self._own_networks()}
+        if beside is not None:
+            self._check_beside(beside)
+            self.places |= {
+                role: beside.places[role]
+                for role in self.places
+                if role in beside.places and self._origin(role) == beside._origin(role)
+            }
         self._check()
 
     def _check(self) -> None:
-        config = self.config
+        config, name = self.config, self.name
         if bool(config.workdir) + bool(config.weights) + config.random > 1:
-            raise ConfigError(
-                "teacher.workdir, teacher.weights and teacher.random each name a teacher; give one of them"
-            )
+            raise ConfigError(f"{name}.workdir, {name}.weights and {name}.random each name a teacher; give one of them")
         if config.weights and self.role != "mmdit":
-            raise ConfigError("teacher.weights holds an MMDiT; set teacher.network.kind to 'mmdit'")
+            raise ConfigError(f"{name}.weights holds an MMDiT; set {name}.network.kind to 'mmdit'")
         if config.weights and self.inputs is not None and trained_roles(self.inputs):
             roles = ", ".join(trained_roles(self.inputs))
             raise ConfigError(
-                f"teacher.weights holds an MMDiT alone, and no {roles}; let teacher.inputs name a run of it"
+                f"{name}.weights holds an MMDiT alone, and no {roles}; let {name}.inputs name a run of it"
+            )
+        if config.few_step_times and config.rollout_steps > 1:
+            raise ConfigError(
+                f"{name}.rollout_steps={config.rollout_steps} follows a flow, which a few-step teacher has none of; "
+                f"set it to 1, or {name}.few_step_times to ()"
             )
         if config.inputs is None and "latent" in config.takes:
-            raise ConfigError(
-                "teacher.takes names latents, and there are no teacher.inputs to take them from; set them"
-            )
+            raise ConfigError(f"{name}.takes names latents, and there are no {name}.inputs to take them from; set them")
         channels = self.latent_shape()[-1]
         if channels != config.network.latent_channels:
             raise ConfigError(
-                f"the teacher's latents have {channels} channels and teacher.network.latent_channels is "
-                f"{config.network.latent_channels}; they must be the student's latents, or teacher.inputs must say "
-                "which the teacher's are and teacher.takes must name them"
+                f"the teacher's latents have {channels} channels and {name}.network.latent_channels is "
+                f"{config.network.latent_channels}; they must be the student's latents, or {name}.inputs must say "
+                f"which the teacher's are and {name}.takes must name them"
+            )
+
+    def _check_beside(self, other: Teacher) -> None:
+        for where in ("workdir", "weights"):
+            said, same = getattr(self.config, where), getattr(other.config, where)
+            if said and said == same and self.config.few_step_times != other.config.few_step_times:
+                raise ConfigError(
+                    f"{self.name}.{where} and {other.name}.{where} are both {said!r}, which {self.name}.few_step_times="
+                    f"{self.config.few_step_times} and {other.name}.few_step_times={other.config.few_step_times} take "
+                    "for two networks; name the other one's, or let both say the same"
+                )
+
+    def check_times(self, times: Sequence[float] | None) -> None:
+        """Raises `ConfigError` where it is a few-step teacher and is to be asked at other times than its own.
+
+        Args:
+            times: those at which the student learns; None for any in [0, 1].
+        """
+        own = self.config.few_step_times
+        if not own:
+            return
+        foreign = [t for t in times or () if min(abs(t - u) for u in own) > SAME_TIME]
+        if times is None or foreign:
+            asked = "any time" if times is None else ", ".join(f"{t:.3f}" for t in foreign)
+            raise ConfigError(
+                f"{self.name} is a few-step teacher, which knows the times {own} and would be asked at {asked}; use "
+                f"recipe 'adversarial' with sampling.times of these, or a full-step teacher"
             )
 
     @property
@@ -157,34 +225,53 @@ class Teacher:
         }
         return {self.role: self.denoiser.network, **wanted}
 
-    def networks(self) -> dict[str, Network]:
-        """`{"teacher/...": network}`: its network, and what its inputs bring."""
-        return prefixed(TEACHER, self._own_networks())
+    def _origin(self, role: str) -> Any:
+        """Of a network of its own: where two teachers agree on it, the weights are the same."""
+        config, network = self.config, self._own_networks()[role].config
+        if self.inputs is not None and role in self.inputs.pretrained():
+            return network, self.inputs.config
+        return network, config.workdir, config.weights, config.random, config.few_step_times
 
-    def load(self, mesh: Mesh | None) -> dict[str, Tree]:
-        """Reads all of `networks()` onto the mesh: from a run or from published files, or draws them.
+    def networks(self) -> dict[str, Network]:
+        """`{role: network}`: its network, and what its inputs bring."""
+        return {self.places[role]: network for role, network in self._own_networks().items()}
+
+    def _of(self, networks: Networks) -> dict[str, Tree]:
+        """The parameters of its networks by the names they have among themselves, as far as they are given."""
+        return {role: networks[place] for role, place in self.places.items() if place in networks}
+
+    def params(self, networks: Networks) -> Tree:
+        """The parameters of its denoiser."""
+        return networks[self.places[self.role]]
+
+    def load(self, mesh: Mesh | None, held: Collection[str] = ()) -> dict[str, Tree]:
+        """Reads all of `networks()` onto the mesh, from a run or from published files, or draws them: `{role:
+        parameters}` without the roles that are `held` already.
 
         Raises:
             ConfigError: no teacher is named, or it is not what the config says.
         """
-        config, networks = self.config, self._own_networks()
+        config = self.config
+        networks = {role: n for role, n in self._own_networks().items() if self.places[role] not in held}
         self._check_tokenizers()
         if config.workdir:
             self._check_run(run_config(config.workdir))
         elsewhere = () if self.inputs is None else tuple(r for r in self.inputs.pretrained() if r in networks)
         own = {role: network for role, network in networks.items() if role not in elsewhere}
         rules = rules_of(networks)
-        if config.random:
-            held = draw_stand_ins(own, rules, mesh)
+        if not own:
+            read = {}
+        elif config.random:
+            read = draw_stand_ins(own, rules, mesh)
         elif config.weights and isinstance(config.network, MMDiTConfig):
             spec = specs_of(own, own)[self.role]
-            held = {self.role: load_mmdit(config.weights, config.network, spec, mesh)}
+            read = {self.role: load_mmdit(config.weights, config.network, spec, mesh)}
         elif config.workdir:
-            held = load_run(config.workdir, specs_of(own, own), mesh=mesh, rules=rules)
+            read = load_run(config.workdir, specs_of(own, own), mesh=mesh, rules=rules)
         else:
-            raise ConfigError("there is no teacher: set teacher.workdir to a trained run, or teacher.weights")
+            raise ConfigError(f"there is no {self.name}: set {self.name}.workdir to a trained run, or its weights")
         brought = {} if self.inputs is None else self.inputs.load(elsewhere, mesh)
-        return prefixed(TEACHER, {**held, **brought})
+        return {self.places[role]: tree for role, tree in {**read, **brought}.items()}
 
     def _check_tokenizers(self) -> None:
         """Raises where a text encoder of its own would read the token ids of another tokenizer than it knows."""
@@ -204,8 +291,9 @@ class Teacher:
         config = self.config
         if run.get("prediction", config.prediction) != config.prediction:
             raise ConfigError(
-                f"the run {config.workdir!r} predicts {run['prediction']!r}; set teacher.prediction to that"
+                f"the run {config.workdir!r} predicts {run['prediction']!r}; set {self.name}.prediction to that"
             )
+        self._check_steps(run)
         if not isinstance(inputs := run.get("inputs"), Mapping):
             return
         own = () if self.inputs is None else config.takes
@@ -215,6 +303,24 @@ class Teacher:
             given = trained_roles(self.inputs)
             self.inputs.check_run(config.workdir, inputs, [part for part in own if part == "latent" or not given])
 
+    def _check_steps(self, run: Mapping[str, Any]) -> None:
+        """Raises where a run is a few-step generator and the config here does not say so, or the other way round."""
+        if "recipe" not in run:
+            return
+        config, times = self.config, ()
+        if run["recipe"] == FEW_STEP_RECIPE:
+            sampling = {name: run["sampling"][name] for name in ("steps", "shift", "times") if name in run["sampling"]}
+            sampling["times"] = tuple(sampling.get("times", ()))
+            grid = sampling_grid(config.schedule, SamplingConfig(**sampling))
+            times = tuple(round(t, 6) for t in grid.t[:-1].tolist())
+        said = config.few_step_times
+        if len(said) != len(times) or any(abs(a - b) > SAME_TIME for a, b in zip(said, times, strict=True)):
+            what = f"a few-step generator of the times {times}" if times else "a full-step network"
+            raise ConfigError(
+                f"the run {config.workdir!r} is {what}, and {self.name}.few_step_times is {said}; set it to {times}"
+                + (", which a score cannot have, or name another run" if times else "")
+            )
+
     # --- in the step ---
 
     def draw(self, networks: Networks, batch: Tree, key: jax.Array, kept: Tree) -> Tree:
@@ -222,7 +328,7 @@ class Teacher:
         drawn: dict[str, Any] = {}
         if self.inputs is None:
             return drawn
-        own = subtree(networks, TEACHER)
+        own = self._of(networks)
         if self.has_own_latents:
             x_0 = self.inputs.clean(own, batch)
             drawn |= {"x_0": x_0, "eps": jax.random.normal(key, x_0.shape)}
@@ -233,12 +339,12 @@ class Teacher:
     def condition(self, networks: Networks, drawn: Tree, student: Any) -> Any:
         """What the teacher attends to: what the student does, unless it has a condition of its own."""
         inputs = self._own_condition
-        return student if inputs is None else inputs.condition(subtree(networks, TEACHER), drawn["condition"])
+        return student if inputs is None else inputs.condition(self._of(networks), drawn["condition"])
 
     def _null_condition(self, networks: Networks) -> Any:
         if self._own_condition is None:
             return self.student.null_condition(networks)
-        return self._own_condition.null_condition(subtree(networks, TEACHER))
+        return self._own_condition.null_condition(self._of(networks))
 
     def ask(
         self, networks: Networks, drawn: Tree, x_t: jax.Array, level: Level, student: Any, taps: Sequence[str] = ()
@@ -257,7 +363,7 @@ class Teacher:
         if self.has_own_latents:
             x_t = interpolate(drawn["x_0"], drawn["eps"], t)
         condition = self.condition(networks, drawn, student)
-        params = networks[f"{TEACHER}/{self.role}"]
+        params = self.params(networks)
         # A level's native time is that of the student's schedule.
         where: Any = level if self.knows_levels else t
 

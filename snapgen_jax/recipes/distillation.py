@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from snapgen_jax.bounds import at_least, check
-from snapgen_jax.diffusion.path import interpolate, velocity
+from snapgen_jax.diffusion.path import interpolate
 from snapgen_jax.inputs.interfaces import TokenizerSpec
 from snapgen_jax.losses.distillation import (
     TASK,
@@ -106,6 +106,8 @@ class Distillation(FlowMatching):
 
     def _check(self) -> None:
         config: DistillationConfig = self.config
+        if self.loss_weights:
+            self.teacher.check_times(self.times())
         if config.output_weight and self.teacher.has_own_latents:
             raise ConfigError(
                 "the teacher has latents of its own, so that velocities cannot be compared; set output_weight=0 and "
@@ -146,11 +148,20 @@ class Distillation(FlowMatching):
                 )
         return pairs
 
+    def times(self) -> Sequence[float] | None:
+        """The times at which the student learns, where they are few; None for any."""
+        return None
+
     # --- networks ---
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether anything asks the teacher."""
+        return bool(self.loss_weights)
 
     def networks(self) -> dict[str, Network]:
         """As without a teacher, the projectors, and the teacher's."""
-        return {**super().networks(), **(self.projectors | self.teacher.networks() if self.loss_weights else {})}
+        return {**super().networks(), **self.projectors, **(self.teacher.networks() if self.has_teacher else {})}
 
     def init(self, key: jax.Array) -> TrainState:
         """As without a teacher, and the projectors and running means."""
@@ -181,7 +192,7 @@ class Distillation(FlowMatching):
 
     def load_frozen(self, mesh: Mesh | None, use: Use = "train") -> Tree:
         """What is frozen beside the teacher; and to train the teacher, which is not asked when the student draws."""
-        taught = self.teacher.load(mesh) if use == "train" and self.loss_weights else {}
+        taught = self.teacher.load(mesh) if use == "train" and self.has_teacher else {}
         return {**super().load_frozen(mesh, use), **taught}
 
     def rules(self) -> Sequence[tuple[str, PartitionSpec]]:
@@ -202,11 +213,18 @@ class Distillation(FlowMatching):
 
     def draw(self, networks: Tree, batch: Tree, key: jax.Array, step: int | jax.Array = 0) -> Tree:
         """As without a teacher, and `teacher`, what the teacher is given of its own."""
-        drawn = super().draw(networks, batch, key, step)
-        if not self.loss_weights:
-            return drawn
-        own = self.teacher.draw(networks, batch, jax.random.fold_in(key, OWN_KEYS), drawn["kept"])
-        return {**drawn, "teacher": own}
+        drawn = self.draw_untaught(networks, batch, key, step)
+        return {**drawn, **self.draw_taught(networks, batch, key, drawn["kept"])}
+
+    def draw_untaught(self, networks: Tree, batch: Tree, key: jax.Array, step: int | jax.Array = 0) -> Tree:
+        """What is drawn without a teacher."""
+        return super().draw(networks, batch, key, step)
+
+    def draw_taught(self, networks: Tree, batch: Tree, key: jax.Array, kept: Tree) -> Tree:
+        """What is drawn for a teacher alone; `kept` says which conditions the student keeps."""
+        if not self.has_teacher:
+            return {}
+        return {"teacher": self.teacher.draw(networks, batch, jax.random.fold_in(key, OWN_KEYS), kept)}
 
     def examine(self, networks: Tree, drawn: Tree, extra: Tree) -> tuple[jax.Array, Tree, Point]:
         """S of the flow matching loss and of the distances to the teacher, `[B]`."""
@@ -217,7 +235,7 @@ class Distillation(FlowMatching):
         student_taps, teacher_taps = (config.student_taps, config.teacher_taps) if compares else ((), ())
         point, features = self.predict(networks, drawn, student_taps)
         taught_v, taught = self.teacher.ask(networks, drawn["teacher"], point.x_t, level, point.condition, teacher_taps)
-        losses = {TASK: flow_matching_loss(point.v, velocity(drawn["x_0"], drawn["eps"]))}
+        losses = {TASK: self.task_loss(drawn, point)}
         if "output" in self.loss_weights:
             losses["output"] = flow_matching_loss(point.v, taught_v)
         if compares:

@@ -239,15 +239,23 @@ class FlowMatching:
         """The loss of each example `[B]`, what `report` makes of it, and what the network predicted."""
         del extra
         point = self.predict(networks, drawn)[0]
-        losses = flow_matching_loss(point.v, velocity(drawn["x_0"], drawn["eps"])) * self.time_weight(drawn["level"])
-        return losses, {}, point
+        return self.task_loss(drawn, point) * self.time_weight(drawn["level"]), {}, point
+
+    def task_loss(self, drawn: Tree, point: Point) -> jax.Array:
+        """`[B]`: the squared error of the velocity, by the data that were drawn."""
+        return flow_matching_loss(point.v, velocity(drawn["x_0"], drawn["eps"]))
 
     def predict(self, networks: Tree, drawn: Tree, taps: Sequence[str] = ()) -> tuple[Point, dict[str, jax.Array]]:
         """What the network makes of drawn examples, and its named intermediates."""
         condition = self.inputs.condition(networks, drawn["condition"])
-        x_t = interpolate(drawn["x_0"], drawn["eps"], drawn["level"].t)
+        x_t = self.start(networks, drawn, condition)
         v, features = self.denoiser(networks[self.role], x_t, drawn["level"], condition, taps=taps)
         return Point(x_t, v, condition), features
+
+    def start(self, networks: Tree, drawn: Tree, condition: Any) -> jax.Array:
+        """The point `x_t` `[B, ...]` at which the network is asked about each drawn example: on the path."""
+        del networks, condition
+        return interpolate(drawn["x_0"], drawn["eps"], drawn["level"].t)
 
     def time_weight(self, level: Level) -> jax.Array | float:
         """Of the velocity's squared error: see `loss_full_from`; under another schedule than a flow's, what makes it

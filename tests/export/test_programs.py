@@ -1,5 +1,6 @@
 """One program of plain data says every order of calls: one call, several denoisers, a state, chunks, any guidance."""
 
+import functools
 import json
 import pathlib
 import shutil
@@ -15,13 +16,20 @@ from snapgen_jax.export.convert import to_tflite
 from snapgen_jax.export.program import BundleError, parse
 from snapgen_jax.export.sampler import Sampler
 from snapgen_jax.export.storage import describe_storage
+from snapgen_jax.generation import chosen_options
+from snapgen_jax.inputs.captions import CaptionsConfig
+from snapgen_jax.networks.clip import ClipTextConfig
+from snapgen_jax.networks.codec import CodecConfig
 from snapgen_jax.networks.module import build
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.unet import UNetConfig
 from snapgen_jax.recipes._flow_export import flow_plan
 from snapgen_jax.recipes._sampling import SamplingConfig
+from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig
 from snapgen_jax.systems.denoiser import Denoiser
+from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.exports import ExportUnit, GoldenInputs, InputsExport, Stored
+from snapgen_jax.training.keys import example_keys
 
 from .conftest import PROMPTS, QUICK, resign
 from .toys import SketchRecipe, array, flow
@@ -301,3 +309,39 @@ def test_without_a_text_encoder_the_caller_gives_the_text_states():
     assert set(program.inputs) == set(null) and program.tokenizer is None and not program.contexts
     assert program.units() == {"teacher_unet"} and list(program.outputs) == ["latent"]
     assert plan.units[0].roles == ("teacher/unet",) and set(null) < set(plan.units[0].inputs)
+
+
+def test_a_few_step_generator_of_given_times_leaves_with_them_and_draws_as_its_run_does():
+    times = (1.0, 0.857692, 0.602151, 0.008929)
+    recipe = FlowMatching(
+        FlowMatchingConfig(
+            network=UNetConfig.preset("smoke", latent_channels=12),
+            inputs=CaptionsConfig(
+                image_sizes=((8, 8),),
+                text=ClipTextConfig.preset("smoke", vocab_size=40, max_tokens=6),
+                codec=CodecConfig(patch=2),
+            ),
+            sampling=SamplingConfig(steps=4, guidance=1.0, method="renoise", times=times),
+        ),
+        "cpu",
+    )
+    plan = recipe.exports()
+    program = parse(json.loads(json.dumps(plan.program)))
+    np.testing.assert_array_equal(program.times, np.float32([*times, 0.0]))
+    rng = np.random.default_rng(0)
+    spec = {role: build(network.config)[1] for role, network in recipe.networks().items()}
+    weights = jax.tree.map(lambda s: jnp.float32(0.3 * rng.normal(size=s.shape) + (len(s.shape) == 1)), spec)
+    told = {"tokens": np.int32([[1, 7, 9, 2, 0, 0]]), "mask": np.float32([[1, 1, 1, 1, 0, 0]])}
+    noise = rng.normal(size=(1, 4, 4, 4, 12)).astype("f")
+    params = {"model": weights}
+    drawn = recipe.generate(params, {}, {**told, "noise": noise}, example_keys(0, jnp.arange(1)), recipe.options)
+    units = {unit.name: functools.partial(jax.jit(unit.function), unit.select(weights)) for unit in plan.units}
+    shapes = {unit.name: {name: x.shape for name, x in unit.inputs.items()} for unit in plan.units}
+    sampler = Sampler(program, units, shapes)
+    contexts = sampler.contexts({name: array[0] for name, array in told.items()})
+    latents = sampler.trajectory(noise[0], contexts, {})
+    np.testing.assert_allclose(latents[-1], drawn["latent"][0], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="takes 4 steps and no other number"):
+        sampler.trajectory(noise[0], contexts, {}, steps=8)
+    with pytest.raises(ConfigError, match="set steps to their number"):
+        chosen_options(recipe.options, {"steps": 8})

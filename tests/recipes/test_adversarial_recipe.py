@@ -70,7 +70,9 @@ def test_the_networks_have_roles_of_their_own_and_lie_beside_no_player_and_no_ru
 def test_it_trains_at_the_times_of_sampling_and_judges_at_less_noise(playing):
     made, frozen, *_ = playing
     drawn = [jax.jit(made.draw)(frozen, greys(), jax.random.key(i), 0) for i in range(20)]
-    t, s = (np.concatenate(values) for values in zip(*((d["level"].t, d["s"]) for d in drawn), strict=True))
+    t, s = (
+        np.concatenate(values) for values in zip(*((d["level"].t, d["discriminator"]["s"]) for d in drawn), strict=True)
+    )
     np.testing.assert_allclose(np.unique(t), sorted([1.0, 0.9, 0.75, 0.5]))  # quarters, shifted by 3
     assert (s < t).all() and (s > 0).all()
 
@@ -88,9 +90,14 @@ def test_the_adversarial_loss_reaches_the_generator_and_no_loss_what_is_frozen(p
         assert all(not np.any(g) for g in jax.tree.leaves(slopes[role])), role
 
 
+def discriminator_loss(made, networks, drawn):
+    """Of what the generator makes of the drawn examples."""
+    return made.opponents["discriminator"].loss(networks, drawn, *made.generated(networks, drawn))
+
+
 def test_the_discriminators_loss_reaches_every_head_and_neither_generator_nor_trunk(playing):
     made, _, _, drawn, networks = playing
-    slopes = jax.jit(jax.grad(lambda networks: made.discriminator_loss(networks, drawn)[0]))(networks)
+    slopes = jax.jit(jax.grad(lambda networks: discriminator_loss(made, networks, drawn)[0]))(networks)
     assert all(np.any(g) for g in jax.tree.leaves(slopes.pop("discriminator")))
     assert set(slopes) == {"mmdit", "text", "teacher/mmdit", "trunk/mmdit"}
     assert all(not np.any(g) for g in jax.tree.leaves(slopes))
@@ -103,20 +110,22 @@ def test_the_penalty_is_the_squared_gradient_of_the_sum_over_cells_and_moves_the
     def by_cells():
         """As in the formula: the logits of every cell by every feature, one example and one tap after the other."""
         context = made.inputs.condition(networks, drawn["condition"])
-        x_s = interpolate(drawn["x_0"], drawn["real_eps"], drawn["s"])
-        features = made.features(networks, x_s, drawn["s"], context, drawn)
-        jacobians = jax.jacrev(lambda features: made.judge(networks, features, drawn["s"], context))(features)
+        look, heads = drawn["discriminator"], made.opponents["discriminator"]
+        features = heads.features(
+            networks, interpolate(drawn["x_0"], look["real_eps"], look["s"]), look["s"], context, drawn
+        )
+        jacobians = jax.jacrev(lambda features: heads.judge(networks, features, look["s"], context))(features)
         squares = [
             jnp.square(jacobians[tap][tap][i, :, :, i].sum(axis=(0, 1))).sum()
             for tap in features
-            for i in range(len(x_s))
+            for i in range(len(look["s"]))
         ]
         return sum(squares) / len(squares)
 
     @jax.jit
     @jax.value_and_grad
     def penalty(heads):
-        return made.discriminator_loss({**networks, "discriminator": heads}, drawn)[1]["penalty"]
+        return discriminator_loss(made, {**networks, "discriminator": heads}, drawn)[1]["penalty"]
 
     value, slope = penalty(networks["discriminator"])
     np.testing.assert_allclose(value, by_cells(), rtol=1e-4)
@@ -131,17 +140,16 @@ def test_the_penalty_does_not_shrink_when_the_grid_grows(playing):
     context = TextContext(jnp.zeros((2, 1, 1)), jnp.ones((2, 1)), pooled)
     small = {tap: jax.random.normal(jax.random.key(i), (2, 4, 4, 16)) for i, tap in enumerate(HEADS.taps)}
     large = jax.tree.map(lambda x: jnp.tile(x, (1, 3, 3, 1)), small)
-    few, many = (
-        gradient_penalty(lambda maps: made.judge(networks, maps, drawn["s"][:2], context), x) for x in (small, large)
-    )
+    heads, s = made.opponents["discriminator"], drawn["discriminator"]["s"][:2]
+    few, many = (gradient_penalty(lambda maps: heads.judge(networks, maps, s, context), x) for x in (small, large))
     assert (many > 5 * few).all()  # nine times the cells, and fewer of them at the border
 
 
 def test_without_its_weight_the_penalty_is_left_out_bit_for_bit(playing):
     made, _, _, drawn, networks = playing
     bare = recipe(penalty_weight=0.0)
-    hinge = jax.grad(lambda networks: made.discriminator_loss(networks, drawn)[1]["loss/discriminator"])
-    whole = jax.grad(lambda networks: bare.discriminator_loss(networks, drawn)[0])
+    hinge = jax.grad(lambda networks: discriminator_loss(made, networks, drawn)[1]["loss/discriminator"])
+    whole = jax.grad(lambda networks: discriminator_loss(bare, networks, drawn)[0])
     slopes = (jax.jit(gradient)(networks)["discriminator"] for gradient in (hinge, whole))
     jax.tree.map(np.testing.assert_array_equal, *slopes)
 
@@ -167,8 +175,8 @@ def test_another_prompt_changes_the_verdict(playing):
     @jax.jit
     def verdict(drawn):
         context = made.inputs.condition(networks, drawn["condition"])
-        features = made.features(networks, drawn["x_0"], drawn["s"], context, drawn)
-        return made.judge(networks, features, drawn["s"], context)
+        heads, s = made.opponents["discriminator"], drawn["discriminator"]["s"]
+        return heads.judge(networks, heads.features(networks, drawn["x_0"], s, context, drawn), s, context)
 
     rolled = {**drawn, "condition": jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), drawn["condition"])}
     for before, after in zip(*(jax.tree.leaves(verdict(d)) for d in (drawn, rolled)), strict=True):
@@ -246,8 +254,8 @@ def matching():
 
 def data_end(predict, drawn, x_0):
     """The data that a network sees behind a noisy x_0."""
-    level = drawn["critic_level"]
-    x_t = interpolate(x_0, drawn["critic_eps"], level.t)
+    level = drawn["critic"]["level"]
+    x_t = interpolate(x_0, drawn["critic"]["eps"], level.t)
     return x0_from_velocity(x_t, predict(x_t, level), level.t)
 
 
@@ -270,20 +278,22 @@ def test_the_gradient_by_what_is_generated_is_critic_less_teacher_over_the_teach
         scale = jnp.abs(x_0 - teacher).mean(axis=(1, 2, 3), keepdims=True)
         return (critic - teacher) / (scale * x_0[0].size)
 
-    slope = jax.jit(jax.grad(lambda x_0: made.matching_loss(networks, drawn, x_0, context).sum()))(x_0)
+    slope = jax.jit(jax.grad(lambda x_0: made.opponents["critic"].generator_loss(networks, drawn, x_0, context).sum()))(
+        x_0
+    )
     assert float(jnp.abs(slope).max()) > 1e-4
     np.testing.assert_allclose(slope, by_hand(x_0), rtol=1e-3, atol=1e-7)
 
 
 def test_beside_a_critic_that_knows_what_is_generated_a_step_goes_towards_the_teacher(matching):
     made, _, networks, drawn, x_0, context = matching
-    knowing = Adversarial(made.config, "cpu")
+    knowing = Adversarial(made.config, "cpu").opponents["critic"]
     knowing.denoiser = lambda params, x_t, level, context: (velocity_from_x0(x_t, x_0, level.t), {})
 
     @jax.jit
     def step(x_0):
         teacher = teachers_end(made, networks, drawn, x_0, context)
-        slope = jax.grad(lambda x_0: knowing.matching_loss(networks, drawn, x_0, context).sum())(x_0)
+        slope = jax.grad(lambda x_0: knowing.generator_loss(networks, drawn, x_0, context).sum())(x_0)
         return [jnp.abs(x - teacher).mean(axis=(1, 2, 3)) for x in (x_0, x_0 - slope)]
 
     before, after = step(x_0)
@@ -303,18 +313,22 @@ def test_the_matching_loss_moves_the_generator_alone(matching):
 def test_where_the_velocities_of_critic_and_teacher_are_equal_there_is_nothing_to_match(matching):
     made, _, networks, drawn, x_0, context = matching
     same = {**networks, "critic/mmdit": networks["teacher/mmdit"]}
-    np.testing.assert_allclose(jax.jit(made.matching_loss)(same, drawn, x_0, context), 0.0, atol=1e-8)
+    np.testing.assert_allclose(
+        jax.jit(made.opponents["critic"].generator_loss)(same, drawn, x_0, context), 0.0, atol=1e-8
+    )
 
 
 def test_the_critic_learns_at_the_times_and_with_the_weight_of_the_student(matching):
-    _, _, networks, drawn, *_ = matching
+    _, _, networks, drawn, x_0, context = matching
     settled = FlowSchedule(mean=-3.0, std=0.1, final_mean=3.0)
     made = recipe(critic_weight=1.0, adversarial_weight=0.0, schedule=settled, loss_full_from=0.5)
-    early, late = (jax.jit(made.draw)(networks, greys(), jax.random.key(0), step)["critic_level"].t for step in (0, 40))
+    early, late = (
+        jax.jit(made.draw)(networks, greys(), jax.random.key(0), step)["critic"]["level"].t for step in (0, 40)
+    )
     assert (early < 0.1).all() and (late > 0.9).all()
-    at = {**drawn, "critic_level": settled.level(jnp.full_like(early, 0.25))}
+    at = {**drawn, "critic": {**drawn["critic"], "level": settled.level(jnp.full_like(early, 0.25))}}
     even = recipe(critic_weight=1.0, adversarial_weight=0.0)
-    weighed, plain = (jax.jit(m.critic_loss)(networks, at)[0] for m in (made, even))
+    weighed, plain = (jax.jit(m.opponents["critic"].loss)(networks, at, x_0, context)[0] for m in (made, even))
     np.testing.assert_allclose(weighed, plain / 4, rtol=1e-5)  # (0.25 / 0.5)^2
 
 
@@ -325,14 +339,13 @@ def test_the_critic_learns_at_the_times_and_with_the_weight_of_the_student(match
         ({"discriminator": dataclasses.replace(HEADS, taps=("mid", "block_00"))}, "unknown intermediate mid"),
         ({"sampling": dataclasses.replace(CONFIG.sampling, method="euler")}, "'renoise'"),
         ({"sampling": SamplingConfig(steps=4, method="renoise")}, r"guidance=3.0.*set it to 1"),
-        ({"trunk": "teacher", "output_weight": 0.0}, "need a teacher"),
         (
             {"output_weight": 0.0, "teacher": dataclasses.replace(TEACHER, inputs=CAPTIONS, takes=("latent",))},
             "on the student's latents",
         ),
         (
             {"critic_weight": 1.0, "teacher": dataclasses.replace(TEACHER, rollout_steps=4)},
-            "rollout_steps=4.*set it to 1",
+            "rollout_steps=4.*set score_teacher to one with rollout_steps=1",
         ),
     ],
 )

@@ -24,6 +24,7 @@ from snapgen_jax.networks.time_features import time_features
 from snapgen_jax.networks.unet import UNetConfig
 from snapgen_jax.recipes.distillation import Distillation, DistillationConfig
 from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig
+from snapgen_jax.systems.sd35 import reference_times
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.keys import key
 from snapgen_jax.training.loop import make_step
@@ -32,7 +33,13 @@ from tests.students_for_tests import CAPTIONS, GREYS, MMDIT, STUDENT, TEACHER
 
 CONFIG = DistillationConfig(**STUDENT, teacher=TEACHER, student_taps=("block_00",), teacher_taps=("block_01",))
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
-PODS = ("distill/t2i_512_sd35l", "distill/t2i_1024_sd35l", "fewstep/t2i_1024_4step", "fewstep/t2i_1024_8step")
+PODS = (
+    "distill/t2i_512_sd35l",
+    "distill/t2i_1024_sd35l",
+    "fewstep/t2i_1024_4step",
+    "fewstep/t2i_1024_8step",
+    "fewstep/t2i_1024_4step_kdmd",
+)
 SD15 = VPSchedule.preset("sd15")
 
 
@@ -325,18 +332,39 @@ def test_at_full_size_the_teacher_has_eight_billion_parameters_and_the_student_3
     position_table = 192**2 * 2432
     assert count_parameters(frozen["teacher/mmdit"]) == 8_056_627_520 + position_table
     assert abs(count_parameters(state.players["model"].params["unet"]) / 379.04e6 - 1) < 1e-3
-    assert ("trunk/unet" in frozen) == ("discriminator" in state.players) == name.startswith("fewstep")
-    assert set(frozen) <= {"teacher/mmdit", "trunk/unet"}
+    two = name.endswith("kdmd")
+    assert ("trunk/unet" in frozen) == ("discriminator" in state.players) == (name.startswith("fewstep") and not two)
+    assert ("score_teacher/mmdit" in frozen) == ("critic" in state.players) == two
+    assert set(frozen) <= {"teacher/mmdit", "score_teacher/mmdit", "trunk/unet"}
 
 
-@pytest.mark.parametrize("arg", ["", ":runlocal"])
-def test_the_step_takes_what_the_specs_promise(arg):
-    made = from_config("fewstep/t2i_1024_4step", arg=arg)
+LOSSES = {
+    "4step": {"loss/output", "loss/adversarial", "loss/discriminator"},
+    "4step_kdmd": {"loss/output", "loss/feature", "loss/matching", "loss/critic"},
+}
+
+
+@pytest.mark.parametrize(("name", "arg"), [("4step", ""), ("4step", ":runlocal"), ("4step_kdmd", ":runlocal")])
+def test_the_step_takes_what_the_specs_promise(name, arg):
+    made = from_config(f"fewstep/t2i_1024_{name}", arg=arg)
     state = jax.eval_shape(made.init, key(0, 0, "init"))
     (spec,) = made.batch_specs().values()
     new, metrics = jax.eval_shape(make_step(made, 0), state, made.frozen_spec(), spec)
     assert jax.tree.map(lambda s: s.shape, new) == jax.tree.map(lambda s: s.shape, state)
-    assert {"loss/output", "loss/adversarial", "loss/discriminator"} <= set(metrics)
+    assert LOSSES[name] <= set(metrics)
+
+
+def test_the_configs_of_few_steps_ask_each_teacher_what_it_knows():
+    four, eight, kdmd = (from_config(f"fewstep/t2i_1024_{name}") for name in ("4step", "8step", "4step_kdmd"))
+    turbo = reference_times(4, 3.0)[:-1]  # of its own sampler
+    for made in (four, kdmd):
+        np.testing.assert_allclose(made.teacher.config.few_step_times, turbo, atol=1e-6)
+        np.testing.assert_allclose(made.levels.t, turbo, atol=1e-6)
+    large = eight.teacher.config
+    assert (large.few_step_times, large.guidance, large.rollout_steps, len(eight.levels.t)) == ((), 4.0, 4, 8)
+    score = kdmd.score.config
+    assert (score.few_step_times, score.guidance, score.rollout_steps, score.inputs) == ((), 4.0, 1, large.inputs)
+    assert (kdmd.config.generator_every, kdmd.config.own_samples, kdmd.config.critic_times) == (5, 1.0, (0.02, 0.98))
 
 
 def test_the_four_step_config_runs_locally(tmp_path):
