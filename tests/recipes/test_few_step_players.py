@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from snapgen_jax.bounds import FieldError
 from snapgen_jax.diffusion.path import interpolate, x0_from_velocity
 from snapgen_jax.diffusion.schedules import FlowSchedule, VPSchedule
 from snapgen_jax.losses.distribution_matching import distribution_matching_loss
@@ -323,8 +324,6 @@ def test_times_that_do_not_fit_are_refused(options, message):
             },
             r"score_teacher\.weights and teacher\.weights are both 'a', which .* take for two networks",
         ),
-        ({"generator_every": 0}, "generator_every=0"),
-        ({"own_samples": 1.5}, "own_samples=1.5"),
         ({"own_samples": 0.5}, "scaling.ratio='running' takes the task's loss"),
         (
             {"score_teacher": dataclasses.replace(FULL, inputs=CAPTIONS, takes=("latent",))},
@@ -334,6 +333,13 @@ def test_times_that_do_not_fit_are_refused(options, message):
 )
 def test_what_does_not_fit_is_refused_with_what_to_change(changes, message):
     with pytest.raises(ConfigError, match=message):
+        recipe(**changes)
+
+
+@pytest.mark.parametrize("changes", [{"generator_every": 0}, {"own_samples": 1.5}, {"critic_times": (0.0, 2.0)}])
+def test_numbers_that_nobody_can_mean_are_refused_by_name(changes):
+    (name,) = changes
+    with pytest.raises(FieldError, match=rf"^{name} is .*; give "):
         recipe(**changes)
 
 
