@@ -105,7 +105,8 @@ class Experiment:
         specs, seed = self.recipe.batch_specs(), self.config.seed
         share = {"host_index": jax.process_index(), "host_count": jax.process_count()}
         if self.is_synthetic:
-            return SyntheticBatches(specs, seed=seed, **share)
+            words = {name: spec.vocab_size for name, spec in self.recipe.tokenizers().items()}
+            return SyntheticBatches(specs, bounds={**words, **self.recipe.inputs.integer_bounds()}, seed=seed, **share)
         return Pipeline(self.config.data, specs, self.tokenizer, seed=seed, split="train", source=self.source, **share)
 
     def evaluators(self) -> list[ScheduledEvaluator]:

@@ -80,6 +80,12 @@ class OneArray:
     def clean(self, networks, batch):
         return batch[self.config.name].astype(jnp.float32)
 
+    def integer_bounds(self):
+        return {}
+
+    def unconditional_share(self):
+        return 0.0
+
     def draw_kept(self, key, batch_size):
         return {}
 

@@ -7,13 +7,16 @@
 
 The teacher is read from the folder `transformer/` of the published repository, in bfloat16, and split over `fsdp`; the
 student is whole on every device. Latents and the text states of both are batch inputs, synthetic ones until a source of
-stored ones is configured. The student's highest stage on the way up is compared with the teacher's last block but one,
-the last that updates the text too. The teacher attends by a kernel for TPUs; on NVIDIA GPUs add
+stored ones is configured. Where every encoder of the student is left out the teacher is told nothing either; where any
+is kept it reads the whole caption. The student's highest stage on the way up is compared with the teacher's last block,
+37 (SnapGen++, arXiv 2601.08303, eq. 7). The teacher attends by a kernel for TPUs; on NVIDIA GPUs add
 `--config.teacher.network.attention=cudnn`. Losses are scaled by the paper's running ratio; what the shapes world shows
 is the weighting without it, `--config.scaling.ratio=none`, and students that were worse with it (docs/measured.md).
 
 Machine: 64 chips of TPU v5p; runlocal, a laptop in some minutes. Metric: the fixed-noise validation loss. Weights, taps
-and lengths: SnapGen (arXiv 2412.09619) publishes none but the form of the loss.
+and lengths: SnapGen (arXiv 2412.09619) publishes none but the form of the loss. Batch and length are those with which
+SnapGen++ distils at 1024 px, 2,048 for 100,000 updates; its 8,192 are of pretraining at 256 px. It has no distillation
+at 512 px; that is ours. Guidance: swept as in `configs/pretrain/t2i_256.py`.
 """
 
 from ml_collections import ConfigDict
@@ -41,7 +44,7 @@ def distilled(c: ConfigDict, devices: int, microbatches: int) -> ConfigDict:
         }
     )
     c.student_taps = ("up_0",)
-    c.teacher_taps = ("block_36",)
+    c.teacher_taps = ("block_37",)
     return c
 
 

@@ -5,8 +5,9 @@
         --config.init_from=gs://BUCKET/t2i_512
     snapgen train --config=configs/pretrain/t2i_1024.py:runlocal --workdir=/tmp/t2i_1024
 
-It starts from the averaged weights of the stage before; optimizer, average and schedule begin anew, and the times are
-shifted towards noise, since at more pixels the same noise hides less (Esser et al. 2024, section 5.3.2).
+It starts from the averaged weights of the stage before, of UNet and conditioner; optimizer, average and schedule begin
+anew, and the times are shifted towards noise, since at more pixels the same noise hides less (Esser et al. 2024,
+section 5.3.2).
 
 A microbatch is one image on a chip. What the UNet makes of it stays near the arithmetic, so that keeping all of it
 costs 0.41 of the memory traffic of four images whose units are computed twice, and 0.77 of their arithmetic.

@@ -5,8 +5,9 @@
         --config.init_from=gs://BUCKET/t2i_256
     snapgen train --config=configs/pretrain/t2i_512.py:runlocal --workdir=/tmp/t2i_512
 
-It starts from the averaged weights of the stage before; optimizer, average and schedule begin anew, and the times are
-shifted towards noise, since at more pixels the same noise hides less (Esser et al. 2024, section 5.3.2).
+It starts from the averaged weights of the stage before, of UNet and conditioner; optimizer, average and schedule begin
+anew, and the times are shifted towards noise, since at more pixels the same noise hides less (Esser et al. 2024,
+section 5.3.2).
 
 A unit of the UNet is computed a second time in the backward pass, from its input: on 8 images a chip that costs 1.25
 times the arithmetic and, beside two microbatches that keep everything, 0.59 of the memory traffic.

@@ -24,19 +24,28 @@ class SyntheticBatch:
 class SyntheticBatches:
     """One random batch for each bucket, the buckets in turn. Fits every recipe, since it asks for shapes alone."""
 
-    def __init__(self, batch_specs: Mapping[str, Specs], *, seed: int = 0, host_index: int = 0, host_count: int = 1):
+    def __init__(
+        self,
+        batch_specs: Mapping[str, Specs],
+        *,
+        bounds: Mapping[str, int] | None = None,
+        seed: int = 0,
+        host_index: int = 0,
+        host_count: int = 1,
+    ):
         """Draws the batches.
 
         Args:
-            batch_specs: {bucket: {array: spec with the global batch in `shape[0]`}}. Integers are drawn below 256, or
-                below 2 where an example is one number, since that is a class label. Other numbers are drawn from a
-                normal distribution, and masks are ones.
+            batch_specs: {bucket: {array: spec with the global batch in `shape[0]`}}. Masks are ones, pixels (uint8) are
+                drawn evenly, and numbers that are no integers from a normal distribution.
+            bounds: {array of other integers, such as token ids and class labels: how many values have a meaning, from
+                0 on}.
             seed: of the numbers.
             host_index: which share this process has.
             host_count: into how many shares a global batch is split.
 
         Raises:
-            DataError: a global batch does not divide by the hosts.
+            DataError: a global batch does not divide by the hosts, or nothing says what an array of integers holds.
         """
         self._batches = []
         for bucket, specs in batch_specs.items():
@@ -45,7 +54,10 @@ class SyntheticBatches:
                 raise DataError(f"the global batch of {batch} does not divide by the {host_count} hosts; change it")
             rng = np.random.default_rng((seed, host_index, len(self._batches)))
             local = batch // host_count
-            arrays = {name: _draw(rng, name, (local, *spec.shape[1:]), spec.dtype) for name, spec in specs.items()}
+            arrays = {
+                name: _draw(rng, name, (local, *spec.shape[1:]), spec.dtype, bounds or {})
+                for name, spec in specs.items()
+            }
             self._batches.append(SyntheticBatch(bucket, arrays, np.arange(local) + host_index * local))
 
     def batches(self, position: int = 0) -> Iterator[SyntheticBatch]:
@@ -55,9 +67,17 @@ class SyntheticBatches:
             position += 1
 
 
-def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def _draw(
+    rng: np.random.Generator, name: str, shape: tuple[int, ...], dtype: Any, bounds: Mapping[str, int]
+) -> np.ndarray:
     if name == "mask" or name.endswith("_mask"):
         return np.ones(shape, dtype)
-    if np.issubdtype(dtype, np.integer):
-        return rng.integers(0, 256 if len(shape) > 1 else 2, shape).astype(dtype)
-    return rng.standard_normal(shape, np.float32).astype(dtype)
+    if not np.issubdtype(dtype, np.integer):
+        return rng.standard_normal(shape, np.float32).astype(dtype)
+    bound = 256 if dtype == np.uint8 else bounds.get(name)
+    if bound is None:
+        raise DataError(
+            f"the batches hold integers {name!r}, and nothing says which have a meaning; name their number in "
+            "`integer_bounds` of the inputs"
+        )
+    return rng.integers(0, bound, shape).astype(dtype)

@@ -137,6 +137,10 @@ class OfImages:
         if "latent" in parts:
             self.images.check_run(workdir, inputs)
 
+    def integer_bounds(self) -> dict[str, int]:
+        """None: beside images and token ids there are no integers."""
+        return {}
+
     def check_batch(self, arrays: Mapping[str, Any]) -> None:
         """Nothing: every value has a meaning."""
         del arrays

@@ -104,6 +104,10 @@ class Captions(OfImages):
 
     # --- examples and conditions ---
 
+    def unconditional_share(self) -> float:
+        """`caption_dropout`."""
+        return self.config.caption_dropout
+
     def draw_kept(self, key: jax.Array, batch_size: int) -> dict[str, jax.Array]:
         """`{"text": bool [B]}`, false with probability `caption_dropout`."""
         return {TEXT: draw_kept(key, batch_size, self.config.caption_dropout)}

@@ -86,7 +86,15 @@ class ClassLabels(OfImages):
         """None: no text is read."""
         return {}
 
+    def integer_bounds(self) -> dict[str, int]:
+        """The classes."""
+        return {LABEL: self.config.label.classes}
+
     # --- examples and conditions ---
+
+    def unconditional_share(self) -> float:
+        """`label_dropout`."""
+        return self.config.label_dropout
 
     def draw_kept(self, key: jax.Array, batch_size: int) -> dict[str, jax.Array]:
         """`{"label": bool [B]}`, false with probability `label_dropout`."""

@@ -17,22 +17,21 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from snapgen_jax.bounds import SHARE, at_least, check
+from snapgen_jax.inputs._encodings import CONDITIONER, DropRates, Encoding, Encodings, OfEncodings, clip_mask
 from snapgen_jax.inputs._images import ImageCodec, OfImages, Size, image_specs
-from snapgen_jax.inputs.interfaces import Networks, TokenizerSpec, Tree, is_kept
+from snapgen_jax.inputs.interfaces import Networks, TokenizerSpec, Tree
 from snapgen_jax.networks.autoencoder import AutoencoderConfig
 from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.codec import CodecConfig
-from snapgen_jax.networks.context import ENCODERS, ConditionerConfig, draw_kept
+from snapgen_jax.networks.context import ENCODERS, ConditionerConfig
 from snapgen_jax.networks.gemma2 import Gemma2Config
 from snapgen_jax.networks.module import Network, Platform, apply, build, for_platform
 from snapgen_jax.networks.rules import rules_of
-from snapgen_jax.networks.text import TextContext
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.exports import InputsExport
 from snapgen_jax.weights.frozen import draw_stand_ins, load_text_encoder
 
 PUBLISHED = {"clip_l": "clip_l", "clip_g": "clip_g", "language": "gemma2_2b"}  # encoder -> whose weights it has
-CONDITIONER = "conditioner"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +46,9 @@ class EncodersConfig:
         clip_l_tokenizer, clip_g_tokenizer, language_tokenizer: local folders of their tokenizers.
         language_tokens: length of a caption for the language model.
         conditioner: joins what they say.
-        encoder_dropout: share of examples from which an encoder is left out; three at 0.464 leave one example in ten
-            without any (Esser et al. 2024, section 5.3.3).
+        encoder_dropout: share of examples from which an encoder is left out, each independently: one number, or those
+            of CLIP-L, CLIP-bigG and the language model.
+        caption_dropout: share of examples that keep no encoder, for guidance; None for what independent rates leave.
         stand_ins: draws the encoders and the autoencoder instead of reading them. A run then shows speed and memory,
             and trains nothing of use.
     """
@@ -67,26 +67,33 @@ class EncodersConfig:
     language_tokenizer: str = ""
     language_tokens: int = 128
     conditioner: ConditionerConfig = ConditionerConfig.preset("t2i")
-    encoder_dropout: float = 0.464
+    encoder_dropout: DropRates = 0.464
+    caption_dropout: float | None = None
     stand_ins: bool = False
 
     def __post_init__(self) -> None:
-        check(self, image_sizes=at_least(1), language_tokens=at_least(1), encoder_dropout=SHARE)
+        check(self, image_sizes=at_least(1), language_tokens=at_least(1), encoder_dropout=SHARE, caption_dropout=SHARE)
 
     def build(self, batch_size: int, platform: Platform) -> Encoders:
         """Raises `ValueError` where the widths of the networks do not fit each other, or an image size the codec."""
         return Encoders(self, batch_size, platform)
 
 
-class Encoders(OfImages):
+class Encoders(OfImages, OfEncodings):
     """See the top of this file. Implements `inputs.interfaces.Inputs`."""
 
     def __init__(self, config: EncodersConfig, batch_size: int, platform: Platform):
-        _check_widths(config)
+        if config.codec.kind != "autoencoder":
+            raise ValueError(
+                f"inputs.codec.kind is {config.codec.kind!r}; these images are encoded by an 'autoencoder'"
+            )
         self.config, self.batch_size = config, batch_size
         self.images = ImageCodec(config.codec, platform, config.image_sizes)
         self.encoders = {name: build(for_platform(getattr(config, name), platform))[0] for name in ENCODERS}
-        self.conditioner = build(for_platform(config.conditioner, platform))[0]
+        shapes = {"language": Encoding(config.language_tokens, config.language.width)}
+        for name, clip in (("clip_l", config.clip_l), ("clip_g", config.clip_g)):
+            shapes[name] = Encoding(clip.max_tokens, clip.width, clip.projection or clip.width)
+        self.encodings = Encodings(config.conditioner, shapes, config.encoder_dropout, config.caption_dropout, platform)
 
     # --- shapes and networks ---
 
@@ -104,7 +111,7 @@ class Encoders(OfImages):
 
     def networks(self) -> dict[str, Network]:
         """The text encoders, "codec", and "conditioner"."""
-        return {**self.encoders, **self.images.networks(), CONDITIONER: self.conditioner}
+        return {**self.encoders, **self.images.networks(), CONDITIONER: self.encodings.network}
 
     def pretrained(self) -> tuple[str, ...]:
         """All but the conditioner."""
@@ -140,36 +147,15 @@ class Encoders(OfImages):
 
     # --- examples and conditions ---
 
-    def draw_kept(self, key: jax.Array, batch_size: int) -> dict[str, jax.Array]:
-        """`{encoder: float32 [B]}`, 0 with probability `encoder_dropout`, independently."""
-        return draw_kept(key, batch_size, self.config.encoder_dropout)
-
     def draw_condition(self, networks: Networks, batch: Tree, key: jax.Array, kept: Mapping[str, jax.Array]) -> Tree:
-        """What the encoders make of the captions, and which of them each example keeps. Every position of a CLIP
-        counts: it was trained to see 77."""
+        """What the encoders make of the captions, and which of them each example keeps."""
         del key
-        masks = {name: jnp.ones(batch[name].shape, jnp.float32) for name in ("clip_l", "clip_g")}
+        masks = {name: clip_mask(batch[name]) for name in ("clip_l", "clip_g")}
         masks["language"] = batch["language_mask"]
         encoded = {
             name: apply(network, networks[name], batch[name], masks[name]) for name, network in self.encoders.items()
         }
-        rows = {name: is_kept(kept, name) for name in ENCODERS}
-        named = {name: x.astype(jnp.float32) for name, x in rows.items() if x is not None}
-        return {**encoded, "kept": named} if named else encoded
-
-    def condition(self, networks: Networks, drawn: Tree) -> TextContext:
-        """What the network attends to: the encodings, joined by the conditioner."""
-        encoded = (drawn[name] for name in ENCODERS)
-        return apply(self.conditioner, networks[CONDITIONER], *encoded, kept=drawn.get("kept"))
-
-    def null_condition(self, networks: Networks) -> TextContext:
-        """Of a caption from which all encoders are left out: zeros that are masked, `[1, ...]`."""
-        del networks
-        clip, pooled = self.config.clip_l, sum(_pooled(c) for c in (self.config.clip_l, self.config.clip_g))
-        length = clip.max_tokens + self.config.language_tokens
-        return TextContext(
-            jnp.zeros((1, length, self.config.conditioner.width)), jnp.zeros((1, length)), jnp.zeros((1, pooled))
-        )
+        return self.told(encoded, kept)
 
     # --- out again ---
 
@@ -183,19 +169,3 @@ class Encoders(OfImages):
             "the text encoders of this run are too large for a bundle; export a run whose inputs are 'captions', which "
             "trains a small one"
         )
-
-
-def _pooled(clip: ClipTextConfig) -> int:
-    return clip.projection or clip.width
-
-
-def _check_widths(config: EncodersConfig) -> None:
-    clips, conditioner = (config.clip_l, config.clip_g), config.conditioner
-    for what, expected, given, name in (
-        ("the CLIP states together", sum(c.width for c in clips), conditioner.width, "conditioner.width"),
-        ("Gemma's states", config.language.width, conditioner.language_width, "conditioner.language_width"),
-    ):
-        if expected != given:
-            raise ValueError(f"{what} are {expected} wide, but inputs.{name} is {given}; make them equal")
-    if config.codec.kind != "autoencoder":
-        raise ValueError(f"inputs.codec.kind is {config.codec.kind!r}; these images are encoded by an 'autoencoder'")

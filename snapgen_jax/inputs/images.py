@@ -70,6 +70,10 @@ class Images(OfImages):
         """None: no text is read."""
         return {}
 
+    def unconditional_share(self) -> float:
+        """0: there is nothing to drop."""
+        return 0.0
+
     def draw_kept(self, key: jax.Array, batch_size: int) -> dict[str, jax.Array]:
         """Nothing is dropped."""
         del key, batch_size

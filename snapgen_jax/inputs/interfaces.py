@@ -87,8 +87,16 @@ class Inputs(Protocol):
         """`{array of token ids: its tokenizer}`; empty where no text is read."""
         ...
 
+    def integer_bounds(self) -> dict[str, int]:
+        """`{array of integers: how many values have a meaning}`, of those that are neither token ids nor pixels."""
+        ...
+
     def clean(self, networks: Networks, batch: Tree) -> jax.Array:
         """The `x_0` of the path, float32 `[B, ...]`."""
+        ...
+
+    def unconditional_share(self) -> float:
+        """Share of training examples that keep no condition at all, which is what guidance is trained on."""
         ...
 
     def draw_kept(self, key: jax.Array, batch_size: int) -> dict[str, jax.Array]:

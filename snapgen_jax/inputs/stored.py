@@ -1,29 +1,27 @@
-"""Stored latents and text states: what frozen encoders made of images and captions beforehand.
+"""Stored latents and text states: what frozen encoders made of images and captions, joined beforehand.
 
-The step is then the network alone, which is how a pod pretrains. A dropped caption leaves zeros that are masked, as
-Stable Diffusion 3 was trained (Esser et al. 2024, section B.3).
+The states are what one network reads as they are, such as a published teacher. Where a conditioner is trained on the
+states of several encoders, see `stored_encodings.py`. A dropped caption leaves zeros that are masked, as Stable
+Diffusion 3 was trained (Esser et al. 2024, section B.3).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from snapgen_jax.bounds import SHARE, at_least, check
 from snapgen_jax.diffusion.guidance import draw_kept, keep
-from snapgen_jax.inputs._images import Size, bucket_name
-from snapgen_jax.inputs.interfaces import Networks, TokenizerSpec, Tree, is_kept
-from snapgen_jax.networks.codec import Codec
+from snapgen_jax.inputs._images import Size
+from snapgen_jax.inputs._latents import LATENT, OfLatents, StoredLatents
+from snapgen_jax.inputs.interfaces import Networks, Tree, is_kept
 from snapgen_jax.networks.module import Network, Platform
 from snapgen_jax.networks.text import TextContext
-from snapgen_jax.training.exits import ConfigError
-from snapgen_jax.training.exports import InputsExport
 
 CONTEXT = ("sequence", "mask", "pooled")
 
@@ -63,45 +61,29 @@ class StoredConfig:
         return Stored(self, batch_size)
 
 
-class Stored:
+class Stored(OfLatents):
     """See the top of this file. Implements `inputs.interfaces.Inputs`."""
 
     def __init__(self, config: StoredConfig, batch_size: int):
         self.config, self.batch_size = config, batch_size
-        if not config.image_sizes:
-            raise ValueError("image_sizes is empty; give at least one (height, width)")
-        for size in config.image_sizes:
-            self.latent_shape(size)
+        self.latents = StoredLatents(config.image_sizes, config.reduction, config.latent_channels)
 
     # --- shapes and networks ---
 
     def batch_specs(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
         """One bucket per image size, all bfloat16 but the mask: `latent` `[B, h, w, c]`, scaled as the autoencoder's
         config says; `sequence` `[B, L, D]`, `mask` float32 `[B, L]` and `pooled` `[B, P]`; each after the prefix."""
-        config, prefix = self.config, self.config.prefix
+        config = self.config
 
         def stored(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((self.batch_size, *shape), dtype)
 
         context = {
-            f"{prefix}sequence": stored(config.context_tokens, config.context_width),
-            f"{prefix}mask": stored(config.context_tokens, dtype=jnp.float32),
-            f"{prefix}pooled": stored(config.pooled_width),
+            "sequence": stored(config.context_tokens, config.context_width),
+            "mask": stored(config.context_tokens, dtype=jnp.float32),
+            "pooled": stored(config.pooled_width),
         }
-
-        def latent(size: Size) -> dict[str, jax.ShapeDtypeStruct]:
-            return {f"{prefix}latent": stored(*self.latent_shape(size))} if config.latent_channels else {}
-
-        return {bucket_name(size): {**latent(size), **context} for size in config.image_sizes}
-
-    def latent_shape(self, size: Size | None = None) -> tuple[int, ...]:
-        """`(h, w, c)` of the latent of an image size."""
-        (height, width), reduction = size or self.config.image_sizes[0], self.config.reduction
-        if height % reduction or width % reduction:
-            raise ValueError(
-                f"image size {(height, width)} does not divide by reduction={reduction}; change one of them"
-            )
-        return height // reduction, width // reduction, self.config.latent_channels
+        return self.latents.specs(self.batch_size, context, config.prefix)
 
     def conditions(self) -> tuple[str, ...]:
         """The text states, their mask, and the pooled text."""
@@ -111,25 +93,16 @@ class Stored:
         """None: they ran beforehand."""
         return {}
 
-    def pretrained(self) -> tuple[str, ...]:
-        """None."""
-        return ()
-
-    def load(self, roles: tuple[str, ...], mesh: Mesh | None) -> dict[str, Tree]:
-        """Nothing."""
-        del roles, mesh
-        return {}
-
-    def tokenizers(self) -> dict[str, TokenizerSpec]:
-        """None: no text is read."""
-        return {}
-
     # --- examples and conditions ---
 
     def clean(self, networks: Networks, batch: Tree) -> jax.Array:
         """The stored latents."""
         del networks
-        return batch[f"{self.config.prefix}latent"].astype(jnp.float32)
+        return batch[f"{self.config.prefix}{LATENT}"].astype(jnp.float32)
+
+    def unconditional_share(self) -> float:
+        """`caption_dropout`."""
+        return self.config.caption_dropout
 
     def draw_kept(self, key: jax.Array, batch_size: int) -> dict[str, jax.Array]:
         """`{"text": bool [B]}`, false with probability `caption_dropout`."""
@@ -155,40 +128,3 @@ class Stored:
         config = self.config
         shapes = (config.context_tokens, config.context_width), (config.context_tokens,), (config.pooled_width,)
         return TextContext(*(jnp.zeros((1, *shape)) for shape in shapes))
-
-    # --- out again ---
-
-    def decode(self, networks: Networks, x_0: jax.Array) -> dict[str, jax.Array]:
-        """Nothing: the autoencoder is not here."""
-        del networks, x_0
-        return {}
-
-    def codec(self, networks: Networks) -> Codec:
-        """There is none.
-
-        Raises:
-            ConfigError: always, with what to do instead.
-        """
-        del networks
-        raise ConfigError(
-            "a run on stored latents holds no codec; name the autoencoder that made them (--weights, or its own run)"
-        )
-
-    def check_run(self, workdir: str, inputs: Mapping[str, Any], parts: Sequence[str]) -> None:
-        """Nothing: a run does not say of what its stored latents and text states were made."""
-        del workdir, inputs, parts
-
-    def check_batch(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Nothing: every value has a meaning."""
-        del arrays
-
-    def exports(self) -> InputsExport:
-        """None of a bundle's parts but the network are here.
-
-        Raises:
-            ConfigError: always, with what to do instead.
-        """
-        raise ConfigError(
-            "a run on stored latents holds no text encoder and no decoder, which a bundle needs; export a run whose "
-            "inputs are 'captions', or warm-start one from this"
-        )

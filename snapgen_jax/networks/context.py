@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
@@ -60,17 +62,52 @@ def sd3_context(clip_l: TextContext, clip_g: TextContext, t5: TextContext) -> Te
     )
 
 
-def draw_kept(key: jax.Array, batch: int, drop_rate: float = 0.464) -> dict[str, jax.Array]:
-    """Which encoders a training example keeps: `{encoder: [B]}` of 1 and 0, drawn independently.
+def kept_shares(drop_rates: float | Sequence[float] = 0.464, none: float | None = None) -> np.ndarray:
+    """Share of training examples that keep each subset of the encoders, float64 `[2, 2, 2]`: entry `[i, j, k]` of those
+    that keep CLIP-L where i is 1, CLIP-bigG where j is and the language model where k is.
 
-    At the default rate one example in ten keeps none (0.464^3), which trains the unconditional velocity of
-    classifier-free guidance (Esser et al. 2024, section 5.3.3).
+        p(k) = prod_i d_i^(1 - k_i) (1 - d_i)^(k_i),   for k != 0 times (1 - none) / (1 - prod_i d_i)
+
+    Args:
+        drop_rates: d, how often each encoder is left out, independently of the others; one number for all. Three at
+            0.464 leave one example in ten without any (Esser et al. 2024, section 5.3.3).
+        none: share of examples that keep no encoder, for classifier-free guidance; None for what independent rates
+            leave, their product. The others are independent but for keeping at least one.
+
+    Raises:
+        ValueError: a rate or the share is none, there are not as many as encoders, or no example could keep any.
     """
-    keys = jax.random.split(key, len(ENCODERS))
-    return {
-        name: jax.random.bernoulli(key, 1 - drop_rate, (batch,)).astype(jnp.float32)
-        for name, key in zip(ENCODERS, keys, strict=True)
-    }
+    rates = np.asarray([drop_rates] * len(ENCODERS) if isinstance(drop_rates, int | float) else drop_rates, np.float64)
+    if rates.shape != (len(ENCODERS),) or not np.all((rates >= 0) & (rates <= 1)):
+        raise ValueError(
+            f"encoder_dropout={drop_rates}; give one rate from 0 to 1, or one for each of {', '.join(ENCODERS)}"
+        )
+    shares = np.ones(())
+    for rate in rates:
+        shares = np.multiply.outer(shares, [rate, 1 - rate])
+    if none is None:
+        return shares
+    if not 0 <= none <= 1:
+        raise ValueError(f"caption_dropout={none}; give a share from 0 to 1, or None for the product of the rates")
+    nothing = (0,) * len(ENCODERS)
+    left = 1 - shares[nothing]
+    if not left and none < 1:
+        raise ValueError(
+            f"encoder_dropout={drop_rates} leaves out every encoder, and caption_dropout={none} wants some kept; lower "
+            "encoder_dropout"
+        )
+    shares = shares * ((1 - none) / left if left else 0.0)
+    shares[nothing] = none
+    return shares
+
+
+def draw_kept(key: jax.Array, batch: int, shares: np.ndarray) -> dict[str, jax.Array]:
+    """Which encoders a training example keeps: `{encoder: [B]}` of 1 and 0, drawn by `kept_shares`."""
+    with np.errstate(divide="ignore"):
+        logits = np.log(shares.ravel())
+    drawn = jax.random.categorical(key, jnp.asarray(logits, jnp.float32), shape=(batch,))
+    kept = jnp.unravel_index(drawn, shares.shape)
+    return {name: rows.astype(jnp.float32) for name, rows in zip(ENCODERS, kept, strict=True)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from snapgen_jax.inputs.interfaces import Inputs, TokenizerSpec
 from snapgen_jax.networks.module import Network, build, flatten, frozen_spec, init
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.weights.frozen import check_weights
+
+log = logging.getLogger(__name__)
 
 Tree = Any
 Specs = dict[str, dict[str, jax.ShapeDtypeStruct]]
@@ -69,6 +72,23 @@ def check_context(network: Any, inputs: Inputs) -> None:
             )
 
 
+def warn_of_unused_dropout(inputs: Inputs, sampling: Any) -> None:
+    """Says so where conditions are dropped in training for a guidance that sampling, which jumps to the data, never
+    asks for: those examples teach what is not drawn.
+
+    Args:
+        inputs: of the recipe.
+        sampling: its `SamplingConfig`.
+    """
+    share = inputs.unconditional_share()
+    if sampling.method == "renoise" and sampling.guidance == 1 and share > 0 and jax.process_index() == 0:
+        log.warning(
+            "%.3g of the examples are trained without a condition, for guidance, and sampling by 'renoise' has none; "
+            "set caption_dropout (or label_dropout) of the inputs to 0",
+            share,
+        )
+
+
 def merged_specs(*parts: Specs) -> Specs:
     """The batch specs of several inputs that read one batch.
 
@@ -107,11 +127,25 @@ def merged_tokenizers(*parts: Mapping[str, TokenizerSpec]) -> dict[str, Tokenize
 
 
 def taken_from(new: Tree, old: Tree) -> Tree:
-    """Weights of an earlier stage in the dtypes of the new ones; what the earlier stage had beside them is left.
+    """Weights of an earlier stage in the dtypes of the new ones. What the earlier stage trained beside them is left
+    behind, and the first process says so.
+
+    Args:
+        new: `{role: parameters}` that this stage trains.
+        old: those that the earlier stage trained.
 
     Raises:
-        ConfigError: the earlier stage does not hold these weights; names those that differ.
+        ConfigError: the earlier stage does not hold these weights, so that some would begin anew beside a network that
+            knows others; names those that differ.
     """
     check_weights("the run that init_from names", flatten(new), flatten(old))
+    left = {role: sum(leaf.size for leaf in jax.tree.leaves(old[role])) for role in old if role not in new}
+    if left and jax.process_index() == 0:
+        log.warning(
+            "init_from: the earlier stage also trained %s, which this stage does not train and leaves behind; where "
+            "%s is read through it, set `inputs` as in that run's config.json to keep it",
+            ", ".join(f"{role} ({size:,} parameters)" for role, size in left.items()),
+            "what the network attends to",
+        )
     chosen = {name: old[name] for name in new}
     return jax.tree.map(lambda a, b: b.astype(jnp.asarray(a).dtype), new, chosen)

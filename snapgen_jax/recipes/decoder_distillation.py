@@ -104,8 +104,8 @@ class DecoderDistillation(Reconstruction):
             raise ConfigError(
                 "a generated latent has no image that it came from; with generator_workdir set target='large'"
             )
-        if config.generator.inputs.kind == "stored":
-            raise ConfigError("the generator draws from conditions of the batch; its inputs cannot be 'stored'")
+        if (kind := config.generator.inputs.kind) in ("stored", "stored_encodings"):
+            raise ConfigError(f"the generator draws from conditions of the batch; its inputs cannot be {kind!r}")
         if not 0 < self.generated <= config.batch_size:
             raise ConfigError(
                 f"generated_share={config.generated_share} of a batch of {config.batch_size} is {self.generated} "

@@ -39,6 +39,7 @@ from snapgen_jax.recipes._assembly import (
     specs_of,
     taken_from,
     trained_roles,
+    warn_of_unused_dropout,
 )
 from snapgen_jax.recipes._flow_export import flow_plan
 from snapgen_jax.recipes._sampling import SamplingConfig, check_sampling, initial_noise, noise_shape, sample_flow
@@ -68,7 +69,8 @@ class FlowMatchingConfig:
         microbatches: the global batch is computed in this many parts.
         train_steps: updates in the run; where a decaying learning rate ends.
         network: which network learns, told apart by `kind`: the SnapGen "unet", or the "mmdit" of Stable Diffusion 3.
-        inputs: what it is fed, told apart by `kind`: "captions", "encoders", "stored" or "class_labels".
+        inputs: what it is fed, told apart by `kind`: "captions", "encoders", "stored", "stored_encodings" or
+            "class_labels".
         prediction: what the network's output stands for: the velocity, or the image ("x_0"), from which the velocity
             follows as `(x_t - x_0) / t`; "eps", "v" or "F" under another schedule. Where a latent has more channels
             than the image has degrees of freedom, as with large patches of pixels, the image is the easier target: the
@@ -139,6 +141,7 @@ class FlowMatching:
             )
         check_context(config.network, self.inputs)
         check_sampling(config.schedule, config.sampling)
+        warn_of_unused_dropout(self.inputs, config.sampling)
 
     # --- networks ---
 
@@ -161,7 +164,7 @@ class FlowMatching:
 
     def warm_start(self, state: TrainState, earlier: Tree) -> TrainState:
         """Starts from `{player: weights}` of an earlier stage; optimizer, average and schedule begin anew. What the
-        earlier stage trained beside these networks is left."""
+        earlier stage trained beside these networks is left behind, and a warning names it."""
         params = taken_from(state.players["model"].params, earlier.get("model", {}))
         return state.replace(players={"model": self.new_player(params)})
 

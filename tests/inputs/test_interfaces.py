@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from snapgen_jax.inputs._encodings import Encoding
 from snapgen_jax.inputs.captions import CaptionsConfig
 from snapgen_jax.inputs.class_labels import ClassLabelsConfig
 from snapgen_jax.inputs.encoders import EncodersConfig
@@ -13,6 +14,7 @@ from snapgen_jax.inputs.images import ImagesConfig
 from snapgen_jax.inputs.interfaces import Inputs, is_kept, prefixed, subtree
 from snapgen_jax.inputs.registry import InputsConfig
 from snapgen_jax.inputs.stored import StoredConfig
+from snapgen_jax.inputs.stored_encodings import StoredEncodingsConfig
 from snapgen_jax.networks.autoencoder import AutoencoderConfig
 from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.codec import CodecConfig
@@ -35,6 +37,13 @@ SMALL = (
         conditioner=ConditionerConfig(width=32, language_width=16),
     ),
     StoredConfig(image_sizes=((32, 32),), context_width=16, pooled_width=16),
+    StoredEncodingsConfig(
+        image_sizes=((32, 32),),
+        clip_l=Encoding(tokens=7, width=6, pooled=6),
+        clip_g=Encoding(tokens=7, width=10, pooled=10),
+        language=Encoding(tokens=5, width=12),
+        conditioner=ConditionerConfig.preset("smoke"),
+    ),
     ClassLabelsConfig(codec=AUTOENCODER, label=LabelEmbeddingConfig.preset("smoke")),
     ImagesConfig(image_sizes=((32, 32),), codec=AUTOENCODER),
 )
@@ -73,6 +82,16 @@ def test_what_it_computes_has_the_shapes_that_it_promises(inputs):
     images = jax.eval_shape(inputs.decode, networks, x_0)
     if "image" in images:
         assert images["image"].shape == batch["image"].shape and images["image"].dtype == np.uint8
+
+
+@pytest.mark.parametrize("inputs", WITH_SEQUENCES)
+def test_it_says_how_many_examples_keep_nothing_and_which_integers_have_a_meaning(inputs):
+    kept = [np.asarray(rows, bool) for rows in inputs.draw_kept(jax.random.key(2), 4096).values()]
+    none = (~np.any(kept, axis=0)).mean() if kept else 0.0
+    assert inputs.unconditional_share() == pytest.approx(none, abs=0.02)
+    specs = next(iter(inputs.batch_specs().values()))
+    integers = {name for name, spec in specs.items() if np.issubdtype(spec.dtype, np.integer)} - {"image"}
+    assert set(inputs.integer_bounds()) == integers - set(inputs.tokenizers())
 
 
 def test_roles_below_a_prefix_are_taken_and_put_back():

@@ -1,28 +1,21 @@
-"""Stored latents and text states: what a batch of them is, and that flow matching pretrains on them in stages."""
+"""Stored latents and text states: what a batch of them is, and that flow matching learns from them."""
 
 import dataclasses
-import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from snapgen_jax import inference_weights, load, train
-from snapgen_jax.config import load_experiment
-from snapgen_jax.experiment import Experiment
-from snapgen_jax.generation import load_recipe, load_weights
+from snapgen_jax import inference_weights, train
 from snapgen_jax.inputs.interfaces import Inputs
 from snapgen_jax.inputs.stored import CONTEXT, StoredConfig
-from snapgen_jax.networks.module import flatten
 from snapgen_jax.networks.unet import UNetConfig
 from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.keys import example_keys, key
 from snapgen_jax.training.optimizer import OptimizerConfig
 from snapgen_jax.training.recipe import Recipe
-from snapgen_jax.workdir import prepare_workdir
 from tests.recipes_for_tests import ONE_STAGE
 
 CONFIG = FlowMatchingConfig(
@@ -34,7 +27,6 @@ CONFIG = FlowMatchingConfig(
     ),
     optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
 )
-STAGES = pathlib.Path("configs/pretrain")
 
 
 def stored(**changes):
@@ -153,73 +145,3 @@ def test_it_has_no_codec_and_no_bundle_and_says_what_to_do():
         stored().codec({})
     with pytest.raises(ConfigError, match="export a run whose inputs are 'captions'"):
         stored().exports()
-
-
-# --- stages ----------------------------------------------------------------------------------------------------------
-
-
-def stage(size, workdir, *overrides):
-    spec = f"{STAGES}/t2i_{size}.py:runlocal"
-    resolved = load_experiment(spec, ["train_steps=6", "log_every_steps=2", "tensorboard=False", *overrides])
-    prepare_workdir(resolved.config, workdir)
-    return Experiment(resolved, workdir)
-
-
-def first_loss(workdir):
-    return json.loads((workdir / "metrics" / "train.jsonl").read_text().splitlines()[0])["loss"]
-
-
-@pytest.fixture(scope="module")
-def stages(tmp_path_factory):
-    """256 -> 512 px of the pretraining in small: latents of 8 x 8, then of 16 x 16."""
-    root = tmp_path_factory.mktemp("stages")
-    fast = ["optimizer.learning_rate=0.01", "optimizer.warmup_steps=1", "ema_decay=0.5"]
-    stage(256, root / "first", *fast).train()
-    second = stage(512, root / "second", f"init_from={root / 'first'}", "inputs.image_sizes=((128,128),)")
-    return root, second, second.train()
-
-
-def test_the_first_loss_of_a_stage_is_that_of_the_averaged_weights_of_the_one_before(stages):
-    root, second, _ = stages
-    weights = load_weights(root / "first", load_recipe(root / "first"))["model"]
-    made = second.recipe
-    arrays = next(second.data.batches(0)).arrays
-    assert arrays["latent"].shape == (8, 16, 16, 16)
-    drawn = made.draw({}, arrays, key(second.config.seed, 0, "update"), 0)
-
-    def loss(params):
-        return float(jax.jit(made.loss)(made.weights({"model": params}, {}), drawn, {})[0])
-
-    assert first_loss(root / "second") == pytest.approx(loss(weights), rel=1e-5)
-    fresh = made.init(key(second.config.seed, 0, "init")).players["model"].params
-    assert first_loss(root / "second") != pytest.approx(loss(fresh), rel=1e-3)
-
-
-def test_what_a_stage_changes_and_what_begins_anew(stages):
-    root, second, state = stages
-    first = load_recipe(root / "first")
-    assert (first.config.schedule.shift, second.recipe.config.schedule.shift) == (1.0, 1.7)
-    assert int(state.step) == 6
-    counts = [leaf for leaf in jax.tree.leaves(state.players["model"].opt_state) if leaf.dtype == jnp.int32]
-    assert [int(count) for count in counts] == [6] * len(counts), "the schedule and the moments began at 0"
-
-
-def test_a_resumed_stage_goes_on_from_itself(stages, tmp_path):
-    root, _, state = stages
-    straight = flatten(state.players["model"].params)
-    half = stage(
-        512, tmp_path, f"init_from={root / 'first'}", "inputs.image_sizes=((128,128),)", "checkpoint.every_steps=3"
-    )
-    half.config = dataclasses.replace(half.config, train_steps=3)
-    half.train()
-    # The stage before is gone: it is not read again.
-    again = stage(
-        512, tmp_path, f"init_from={tmp_path / 'gone'}", "inputs.image_sizes=((128,128),)", "checkpoint.every_steps=3"
-    )
-    for name, leaf in flatten(again.train().players["model"].params).items():
-        np.testing.assert_array_equal(leaf, straight[name])
-
-
-def test_prompts_are_refused_by_a_run_without_a_text_encoder(stages):
-    with pytest.raises(ConfigError, match="holds no text encoder"):
-        load(stages[0] / "first").generate(["a red fox"])

@@ -43,4 +43,4 @@ def test_the_commands_of_the_image_install_a_working_program(tmp_path):
         text=True,
         check=True,
     )
-    assert '"recipe": "flow_matching"' in config.stdout and '"kind": "stored"' in config.stdout
+    assert '"recipe": "flow_matching"' in config.stdout and '"kind": "stored_encodings"' in config.stdout

@@ -1,12 +1,14 @@
 """Encodings of several encoders become one context, as the teacher and as SnapGen want it."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from snapgen_jax.networks.attention import attend, mask_bias
-from snapgen_jax.networks.context import ENCODERS, ConditionerConfig, draw_kept, join_clip, sd3_context
+from snapgen_jax.networks.context import ENCODERS, ConditionerConfig, draw_kept, join_clip, kept_shares, sd3_context
 from snapgen_jax.networks.module import apply, build, count_parameters, flatten, init, unflatten
 from snapgen_jax.networks.text import TextContext
 
@@ -97,17 +99,27 @@ def test_each_example_drops_its_own_encoders(conditioner, encodings):
         assert not ours[2].any()  # the null context is zeros, all of it masked
 
 
-def test_encoders_are_dropped_independently_at_the_rate_asked_for():
-    batch = 20_000
-    kept = draw_kept(jax.random.key(0), batch)
+@pytest.mark.parametrize(
+    ("rates", "none"), [(0.464, None), (0.464, 0.0), ((0.1, 0.3, 0.9), None), ((0.1, 0.3, 0.9), 0.25), (0.0, 0.1)]
+)
+def test_encoders_are_dropped_as_the_closed_form_says(rates, none):
+    batch, d = 40_000, np.broadcast_to(rates, 3)
+    kept = draw_kept(jax.random.key(0), batch, kept_shares(rates, none))
     assert tuple(kept) == ENCODERS
-    drops = np.stack([1 - kept[name] for name in ENCODERS])
-    np.testing.assert_allclose(drops.mean(axis=1), 0.464, atol=0.015)
-    np.testing.assert_allclose(np.corrcoef(drops), np.eye(3), atol=0.03)
-    np.testing.assert_allclose(drops.all(axis=0).mean(), 0.464**3, atol=0.01)
-    again = draw_kept(jax.random.key(0), batch)
-    assert all(jnp.array_equal(kept[name], again[name]) for name in ENCODERS)
-    assert not jnp.array_equal(kept["clip_l"], draw_kept(jax.random.key(1), batch)["clip_l"])
+    rows = np.stack([kept[name] for name in ENCODERS], axis=1).astype(int)
+    for pattern in itertools.product((0, 1), repeat=3):
+        independent = np.prod(np.where(pattern, 1 - d, d))
+        expected = independent
+        if none is not None:
+            expected = none if not any(pattern) else independent * (1 - none) / (1 - d.prod())
+        assert abs((rows == pattern).all(axis=1).mean() - expected) < 4 * np.sqrt(0.25 / batch), pattern
+
+
+def test_the_defaults_are_those_of_stable_diffusion_3():
+    shares = kept_shares()
+    for axis in range(3):
+        np.testing.assert_allclose(shares.sum(axis=tuple({0, 1, 2} - {axis})), [0.464, 0.536])
+    assert shares[0, 0, 0] == pytest.approx(0.464**3) and shares[1, 1, 0] == pytest.approx(0.536**2 * 0.464)
 
 
 def test_zeroing_any_parameter_changes_the_context(conditioner, encodings):

@@ -13,6 +13,7 @@ from snapgen_jax.config import build, load_config
 from snapgen_jax.inputs.captions import CaptionsConfig
 from snapgen_jax.inputs.images import ImagesConfig
 from snapgen_jax.inputs.stored import StoredConfig
+from snapgen_jax.inputs.stored_encodings import StoredEncodingsConfig
 from snapgen_jax.networks.autoencoder import AutoencoderConfig
 from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.codec import CodecConfig, build_codec, from_uint8
@@ -165,6 +166,7 @@ def test_the_config_for_generated_latents_has_the_networks_of_the_student(tmp_pa
         ({"target": "large", "generated_share": 0.1}, "0.1 of a batch of 4 is 0 latents"),
         ({"target": "large", "generator": FlowMatchingConfig()}, "4 latent channels and network.latent_channels is 48"),
         ({"target": "large", "generator": FlowMatchingConfig(inputs=StoredConfig())}, "cannot be 'stored'"),
+        ({"target": "large", "generator": FlowMatchingConfig(inputs=StoredEncodingsConfig())}, "cannot be 'stored_enc"),
     ],
 )
 def test_a_generator_that_does_not_fit_is_refused(changes, says):

@@ -233,6 +233,39 @@ def test_an_earlier_stage_of_another_network_is_refused_with_what_differs(change
         jax.eval_shape(made.warm_start, state, earlier)
 
 
+def test_what_an_earlier_stage_trained_and_this_one_leaves_behind_is_named_by_the_first_process(caplog, monkeypatch):
+    made = recipe()
+    state = jax.eval_shape(made.init, key(0, 0, "init"))
+    model = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), state.players["model"].params)
+    richer = {**model, "conditioner": {"linear": {"kernel": np.zeros((3, 4)), "bias": np.zeros(4)}}}
+    jax.eval_shape(made.warm_start, state, {"model": model})
+    assert not caplog.records
+    jax.eval_shape(made.warm_start, state, {"model": richer})
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "the earlier stage also trained conditioner (16 parameters)" in record.getMessage()
+    assert "set `inputs` as in that run's config.json to keep it" in record.getMessage()
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    jax.eval_shape(made.warm_start, state, {"model": richer})
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("sampling", "dropout", "warns"),
+    [
+        ({"method": "renoise", "guidance": 1.0}, 0.1, True),
+        ({"method": "renoise", "guidance": 1.0}, 0.0, False),
+        ({"method": "euler", "guidance": 1.0}, 0.1, False),
+    ],
+)
+def test_conditions_that_are_dropped_for_no_guidance_are_warned_of(sampling, dropout, warns, caplog):
+    inputs = dataclasses.replace(CONFIG.inputs, caption_dropout=dropout)
+    recipe(inputs=inputs, sampling=SamplingConfig(steps=3, **sampling))
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == warns
+    assert all("0.1 of the examples are trained without a condition" in line and "to 0" in line for line in said)
+
+
 def test_platform_choices_are_fixed_by_the_platform_compiled_for():
     cpu, tpu = (FlowMatching(CONFIG, platform).networks()["unet"].config for platform in ("cpu", "tpu"))
     assert cpu.dtype == "float32" and cpu.depthwise == "shifted"

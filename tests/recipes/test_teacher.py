@@ -18,7 +18,7 @@ from snapgen_jax.inputs.stored import StoredConfig
 from snapgen_jax.networks.codec import CodecConfig
 from snapgen_jax.networks.counting import count_macs
 from snapgen_jax.networks.mmdit import MMDiTConfig
-from snapgen_jax.networks.module import apply, count_parameters
+from snapgen_jax.networks.module import apply, count_parameters, init
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.time_features import time_features
 from snapgen_jax.networks.unet import UNetConfig
@@ -215,16 +215,18 @@ def test_stored_states_are_read_beside_a_student_of_captions_and_dropped_in_the_
 def test_a_dropped_caption_is_dropped_for_it_too():
     made = from_config("distill/t2i_512_sd35l", "batch_size=400", "inputs.caption_dropout=0.5", arg=":runlocal")
     (specs,) = made.batch_specs().values()
-    batch = {name: jnp.full(s.shape, 1 + ("teacher" in name), s.dtype) for name, s in specs.items()}
+    batch = {name: jnp.ones(s.shape, s.dtype) for name, s in specs.items()}
     drawn = jax.jit(made.draw)({}, batch, jax.random.key(0))
-    student, own = drawn["condition"], drawn["teacher"]["condition"]
-    kept = np.asarray(student["mask"]).any(axis=1)
-    np.testing.assert_array_equal(kept, np.asarray(own["mask"]).any(axis=1))
+    conditioner = {"conditioner": init(made.networks()["conditioner"], jax.random.key(1))}
+    student, own = jax.jit(made.inputs.condition)(conditioner, drawn["condition"]), drawn["teacher"]["condition"]
+    kept = np.asarray(student.mask).any(axis=1)
     assert 0.4 < kept.mean() < 0.6
+    assert not np.asarray(student.sequence)[~kept].any() and not np.asarray(student.pooled)[~kept].any()
     for name in ("sequence", "mask", "pooled"):
-        for states, value in ((student, 1), (own, 2)):
-            rows = np.asarray(states[name], np.float32)
-            assert (rows[kept] == value).all() and not rows[~kept].any(), (name, value)
+        rows = np.asarray(own[name], np.float32)
+        assert (rows[kept] == 1).all() and not rows[~kept].any(), name
+    partly = kept & ~np.asarray(drawn["kept"]["language"], bool)
+    assert partly.any(), "the teacher reads the whole caption where the student keeps some of its encoders"
     context = made.teacher.condition({}, drawn["teacher"], None)
     assert isinstance(context, TextContext) and context.sequence.shape == (400, 12, 16)
 

@@ -140,6 +140,12 @@ class Clips:
     def clean(self, networks, batch):
         return batch["clip"].astype(jnp.float32) / 127.5 - 1
 
+    def integer_bounds(self):
+        return {}
+
+    def unconditional_share(self):
+        return 0.0
+
     def draw_kept(self, key, batch_size):
         return {}
 

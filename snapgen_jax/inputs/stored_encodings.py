@@ -1,0 +1,118 @@
+"""Stored latents, and what each text encoder made of a caption: CLIP-L, CLIP-bigG and Gemma-2-2b, not joined yet.
+
+The step is then the network and its conditioner alone, which is how a pod pretrains. It is `encoders.py` with the
+frozen part done beforehand: the conditioner is trained as there, the encoders are left out as there, and a stage of one
+kind starts from a stage of the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from snapgen_jax.bounds import SHARE, at_least, check
+from snapgen_jax.inputs._encodings import CONDITIONER, DropRates, Encoding, Encodings, OfEncodings, clip_mask
+from snapgen_jax.inputs._images import Size
+from snapgen_jax.inputs._latents import LATENT, OfLatents, StoredLatents
+from snapgen_jax.inputs.interfaces import Networks, Tree
+from snapgen_jax.networks.context import ENCODERS, ConditionerConfig
+from snapgen_jax.networks.module import Network, Platform
+from snapgen_jax.networks.text import TextContext
+
+CLIPS = ("clip_l", "clip_g")
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredEncodingsConfig:
+    """Latents and the states of several text encoders, as they were stored.
+
+    Attributes:
+        image_sizes: (height, width) of each aspect bucket, in pixels of the images that were encoded.
+        reduction: pixels along the side of one cell of the latent; 8 for the autoencoders of Stable Diffusion.
+        latent_channels: of the latent.
+        clip_l, clip_g, language: what each text encoder made of a caption.
+        conditioner: joins them; trained beside the network.
+        encoder_dropout: share of examples from which an encoder is left out, each independently: one number, or those
+            of CLIP-L, CLIP-bigG and the language model.
+        caption_dropout: share of examples that keep no encoder, for guidance; None for what independent rates leave.
+    """
+
+    kind: Literal["stored_encodings"] = "stored_encodings"
+    image_sizes: tuple[Size, ...] = ((256, 256),)
+    reduction: int = 8
+    latent_channels: int = 16
+    clip_l: Encoding = Encoding(tokens=77, width=768, pooled=768)
+    clip_g: Encoding = Encoding(tokens=77, width=1280, pooled=1280)
+    language: Encoding = Encoding(tokens=128, width=2304)
+    conditioner: ConditionerConfig = ConditionerConfig.preset("t2i")
+    encoder_dropout: DropRates = 0.464
+    caption_dropout: float | None = None
+
+    def __post_init__(self) -> None:
+        check(self, image_sizes=at_least(1), reduction=at_least(1), latent_channels=at_least(1))
+        check(self, encoder_dropout=SHARE, caption_dropout=SHARE)
+
+    def build(self, batch_size: int, platform: Platform) -> StoredEncodings:
+        """Raises `ValueError` where widths do not fit the conditioner, or an image size `reduction`."""
+        return StoredEncodings(self, batch_size, platform)
+
+
+class StoredEncodings(OfLatents, OfEncodings):
+    """See the top of this file. Implements `inputs.interfaces.Inputs`."""
+
+    def __init__(self, config: StoredEncodingsConfig, batch_size: int, platform: Platform):
+        self.config, self.batch_size = config, batch_size
+        self.latents = StoredLatents(config.image_sizes, config.reduction, config.latent_channels)
+        shapes = {name: getattr(config, name) for name in ENCODERS}
+        self.encodings = Encodings(config.conditioner, shapes, config.encoder_dropout, config.caption_dropout, platform)
+
+    # --- shapes and networks ---
+
+    def batch_specs(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+        """One bucket per image size, all bfloat16 but the mask: `latent` `[B, h, w, c]`, scaled as the autoencoder's
+        config says; of each CLIP `clip_l_states` `[B, L, D]` and `clip_l_pooled` `[B, P]`; of the language model
+        `language_states` `[B, M, E]` and `language_mask` float32 `[B, M]`, 0 for padding."""
+
+        def stored(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((self.batch_size, *shape), dtype)
+
+        arrays = {}
+        for name, shape in self.encodings.shapes.items():
+            arrays[f"{name}_states"] = stored(shape.tokens, shape.width)
+            if name in CLIPS:
+                arrays[f"{name}_pooled"] = stored(shape.pooled)
+            else:
+                arrays[f"{name}_mask"] = stored(shape.tokens, dtype=jnp.float32)
+        return self.latents.specs(self.batch_size, arrays)
+
+    def conditions(self) -> tuple[str, ...]:
+        """All arrays but the latents."""
+        (first, *_) = self.batch_specs().values()
+        return tuple(name for name in first if name != LATENT)
+
+    def networks(self) -> dict[str, Network]:
+        """ "conditioner"; the encoders ran beforehand."""
+        return {CONDITIONER: self.encodings.network}
+
+    # --- examples and conditions ---
+
+    def clean(self, networks: Networks, batch: Tree) -> jax.Array:
+        """The stored latents."""
+        del networks
+        return batch[LATENT].astype(jnp.float32)
+
+    def draw_condition(self, networks: Networks, batch: Tree, key: jax.Array, kept: Mapping[str, jax.Array]) -> Tree:
+        """The stored encodings, and which of them each example keeps."""
+        del networks, key
+
+        def encoding(name: str) -> TextContext:
+            states = batch[f"{name}_states"]
+            if name in CLIPS:
+                return TextContext(states, clip_mask(states), batch[f"{name}_pooled"])
+            return TextContext(states, batch[f"{name}_mask"], jnp.zeros((states.shape[0], 0), states.dtype))
+
+        return self.told({name: encoding(name) for name in ENCODERS}, kept)
