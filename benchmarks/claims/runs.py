@@ -197,7 +197,9 @@ class Runs:
         """What a trial's batches depend on."""
         if (name, seed) not in self._streams:
             config = self.config(name, seed)
-            text = json.dumps([to_json(config.data), to_json(config.inputs), config.batch_size, config.seed])
+            inputs = json.loads(to_json(config.inputs))
+            inputs = {key: value for key, value in inputs.items() if not key.endswith("_dropout")}  # drawn in the step
+            text = json.dumps([to_json(config.data), inputs, config.batch_size, config.seed])
             self._streams[name, seed] = text.replace(str(self.root), "")
         return self._streams[name, seed]
 

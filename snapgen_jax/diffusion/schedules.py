@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from snapgen_jax.bounds import FINITE, above, at_least, check
 from snapgen_jax.diffusion import predictions
 from snapgen_jax.diffusion.betas import Betas, Spacing, alphas, sampled_steps
 from snapgen_jax.diffusion.path import T_MIN, expand_like
@@ -139,6 +140,9 @@ class FlowSchedule(BaseSchedule):
 
     predictions: ClassVar[tuple[Prediction, ...]] = ("velocity", "x_0", "eps", "v")
     time_scale: ClassVar[float] = 1000.0
+
+    def __post_init__(self) -> None:
+        check(self, mean=FINITE, std=at_least(0), shift=above(0), final_mean=FINITE)
 
     def draw(self, key: jax.Array, shape: tuple[int, ...], progress: float | jax.Array = 0.0) -> Level:
         """As `BaseSchedule.draw`, by `sample_times`."""

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from snapgen_jax.bounds import SHARE, at_least, check
+from snapgen_jax.bounds import at_least, check
 from snapgen_jax.inputs._encodings import CONDITIONER, DropRates, Encoding, Encodings, OfEncodings, clip_mask
 from snapgen_jax.inputs._images import Size
 from snapgen_jax.inputs._latents import LATENT, OfLatents, StoredLatents
@@ -54,7 +54,6 @@ class StoredEncodingsConfig:
 
     def __post_init__(self) -> None:
         check(self, image_sizes=at_least(1), reduction=at_least(1), latent_channels=at_least(1))
-        check(self, encoder_dropout=SHARE, caption_dropout=SHARE)
 
     def build(self, batch_size: int, platform: Platform) -> StoredEncodings:
         """Raises `ValueError` where widths do not fit the conditioner, or an image size `reduction`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar, Literal
 
+from snapgen_jax.bounds import at_least, check
 from snapgen_jax.networks.depth import Remat
 from snapgen_jax.networks.long_attention import AttentionKernel
 from snapgen_jax.networks.module import Preset
@@ -54,6 +55,8 @@ class MMDiTArchitecture(Preset):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     def __post_init__(self):
+        sizes = ("latent_channels", "patch", "depth", "heads", "head_dim", "ffn_ratio", "time_width", "attention_chunk")
+        check(self, **dict.fromkeys((*sizes, "position_size", "position_base"), at_least(1)))
         if not 0 <= self.dual < self.depth:
             raise ValueError(
                 f"MMDiTConfig: dual={self.dual} of depth={self.depth} blocks; the last block cannot be dual, so give "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar, Literal
 
+from snapgen_jax.bounds import above, at_least, check
 from snapgen_jax.networks.module import Preset
 
 _SNAPGEN: dict[str, Any] = {"channels": (256, 512, 896), "down_depth": (1, 2, 4), "mid_depth": 4, "up_depth": (0, 2, 4)}
@@ -82,6 +83,9 @@ class UNetArchitecture(Preset):
     depthwise: Literal["auto", "grouped", "shifted"] = "auto"
 
     def __post_init__(self):
+        sizes = ("latent_channels", "channels", "units", "expand_ratio", "ffn_ratio", "head_dim", "kv_heads", "groups")
+        check(self, **dict.fromkeys((*sizes, "time_width", "embedding_width"), at_least(1)), context_width=at_least(0))
+        check(self, down_depth=at_least(0), mid_depth=at_least(0), up_depth=at_least(0), rope_theta=above(0))
         stages = len(self.channels)
         for name in ("down_depth", "up_depth", "self_attention", "cross_attention"):
             if len(getattr(self, name)) != stages:
