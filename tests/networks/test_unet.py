@@ -11,6 +11,7 @@ import pytest
 
 from snapgen_jax.networks.module import apply, build, flatten, for_platform, init, unflatten
 from snapgen_jax.networks.text import TextContext
+from snapgen_jax.networks.time_features import time_features
 from snapgen_jax.networks.unet import UNetConfig
 from tests.networks.tiny import drawn, inputs, outputs_without_each_leaf
 
@@ -215,6 +216,23 @@ def test_absolute_positions_tell_left_from_right(absolute):
     v = velocity(network, unflatten(cut), (jnp.ones_like(x), time, context))
     spread = float(jnp.abs(v - v[:, :1, :1]).max())
     assert spread > 1e-3 if absolute else spread < 1e-5
+
+
+@pytest.mark.parametrize(("first_stage", "sees"), [("tf", False), ("res", True), ("res+tf", True)])
+def test_the_first_stage_sees_the_time_in_its_residual_blocks_alone(first_stage, sees):
+    config = dataclasses.replace(CONFIG, first_stage=first_stage)
+    network, _ = build(config)
+    x, _, context = inputs(config)
+    params = drawn(network)
+
+    @jax.jit
+    def features(t):
+        time = time_features(jnp.full(x.shape[:1], t), config.time_width)
+        return apply(network, params, x, time, context, taps=("down_0", "mid"))[1]
+
+    early, late = features(0.1), features(0.9)
+    assert bool(jnp.array_equal(early["down_0"], late["down_0"])) is not sees
+    assert float(jnp.abs(early["mid"] - late["mid"]).max()) > 1e-3
 
 
 @pytest.mark.parametrize("depthwise", ["shifted", "grouped"], ids=["cpu", "phone"])

@@ -3,7 +3,7 @@
 import dataclasses
 
 from benchmarks.claims.runs import Runs
-from benchmarks.claims.snapgen import LADDER, ladder_costs, ladder_networks, milliseconds, multiply_adds
+from benchmarks.claims.snapgen import FIRST_STAGES, LADDER, ladder_costs, ladder_networks, milliseconds, multiply_adds
 from benchmarks.claims.trials import paper
 from snapgen_jax.config import resolve
 from snapgen_jax.networks.counting import parameters
@@ -18,6 +18,21 @@ def test_the_ladder_of_the_shapes_world_has_eight_networks_and_ends_smaller_than
     assert trained == {step: dataclasses.replace(network, dtype="float32") for step, network in networks.items()}
     assert parameters(networks["G"]) < parameters(networks["A"])
     assert multiply_adds(networks["G"]) < multiply_adds(networks["A"])
+
+
+def test_the_first_stages_that_are_compared_differ_in_nothing_else_and_learn_from_the_same(tmp_path):
+    runs = Runs(paper("snapgen"), "night", tmp_path / "runs", tmp_path / "out")
+    names = {"tf": "ladder G", **{reading: f"first stage {reading}" for reading in FIRST_STAGES}}
+    configs = {reading: runs.config(name) for reading, name in names.items()}
+    networks = {reading: resolve(config).recipe.network for reading, config in configs.items()}
+    assert {r: dataclasses.replace(n, first_stage="tf") for r, n in networks.items()} == dict.fromkeys(
+        names, networks["tf"]
+    )
+    assert [networks[reading].first_stage for reading in names] == ["tf", "res", "res+tf"]
+    assert len({configs[reading].train_steps for reading in names}) == 1
+    assert runs._alike("ladder G", 0) == runs._alike("first stage res+tf", 0)
+    sizes = {reading: parameters(network) for reading, network in networks.items()}
+    assert sizes["res+tf"] > max(sizes["tf"], sizes["res"])
 
 
 def test_networks_are_timed_side_by_side(quick_to_compile):
