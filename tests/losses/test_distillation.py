@@ -66,7 +66,7 @@ def test_of_several_losses_there_is_one_ratio_over_their_weighted_sum():
     a, r = task_share(T, ScalingConfig()), TASK / (OUTPUT + 0.05 * TWO["feature"])
     expected = a * TASK + (1 - a) * r * (OUTPUT + 0.05 * TWO["feature"])
     np.testing.assert_allclose(s(ScalingConfig(), TWO, UNEVEN, means), expected, rtol=1e-5)
-    np.testing.assert_allclose(expected, TASK, rtol=1e-5)  # so the teacher counts once, however many losses he has
+    np.testing.assert_allclose(expected, TASK, rtol=1e-5)  # so the teacher counts once, however many losses it has
 
     half = dataclasses.replace(FREE, alpha="constant", constant=0.5)
     by_output = jax.grad(lambda x: jnp.sum(s(half, TWO | {"output": x}, UNEVEN, means)))(OUTPUT)
