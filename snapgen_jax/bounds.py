@@ -106,10 +106,10 @@ def check_texts(instance: Any, *fields: str) -> None:
                 raise FieldError(field, f"holds {text!a}, which is no text: it was not UTF-8; write it in UTF-8")
 
 
-def _numbers(value: Any) -> Iterator[float]:
+def _numbers(value: Any) -> Iterator[Any]:
     if isinstance(value, Mapping):
         value = list(value.values())
-    if isinstance(value, Sequence):
+    if isinstance(value, Sequence) and not isinstance(value, str):  # whose items are such texts again, for ever
         for item in value:
             yield from _numbers(item)
     elif value is not None:

@@ -48,6 +48,8 @@ def test_a_field_of_several_numbers_is_checked_number_by_number():
         Sizes(((8, 8), (8, 0)))
     with pytest.raises(FieldError, match=r"^shares is \{'a': 2\}; give a number from 0 to 1 each$"):
         Sizes(shares={"a": 2})
+    with pytest.raises(TypeError, match="str"):
+        Sizes(width="8")
 
 
 @pytest.mark.parametrize(
