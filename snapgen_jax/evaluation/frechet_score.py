@@ -24,9 +24,9 @@ _REMEDY = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class FrechetScore:
-    """Frechet distance between generated images and real ones of the validation split.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _AgainstReal:
+    """What is compared with real images of the validation split.
 
     Attributes:
         examples: how many generated images meet as many real ones; half of the split, where that is less.
@@ -36,6 +36,7 @@ class FrechetScore:
         options: options of the generator.
     """
 
+    name = ""  # of the evaluator, for messages; no option, and so without an annotation
     examples: int = 512
     seed: int = 0
     output: str = "image"
@@ -45,6 +46,50 @@ class FrechetScore:
     def __post_init__(self) -> None:
         check(self, examples=at_least(2), seed=SEED)
 
+    def drawn(self, generator: ImageGenerator, wanted: Requests) -> np.ndarray:
+        """The images that are asked for, `uint8 [N, H, W, 3]`."""
+        return read_images(draw(generator, wanted, seed=self.seed, options=self.options), self.output)
+
+    def halves(self, generator: ImageGenerator, dataset: ValidationData | None) -> list[tuple[np.ndarray, Requests]]:
+        """Two sets of as many real images, `uint8 [N, H, W, 3]`, N at most `examples`, and what to draw for each.
+
+        Raises:
+            ValueError: there is no validation split, it repeats the training split, it has fewer than four readable
+                images, or `reference` is no array of images.
+        """
+        if dataset is None:
+            raise ValueError(f"{self.name} compares with images of the validation split, and was given none")
+        if not dataset.source.held_out:
+            raise ValueError(
+                f"{self.name} needs images that training does not see, four or more, and the validation split repeats "
+                f"the {len(dataset.source)} training images; {_REMEDY}"
+            )
+        arrays, indices = examples(dataset, dict.fromkeys((self.reference, *needs_of(generator))), 2 * self.examples)
+        images, size = arrays[self.reference], len(indices) // 2
+        if not are_images(images):
+            raise ValueError(
+                f"the array {self.reference!r} of the validation split is {form(images)}, and {self.name} reads images "
+                "uint8 [N, H, W, 3]; set its option `reference` to an array of such"
+            )
+        if size < 2:
+            raise ValueError(
+                f"{self.name} needs four readable images of one size in the validation split or more and found "
+                f"{len(images)}; {_REMEDY}"
+            )
+
+        def part(rows: slice) -> tuple[np.ndarray, Requests]:
+            own = {array: values[rows] for array, values in arrays.items()}
+            return images[rows], requests_of_examples(generator, (), own, indices[rows], dataset, self.seed)
+
+        return [part(slice(0, size)), part(slice(size, 2 * size))]
+
+
+@dataclasses.dataclass(frozen=True)
+class FrechetScore(_AgainstReal):
+    """Frechet distance between generated images and real ones of the validation split; the fields are those above."""
+
+    name = "frechet"
+
     def __call__(self, generator: ImageGenerator, dataset: ValidationData | None = None) -> EvaluationResult:
         """Numbers `frechet.distance`, and `frechet.real`: what real images in place of the generated ones would score.
 
@@ -52,12 +97,10 @@ class FrechetScore:
         as the first half is for `frechet.real`.
 
         Raises:
-            ValueError: there is no validation split, it repeats the training split, it has fewer than four readable
-                images, or there are no images by the names of `output` and `reference`.
+            ValueError: see `halves`, or there are no images by the name of `output`.
         """
-        (one, wanted), (other, _) = halves("frechet", generator, dataset, self.reference, self.examples, self.seed)
-        outputs = draw(generator, wanted, seed=self.seed, options=self.options)
-        drawn = image_features(read_images(outputs, self.output))
+        (one, wanted), (other, _) = self.halves(generator, dataset)
+        drawn = image_features(self.drawn(generator, wanted))
         first, second = image_features(one), image_features(other)
         return EvaluationResult(
             {"frechet.distance": frechet_distance(drawn, second), "frechet.real": frechet_distance(first, second)}
@@ -65,7 +108,7 @@ class FrechetScore:
 
 
 @dataclasses.dataclass(frozen=True)
-class JointFrechetScore:
+class JointFrechetScore(_AgainstReal):
     """Frechet distance between pairs of an image and its caption, generated and real, in the eyes of a contrastive run.
 
     DeVries et al. 2019, "On the evaluation of conditional GANs": the features of a pair are those of the image and the
@@ -75,18 +118,11 @@ class JointFrechetScore:
 
     Attributes:
         workdir: a run of the recipe `contrastive`; "" for the one whose text encoder the generator's run reads.
-        examples, seed, output, reference, options: as for `FrechetScore`.
     """
 
+    name = "joint_frechet"
     workdir: str = ""
-    examples: int = 2048
-    seed: int = 0
-    output: str = "image"
-    reference: str = "image"
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        check(self, examples=at_least(2), seed=SEED)
+    examples: int = dataclasses.field(default=2048, kw_only=True)
 
     def __call__(self, generator: ImageGenerator, dataset: ValidationData | None = None) -> EvaluationResult:
         """Numbers `joint_frechet.distance`; `joint_frechet.real`, as for `FrechetScore`; and `joint_frechet.permuted`:
@@ -95,53 +131,16 @@ class JointFrechetScore:
         Raises:
             ValueError: as for `FrechetScore`, or there is no contrastive run, or the generator takes no prompts.
         """
-        clip = contrastive_run(self.workdir, generator, "joint_frechet")
-        parts = halves("joint_frechet", generator, dataset, self.reference, self.examples, self.seed)
-        (one, wanted), (other, others) = parts
+        clip = contrastive_run(self.workdir, generator, self.name)
+        (one, wanted), (other, others) = self.halves(generator, dataset)
         if wanted.prompts is None or others.prompts is None:
             raise ValueError("joint_frechet compares images with their captions, and this run takes no prompts")
-        images = read_images(draw(generator, wanted, seed=self.seed, options=self.options), self.output)
-        drawn, text = embeddings(clip, images, wanted.prompts)
+        drawn, text = embeddings(clip, self.drawn(generator, wanted), wanted.prompts)
         first, second = embeddings(clip, one, wanted.prompts)[0], np.hstack(embeddings(clip, other, others.prompts))
         beside = {"distance": (drawn, text), "real": (first, text), "permuted": (drawn, np.roll(text, 1, axis=0))}
         return EvaluationResult(
             {f"joint_frechet.{name}": frechet_distance(np.hstack(pair), second) for name, pair in beside.items()}
         )
-
-
-def halves(
-    name: str, generator: ImageGenerator, dataset: ValidationData | None, reference: str, count: int, seed: int
-) -> list[tuple[np.ndarray, Requests]]:
-    """Two sets of as many real images, `uint8 [N, H, W, 3]`, N at most `count`, and what to draw for each.
-
-    Raises:
-        ValueError: see `FrechetScore`; says so of the evaluator `name`.
-    """
-    if dataset is None:
-        raise ValueError(f"{name} compares with images of the validation split, and was given none")
-    if not dataset.source.held_out:
-        raise ValueError(
-            f"{name} needs images that training does not see, four or more, and the validation split repeats the "
-            f"{len(dataset.source)} training images; {_REMEDY}"
-        )
-    arrays, indices = examples(dataset, dict.fromkeys((reference, *needs_of(generator))), 2 * count)
-    images, size = arrays[reference], len(indices) // 2
-    if not are_images(images):
-        raise ValueError(
-            f"the array {reference!r} of the validation split is {form(images)}, and {name} reads images "
-            "uint8 [N, H, W, 3]; set its option `reference` to an array of such"
-        )
-    if size < 2:
-        raise ValueError(
-            f"{name} needs four readable images of one size in the validation split or more and found "
-            f"{len(images)}; {_REMEDY}"
-        )
-
-    def part(rows: slice) -> tuple[np.ndarray, Requests]:
-        own = {array: values[rows] for array, values in arrays.items()}
-        return images[rows], requests_of_examples(generator, (), own, indices[rows], dataset, seed)
-
-    return [part(slice(0, size)), part(slice(size, 2 * size))]
 
 
 @dataclasses.dataclass(frozen=True)
