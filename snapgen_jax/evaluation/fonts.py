@@ -38,8 +38,8 @@ def legible(text: str, size: int) -> tuple[str, Font]:
             return text, _font(path, size)
         if len(missing) < len(lacks(best, text)):
             best = path
-    _say_once(lacks(best, text))
-    missing = set(lacks(best, text))
+    missing = lacks(best, text)
+    _say_once(missing)
     return "".join(_spelt(best, letter) if letter in missing else letter for letter in text), _font(best, size)
 
 

@@ -7,6 +7,7 @@ parameters, batches and noise, as it does by itself, and so learns the same to r
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -123,10 +124,15 @@ class Together:
 
     def part(self, state: TrainState, i: int) -> TrainState:
         """The state of one run, as it would be by itself."""
-        alone = jax.eval_shape(self.recipe.init, keys.key(0, 0, "init"))
         parts = [x[i] for x in jax.tree.leaves((state.players, state.extra))]
-        players, extra = jax.tree.unflatten(jax.tree.structure((alone.players, alone.extra)), parts)
+        players, extra = jax.tree.unflatten(self._of_one_run, parts)
         return state.replace(players=players, extra=extra)
+
+    @functools.cached_property
+    def _of_one_run(self) -> Any:
+        """The structure of players and `extra` of a run by itself."""
+        alone = jax.eval_shape(self.recipe.init, keys.key(0, 0, "init"))
+        return jax.tree.structure((alone.players, alone.extra))
 
     def rules(self) -> Sequence[tuple[str, PartitionSpec]]:
         """None: every device holds all runs."""
