@@ -35,7 +35,7 @@ def child() -> None:
     from snapgen_jax.config import load_experiment
     from snapgen_jax.experiment import Experiment
     from snapgen_jax.training.keys import key
-    from snapgen_jax.training.loop import make_step
+    from snapgen_jax.training.step import make_step
 
     with tempfile.TemporaryDirectory() as workdir:
         experiment = Experiment(load_experiment(CONFIG), workdir)

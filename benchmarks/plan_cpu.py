@@ -19,8 +19,8 @@ from benchmarks.measuring import fastest, machine
 from snapgen_jax.config import load_experiment
 from snapgen_jax.parallel.chips import Chip, Roofline
 from snapgen_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
-from snapgen_jax.training import loop
 from snapgen_jax.training.keys import key
+from snapgen_jax.training.step import lower_abstract_step
 
 RESULT = pathlib.Path(__file__).parent / "results" / "plan_cpu.json"
 CONFIG = "configs/shapes/quickstart.py"
@@ -43,7 +43,7 @@ def main() -> None:
     recipe = load_experiment(CONFIG).build("cpu")
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     (bucket, spec), *_ = recipe.batch_specs().items()
-    lowered, _ = loop.lower_abstract_step(recipe, 0, mesh, bucket)
+    lowered, _ = lower_abstract_step(recipe, 0, mesh, bucket)
     compiled, chip = lowered.compile(), measured_peaks()
     cost = compiled.cost_analysis() or {}
     roofline = Roofline(chip, cost["flops"], cost["bytes accessed"])

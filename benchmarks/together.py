@@ -28,8 +28,8 @@ from benchmarks.measuring import machine, random_like
 from snapgen_jax.config import load_config, resolve
 from snapgen_jax.process import prepare
 from snapgen_jax.training.keys import key
-from snapgen_jax.training.loop import make_step
 from snapgen_jax.training.recipe import Recipe
+from snapgen_jax.training.step import make_step
 from snapgen_jax.training.together import Together
 
 RESULTS = pathlib.Path(__file__).parent / "results"

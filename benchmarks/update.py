@@ -27,10 +27,10 @@ from snapgen_jax.config import load_config, resolve
 from snapgen_jax.networks import layers
 from snapgen_jax.process import prepare
 from snapgen_jax.training.keys import key
-from snapgen_jax.training.loop import make_step
 from snapgen_jax.training.optimizer import step_player
 from snapgen_jax.training.ravel import gather
 from snapgen_jax.training.recipe import Recipe
+from snapgen_jax.training.step import make_step
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 Tree = Any

@@ -11,7 +11,7 @@ from etils import epath
 from snapgen_jax.config import Resolved
 from snapgen_jax.parallel.mesh import check_batch, make_mesh
 from snapgen_jax.parallel.plan import Plan, plan_step, topology
-from snapgen_jax.training import loop
+from snapgen_jax.training import step
 from snapgen_jax.training.exits import ConfigError
 
 
@@ -34,7 +34,7 @@ def plan(resolved: Resolved, name: str, part: str = "") -> list[Plan]:
         for bucket, spec in recipe.batch_specs().items():
             batch = jax.tree.leaves(spec)[0].shape[0]
             check_batch(batch, experiment.microbatches, mesh)
-            lowered, state = loop.lower_abstract_step(recipe, experiment.seed, mesh, bucket, part)
+            lowered, state = step.lower_abstract_step(recipe, experiment.seed, mesh, bucket, part)
             facts = {"part": part, "bucket": bucket, "global_batch": batch, "train_steps": experiment.train_steps}
             plans.append(plan_step(lowered, where, mesh, state=state, **facts))
     except ValueError as error:

@@ -15,7 +15,7 @@ from snapgen_jax.config import load_experiment
 from snapgen_jax.parallel.mesh import MeshConfig, make_mesh
 from snapgen_jax.parallel.plan import Plan, _needed, topology, tree_bytes
 from snapgen_jax.planning import plan
-from snapgen_jax.training import loop
+from snapgen_jax.training import loop, step
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.keys import key
 
@@ -126,10 +126,10 @@ def test_what_is_planned_is_the_very_program_that_a_run_compiles():
     """From shapes alone and from a run's arrays: the same text, on eight devices."""
     made = load_experiment(CONFIG).build("cpu")
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
-    abstract, _ = loop.lower_abstract_step(made, 0, mesh, "64x64")
+    abstract, _ = step.lower_abstract_step(made, 0, mesh, "64x64")
     run = loop.Run(made, loop.LoopConfig(mesh=MeshConfig(data=2, fsdp=4)), mesh, None)
     state, _ = run.start(None)
-    real = loop.lower_step(made, 0, mesh, run.carry(state), run.load_frozen(), "64x64")
+    real = step.lower_step(made, 0, mesh, step.carry(state, mesh), run.load_frozen(), "64x64")
     assert abstract.as_text() == real.as_text()
 
 

@@ -19,8 +19,8 @@ from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig, 
 from snapgen_jax.systems.denoiser import Denoiser
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.keys import example_keys, key
-from snapgen_jax.training.loop import make_step
 from snapgen_jax.training.recipe import Recipe
+from snapgen_jax.training.step import make_step
 from snapgen_jax.weights.frozen import load_run
 from tests.recipes_for_tests import greys, random_like, state_away_from_zero, train_and_read
 from tests.students_for_tests import CAPTIONS, GREYS, STUDENT, TEACHER

@@ -21,9 +21,10 @@ from snapgen_jax.recipes.autoencoder import AutoencoderTraining, AutoencoderTrai
 from snapgen_jax.training import loop
 from snapgen_jax.training.checkpoint import CheckpointConfig
 from snapgen_jax.training.keys import key
-from snapgen_jax.training.loop import LoopConfig, make_step
+from snapgen_jax.training.loop import LoopConfig
 from snapgen_jax.training.optimizer import OptimizerConfig, step_player
 from snapgen_jax.training.recipe import Recipe
+from snapgen_jax.training.step import make_step
 from tests.recipes_for_tests import ByPosition
 
 ADAM = OptimizerConfig(learning_rate=3e-3, warmup_steps=0)

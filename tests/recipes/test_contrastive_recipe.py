@@ -21,9 +21,10 @@ from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig
 from snapgen_jax.training import loop
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.keys import key
-from snapgen_jax.training.loop import LoopConfig, make_step
+from snapgen_jax.training.loop import LoopConfig
 from snapgen_jax.training.optimizer import OptimizerConfig
 from snapgen_jax.training.recipe import Recipe
+from snapgen_jax.training.step import make_step
 from tests.recipes_for_tests import ONE_STAGE, ByPosition
 
 TEXT = ClipTextConfig.preset("smoke", max_tokens=6)

@@ -31,9 +31,10 @@ from snapgen_jax.training.checkpoint import CheckpointConfig
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.fingerprint import fingerprint
 from snapgen_jax.training.keys import key
-from snapgen_jax.training.loop import LoopConfig, make_step
+from snapgen_jax.training.loop import LoopConfig
 from snapgen_jax.training.optimizer import OptimizerConfig
 from snapgen_jax.training.recipe import Recipe
+from snapgen_jax.training.step import make_step
 from tests.networks.tiny import drawn
 from tests.recipes_for_tests import GREY_TOKENS, ByPosition, greys, train_and_read
 

@@ -18,8 +18,8 @@ from snapgen_jax.training.checkpoint import Checkpointer
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.fingerprint import fingerprint
 from snapgen_jax.training.keys import key
-from snapgen_jax.training.loop import make_step
 from snapgen_jax.training.recipe import Recipe
+from snapgen_jax.training.step import make_step
 from tests.recipes_for_tests import greys, random_like, state_away_from_zero, train_and_read
 from tests.students_for_tests import CAPTIONS, GREYS, MMDIT, STUDENT, TEACHER
 

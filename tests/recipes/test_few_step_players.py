@@ -19,8 +19,8 @@ from snapgen_jax.recipes.adversarial import Adversarial, AdversarialConfig
 from snapgen_jax.recipes.distillation import Distillation, DistillationConfig
 from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig
 from snapgen_jax.training.exits import ConfigError
-from snapgen_jax.training.loop import guards, make_step
 from snapgen_jax.training.optimizer import OptimizerConfig
+from snapgen_jax.training.step import guards, make_step
 from tests.recipes_for_tests import greys, random_like, state_away_from_zero, train_and_read
 from tests.students_for_tests import CAPTIONS, GREYS, MMDIT, STUDENT, TEACHER
 

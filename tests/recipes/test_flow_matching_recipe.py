@@ -24,9 +24,10 @@ from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig
 from snapgen_jax.training import loop
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.keys import example_keys, key
-from snapgen_jax.training.loop import LoopConfig, make_step
+from snapgen_jax.training.loop import LoopConfig
 from snapgen_jax.training.optimizer import OptimizerConfig
 from snapgen_jax.training.recipe import Recipe
+from snapgen_jax.training.step import make_step
 from tests.recipes_for_tests import GREY_TOKENS, ONE_STAGE, ByPosition, greys
 
 CONFIG = FlowMatchingConfig(

@@ -27,7 +27,7 @@ from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig
 from snapgen_jax.systems.sd35 import reference_times
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.keys import key
-from snapgen_jax.training.loop import make_step
+from snapgen_jax.training.step import make_step
 from tests.recipes_for_tests import greys, random_like, state_away_from_zero, train_and_read
 from tests.students_for_tests import CAPTIONS, GREYS, MMDIT, STUDENT, TEACHER
 
