@@ -45,6 +45,12 @@ EXPORT_LITERT = [  # without TensorFlow: `snapgen export --backend=litert`
     *LITERT,
     "litert-converter==0.5.0; (sys_platform == 'linux' and platform_machine == 'x86_64') or sys_platform == 'darwin'",
 ]
+PREPARE = [  # `snapgen prepare`
+    "apache-beam>=2.68",
+    "datasets>=4",  # Hugging Face data sets that were saved on disk
+    "imagehash>=4.3",
+    "pyarrow>=20",
+]
 TPU = [
     "jax[tpu]",
     "etils[epath-gcs]>=1.13",  # workdirs on gs:// where there is no TensorFlow to read them
@@ -79,11 +85,12 @@ setup(
     install_requires=CORE,
     extras_require={
         "tpu": TPU,
+        "prepare": PREPARE,
         "cuda": ["jax[cuda13]"],
         "export": EXPORT,
         "export-litert": EXPORT_LITERT,
         "oracle": ["torch==2.13.0", "diffusers==0.42.1", "transformers==5.23.0", "accelerate"],
-        "dev": sorted({*DEV, *EXPORT, *EXPORT_LITERT}),
+        "dev": sorted({*DEV, *PREPARE, *EXPORT, *EXPORT_LITERT}),
     },
     entry_points={"console_scripts": ["snapgen = snapgen_jax.cli:entry"]},
 )
