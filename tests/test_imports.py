@@ -58,6 +58,7 @@ MAY_IMPORT = {
     "systems": ["networks", "diffusion", "weights", "parallel"],
     "systems.denoiser": ["networks", "diffusion"],
     "data": [],
+    "data.shards": ["data", "training.files"],
     "data.tokenizer": ["data", "training.files"],
     "data.tokenizer_specs": ["data", "inputs.interfaces", "training.files"],
     # from a trained run to images, numbers and files
