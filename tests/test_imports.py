@@ -27,6 +27,8 @@ MAY_IMPORT = {
     "bounds": [],
     # values checked against annotations, for every room that reads names or options
     "typed": [],
+    # how every report looks
+    "page": [],
     # the contracts
     "evaluation.interfaces": [],
     "inputs.interfaces": [],
@@ -78,8 +80,8 @@ MAY_IMPORT = {
         "typed",
     ],
     "coding": ["generation", "networks", "weights", "data.images", "training.exits"],
-    "evaluation": ["generation", "data.shapes", "data.shapes_grammar", "data.prompts", "typed"],
-    "evaluation.report": ["evaluation", "data.prompts", "training.files", "training.metrics"],
+    "evaluation": ["generation", "data.shapes", "data.shapes_grammar", "data.prompts", "page", "typed"],
+    "evaluation.report": ["evaluation", "data.prompts", "page", "training.files", "training.metrics"],
     "export": ["diffusion.noise", "training.exports"],
     "export.run": ["export", "generation", "training.exits", "training.files"],
     # copied into every bundle
