@@ -59,6 +59,7 @@ MAY_IMPORT = {
     "weights.frozen": ["weights", "networks", "parallel", "training.checkpoint", "training.exits"],
     "systems": ["networks", "diffusion", "weights", "parallel"],
     "systems.denoiser": ["networks", "diffusion"],
+    "preparation": ["inputs", "weights", "data", "parallel", "training.lifetime", "training.files", "page"],
     "data": [],
     "data.shards": ["data", "training.files"],
     "data.tokenizer": ["data", "training.files"],
@@ -119,7 +120,8 @@ MAY_IMPORT = {
     "chain_run": ["*"],
     "chain_table": ["chain"],
     "cli": ["*"],
-    "cli_parser": ["overrides", "training.exits"],
+    "cli_parser": ["cli_prepare", "overrides", "training.exits"],
+    "cli_prepare": ["*"],
     "cli_exit": ["data.errors", "parallel.hosts", "training.exits"],
     "__init__": ["*"],
 }

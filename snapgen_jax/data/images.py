@@ -43,6 +43,19 @@ def decode(file: str | os.PathLike[str] | BinaryIO | bytes) -> np.ndarray:
         raise UnreadableExampleError(f"{type(error).__name__}: {error}") from error
 
 
+def format_of(data: bytes) -> str:
+    """Pillow's name of an image file's format, "JPEG" also for a photograph with further pictures behind it.
+
+    Raises:
+        UnreadableExampleError: it is of no format that is read.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            return {"MPO": "JPEG"}.get(image.format or "", image.format or "")
+    except Exception as error:  # Pillow's plug-ins raise nearly every type on damaged files
+        raise UnreadableExampleError(f"{type(error).__name__}: {error}") from error
+
+
 def _opened(file: str | os.PathLike[str] | BinaryIO | bytes) -> contextlib.AbstractContextManager[BinaryIO]:
     """The file as a stream: given a path, Pillow maps some TIFF files into memory by the size after turning."""
     if isinstance(file, bytes):
@@ -101,10 +114,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def header_size(file: str | os.PathLike[str]) -> tuple[int, int]:
+def header_size(file: str | os.PathLike[str] | bytes) -> tuple[int, int]:
     """Height and width of an image file as it is shown, from its header alone; (0, 0) where it cannot be read."""
     try:
-        with Image.open(file, formats=_FORMATS) as image:
+        with _opened(file) as stream, Image.open(stream, formats=_FORMATS) as image:
             # Of a TIFF file Pillow gives the size as it is shown.
             turned = image.format != "TIFF" and image.getexif().get(_ORIENTATION, 1) >= 5
             return (image.width, image.height) if turned else (image.height, image.width)

@@ -133,7 +133,7 @@ def test_labels_fill_the_batches_of_a_run_on_classes(labels: DataConfig) -> None
 
 def test_of_nested_captions_each_draw_takes_one(captions: DataConfig) -> None:
     source = build_source(captions)
-    numbers = [len(source._record(i)["captions"]["text"]) for i in range(12)]
+    numbers = [len(source.record(i)["captions"]["text"]) for i in range(12)]
     index = numbers.index(2)
     said = {source.example(index, np.random.default_rng(i))["caption"] for i in range(20)}
     assert len(said) == 2 and all(text.startswith("picture ") for text in said)
