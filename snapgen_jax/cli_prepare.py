@@ -39,7 +39,7 @@ def _add_collect(steps: Any) -> None:
         dest="beam_options",
         action="append",
         default=[],
-        help="an option of Apache Beam, such as --beam.runner=DataflowRunner; all that follows -- is given to it as it is",
+        help="an option of Apache Beam, as --beam.runner=DataflowRunner; all that follows -- is given to it unchanged",
     )
 
 

@@ -8,7 +8,7 @@ import os
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, TiffImagePlugin
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from snapgen_jax.data.errors import UnreadableExampleError
 
@@ -52,6 +52,8 @@ def format_of(data: bytes) -> str:
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             return {"MPO": "JPEG"}.get(image.format or "", image.format or "")
+    except UnidentifiedImageError:  # whose message holds an address in memory
+        raise UnreadableExampleError(f"it is of none of the formats {', '.join(_FORMATS)}") from None
     except Exception as error:  # Pillow's plug-ins raise nearly every type on damaged files
         raise UnreadableExampleError(f"{type(error).__name__}: {error}") from error
 

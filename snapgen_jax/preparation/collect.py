@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -145,14 +146,20 @@ def _run(
     except ValueError as error:
         raise DataError(f"Beam's options {' '.join(beam_options)} cannot be used: {error}") from error
     _build(pipeline, units, source, config, str(folder), str(work))
+    log = logging.getLogger("apache_beam.runners.common")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # it would print the traceback of an error that is raised here anyway
     try:
         pipeline.run().wait_until_finish()
     except Exception as error:
-        # A runner hands on what its workers said, as text.
-        said = re.findall(r"errors\.DataError: (.*?) \[while running", str(error), flags=re.DOTALL)
+        # A runner adds which step failed, and may hand on what its workers said as text alone.
+        text = f"errors.DataError: {error}" if isinstance(error, DataError) else str(error)
+        said = re.findall(r"errors\.DataError: (.*?)(?: \[while running|$)", text, flags=re.DOTALL)
         if not said:
             raise
         raise DataError(said[-1]) from error
+    finally:
+        log.setLevel(level)
 
 
 def _build(

@@ -137,7 +137,9 @@ def _number(value: Any, where: str) -> float | None:
             raise TypeError
         number = float(value)
     except (TypeError, ValueError, OverflowError):
-        raise DataError(f"{where} is not numeric: {value!r:.80}; bound another column, or ask for it in texts") from None
+        raise DataError(
+            f"{where} is not numeric: {value!r:.80}; bound another column, or ask for it in texts"
+        ) from None
     return number if math.isfinite(number) else None
 
 
@@ -156,22 +158,24 @@ def refuse_missing(asked: Iterable[str], known: Iterable[str], what: str, where:
 
 
 def files_of(path: str, suffixes: Sequence[str], what: str) -> list[tuple[str, epath.Path]]:
-    """(name, file) of a file, of a folder's files with these suffixes at any depth, or of a pattern; sorted by name.
+    """(name, file) of a file, of the files with these suffixes in a folder, or of a pattern; sorted by name.
 
-    Names are relative to the folder, or to that of the file or pattern.
+    Names are relative to the folder, or to the last folder of the pattern that is named in full.
 
     Raises:
         DataError: there is none.
     """
     given = epath.Path(path).expanduser()
+    root, found = given, [given]
     if given.is_dir():
-        root, found = given, [file for suffix in suffixes for file in given.glob(f"**/*{suffix}")]
+        found = [file for suffix in suffixes for file in given.glob(f"*{suffix}")]
     elif given.exists():
-        root, found = given.parent, [given]
+        root = given.parent
     else:
-        root, found = given.parent, list(given.parent.glob(given.name)) if given.parent.exists() else []
-    named = sorted({(str(file.relative_to(root)), file) for file in found})
-    named = [(name, file) for name, file in named if not any(part.startswith(".") for part in name.split("/"))]
+        while any(sign in str(root) for sign in "*?["):
+            root = root.parent
+        found = list(root.glob(str(given.relative_to(root)))) if root != given and root.exists() else []
+    named = sorted({(str(file.relative_to(root)), file) for file in found if not file.name.startswith(".")})
     if not named:
         raise DataError(f"{path} holds no {what} ({', '.join(suffixes)}); give a file, a folder, or a pattern")
     return named

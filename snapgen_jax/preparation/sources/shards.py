@@ -17,7 +17,9 @@ class StoredImages:
     def __init__(self, config: CollectConfig):
         manifest = read_manifest(config.path)
         if manifest.kind != "images":
-            raise DataError(f"{config.path} holds what encoders made of images; give the folder of the images themselves")
+            raise DataError(
+                f"{config.path} holds what encoders made of images; give the folder of the images themselves"
+            )
         check_files(config.path, manifest)
         wanted = [*config.captions, *config.all_numbers(), *config.texts]
         refuse_missing(wanted, manifest.arrays, "column", config.path)
@@ -40,8 +42,11 @@ class StoredImages:
             if self._config.captions:
                 texts = {name: texts_of(record.get(name), id) for name in self._config.captions}
                 captions = weighted(texts, self._config.captions)
-            row = {name: getattr(value, "item", lambda value=value: value)() for name, value in record.items()
-                   if name in (*self._config.all_numbers(), *self._config.texts)}
+            row = {
+                name: getattr(value, "item", lambda value=value: value)()
+                for name, value in record.items()
+                if name in (*self._config.all_numbers(), *self._config.texts)
+            }
             yield RawExample(id, image, captions, columns_of(row, self._config, id))
 
 

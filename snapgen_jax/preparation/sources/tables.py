@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -45,7 +45,9 @@ class _Columns:
         pyarrow = require("pyarrow")
         for name in config.all_numbers():
             kind = schema.field(name).type
-            if not (pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind) or pyarrow.types.is_decimal(kind)):
+            if not (
+                pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind) or pyarrow.types.is_decimal(kind)
+            ):
                 raise DataError(f"{where}: the column {name!r} is not numeric but {kind}; bound another one")
         self.image, self.captions = image[0], tuple(captions)
         self.all = list(dict.fromkeys([self.image, *captions, *config.all_numbers(), *config.texts]))
@@ -162,9 +164,7 @@ def _readable(batches: Iterator[Any], path: str) -> Iterator[Any]:
         raise DataError(f"{path} is damaged: {error}; copy it again, or leave it out") from error
 
 
-def _example(
-    id: str, row: Mapping[str, Any], columns: _Columns, config: CollectConfig, folder: str
-) -> RawExample:
+def _example(id: str, row: Mapping[str, Any], columns: _Columns, config: CollectConfig, folder: str) -> RawExample:
     texts = {name: texts_of(row[name], id) for name in columns.captions}
     captions, others = weighted(texts, config.captions), columns_of(row, config, id)
     data, place, problem = _image(row[columns.image], folder, f"{id}, {columns.image}")

@@ -68,7 +68,9 @@ class TarImages:
         for key, members in self._examples(unit.name, epath.Path(unit.work)):
             id = f"{unit.name}/{key}"
             if id in seen:
-                raise DataError(f"{unit.work} holds {key} twice, apart from each other; an example's members stand together")
+                raise DataError(
+                    f"{unit.work} holds {key} twice, apart from each other; an example's members stand together"
+                )
             seen.add(id)
             try:
                 image, columns = self._fields(members)
@@ -117,7 +119,9 @@ def _members(name: str, file: epath.Path) -> Iterator[tuple[str, str, bytes, Pla
         for member in tar:
             path = pathlib.PurePosixPath(member.name)
             if path.is_absolute() or ".." in path.parts:
-                raise DataError(f"{file} names a member {member.name!r}, which leaves its folder; expected a plain name")
+                raise DataError(
+                    f"{file} names a member {member.name!r}, which leaves its folder; expected a plain name"
+                )
             base, _, extension = path.name.partition(".")
             content = tar.extractfile(member) if member.isfile() and base and extension else None
             if content is not None:

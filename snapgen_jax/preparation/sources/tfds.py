@@ -75,4 +75,3 @@ def _reader(config: CollectConfig, captions: str) -> TfdsSource:
 def _plain(value: Any) -> Any:
     """A Python number or text for an array without axes, or the value itself."""
     return value.item() if isinstance(value, np.ndarray | np.generic) and value.ndim == 0 else value
-
