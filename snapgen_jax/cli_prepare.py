@@ -43,18 +43,28 @@ def _add_collect(steps: Any) -> None:
     )
 
 
-def _collect(options: argparse.Namespace) -> None:
+def collect_config(options: argparse.Namespace) -> Any:
+    """The `CollectConfig` of a config file, its overrides, and the options that have names of their own.
+
+    Raises:
+        ConfigError: a field is unknown, or a value is one that nobody can mean.
+    """
     from snapgen_jax import overrides
     from snapgen_jax.config import build_dataclass
     from snapgen_jax.config_file import read
-    from snapgen_jax.preparation.collect import collect, listed
     from snapgen_jax.preparation.collect_config import CollectConfig
 
     values = dict(read(options.config)) if options.config else {}
     changes = [overrides.parse_override(text) for text in options.overrides]
     overrides.apply(values, changes, (CollectConfig,))
     values |= {name: value for name in ("source", "path") if (value := getattr(options, name)) is not None}
-    config = build_dataclass(CollectConfig, values)
+    return build_dataclass(CollectConfig, values)
+
+
+def _collect(options: argparse.Namespace) -> None:
+    from snapgen_jax.preparation.collect import collect, listed
+
+    config = collect_config(options)
     print(f"collecting {config.path or config.name} into {options.out} ...", file=sys.stderr, flush=True)
     outcome = collect(config, options.out, options.beam)
     size = sum(shard.bytes for shard in outcome.shards)
