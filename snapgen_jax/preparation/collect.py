@@ -36,7 +36,7 @@ from snapgen_jax.preparation.inspection import (
     inspect_unit,
 )
 from snapgen_jax.preparation.near import first_neighbours, parts
-from snapgen_jax.preparation.places import Place, PlaceReader
+from snapgen_jax.preparation.places import Place, PlaceReader, writing
 from snapgen_jax.preparation.report import report
 from snapgen_jax.preparation.sources.interfaces import ImageSource, Unit, build_source
 from snapgen_jax.training.files import write_whole
@@ -101,8 +101,9 @@ def collect(config: CollectConfig, out: epath.PathLike, beam_options: Sequence[s
         raise DataError(f"{config.path or config.name} holds no image; looked at {len(units)} parts of it")
     if not outcome.kept:
         raise DataError(f"none of {sum(outcome.counts.values())} images is kept: {listed(outcome.rejected)}")
-    write_whole(folder / "report.html", report(config, outcome))
-    _manifest(config, outcome).write(folder)
+    with writing(folder):
+        write_whole(folder / "report.html", report(config, outcome))
+        _manifest(config, outcome).write(folder)
     (folder / WORK).rmtree(missing_ok=True)
     return outcome
 
@@ -116,18 +117,15 @@ def _begin(folder: epath.Path, config: CollectConfig) -> epath.Path:
     """The folder of the work of just this config, without what an earlier run left that was stopped."""
     asked = json.dumps([_VERSION, dataclasses.asdict(config)], sort_keys=True)
     work = folder / WORK / hashlib.blake2b(asked.encode(), digest_size=10).hexdigest()
-    try:
+    with writing(folder):
+        if (folder / WORK).exists():  # so that these files are ours
+            for left in [other for other in (folder / WORK).iterdir() if other != work]:
+                left.rmtree()
+            for left in [*folder.glob("images-*-of-*.array_record"), folder / "report.html", work / _OUTCOME]:
+                left.unlink(missing_ok=True)
+            for left in [*folder.glob(".writing-*"), *work.glob(".writing-*")]:
+                left.rmtree()
         work.mkdir(parents=True, exist_ok=True)
-        for other in (folder / WORK).iterdir():
-            if other != work:
-                other.rmtree()
-        (work / _OUTCOME).unlink(missing_ok=True)
-        for left in [*folder.glob("images-*-of-*.array_record"), *folder.glob("report.html")]:
-            left.unlink()
-        for left in [*folder.glob(".writing-*"), *work.glob(".writing-*")]:
-            left.rmtree()
-    except OSError as error:
-        raise DataError(f"{folder} cannot be written: {error}; name another folder") from error
     return work
 
 
@@ -332,18 +330,15 @@ def _number(value: float | str | None) -> float:
 
 
 def _keep_outcome(work: str, counts: Any, examples: Any, sizes: Any, captions: int, shards: Any) -> None:
-    write_whole(
-        epath.Path(work) / _OUTCOME,
-        pack(
-            {
-                "counts": counts,
-                "examples": {reason: [dataclasses.asdict(c) for c in found] for reason, found in examples.items()},
-                "sizes": {str(size): count for size, count in sizes.items()},
-                "captions": captions,
-                "shards": [dataclasses.asdict(shard) for shard in shards],
-            }
-        ),
-    )
+    values = {
+        "counts": counts,
+        "examples": {reason: [dataclasses.asdict(c) for c in found] for reason, found in examples.items()},
+        "sizes": {str(size): count for size, count in sizes.items()},
+        "captions": captions,
+        "shards": [dataclasses.asdict(shard) for shard in shards],
+    }
+    with writing(epath.Path(work)):
+        write_whole(epath.Path(work) / _OUTCOME, pack(values))
 
 
 # --- the end ---------------------------------------------------------------------------------------------------------

@@ -221,6 +221,7 @@ def test_a_full_disk_is_one_error_and_leaves_nothing_half_written(one, tmp_path)
     assert "while running" not in str(error.value)
     assert [path.name for path in out.iterdir()] == [".collecting"]
     assert not [path for path in out.rglob("*") if path.is_file()]
+    (out / "report.html").write_text("of a run that was stopped")
     collection.collect(CollectConfig(path=str(one)), out)
     np.testing.assert_array_equal(decode(records_of(out)["noise.bmp"]["image"]), decode(str(one / "noise.bmp")))
 
@@ -229,6 +230,15 @@ def test_images_without_captions_are_kept_where_none_is_asked_for(one, tmp_path)
     (one / "noise.txt").unlink()
     collection.collect(CollectConfig(path=str(one), filters=FilterConfig(least_characters=0)), tmp_path / "out")
     assert records_of(tmp_path / "out")["noise.bmp"]["captions"] == [""]
+
+
+def test_a_first_start_removes_nothing(one, tmp_path, monkeypatch):
+    report = tmp_path / "report.html"
+    report.write_text("mine")
+    monkeypatch.setattr(collection, "_run", lambda *arguments: None)
+    with pytest.raises(FileNotFoundError):
+        collection.collect(CollectConfig(path=str(one)), tmp_path)
+    assert report.read_text() == "mine"
 
 
 def test_a_source_that_changes_meanwhile_is_an_error(one, tmp_path, monkeypatch):
