@@ -91,6 +91,7 @@ setup(
         "cuda": ["jax[cuda13]"],
         "export": EXPORT,
         "export-litert": EXPORT_LITERT,
+        "hub": ["huggingface_hub>=1.0"],  # `snapgen weights push` and `pull`; transformers brings it too
         "oracle": ["torch==2.13.0", "diffusers==0.42.1", "transformers==5.23.0", "accelerate"],
         "dev": sorted({*DEV, *PREPARE, *EXPORT, *EXPORT_LITERT}),
     },

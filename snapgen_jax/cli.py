@@ -338,9 +338,44 @@ def _decode(options: argparse.Namespace) -> None:
     print(f"wrote {len(images)} image{'s' * (len(images) > 1)} to {out}")
 
 
+def _weights(options: argparse.Namespace) -> None:
+    if options.action == "export":
+        from snapgen_jax.release.card import Licence
+        from snapgen_jax.release.writer import export_weights
+
+        try:
+            licence = Licence(options.license, options.license_name, options.license_link)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        made = export_weights(
+            options.workdir,
+            options.out,
+            kept=options.kept,
+            step=options.step,
+            shard_bytes=options.shard_mb * 10**6,
+            licence=licence,
+            title=options.title,
+        )
+        beside = f", with {', '.join(sorted(set(made.runs.values())))}" if made.runs else ""
+        print(f"wrote the weights of step {made.step:,} to {options.out}{beside}")
+        return
+    from snapgen_jax.release import hub
+
+    if options.action == "push":
+        print(hub.push(options.folder, options.repo, private=not options.public))
+    else:
+        hub.pull(options.repo, options.out, revision=options.revision)
+        print(f"wrote {options.repo} to {options.out}")
+
+
 def _status(options: argparse.Namespace) -> None:
     from snapgen_jax.training.status import status
+    from snapgen_jax.weights.folder import is_weights_folder
 
+    if is_weights_folder(options.workdir):
+        raise ConfigError(
+            f"{options.workdir} is a folder of weights, whose README.md says what they are; name a workdir"
+        )
     print(status(epath.Path(options.workdir)))
 
 
@@ -370,6 +405,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "export": _export,
     "encode": _encode,
     "decode": _decode,
+    "weights": _weights,
     "data": _data,
     "prepare": run_prepare,
     "plan": _plan,

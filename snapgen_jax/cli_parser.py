@@ -105,6 +105,9 @@ def build_parser() -> argparse.ArgumentParser:
     decode.add_argument("latents", help="file that `snapgen encode` wrote")
     decode.add_argument("--out", default="decoded", help="folder for the PNG files (default: %(default)s)")
 
+    weights = add("weights", "The weights of a trained run as a folder of their own; to and from the Hugging Face hub.")
+    _weights(weights)
+
     data = add("data", "Draw batches and train on none: how fast the input is.")
     _workdir(data)
     _config(data)
@@ -154,6 +157,41 @@ def _codec(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--workdir", help="a run of an autoencoder, of a tiny decoder, or of a generator")
     source.add_argument("--weights", help="folder of a published autoencoder, such as vae/ of Stable Diffusion 3")
     parser.add_argument("--decoder", help="a run of a tiny decoder, in place of a generator's own; with --workdir")
+
+
+def _weights(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        return actions.add_parser(name, help=text, description=text)
+
+    export = add("export", "Write safetensors, config and model card of a run; `snapgen_jax.load` reads the folder.")
+    _workdir(export)
+    export.add_argument("--out", required=True, help="folder to write; must be new or empty")
+    export.add_argument(
+        "--kept",
+        choices=("ema", "trained"),
+        default="ema",
+        help="the averaged weights, where the run keeps an average, or the weights themselves (default: %(default)s)",
+    )
+    export.add_argument("--step", type=int, help="checkpoint (default: the newest)")
+    export.add_argument("--shard_mb", type=int, default=5000, help="greatest size of a file (default: %(default)s)")
+    export.add_argument("--title", default="", help="of the model card (default: the folder's name)")
+    export.add_argument(
+        "--license", default="unknown", help="as the hub calls it: apache-2.0, cc-by-4.0, other (default: %(default)s)"
+    )
+    export.add_argument("--license_name", default="", help="of a licence that is `other`")
+    export.add_argument("--license_link", default="", help="to the text of a licence that is `other`")
+
+    push = add("push", "Upload such a folder with huggingface_hub, as you are logged in there.")
+    push.add_argument("--folder", required=True, help="what `snapgen weights export` wrote")
+    push.add_argument("--repo", required=True, metavar="OWNER/NAME", help="made, private, where it is not there")
+    push.add_argument("--public", action="store_true", help="make a new repository public")
+
+    pull = add("pull", "Download such a folder with huggingface_hub.")
+    pull.add_argument("--repo", required=True, metavar="OWNER/NAME")
+    pull.add_argument("--out", required=True, help="folder to write; must be new or empty")
+    pull.add_argument("--revision", help="branch, tag or commit (default: the newest)")
 
 
 def _config(parser: Any, default: str | None = None, required: bool = True) -> None:

@@ -79,12 +79,14 @@ MAY_IMPORT = {
         "training.keys",
         "training.recipe",
         "typed",
+        "weights",
     ],
     "coding": ["generation", "networks", "weights", "data.images", "training.exits"],
     "evaluation": ["generation", "data.shapes", "data.shapes_grammar", "data.prompts", "page", "typed"],
     "evaluation.report": ["evaluation", "data.prompts", "page", "training.files", "training.metrics"],
     "export": ["diffusion.noise", "training.exports"],
     "export.run": ["export", "generation", "training.exits", "training.files"],
+    "release": ["config", "generation", "networks", "training", "weights"],
     # copied into every bundle
     "export.program": [],
     "export.sampler": ["export.program"],
@@ -94,7 +96,7 @@ MAY_IMPORT = {
     "config": ["config_file", "overrides", "data.config", "training", "recipes", "systems", "typed"],
     "config_file": ["training.exits"],
     "overrides": ["training.exits", "typed"],
-    "workdir": ["config", "parallel.hosts", "training.files"],
+    "workdir": ["config", "parallel.hosts", "training.exits", "training.files", "weights.folder"],
     "upgrade": ["config", "training.exits", "training.files"],
     # the edge
     "experiment": ["config", "data", "evaluation", "generation", "parallel", "training", "workdir"],

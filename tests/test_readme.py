@@ -30,6 +30,7 @@ MADE = re.compile(
     r"""\.venv(-oracle)? | (quickstart/)?report\.html | photo\.\w+ | metadata\.\w+  # environments, reports, one's own
     | (OUT/)?\.collecting  # while images are collected
     | config\.json | run\.json | (checkpoints|metrics|samples|export)/[\w.]*     # of a workdir
+    | weights\.json | (text_encoder|vae|runs)/[\w/]* | model\.safetensors  # of a folder of weights
     | manifest\.json | tokenizer\.json | program\.json | golden/[\w.]* | (verify|noise)\.py  # of a bundle
     """,
     flags=re.VERBOSE,
