@@ -45,6 +45,7 @@ EXPORT_LITERT = [  # without TensorFlow: `snapgen export --backend=litert`
     *LITERT,
     "litert-converter==0.5.0; (sys_platform == 'linux' and platform_machine == 'x86_64') or sys_platform == 'darwin'",
 ]
+MIRRORS = ["trackio>=0.40", "wandb>=0.20"]  # services that show the metrics of a run: `mirror.kind`
 TPU = [
     "jax[tpu]",
     "etils[epath-gcs]>=1.13",  # workdirs on gs:// where there is no TensorFlow to read them
@@ -79,6 +80,7 @@ setup(
     install_requires=CORE,
     extras_require={
         "tpu": TPU,
+        "mirrors": MIRRORS,
         "cuda": ["jax[cuda13]"],
         "export": EXPORT,
         "export-litert": EXPORT_LITERT,

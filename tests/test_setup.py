@@ -116,7 +116,8 @@ def test_every_library_that_the_package_imports_is_a_direct_requirement(setup_ar
 
 
 def test_the_extras_that_the_readme_promises_exist(setup_arguments):
-    assert set(setup_arguments["extras_require"]) == {"tpu", "cuda", "export", "export-litert", "oracle", "dev"}
+    extras = {"tpu", "cuda", "mirrors", "export", "export-litert", "oracle", "dev"}
+    assert set(setup_arguments["extras_require"]) == extras
     assert setup_arguments["python_requires"] == ">=3.11,<3.14"
 
 
