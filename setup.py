@@ -53,6 +53,7 @@ PREPARE = [  # `snapgen prepare`
     "imagehash>=4.3",
     "pyarrow>=20",
 ]
+MIRRORS = ["trackio>=0.40", "wandb>=0.20"]  # services that show the metrics of a run: `mirror.kind`
 TPU = [
     "jax[tpu]",
     "etils[epath-gcs]>=1.13",  # workdirs on gs:// where there is no TensorFlow to read them
@@ -88,6 +89,7 @@ setup(
     extras_require={
         "tpu": TPU,
         "prepare": PREPARE,
+        "mirrors": MIRRORS,
         "cuda": ["jax[cuda13]"],
         "export": EXPORT,
         "export-litert": EXPORT_LITERT,

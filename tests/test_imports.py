@@ -107,7 +107,7 @@ MAY_IMPORT = {
     "process": [],
     "quickstart": ["*"],
     "image_files": ["evaluation.pictures", "training.exits", "training.files"],
-    "bookkeeping": ["training.exits", "training.files"],
+    "bookkeeping": ["training.appended", "training.exits", "training.files"],
     "chain": [
         "bookkeeping",
         "chain_derive",
@@ -145,7 +145,7 @@ LIBRARIES = {
 
 # What brings TensorFlow in, and where it may be brought in: there only, and only when a function needs it.
 TENSORFLOW = ("tensorflow", "tensorflow_datasets", "keras", "clu.metric_writers", "jax.experimental.jax2tf")
-MAY_USE_TENSORFLOW = ("data", "export", "training.metrics")
+MAY_USE_TENSORFLOW = ("data", "export", "training.mirrors")
 NEVER = ("torch", "diffusers")
 
 

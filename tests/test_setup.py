@@ -124,6 +124,7 @@ def test_the_extras_that_the_readme_promises_exist(setup_arguments):
         "export",
         "export-litert",
         "hub",
+        "mirrors",
         "oracle",
         "prepare",
         "dev",
