@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -56,7 +57,7 @@ def flow_plan(
             f"a bundle knows the predictions 'velocity' and 'x_0', and this network predicts {prediction!r}"
         )
     units, null, codec = inputs.units, inputs.null, inputs.codec
-    unit = _denoiser_unit(denoiser_role, network_config, latent_shape, context)
+    unit = denoiser_unit(denoiser_role, network_config, latent_shape, context)
     text, decoder = units.get("text_encoder"), units.get("decoder")
     if codec is None:
         outputs = {"latent": {"shape": list(latent_shape), "dtype": "float32"}}
@@ -94,14 +95,17 @@ def flow_plan(
     return ExportPlan([unit, *units.values()], program, golden)
 
 
-def _denoiser_unit(role: str, config: Any, latent_shape: tuple[int, ...], context: TextContext) -> ExportUnit:
+def denoiser_unit(role: str, config: Any, latent_shape: tuple[int, ...], context: TextContext) -> ExportUnit:
+    """A denoiser: latent, time features `[1, T]` and context to prediction, in the shape of the latent.
+
+    Args:
+        role: whose weights it has.
+        config: of the network.
+        latent_shape: `(h, w, c)`.
+        context: ShapeDtypeStructs `[1, ...]` of what it attends to.
+    """
     form = {"depthwise": "grouped"} if "depthwise" in {field.name for field in dataclasses.fields(config)} else {}
-    network, _ = build(dataclasses.replace(config, dtype="float32", **form))
-
-    def denoise(weights: Tree, *, latent: Any, time: Any, sequence: Any, mask: Any, pooled: Any) -> dict[str, Any]:
-        out, _ = apply(network, weights[role], latent, time, TextContext(sequence, mask, pooled))
-        return {"prediction": out}
-
+    config = dataclasses.replace(config, dtype="float32", **form)
     shapes = {
         "latent": (1, *latent_shape),
         "time": (1, config.time_width),
@@ -110,4 +114,11 @@ def _denoiser_unit(role: str, config: Any, latent_shape: tuple[int, ...], contex
         "pooled": context.pooled.shape,
     }
     inputs = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
-    return ExportUnit(role.replace("/", "_"), denoise, (role,), inputs)
+    return ExportUnit(role.replace("/", "_"), functools.partial(_denoise, role, config), (role,), inputs)
+
+
+def _denoise(
+    role: str, config: Any, weights: Tree, *, latent: Any, time: Any, sequence: Any, mask: Any, pooled: Any
+) -> dict[str, Any]:
+    out, _ = apply(build(config)[0], weights[role], latent, time, TextContext(sequence, mask, pooled))
+    return {"prediction": out}

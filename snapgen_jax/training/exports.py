@@ -40,6 +40,8 @@ class ExportUnit:
         storage: `{path: Stored}`, path being "role/module/kernel": weights that take few values. The exporter checks
             that they are those values, and the manifest lists them. The `.tflite` file holds them as floats all the
             same.
+        part: `part(weights)`: what `function` reads of its roles, where that is less than all of them, such as some
+            layers of an encoder that is split.
     """
 
     name: str
@@ -47,9 +49,10 @@ class ExportUnit:
     roles: tuple[str, ...]
     inputs: Mapping[str, jax.ShapeDtypeStruct]
     storage: Mapping[str, Stored] = dataclasses.field(default_factory=dict)
+    part: Callable[[Mapping[str, Tree]], dict[str, Tree]] | None = None
 
     def select(self, weights: Mapping[str, Tree]) -> dict[str, Tree]:
-        """The roles that `function` takes.
+        """The weights that `function` takes.
 
         Raises:
             ValueError: a role is not among the weights.
@@ -59,7 +62,8 @@ class ExportUnit:
                 f"the export unit {self.name!r} needs the weights {', '.join(missing)}; the recipe has "
                 f"{', '.join(sorted(weights))}. Load them among the frozen networks, or change the unit's roles"
             )
-        return {role: weights[role] for role in self.roles}
+        held = {role: weights[role] for role in self.roles}
+        return held if self.part is None else self.part(held)
 
 
 @dataclasses.dataclass(frozen=True)
