@@ -16,16 +16,57 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from snapgen_jax.networks.context import ConditionerConfig
+from snapgen_jax.inputs._images import ImageCodec
+from snapgen_jax.networks.context import ENCODERS, ConditionerConfig
 from snapgen_jax.networks.gemma2 import Gemma2Config
 from snapgen_jax.networks.module import apply, build, count_parameters
 from snapgen_jax.networks.text import TextContext
-from snapgen_jax.training.exports import ExportUnit
+from snapgen_jax.training.exports import ExportUnit, InputsExport
 
 Tree = Any
 UNIT_PARAMETERS = 350_000_000  # 1.4 GB in float32, of the 2 GiB that a `.tflite` file may have
 _EMBEDDING = ("token_embedding", "position_embedding", "neighbours")
 _HEAD = ("norm", "projection")
+
+
+def published_export(
+    encoders: Mapping[str, Any],
+    lengths: Mapping[str, int],
+    conditioner: tuple[str, ConditionerConfig],
+    shapes: Mapping[str, tuple[int, int, int]],
+    images: ImageCodec,
+) -> InputsExport:
+    """What published text encoders, a conditioner and a decoder bring to a bundle.
+
+    Args:
+        encoders: `{encoder: its config}` of those that the bundle holds; their roles have their names.
+        lengths: of their token ids.
+        conditioner: its role and config.
+        shapes: of every encoder, held or not: its tokens, width of states, and width of the pooled vector.
+        images: the codec.
+
+    Raises:
+        ValueError: an encoder cannot be split into units of `UNIT_PARAMETERS`.
+    """
+    held = [name for name in ENCODERS if name in encoders]
+    join = conditioner_unit(*conditioner, shapes, held)
+    units = [unit for name in held for unit in text_units(name, encoders[name], lengths[name])]
+    inputs = {name: np.zeros(lengths[name], np.int32) for name in held}
+    tokenizers: list[dict[str, Any]] = [{"file": f"tokenizers/{name}.json", "tokens": name} for name in held]
+    if "language" in held:
+        inputs["language_mask"] = np.zeros(lengths["language"], np.float32)
+        tokenizers[-1]["mask"] = "language_mask"
+    spec = {conditioner[0]: build(conditioner[1])[1]}
+    context = jax.eval_shape(join.function, spec, **join.inputs)
+    return InputsExport(
+        [*units, join],
+        inputs,
+        images.describe(),
+        images.export_unit(),
+        tokenizers=tokenizers,
+        null_context={name: np.zeros(x.shape[1:], np.float32) for name, x in context.items()},
+        context=TextContext(**context),
+    )
 
 
 def text_units(name: str, config: Any, length: int, most: int = UNIT_PARAMETERS) -> list[ExportUnit]:

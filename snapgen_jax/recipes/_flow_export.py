@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from snapgen_jax.diffusion.path import T_MIN
 from snapgen_jax.networks.module import apply, build
@@ -56,19 +57,18 @@ def flow_plan(
         raise ConfigError(
             f"a bundle knows the predictions 'velocity' and 'x_0', and this network predicts {prediction!r}"
         )
-    units, null, codec = inputs.units, inputs.null, inputs.codec
+    codec, decoder, text = inputs.codec, inputs.decoder, [unit.name for unit in inputs.encoders]
     unit = denoiser_unit(denoiser_role, network_config, latent_shape, context)
-    text, decoder = units.get("text_encoder"), units.get("decoder")
     if codec is None:
         outputs = {"latent": {"shape": list(latent_shape), "dtype": "float32"}}
     else:
         outputs = {"image": {"shape": list(image_shape), "dtype": "uint8"}}
     program = {
-        "schema": 2,
+        "schema": 3,
         "kind": "flow",
         "inputs": {
-            key: {"shape": list(array.shape), "dtype": str(array.dtype), "null": array.tolist()}
-            for key, array in null.items()
+            name: _array(array) if inputs.null_context else {**_array(array), "null": array.tolist()}
+            for name, array in inputs.null.items()
         },
         "outputs": outputs,
         "latent_shape": list(latent_shape),
@@ -89,10 +89,17 @@ def flow_plan(
             **({"context": "text"} if text else {}),
         },
         "decoder": None if codec is None else {**codec, **({"unit": decoder.name} if decoder else {})},
-        **({"tokenizer": dict(inputs.tokenizer)} if inputs.tokenizer else {}),
-        **({"contexts": {"text": [text.name]}} if text else {}),
+        **({"tokenizers": [dict(entry) for entry in inputs.tokenizers]} if inputs.tokenizers else {}),
+        **({"contexts": {"text": text}} if text else {}),
     }
-    return ExportPlan([unit, *units.values()], program, golden)
+    if inputs.null_context:
+        nulls = {name: {**_array(array), "null": array.item(0)} for name, array in inputs.null_context.items()}
+        program["null_contexts"] = {"text": nulls}
+    return ExportPlan([unit, *inputs.encoders, *([decoder] if decoder else [])], program, golden)
+
+
+def _array(array: np.ndarray) -> dict[str, Any]:
+    return {"shape": list(array.shape), "dtype": str(array.dtype)}
 
 
 def denoiser_unit(role: str, config: Any, latent_shape: tuple[int, ...], context: TextContext) -> ExportUnit:

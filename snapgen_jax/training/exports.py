@@ -88,17 +88,27 @@ class InputsExport:
     """What a kind of example brings to a plan.
 
     Attributes:
-        units: "text_encoder", which makes what the denoiser attends to, and "decoder", where there are such.
-        null: `{input of the program: array of one example}`, those of the empty condition.
-        tokenizer: `{array: what the bundle's tokenizer makes}`; empty where the program reads no text.
+        encoders: the units that make what the denoiser attends to, in the order of their calls.
+        null: `{input of the program: array of one example}`, those of the empty condition; shape and dtype alone count
+            where there is a `null_context`.
         codec: `Codec.describe()`, how latents become pictures; None leaves latents to the caller.
+        decoder: the unit that decodes, where the codec is a network.
+        tokenizers: the program's `tokenizers`, see `export/program.py`; empty where it reads no text. An entry without
+            "begin" is framed as its file says.
+        null_context: `{array that the denoiser attends to: its value}` in the calls without a condition, where no
+            encoder makes it.
+        context: ShapeDtypeStructs `[1, ...]` of what the denoiser attends to; None where `Inputs.condition` makes it of
+            `null`.
         golden: `{input of the program: [N, ...]}` that the golden examples take, of inputs that no tokenizer makes.
     """
 
-    units: Mapping[str, ExportUnit]
+    encoders: Sequence[ExportUnit]
     null: Mapping[str, np.ndarray]
-    tokenizer: Mapping[str, str]
     codec: Mapping[str, Any] | None
+    decoder: ExportUnit | None = None
+    tokenizers: Sequence[Mapping[str, Any]] = ()
+    null_context: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    context: Any = None
     golden: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
