@@ -122,9 +122,10 @@ def stage(name: str, which: str, folder: pathlib.Path, backend: Any, runs: int, 
         return {**_convert(unit, weights(unit, spec), f32, backend), "peak_gb": peak()}
     import jax
 
-    np.savez(folder / "inputs.npz", **inputs(unit))
-    expected = jax.jit(unit.function)(weights(unit, spec), **inputs(unit))
-    np.savez(folder / "expected.npz", **jax.device_get(expected))
+    given: Any = inputs(unit)
+    np.savez(folder / "inputs.npz", **given)
+    expected: Any = jax.device_get(jax.jit(unit.function)(weights(unit, spec), **given))
+    np.savez(folder / "expected.npz", **expected)
     return {"peak_gb": peak()}
 
 

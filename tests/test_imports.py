@@ -82,6 +82,15 @@ MAY_IMPORT = {
     "evaluation.report": ["evaluation", "data.prompts", "training.files", "training.metrics"],
     "export": ["diffusion.noise", "training.exports"],
     "export.run": ["export", "generation", "training.exits", "training.files"],
+    "export.latents": [
+        "generation",
+        "inputs",
+        "networks",
+        "weights",
+        "data.tokenizer_specs",
+        "training.exits",
+        "training.exports",
+    ],
     # copied into every bundle
     "export.program": [],
     "export.sampler": ["export.program"],

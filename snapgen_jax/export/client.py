@@ -21,12 +21,12 @@ import numpy as np
 
 if __package__:
     from snapgen_jax.diffusion.noise import draw_noise
-    from snapgen_jax.export.program import SCHEMA, BundleError, FeedForward, Program, Tokenizer, parse
+    from snapgen_jax.export.program import SCHEMA, BundleError, FeedForward, Flow, Tokenizer, parse
     from snapgen_jax.export.sampler import Sampler, Unit, with_options
 else:  # beside its own copies, in a bundle; each may be a link into a store of blobs, where Python would look
     sys.path.insert(0, str(pathlib.Path(__file__).absolute().parent))
     from noise import draw_noise  # type: ignore[import-not-found]
-    from program import SCHEMA, BundleError, FeedForward, Program, Tokenizer, parse  # type: ignore[import-not-found]
+    from program import SCHEMA, BundleError, FeedForward, Flow, Tokenizer, parse  # type: ignore[import-not-found]
     from sampler import Sampler, Unit, with_options  # type: ignore[import-not-found]
 
 
@@ -108,7 +108,7 @@ class Bundle:
 
 
 def token_inputs(
-    program: Program, prompts: Sequence[str], file: Callable[[str], pathlib.Path]
+    program: Flow | FeedForward, prompts: Sequence[str], file: Callable[[str], pathlib.Path]
 ) -> dict[str, np.ndarray]:
     """What a program's tokenizers make of prompts, `{input: [N, L]}`; `file` is where the file of a name lies."""
     made = {}

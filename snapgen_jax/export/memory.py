@@ -48,7 +48,7 @@ def measure(files: Mapping[str, Files]) -> dict[str, Any]:
 def _measure(files: Mapping[str, Files]) -> dict[str, Any]:
     from ai_edge_litert.interpreter import Interpreter
 
-    def load(unit: Mapping[str, Any]) -> Callable[[], None]:
+    def load(unit: Mapping[str, Any]) -> Callable[[], Any]:
         run = Interpreter(model_path=unit["path"]).get_signature_runner(unit["signature"])
         given = {name: np.zeros(shape, dtype) for name, (shape, dtype) in unit["inputs"].items()}
         return lambda: run(**given)
@@ -72,7 +72,7 @@ def _measure(files: Mapping[str, Files]) -> dict[str, Any]:
     return found
 
 
-def _peak(work: Callable[[], None]) -> int:
+def _peak(work: Callable[[], Any]) -> int:
     """The most memory, in bytes, of a child process that does some work."""
     read, write = os.pipe()
     child = os.fork()

@@ -51,7 +51,7 @@ def published_export(
     held = [name for name in ENCODERS if name in encoders]
     join = conditioner_unit(*conditioner, shapes, held)
     units = [unit for name in held for unit in text_units(name, encoders[name], lengths[name])]
-    inputs = {name: np.zeros(lengths[name], np.int32) for name in held}
+    inputs: dict[str, np.ndarray] = {name: np.zeros(lengths[name], np.int32) for name in held}
     tokenizers: list[dict[str, Any]] = [{"file": f"tokenizers/{name}.json", "tokens": name} for name in held]
     if "language" in held:
         inputs["language_mask"] = np.zeros(lengths["language"], np.float32)
@@ -180,7 +180,7 @@ def _encode(
         for i in range(first, last):  # a layer at a time: a slice of a stack would not be folded into its weights
             whole = {**spec, **held, "blocks": held["blocks"][i]}
             x = apply(network, whole, ids, arrays[f"{name}_mask"], x, i, i + 1, method="part")
-        out = x
+        out: Any = x
     else:
         whole = {**spec, **held, "layers": {**spec["layers"], **held["layers"]}}
         everything = jnp.ones((1, length))  # CLIP was trained to see all 77 tokens

@@ -142,5 +142,6 @@ class Stored(OfLatents):
             "pooled": np.zeros(config.pooled_width, np.float32),
         }
         golden = {name: random.standard_normal((2, *x.shape), np.float32) for name, x in null.items()}
-        golden["mask"] = np.float32([[1] * config.context_tokens, np.arange(config.context_tokens) % 2])
+        position = np.arange(config.context_tokens)
+        golden["mask"] = np.stack([np.ones(position.shape), position % 2]).astype(np.float32)
         return InputsExport([], null, None, golden=golden)

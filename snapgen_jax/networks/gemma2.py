@@ -209,15 +209,15 @@ class Gemma2(nnx.Module):
             The states before layer `last`; where that is the number of layers a `TextContext` of the last states, whose
             pooled vector is empty.
         """
-        x = self._embed(tokens) if x is None else x
-        rope, full, sliding = self._positions(x.shape[1], mask)
+        states = self._embed(tokens) if x is None else x
+        rope, full, sliding = self._positions(states.shape[1], mask)
         join, stacked = take_apart(self.blocks)
         for i in range(first, last):
             layer: Any = join(jax.tree.map(lambda p, i=i: p[i - first], stacked))
-            x = layer(x, full if i % 2 else sliding, rope)
+            states = layer(states, full if i % 2 else sliding, rope)
         if last < self.config.layers:
-            return x
-        return TextContext(self.norm(x).astype(jnp.float32), mask.astype(jnp.float32), x[:, 0, :0])
+            return states
+        return TextContext(self.norm(states).astype(jnp.float32), mask.astype(jnp.float32), states[:, 0, :0])
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         # The residual stream is float32: it grows into the thousands, where bfloat16 has steps of eight.
