@@ -288,11 +288,24 @@ def _evaluator_options(assignments: Sequence[str], names: Sequence[str]) -> dict
 
 
 def _export(options: argparse.Namespace) -> None:
+    from snapgen_jax.export.latents import Carried
+    from snapgen_jax.export.precision import PRECISIONS
     from snapgen_jax.export.run import export_run
 
+    precisions = options.precisions.split(",")
+    if set(precisions) - set(PRECISIONS):
+        raise ConfigError(f"--precisions={options.precisions}; give some of {', '.join(PRECISIONS)}, with commas")
+    names = ("clip_l", "clip_g", "language")
+    carried = Carried(
+        tuple(options.encoders.split(",")) if options.encoders else None,
+        {name: folder for name in names if (folder := getattr(options, name))},
+        {name: folder for name in names if (folder := getattr(options, f"{name}_tokenizer"))},
+    )
     out = options.out or str(epath.Path(options.workdir) / "export" / "bundle")
     _say_compiling("the run's networks, converting them, and holding each file against JAX")
-    report = export_run(options.workdir, out, backend=options.backend, decoder=options.decoder, gpu_check=options.gpu)
+    report = export_run(
+        options.workdir, out, options.backend, options.decoder, options.gpu, carried=carried, precisions=precisions
+    )
     print(json.dumps(report, indent=2))
 
 

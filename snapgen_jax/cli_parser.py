@@ -93,7 +93,20 @@ def build_parser() -> argparse.ArgumentParser:
         help="refuse what is wrong on LiteRT's GPU accelerator, where a Vulkan driver is found, or would overflow "
         "float16; or export it nevertheless (default: %(default)s)",
     )
-    export.add_argument("--decoder", help="a run of a tiny decoder, in place of the run's own")
+    export.add_argument(
+        "--decoder",
+        help="a run of a tiny decoder, in place of the run's own; of a run on latents also "
+        "a run of an autoencoder, or a folder of a published one",
+    )
+    export.add_argument("--precisions", default="f32,f16", help="weights to write (default: %(default)s)")
+    export.add_argument(
+        "--encoders",
+        help="published text encoders that the bundle of a run on latents carries, of "
+        "clip_l, clip_g and language, separated by commas (default: those with a folder); the others are left out",
+    )
+    for name in ("clip_l", "clip_g", "language"):
+        export.add_argument(f"--{name}", metavar="FOLDER", help="local folder of its weights, and of its tokenizer")
+        export.add_argument(f"--{name}_tokenizer", metavar="FOLDER", help="of its tokenizer, where that is another")
 
     encode = add("encode", "Image files to latents, by a trained run or by published weights.")
     _codec(encode)

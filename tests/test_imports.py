@@ -87,6 +87,15 @@ MAY_IMPORT = {
     "export": ["diffusion.noise", "training.exports"],
     "export.run": ["export", "generation", "training.exits", "training.files"],
     "release": ["config", "generation", "networks", "training", "weights"],
+    "export.latents": [
+        "generation",
+        "inputs",
+        "networks",
+        "weights",
+        "data.tokenizer_specs",
+        "training.exits",
+        "training.exports",
+    ],
     # copied into every bundle
     "export.program": [],
     "export.sampler": ["export.program"],
