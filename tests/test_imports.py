@@ -117,7 +117,7 @@ MAY_IMPORT = {
     "chain_run": ["*"],
     "chain_table": ["chain"],
     "cli": ["*"],
-    "cli_parser": ["overrides", "training.exits"],
+    "cli_parser": ["overrides", "training.exits", "typed"],
     "cli_exit": ["data.errors", "parallel.hosts", "training.exits"],
     "__init__": ["*"],
 }

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from snapgen_jax.diffusion.guidance import ALL_TIMES
 from snapgen_jax.diffusion.path import T_MIN
 from snapgen_jax.networks.module import apply, build
 from snapgen_jax.networks.text import TextContext
@@ -56,6 +57,7 @@ def flow_plan(
             f"a bundle knows the predictions 'velocity' and 'x_0', and this network predicts {prediction!r}"
         )
     units, null, codec = inputs.units, inputs.null, inputs.codec
+    whole = sampling.guidance_interval == ALL_TIMES
     unit = _denoiser_unit(denoiser_role, network_config, latent_shape, context)
     text, decoder = units.get("text_encoder"), units.get("decoder")
     if codec is None:
@@ -85,6 +87,7 @@ def flow_plan(
             },
             "prediction": {"kind": "velocity"} if prediction == "velocity" else {"kind": "x_0", "t_min": T_MIN},
             "guidance": sampling.guidance,
+            **({} if whole else {"guidance_interval": list(sampling.guidance_interval)}),
             **({"context": "text"} if text else {}),
         },
         "decoder": None if codec is None else {**codec, **({"unit": decoder.name} if decoder else {})},
