@@ -8,6 +8,7 @@ from typing import Any
 
 from snapgen_jax.cli_prepare import add_prepare
 from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.typed import Written
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -162,6 +163,12 @@ def _generation(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("options of the generator, by default the run's own; any other as --method=heun")
     group.add_argument("--steps", type=int, help="sampling steps")
     group.add_argument("--guidance", type=float, help="guidance scale; 1 is none")
+    group.add_argument(
+        "--guidance_interval",
+        type=Written,
+        metavar="T_LOW,T_HIGH",
+        help="the times at which to guide, from 0 (data) to 1 (noise): 0.1,0.8; one call of the network at the others",
+    )
     parser.set_defaults(takes_options=True)
 
 
@@ -245,7 +252,8 @@ def generation_options(options: argparse.Namespace, others: Sequence[str]) -> di
     """
     from snapgen_jax.overrides import parse_override
 
-    chosen = {name: value for name in ("steps", "guidance") if (value := getattr(options, name)) is not None}
+    named = ("steps", "guidance", "guidance_interval")
+    chosen = {name: value for name in named if (value := getattr(options, name)) is not None}
     left = list(others)
     while left:
         text = left.pop(0)

@@ -131,7 +131,7 @@ MAY_IMPORT = {
     "chain_run": ["*"],
     "chain_table": ["chain"],
     "cli": ["*"],
-    "cli_parser": ["cli_prepare", "overrides", "training.exits"],
+    "cli_parser": ["cli_prepare", "overrides", "training.exits", "typed"],
     "cli_prepare": ["*"],
     "cli_exit": ["data.errors", "parallel.hosts", "training.exits"],
     "__init__": ["*"],
