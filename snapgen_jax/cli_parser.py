@@ -6,7 +6,9 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from snapgen_jax.cli_prepare import add_prepare
 from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.typed import Written
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -92,7 +94,20 @@ def build_parser() -> argparse.ArgumentParser:
         help="refuse what is wrong on LiteRT's GPU accelerator, where a Vulkan driver is found, or would overflow "
         "float16; or export it nevertheless (default: %(default)s)",
     )
-    export.add_argument("--decoder", help="a run of a tiny decoder, in place of the run's own")
+    export.add_argument(
+        "--decoder",
+        help="a run of a tiny decoder, in place of the run's own; of a run on latents also "
+        "a run of an autoencoder, or a folder of a published one",
+    )
+    export.add_argument("--precisions", default="f32,f16", help="weights to write (default: %(default)s)")
+    export.add_argument(
+        "--encoders",
+        help="published text encoders that the bundle of a run on latents carries, of "
+        "clip_l, clip_g and language, separated by commas (default: those with a folder); the others are left out",
+    )
+    for name in ("clip_l", "clip_g", "language"):
+        export.add_argument(f"--{name}", metavar="FOLDER", help="local folder of its weights, and of its tokenizer")
+        export.add_argument(f"--{name}_tokenizer", metavar="FOLDER", help="of its tokenizer, where that is another")
 
     encode = add("encode", "Image files to latents, by a trained run or by published weights.")
     _codec(encode)
@@ -111,6 +126,8 @@ def build_parser() -> argparse.ArgumentParser:
     _workdir(data)
     _config(data)
     data.add_argument("--batches", type=int, default=100, help="how many (default: %(default)s)")
+
+    add_prepare(commands)
 
     plan = add("plan", "Whether a config fits TPUs that are not here, and what it will cost.")
     what = plan.add_mutually_exclusive_group(required=True)
@@ -146,6 +163,12 @@ def _generation(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("options of the generator, by default the run's own; any other as --method=heun")
     group.add_argument("--steps", type=int, help="sampling steps")
     group.add_argument("--guidance", type=float, help="guidance scale; 1 is none")
+    group.add_argument(
+        "--guidance_interval",
+        type=Written,
+        metavar="T_LOW,T_HIGH",
+        help="the times at which to guide, from 0 (data) to 1 (noise): 0.1,0.8; one call of the network at the others",
+    )
     parser.set_defaults(takes_options=True)
 
 
@@ -208,6 +231,19 @@ def split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
     return [a for a in arguments if not a.startswith("--config.")], overrides
 
 
+def split_beam(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Separates Apache Beam's options from those of `snapgen prepare`: `--beam.NAME=VALUE`, and all that follows `--`.
+
+    Other commands have none. Returns the others, and Beam's as Beam takes them, `--NAME=VALUE`.
+    """
+    if arguments[:1] != ["prepare"]:
+        return arguments, []
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    own, passed = arguments[:end], arguments[end + 1 :]
+    named = [f"--{a.removeprefix('--beam.')}" for a in own if a.startswith("--beam.")]
+    return [a for a in own if not a.startswith("--beam.")], [*named, *passed]
+
+
 def generation_options(options: argparse.Namespace, others: Sequence[str]) -> dict[str, Any]:
     """`{option: value}` of the generator: those that are named, and "--NAME=VALUE" or "--NAME", "VALUE" of others.
 
@@ -216,7 +252,8 @@ def generation_options(options: argparse.Namespace, others: Sequence[str]) -> di
     """
     from snapgen_jax.overrides import parse_override
 
-    chosen = {name: value for name in ("steps", "guidance") if (value := getattr(options, name)) is not None}
+    named = ("steps", "guidance", "guidance_interval")
+    chosen = {name: value for name in named if (value := getattr(options, name)) is not None}
     left = list(others)
     while left:
         text = left.pop(0)

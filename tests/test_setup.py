@@ -108,7 +108,8 @@ def _imported_libraries() -> Iterator[tuple[str, str]]:
 def test_every_library_that_the_package_imports_is_a_direct_requirement(setup_arguments):
     """Not one that happens to come along with another."""
     extras = setup_arguments["extras_require"]
-    requirements = setup_arguments["install_requires"] + extras["export"] + extras["hub"]
+    used = ("export", "prepare", "hub")
+    requirements = [*setup_arguments["install_requires"], *(text for name in used for text in extras[name])]
     direct = {canonicalize_name(Requirement(text).name) for text in requirements}
     owners = importlib.metadata.packages_distributions()
     for library, where in _imported_libraries():
@@ -117,7 +118,17 @@ def test_every_library_that_the_package_imports_is_a_direct_requirement(setup_ar
 
 
 def test_the_extras_that_the_readme_promises_exist(setup_arguments):
-    assert set(setup_arguments["extras_require"]) == {"tpu", "cuda", "export", "export-litert", "hub", "oracle", "dev"}
+    assert set(setup_arguments["extras_require"]) == {
+        "tpu",
+        "cuda",
+        "export",
+        "export-litert",
+        "hub",
+        "mirrors",
+        "oracle",
+        "prepare",
+        "dev",
+    }
     assert setup_arguments["python_requires"] == ">=3.11,<3.14"
 
 

@@ -184,16 +184,17 @@ def load_codec(config: CodecConfig, codec: Codec, mesh: Mesh | None = None) -> T
 
 
 def _load_autoencoder(config: CodecConfig, spec: Tree, mesh: Mesh | None) -> Tree:
+    name = "sd3_vae" if config.autoencoder.quantisation == "none" else "sd1_vae"
     if not config.workdir:
         raise ConfigError(
             "the autoencoder has no weights: set codec.workdir to a run of the recipe 'autoencoder', or to a folder of "
-            f"published weights.\n{source('sd3_vae').advice}"
+            f"published weights.\n{source(name).advice}"
         )
     folder = epath.Path(config.workdir)
     if not is_published(folder):
         held = load_run(folder, {"autoencoder": spec}, mesh=mesh, rules=config.autoencoder.rules())
         return held["autoencoder"]
-    return _load_published("sd3_vae", folder, sd3_autoencoder, config.autoencoder, spec, mesh)
+    return _load_published(name, folder, sd3_autoencoder, config.autoencoder, spec, mesh)
 
 
 def load_mmdit(folder: epath.PathLike, config: MMDiTConfig, spec: Tree, mesh: Mesh | None = None) -> Tree:
