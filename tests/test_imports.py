@@ -127,6 +127,7 @@ MAY_IMPORT = {
         "training.exits",
         "typed",
     ],
+    "chain_command": ["*"],
     "chain_derive": ["bookkeeping", "training.exits", "training.files", "typed"],
     "chain_run": ["*"],
     "chain_table": ["chain"],
