@@ -37,9 +37,8 @@ def write_photographs(folder: pathlib.Path, count: int = 64, seed: int = 0) -> N
         name = names[number % len(names)]
         photograph = photographs[name]
         width, height = (int(rng.integers(_LEAST, min(side, 5 * _LEAST) + 1)) for side in photograph.size)
-        left, top = (
-            int(rng.integers(side - part + 1)) for side, part in zip(photograph.size, (width, height), strict=True)
-        )
+        sizes = zip(photograph.size, (width, height), strict=True)
+        left, top = (int(rng.integers(side - part + 1)) for side, part in sizes)
         path = folder / f"photo_{number:03d}.jpg"
         photograph.crop((left, top, left + width, top + height)).save(path, quality=92)
         path.with_suffix(".txt").write_text(CAPTIONS[name][int(rng.integers(len(CAPTIONS[name])))] + "\n")
