@@ -28,7 +28,8 @@ TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf
 MADE = re.compile(
     r"""\.venv(-oracle)? | quickstart/report\.html | photo\.\w+ | metadata\.\w+  # environments, reports, one's own
     | config\.json | run\.json | (checkpoints|metrics|samples|export)/[\w.]*     # of a workdir
-    | manifest\.json | tokenizer\.json | program\.json | golden/[\w.]* | (verify|noise)\.py  # of a bundle
+    | manifest\.json | tokenizer\.json | program\.json | golden/[\w.]* | scheduler\.json     # of a bundle
+    | (client|noise|program|sampler|verify)\.py
     """,
     flags=re.VERBOSE,
 )
