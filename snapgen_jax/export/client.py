@@ -204,7 +204,7 @@ class LiteRTGenerator:
 
         Image n depends on (seed, indices[n], prompts[n]) alone, and is that of the JAX generator but for rounding.
         Indices default to 0..N-1; they and the seed are whole numbers from 0 to 2**32 - 1, see noise.py. `options` are
-        those of `sampler.with_options`: steps, guidance, method.
+        those of `sampler.with_options`: steps, guidance, method, guidance_interval.
 
         Raises:
             ValueError: the inputs do not fit together, or a seed or an index is out of bounds.

@@ -40,6 +40,8 @@ Kind "flow": x_t = (1 - t) x_0 + t noise, and the sampler follows v = dx/dt.
         context     optional: a name in `contexts`; the caller's inputs alone without it
         guidance    w of v = v_null + w (v - v_null), a number or an array that broadcasts to x (one w a channel, or a
                     frame). There is no null call where w is 1 throughout
+        guidance_interval  optional [t_low, t_high]: at other times there is no guidance, and no null call but for its
+                    state; all times
     steps           optional [S] or [S + 1]: what differs from `step` at each time. The last is asked by "heun" alone
     contexts        optional {name: [unit, ...]}: encoders, called in this order before the first step. Each takes what
                     it names among the inputs and earlier outputs. All that there is then is the context
@@ -66,7 +68,7 @@ DTYPES = ("float32", "int32", "uint8")
 PREDICTIONS = {"velocity": (), "x_0": ("t_min",), "linear": ("x", "out")}
 TIMES = {"features": ("dim", "scale", "max_period", "order"), "index": ("size",), "values": ("values",)}
 DECODERS = ("identity", "patch", "network")
-NEEDED, OPTIONAL = ("unit", "rule", "prediction", "guidance"), ("time", "native", "arrays", "scale", "context")
+NEEDED, OPTIONAL = ("unit", "rule", "prediction", "guidance"), ("time", "native", "arrays", "scale", "context", "guidance_interval")
 RESERVED = ("latent", "time", "prediction")
 
 
@@ -161,6 +163,7 @@ class Step:
     arrays: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     scale: float = 1.0
     context: str | None = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
 
     @classmethod
     def read(cls, where: str, entry: Mapping[str, Any]) -> Step:
@@ -172,12 +175,26 @@ class Step:
             _kind(f"{where}: time", time, TIMES)
             if time.get("order", "cos,sin") != "cos,sin":
                 _refuse(f"{where}: time features in the order {time['order']!r}; 'cos,sin'")
-        arrays = {name: _numbers(f"{where}: arrays.{name}", value) for name, value in entry.get("arrays", {}).items()}
-        return cls(**{**entry, "guidance": _numbers(f"{where}: guidance", entry["guidance"]), "arrays": arrays})
+        made: dict[str, Any] = {"guidance": _numbers(f"{where}: guidance", entry["guidance"])}
+        made["arrays"] = {
+            name: _numbers(f"{where}: arrays.{name}", value) for name, value in entry.get("arrays", {}).items()
+        }
+        if "guidance_interval" in entry:
+            interval = _numbers(f"{where}: guidance_interval", entry["guidance_interval"])
+            if interval.shape != (2,):
+                _refuse(f"{where}: guidance_interval is {entry['guidance_interval']}; two times")
+            made["guidance_interval"] = tuple(interval.tolist())
+        return cls(**{**entry, **made})
 
     @property
     def guided(self) -> bool:
+        """Whether it is guided at some time."""
         return bool((self.guidance != 1).any())
+
+    def guided_at(self, t: np.float32) -> bool:
+        """Whether a call at time t is guided."""
+        low, high = np.asarray(self.guidance_interval, np.float32)
+        return self.guided and bool(low <= t <= high)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,10 +308,16 @@ class Flow:
                 n not in (1, size) for n, size in zip(step.guidance.shape[::-1], self.latent_shape[::-1], strict=False)
             ):
                 _refuse(f"guidance {step.guidance.shape} does not fit x, {self.latent_shape}")
+            low, high = step.guidance_interval
+            if not 0 <= low <= high <= 1:
+                _refuse(f"guidance_interval is {[low, high]}; two times from 0 to 1, the lower one first")
             fixed = step.context in self.null_contexts
             without = [name for name, array in self.inputs.items() if array.null is None]
             if step.guided and without and not fixed:
                 _refuse(f"guidance needs the `null` of the inputs {', '.join(without)}")
+        asked = list(zip(self.steps, self.times[:-1], strict=False))
+        if any(step.guided for step, _ in asked) and not any(step.guided_at(t) for step, t in asked):
+            _refuse(f"guidance_interval holds none of the times {', '.join(f'{t:.3g}' for t in self.times[:-1])}")
         return self
 
     def _check_decoder(self) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from snapgen_jax.export.program import Flow, Program
+from snapgen_jax.export.program import Flow, Program, Step
 
 PAGE = """\
 # Export bundle
@@ -108,8 +108,14 @@ def _story(program: Program) -> str:
         denoisers=" and ".join(f"**{unit}**" for unit in dict.fromkeys(step.unit for step in steps)),
         decoder=f"**{program.decoder['unit']}** -> " if program.decoder and network else "",
         outputs=outputs,
-        guidance=scales.pop() if len(scales) == 1 else "by step",
+        guidance=(scales.pop() if len(scales) == 1 else "by step") + _where_guided(steps),
     )
+
+
+def _where_guided(steps: Sequence[Step]) -> str:
+    """The times of guidance, where those are not all."""
+    bands = dict.fromkeys(step.guidance_interval for step in steps if step.guided)
+    return "".join(f", where t is from {low:g} to {high:g}" for low, high in bands if (low, high) != (0, 1))
 
 
 def _unit(name: str, unit: Mapping[str, Any]) -> str:

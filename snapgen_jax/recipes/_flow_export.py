@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from snapgen_jax.diffusion.guidance import ALL_TIMES
 from snapgen_jax.diffusion.path import T_MIN
 from snapgen_jax.networks.module import apply, build
 from snapgen_jax.networks.text import TextContext
@@ -59,6 +60,7 @@ def flow_plan(
         )
     codec, decoder, text = inputs.codec, inputs.decoder, [unit.name for unit in inputs.encoders]
     unit = denoiser_unit(denoiser_role, network_config, latent_shape, context)
+    whole = sampling.guidance_interval == ALL_TIMES
     if codec is None:
         outputs = {"latent": {"shape": list(latent_shape), "dtype": "float32"}}
     else:
@@ -86,6 +88,7 @@ def flow_plan(
             },
             "prediction": {"kind": "velocity"} if prediction == "velocity" else {"kind": "x_0", "t_min": T_MIN},
             "guidance": sampling.guidance,
+            **({} if whole else {"guidance_interval": list(sampling.guidance_interval)}),
             **({"context": "text"} if text else {}),
         },
         "decoder": None if codec is None else {**codec, **({"unit": decoder.name} if decoder else {})},

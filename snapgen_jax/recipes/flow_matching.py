@@ -274,7 +274,7 @@ class FlowMatching:
         return extra, {}
 
     def update(self, state: TrainState, frozen: Tree, batch: Tree, key: jax.Array) -> tuple[TrainState, Metrics]:
-        """One AdamW step on the loss."""
+        """One optimizer step on the loss."""
         return self.learn(state, frozen, self.draw(self.current(state, frozen), batch, key, state.step))
 
     def current(self, state: TrainState, frozen: Tree) -> dict[str, Tree]:

@@ -127,7 +127,11 @@ def test_an_image_depends_on_its_seed_index_and_prompt_alone(toy):
     assert (generator.generate(PROMPTS, seed=4) != images).any()
 
 
-@pytest.mark.parametrize("options", [{}, {"method": "renoise"}], ids=["euler", "renoise"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"method": "renoise"}, {"guidance_interval": (0.3, 0.9), "guidance": 4.0}],
+    ids=["euler", "renoise", "interval"],
+)
 def test_a_bundle_draws_the_picture_of_its_run_from_the_same_seed_index_and_prompt(smoke, tokenizer_json, options):
     run = Generator(smoke.recipe, smoke.params, {}, Tokenizer.load(tokenizer_json))
     bundle = LiteRTGenerator(smoke.folder)
@@ -165,7 +169,7 @@ def test_options_replace_the_bundles_own(toy):
     generator = LiteRTGenerator(toy.folder, precision="f16")
     default = generator.generate(PROMPTS[:1])
     np.testing.assert_array_equal(generator.generate(PROMPTS[:1], steps=3, guidance=2.0, method="euler"), default)
-    for options in ({"steps": 9}, {"guidance": 1.0}, {"method": "heun"}):
+    for options in ({"steps": 9}, {"guidance": 1.0}, {"method": "heun"}, {"guidance_interval": (0.3, 0.9)}):
         assert (generator.generate(PROMPTS[:1], **options) != default).any(), options
     with pytest.raises(ValueError, match="unknown sampling method 'ddim'; expected one of euler, heun"):
         generator.generate(PROMPTS[:1], method="ddim")

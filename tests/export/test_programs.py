@@ -1,5 +1,6 @@
 """One program of plain data says every order of calls: one call, several denoisers, a state, chunks, any guidance."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -168,6 +169,64 @@ def test_either_half_of_guidance_has_its_own_state_which_begins_anew_with_each_e
         run(data, unit, {"label": np.float32([5])}, label=(1, 1), count=(1, 1))
     once = [(5, 0), (-1, 0), (5, 1), (5, 2), (-1, 1)]
     assert seen == [*once, *once]
+
+
+@pytest.mark.parametrize(
+    ("rule", "asked"),
+    [
+        ("euler", [(5, 1.0), (5, 0.5), (-1, 0.5), (5, 0.25)]),
+        ("heun", [(5, 1), (5, 0.5), (-1, 0.5), (5, 0.5), (-1, 0.5), (5, 0.25), (5, 0.25), (5, 0)]),
+    ],
+)
+def test_outside_its_interval_of_times_guidance_makes_no_null_call(rule, asked):
+    seen = []
+
+    def unit(*, latent, label, time):
+        seen.append((float(label[0, 0]), float(np.arccos(time[0, 0]))))
+        return {"prediction": np.broadcast_to(label, latent.shape)}
+
+    data = flow(
+        {
+            "guidance": 2.0,
+            "guidance_interval": [0.3, 0.75],
+            "rule": rule,
+            "time": {"kind": "features", "dim": 2, "scale": 1.0, "max_period": 9.0, "order": "cos,sin"},
+        },
+        inputs={"label": {"shape": [1], "dtype": "float32", "null": -1}},
+        times=[1.0, 0.5, 0.25, 0.0],
+        steps=[{}] * 4,
+    )
+    out = run(data, unit, {"label": np.float32([5])}, label=(1, 1), time=(1, 2))
+    np.testing.assert_allclose(seen, asked, atol=1e-3)
+    moved = [5.0, 11.0, 5.0] if rule == "euler" else [8.0, 8.0, 5.0]  # 11 = -1 + 2 (5 - -1)
+    np.testing.assert_allclose(out["latent"], 1 - np.dot(moved, [0.5, 0.25, 0.25]), rtol=1e-6)
+
+
+def test_the_state_of_the_null_calls_goes_on_outside_the_interval():
+    """As the activations of both halves do in JAX."""
+    seen = []
+
+    def unit(*, latent, label, count):
+        seen.append((float(label[0, 0]), float(count[0, 0])))
+        return {"prediction": 0 * latent, "count": count + 1}
+
+    data = flow(
+        {"guidance": 2.0, "guidance_interval": [0.0, 0.5]},
+        inputs={"label": {"shape": [1], "dtype": "float32", "null": -1}},
+        state={"count": {"shape": [1], "dtype": "float32", "initial": "zeros"}},
+    )
+    run(data, unit, {"label": np.float32([5])}, label=(1, 1), count=(1, 1))
+    assert seen == [(5, 0), (-1, 0), (5, 1), (-1, 1)]
+
+
+def test_an_interval_of_guidance_leaves_a_run_as_a_field_of_its_steps_and_all_times_as_none():
+    def step(**changes):
+        sampling = SamplingConfig(steps=4, guidance=2.0, **changes)
+        recipe = FlowMatching(dataclasses.replace(FlowMatchingConfig(), sampling=sampling), "cpu")
+        return recipe.exports().program["step"]
+
+    assert "guidance_interval" not in step()
+    assert step(guidance_interval=(0.1, 0.8))["guidance_interval"] == [0.1, 0.8]
 
 
 def test_guidance_of_one_leaves_a_channel_to_the_condition():
