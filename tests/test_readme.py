@@ -31,7 +31,8 @@ MADE = re.compile(
     | (OUT/)?\.collecting  # while images are collected
     | config\.json | run\.json | (checkpoints|metrics|samples|export)/[\w.]*     # of a workdir
     | weights\.json | (text_encoder|vae|runs)/[\w/]* | model\.safetensors  # of a folder of weights
-    | manifest\.json | tokenizer\.json | program\.json | golden/[\w.]* | (verify|noise)\.py  # of a bundle
+    | manifest\.json | tokenizer\.json | program\.json | golden/[\w.]* | scheduler\.json     # of a bundle
+    | (client|noise|program|sampler|verify)\.py
     """,
     flags=re.VERBOSE,
 )

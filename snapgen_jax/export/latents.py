@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from snapgen_jax.generation import load_config, load_recipe
+from snapgen_jax.inputs._encodings import Encoding
 from snapgen_jax.inputs._images import CODEC, ImageCodec
 from snapgen_jax.inputs.encoders import EncodersConfig
 from snapgen_jax.inputs.stored import Stored
@@ -86,7 +87,7 @@ def load_latents(workdir: epath.PathLike, carried: Carried) -> Any:
     changes = {"use": used} | {f"{name}_folder": _folder(name, inputs, carried) for name in used}
     changes |= {f"{name}_tokenizer": _tokenizer(name, inputs, carried) for name in used}
     if kind == "stored_encodings":
-        inputs = _with_encoders(inputs, used, changes, carried)
+        inputs = _with_encoders(inputs, recipe.inputs.encodings.shapes, used, changes, carried)
     else:
         codec = decoder_codec(carried.decoder, inputs) if carried.decoder else inputs.codec
         inputs = dataclasses.replace(inputs, **changes, codec=codec)
@@ -148,9 +149,13 @@ def _tokenizer(name: str, inputs: Any, carried: Carried) -> str:
 
 
 def _with_encoders(
-    inputs: StoredEncodingsConfig, used: Sequence[str], changes: Mapping[str, Any], carried: Carried
+    inputs: StoredEncodingsConfig,
+    shapes: Mapping[str, Encoding],
+    used: Sequence[str],
+    changes: Mapping[str, Any],
+    carried: Carried,
 ) -> EncodersConfig:
-    """The same inputs with the networks that made what was stored."""
+    """The same inputs with the networks that made what was stored, whose `shapes` those are."""
     if not carried.decoder:
         raise ConfigError(
             "a run on stored latents holds no decoder: give --decoder, a run of a tiny decoder or of an autoencoder, "
@@ -158,9 +163,9 @@ def _with_encoders(
         )
     networks: dict[str, Any] = {}
     for name in ENCODERS:
-        shape = getattr(inputs, name)
+        shape = shapes[name]
         if name not in used:  # only its widths are read
-            sizes = {"width": shape.width, "layers": 1, "heads": 1}
+            sizes: dict[str, Any] = {"width": shape.width, "layers": 1, "heads": 1}
             networks[name] = (
                 Gemma2Config(**sizes, kv_heads=1)
                 if name == "language"
@@ -181,7 +186,7 @@ def _with_encoders(
         codec=decoder_codec(carried.decoder, inputs),
         **networks,
         **changes,
-        language_tokens=inputs.language.tokens,
+        language_tokens=shapes["language"].tokens,
         conditioner=inputs.conditioner,
         encoder_dropout=inputs.encoder_dropout,
         caption_dropout=inputs.caption_dropout,

@@ -258,6 +258,9 @@ def test_the_manifest_says_how_much_memory_each_way_of_loading_takes(bundle):
     assert all(memory["process"] < peak < 2**30 for peak in peaks)
     assert memory["process"] < memory["f32"]["in_turn"] < 1.5 * max(peaks)
     assert report.numbers["export.peak_bytes_together_f16"] == memory["f16"]["together"]
+    page = (report.folder / "README.md").read_text()
+    assert f"peaks at {memory['f32']['in_turn'] / 1e6:.0f} MB (f32)" in page
+    assert "| `tokenizers/clip_g.json` | BPE | `clip_g` |  | 77 | [308] | [309] | 0 |" in page
 
 
 def test_a_run_whose_text_states_were_joined_leaves_with_the_decoder_alone(tmp_path):
