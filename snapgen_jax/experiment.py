@@ -63,7 +63,7 @@ class Experiment:
     @property
     def is_synthetic(self) -> bool:
         """Whether its batches are random numbers, which show speed alone."""
-        return self.config.data.source == "synthetic"
+        return self.config.data.source == "synthetic" and not self.config.data.mixture
 
     @functools.cached_property
     def source(self) -> Source:

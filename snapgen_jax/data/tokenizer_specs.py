@@ -153,6 +153,8 @@ def _source(file: epath.Path | None, config: DataConfig, source: Source, texts: 
         return {"file": str(file), "sha256": _digest(file.read_text()) if file.exists() else ""}
     fields = ("source", "path", "name", "train_split", "caption_feature", "class_names", "vocab_size")
     said = {f"data.{name}": getattr(config, name) for name in fields}
+    if config.mixture:
+        said["data.mixture"] = [dataclasses.asdict(domain) for domain in config.mixture]
     shapes = dataclasses.asdict(config.shapes) if config.source == "shapes" else {}
     made_of = {**said, **{f"data.shapes.{name}": value for name, value in shapes.items()}, "texts": texts}
     return json.loads(json.dumps({**made_of, "examples": len(source), "captions": _captions(source, texts)}))
