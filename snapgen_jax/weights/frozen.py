@@ -23,6 +23,7 @@ from snapgen_jax.weights.maps import clip as clip_map
 from snapgen_jax.weights.maps import gemma2 as gemma2_map
 from snapgen_jax.weights.maps import lpips as lpips_map
 from snapgen_jax.weights.maps import sd3_autoencoder, sd3_mmdit
+from snapgen_jax.weights.maps import t5 as t5_map
 from snapgen_jax.weights.published import read_json
 from snapgen_jax.weights.sources import source
 
@@ -154,8 +155,8 @@ def load_text_encoder(network: Network, name: str, folder: str, mesh: Mesh | Non
     """A published text encoder, slice by slice onto the mesh.
 
     Args:
-        network: of `networks.clip.ClipText` or `networks.gemma2.Gemma2`.
-        name: "clip_l", "clip_g" or "gemma2_2b".
+        network: of `networks.clip.ClipText`, `networks.gemma2.Gemma2` or `networks.t5.T5Encoder`.
+        name: "clip_l", "clip_g", "gemma2_2b" or "t5_xxl".
         folder: of its safetensors files.
         mesh: where the parameters go; without one onto one device.
 
@@ -166,7 +167,7 @@ def load_text_encoder(network: Network, name: str, folder: str, mesh: Mesh | Non
         raise ConfigError(
             f"the text encoder {name} has no weights: set its folder among `encoders`\n{source(name).advice}"
         )
-    maps = gemma2_map if name == "gemma2_2b" else clip_map
+    maps = {"gemma2_2b": gemma2_map, "t5_xxl": t5_map}.get(name, clip_map)
     return _load_published(name, folder, maps, network.config, frozen_spec(network), mesh)
 
 
