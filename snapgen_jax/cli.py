@@ -20,14 +20,16 @@ from typing import Any
 from etils import epath
 
 from snapgen_jax.cli_exit import run_to_exit_code
-from snapgen_jax.cli_parser import build_parser, generation_options, split_overrides
+from snapgen_jax.cli_parser import build_parser, generation_options, split_beam, split_overrides
+from snapgen_jax.cli_prepare import run_prepare
 from snapgen_jax.process import began, prepare
 from snapgen_jax.training.exits import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
-    arguments, overrides = split_overrides(list(sys.argv[1:] if argv is None else argv))
+    arguments, beam = split_beam(list(sys.argv[1:] if argv is None else argv))
+    arguments, overrides = split_overrides(arguments)
     parser = build_parser()
     options, others = parser.parse_known_args(arguments)
     try:
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     if overrides and not hasattr(options, "config"):
         parser.error(f"`snapgen {options.command}` takes no --config overrides (given: {', '.join(overrides)})")
-    options.overrides = overrides
+    options.overrides, options.beam = overrides, beam
     _expand_home(options)
     _keep_compiled_programs()
     return run_to_exit_code(options.command, lambda: COMMANDS[options.command](options), lambda: _given(options))
@@ -49,7 +51,7 @@ def _expand_home(options: argparse.Namespace) -> None:
     from snapgen_jax.typed import expand_home
 
     for name, value in vars(options).items():
-        if name in ("prompt", "set", "overrides"):  # texts, and what the config's dataclasses read
+        if name in ("prompt", "set", "overrides", "beam"):  # texts, and what the config's dataclasses read
             continue
         if isinstance(value, str):
             setattr(options, name, expand_home(value))
@@ -369,6 +371,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "encode": _encode,
     "decode": _decode,
     "data": _data,
+    "prepare": run_prepare,
     "plan": _plan,
     "status": _status,
     "upgrade": _upgrade,

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from snapgen_jax.cli_prepare import add_prepare
 from snapgen_jax.training.exits import ConfigError
 
 
@@ -109,6 +110,8 @@ def build_parser() -> argparse.ArgumentParser:
     _config(data)
     data.add_argument("--batches", type=int, default=100, help="how many (default: %(default)s)")
 
+    add_prepare(commands)
+
     plan = add("plan", "Whether a config fits TPUs that are not here, and what it will cost.")
     what = plan.add_mutually_exclusive_group(required=True)
     _config(what, required=False)
@@ -168,6 +171,19 @@ def split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Separates `--config.a.b=value` from the other arguments; returns the others, and `a.b=value` of each."""
     overrides = [a.removeprefix("--config.") for a in arguments if a.startswith("--config.")]
     return [a for a in arguments if not a.startswith("--config.")], overrides
+
+
+def split_beam(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Separates Apache Beam's options from those of `snapgen prepare`: `--beam.NAME=VALUE`, and all that follows `--`.
+
+    Other commands have none. Returns the others, and Beam's as Beam takes them, `--NAME=VALUE`.
+    """
+    if arguments[:1] != ["prepare"]:
+        return arguments, []
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    own, passed = arguments[:end], arguments[end + 1 :]
+    named = [f"--{a.removeprefix('--beam.')}" for a in own if a.startswith("--beam.")]
+    return [a for a in own if not a.startswith("--beam.")], [*named, *passed]
 
 
 def generation_options(options: argparse.Namespace, others: Sequence[str]) -> dict[str, Any]:

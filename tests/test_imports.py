@@ -27,6 +27,8 @@ MAY_IMPORT = {
     "bounds": [],
     # values checked against annotations, for every room that reads names or options
     "typed": [],
+    # how every report looks
+    "page": [],
     # the contracts
     "evaluation.interfaces": [],
     "inputs.interfaces": [],
@@ -57,6 +59,7 @@ MAY_IMPORT = {
     "weights.frozen": ["weights", "networks", "parallel", "training.checkpoint", "training.exits"],
     "systems": ["networks", "diffusion", "weights", "parallel"],
     "systems.denoiser": ["networks", "diffusion"],
+    "preparation": ["inputs", "weights", "data", "parallel", "training.lifetime", "training.files", "page"],
     "data": [],
     "data.shards": ["data", "training.files"],
     "data.tokenizer": ["data", "training.files"],
@@ -78,8 +81,8 @@ MAY_IMPORT = {
         "typed",
     ],
     "coding": ["generation", "networks", "weights", "data.images", "training.exits"],
-    "evaluation": ["generation", "data.shapes", "data.shapes_grammar", "data.prompts", "typed"],
-    "evaluation.report": ["evaluation", "data.prompts", "training.files", "training.metrics"],
+    "evaluation": ["generation", "data.shapes", "data.shapes_grammar", "data.prompts", "page", "typed"],
+    "evaluation.report": ["evaluation", "data.prompts", "page", "training.files", "training.metrics"],
     "export": ["diffusion.noise", "training.exports"],
     "export.run": ["export", "generation", "training.exits", "training.files"],
     # copied into every bundle
@@ -117,7 +120,8 @@ MAY_IMPORT = {
     "chain_run": ["*"],
     "chain_table": ["chain"],
     "cli": ["*"],
-    "cli_parser": ["overrides", "training.exits"],
+    "cli_parser": ["cli_prepare", "overrides", "training.exits"],
+    "cli_prepare": ["*"],
     "cli_exit": ["data.errors", "parallel.hosts", "training.exits"],
     "__init__": ["*"],
 }

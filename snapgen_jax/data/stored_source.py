@@ -54,7 +54,7 @@ class StoredSource:
         """The picture at its own size and one of its captions; or the arrays of one caption. "" without captions."""
         record = self._record(index)
         captions = record["captions"]
-        chosen = pick_index(rng, max(1, len(captions)), record.get("weights"))
+        chosen = pick_index(rng, max(1, len(captions)), record.get("caption_weights"))
         caption = {"caption": captions[chosen] if captions else ""}
         if self.manifest.kind == "images":
             return {"image": decode(record["image"]), **caption} if asked("image", names) else caption

@@ -36,7 +36,7 @@ def write_images(folder, count=12, shard_count=3, first=0):
         return {
             "image": png(number),
             "captions": captions,
-            "weights": [1.0, 3.0],
+            "caption_weights": np.array([1.0, 3.0], np.float32),
             "height": 12 if number % 2 else 8,
             "width": 8 if number % 2 else 12,
         }
