@@ -75,7 +75,9 @@ class Bucket:
             DataError: there is no such array, it has another shape or dtype, or the specs disagree or do not divide by
                 the hosts.
         """
-        sources = _text_of_arrays(tokenizer, texts or {})
+        # What is stored is not made again.
+        made = _text_of_arrays(tokenizer, texts or {})
+        sources = {array: text for array, text in made.items() if array not in declared}
         where = f"bucket {name!r}"
         if unknown := sorted(specs.keys() - declared.keys() - sources.keys()):
             given = f"the tokenizers give {', '.join(sources)}" if sources else "there is no tokenizer"

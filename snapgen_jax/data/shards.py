@@ -9,13 +9,14 @@ last, so that a folder without a manifest is one that is not done.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import pathlib
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -184,17 +185,25 @@ def write_shard(folder: epath.PathLike, file: str, examples: Iterable[Mapping[st
     path = epath.Path(folder) / file
     # Beside the shard, so that it is renamed; below the system's temporary folder where it is copied to a store.
     beside = None if on_object_store(path) else str(path.parent)
-    try:
+    with _disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=beside) as temporary:
-            local, count = pathlib.Path(temporary) / file, 0
+        temporary = tempfile.TemporaryDirectory(prefix=".writing-", dir=beside)
+    with temporary as name:
+        local, count = pathlib.Path(name) / file, 0
+        with _disk(path):
             writer = ArrayRecordWriter(str(local), _OPTIONS)
-            try:
-                for example in examples:
-                    writer.write(pack(example))
-                    count += 1
-            finally:
+        try:
+            for example in examples:  # whose own errors are none of the disk
+                record = pack(example)
+                with _disk(path):
+                    writer.write(record)
+                count += 1
+        except BaseException:
+            with contextlib.suppress(Exception):
                 writer.close()
+            raise
+        with _disk(path):
+            writer.close()
             with local.open("rb") as content:
                 digest = hashlib.file_digest(content, "sha256").hexdigest()
             size = local.stat().st_size
@@ -202,9 +211,16 @@ def write_shard(folder: epath.PathLike, file: str, examples: Iterable[Mapping[st
                 epath.Path(local).copy(path, overwrite=True)
             else:
                 local.replace(str(path))
-    except (OSError, RuntimeError) as error:  # ArrayRecord raises the latter for what the disk says
-        raise DataError(f"the shard {path} cannot be written: {error}; nothing of it is left") from error
     return Shard(file, bucket, count, size, digest)
+
+
+@contextlib.contextmanager
+def _disk(path: epath.Path) -> Iterator[None]:
+    """Turns what the disk says into a `DataError`."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # ArrayRecord raises the latter
+        raise DataError(f"the shard {path} cannot be written: {error}; nothing of it is left") from error
 
 
 class Records:

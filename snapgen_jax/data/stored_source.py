@@ -28,12 +28,13 @@ class StoredSource:
     """Examples of a folder of shards.
 
     Attributes:
-        manifest: what the folder holds.
+        folder: of the shards.
+        manifest: what it holds.
     """
 
     def __init__(self, folder: epath.PathLike, manifest: Manifest, indices: Indices, held_out: bool = True):
         """`indices`: which of the folder's examples, ascending."""
-        self.manifest, self.held_out = manifest, held_out
+        self.folder, self.manifest, self.held_out = str(folder), manifest, held_out
         self._records, self._indices = Records(folder, manifest.shards), indices
 
     def __len__(self) -> int:

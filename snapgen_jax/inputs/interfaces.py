@@ -214,9 +214,14 @@ class StoredInputs(Inputs, Protocol):
         """
         ...
 
+
+@runtime_checkable
+class StoredInputsConfig(Protocol):
+    """The config of `StoredInputs`."""
+
     def unstored(self) -> Any:
-        """The config of the inputs that run these encoders inside the step, on pictures and captions: the same latents
-        and conditions, trained networks of the same shapes. None where no weights are named to run."""
+        """The config of the inputs that run the same encoders inside the step, on pictures and captions: of the same
+        latents and conditions, and with trained networks of the same shapes. None where no weights are named to run."""
         ...
 
 

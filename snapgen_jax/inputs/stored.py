@@ -78,6 +78,14 @@ class StoredConfig:
         """Raises `ValueError` where an image size does not divide by `reduction`."""
         return Stored(self, batch_size, platform)
 
+    def unstored(self) -> SD3EncodersConfig | None:
+        """The same encoders inside the step; None where some have no weights."""
+        if not self.encoders.named():
+            return None
+        frozen = {field.name: getattr(self.encoders, field.name) for field in dataclasses.fields(SD3FrozenConfig)}
+        shared = ("image_sizes", "caption_dropout", "prefix")
+        return SD3EncodersConfig(**frozen, **{name: getattr(self, name) for name in shared})
+
 
 class Stored(OfLatents):
     """See the top of this file. Implements `inputs.interfaces.StoredInputs`."""
@@ -195,12 +203,3 @@ class Stored(OfLatents):
             made |= latent_sizes(config.encoders.codec)
             stored |= {"reduction": config.reduction, "latent_channels": config.latent_channels}
         check_made("teacher.inputs" if config.prefix else "inputs", stored, made)
-
-    def unstored(self) -> SD3EncodersConfig | None:
-        """The same encoders inside the step."""
-        config = self.config
-        if not config.encoders.named():
-            return None
-        frozen = {field.name: getattr(config.encoders, field.name) for field in dataclasses.fields(SD3FrozenConfig)}
-        shared = ("image_sizes", "caption_dropout", "prefix")
-        return SD3EncodersConfig(**frozen, **{name: getattr(config, name) for name in shared})

@@ -70,6 +70,14 @@ class StoredEncodingsConfig:
         """Raises `ValueError` where widths do not fit the conditioner, or an image size `reduction`."""
         return StoredEncodings(self, batch_size, platform)
 
+    def unstored(self) -> EncodersConfig | None:
+        """The same encoders inside the step; None where some have no weights."""
+        if not self.encoders.named():
+            return None
+        frozen = {field.name: getattr(self.encoders, field.name) for field in dataclasses.fields(FrozenConfig)}
+        shared = ("image_sizes", "conditioner", "encoder_dropout", "caption_dropout")
+        return EncodersConfig(**frozen, **{name: getattr(self, name) for name in shared})
+
 
 class StoredEncodings(OfLatents, OfEncodings):
     """See the top of this file. Implements `inputs.interfaces.StoredInputs`."""
@@ -173,12 +181,3 @@ class StoredEncodings(OfLatents, OfEncodings):
         config, encoders = self.config, self.config.encoders
         stored = {"reduction": config.reduction, "latent_channels": config.latent_channels, **self.encodings.shapes}
         check_made("inputs", stored, {**latent_sizes(encoders.codec), **encoders.encodings()})
-
-    def unstored(self) -> EncodersConfig | None:
-        """The same encoders inside the step."""
-        config = self.config
-        if not config.encoders.named():
-            return None
-        shared = ("image_sizes", "conditioner", "encoder_dropout", "caption_dropout")
-        frozen = {field.name: getattr(config.encoders, field.name) for field in dataclasses.fields(FrozenConfig)}
-        return EncodersConfig(**frozen, **{name: getattr(config, name) for name in shared})

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from snapgen_jax.networks.codec import Codec, CodecConfig
 from snapgen_jax.networks.mmdit import MMDiTConfig
-from snapgen_jax.networks.module import Network, flatten, frozen_spec, init, unflatten
+from snapgen_jax.networks.module import Network, flatten, frozen_spec, init, stand_in, unflatten
 from snapgen_jax.parallel.sharding import Rules, tree_shardings
 from snapgen_jax.training.checkpoint import Checkpointer
 from snapgen_jax.training.exits import ConfigError
@@ -182,12 +182,11 @@ def draw_stand_ins(networks: dict[str, Network], rules: Rules = (), mesh: Mesh |
     """
     spec = {name: frozen_spec(network) for name, network in networks.items()}
 
-    def draw(key: jax.Array) -> Tree:
-        keys = jax.random.split(key, len(networks))
-        drawn = {name: init(network, key) for (name, network), key in zip(networks.items(), keys, strict=True)}
+    def draw() -> Tree:
+        drawn = {name: stand_in(network, _STAND_IN + i) for i, (name, network) in enumerate(networks.items())}
         return jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), drawn, spec)
 
-    return jax.jit(draw, out_shardings=_places(spec, mesh, rules))(jax.random.key(_STAND_IN))
+    return jax.jit(draw, out_shardings=_places(spec, mesh, rules))()
 
 
 def load_perceptual(network: Network, folder: str = "", mesh: Mesh | None = None) -> Tree:

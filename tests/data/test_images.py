@@ -12,7 +12,6 @@ from snapgen_jax.data import images
 from snapgen_jax.data.errors import UnreadableExampleError
 from snapgen_jax.data.images import decode, header_size
 
-
 # Before 13, which Apache Beam holds back, Pillow does not read TIFF files of YCbCr and of premultiplied grey.
 OLDER_PILLOW = int(PIL.__version__.split(".")[0]) < 13
 
