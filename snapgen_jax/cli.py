@@ -165,6 +165,8 @@ def _sample(options: argparse.Namespace) -> None:
         raise ConfigError("--config overrides go with --weights; a run or a bundle is sampled as it was configured")
     if options.decoder and not options.workdir:
         raise ConfigError("--decoder goes with --workdir; a bundle holds the decoder that it was exported with")
+    if options.adapters and not options.workdir:
+        raise ConfigError("--adapters goes with --workdir: the run that they adapt")
     if options.precision and not options.bundle:
         raise ConfigError("--precision goes with --bundle; a run computes in the precision of its device")
     if not (options.prompt or options.condition):
@@ -228,7 +230,7 @@ def _draw(options: argparse.Namespace, conditions: dict[str, Any]) -> Any:
     else:
         from snapgen_jax.generation import load
 
-        generator = load(options.workdir, decoder=options.decoder)
+        generator = load(options.workdir, decoder=options.decoder, adapters=options.adapters)
         chosen = {**chosen, "conditions": conditions}
     return generator.generate(options.prompt or None, seed=options.seed, **chosen)
 
@@ -290,8 +292,26 @@ def _export(options: argparse.Namespace) -> None:
 
     out = options.out or str(epath.Path(options.workdir) / "export" / "bundle")
     _say_compiling("the run's networks, converting them, and holding each file against JAX")
-    report = export_run(options.workdir, out, backend=options.backend, decoder=options.decoder, gpu_check=options.gpu)
+    report = export_run(
+        options.workdir,
+        out,
+        backend=options.backend,
+        decoder=options.decoder,
+        gpu_check=options.gpu,
+        adapters=options.adapters,
+    )
     print(json.dumps(report, indent=2))
+
+
+def _adapters(options: argparse.Namespace) -> None:
+    from snapgen_jax.adapters import draw_prior, export_adapters
+
+    if options.action == "export":
+        print("\n".join(f"wrote {folder}" for folder in export_adapters(options.workdir, options.out, options.step)))
+        return
+    _say_compiling("the generator")
+    folder = draw_prior(options.workdir, options.out, options.count, options.prompt, options.seed)
+    print(f"wrote {options.count} images with captions to {folder}")
 
 
 def _load_codec(options: argparse.Namespace) -> Any:
@@ -366,6 +386,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "sample": _sample,
     "evaluate": _evaluate,
     "export": _export,
+    "adapters": _adapters,
     "encode": _encode,
     "decode": _decode,
     "data": _data,

@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     _generation(sample)
     sample.add_argument("--seed", type=int, default=0, help="of the noise, from 0 to 4294967295 (default: %(default)s)")
     sample.add_argument("--decoder", help="a run of a tiny decoder, in place of the run's own; with --workdir")
+    _adapters(sample)
     sample.add_argument("--precision", help="of a bundle's networks: f32 (the default), f16, or another that it has")
     sample.add_argument(
         "--out",
@@ -93,6 +94,22 @@ def build_parser() -> argparse.ArgumentParser:
         "float16; or export it nevertheless (default: %(default)s)",
     )
     export.add_argument("--decoder", help="a run of a tiny decoder, in place of the run's own")
+    _adapters(export)
+
+    text = "Adapters of a trained network: peft's files of a run, and images for the prior."
+    actions = add("adapters", text).add_subparsers(dest="action", required=True, metavar="ACTION")
+    text = "Write the adapters of a run as adapter_config.json and adapter_model.safetensors, a folder a network."
+    files = actions.add_parser("export", help=text, description=text)
+    _workdir(files)
+    files.add_argument("--out", required=True, help="folder to write")
+    files.add_argument("--step", type=int, help="checkpoint (default: the newest)")
+    text = "Draw images by a trained run, with captions, for data.tuning.prior_path."
+    prior = actions.add_parser("prior", help=text, description=text)
+    _workdir(prior)
+    prior.add_argument("--out", required=True, help="folder to write")
+    prior.add_argument("--count", type=int, default=200, help="images (default: %(default)s)")
+    prior.add_argument("--prompt", action="append", default=[], help="texts, in turn (default: the run's own captions)")
+    prior.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
 
     encode = add("encode", "Image files to latents, by a trained run or by published weights.")
     _codec(encode)
@@ -136,6 +153,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _workdir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, help="folder of the run, local or gs://")
+
+
+def _adapters(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--adapters", help="folder of peft's files, one folder a network, to merge; with --workdir")
 
 
 def _generation(parser: argparse.ArgumentParser) -> None:

@@ -15,13 +15,40 @@ Flip = Literal["none", "random"]
 
 
 @dataclasses.dataclass(frozen=True)
+class TuningConfig:
+    """The data source "tuning": a few new examples, and what keeps a network from forgetting (see `recipes.adapters`).
+
+    Attributes:
+        new: "folder": own images with captions that say the new word, in `data.path`. "moon": rendered pictures of an
+            object that no scene of the shapes world has.
+        word: "moon": what captions call it.
+        examples: "moon": how many pictures there are.
+        seed: "moon": which.
+        prior: where every other example is from: "folder" is `prior_path`, such as `snapgen adapters prior` draws by
+            the network itself; "shapes", "digits" and "tfds" as for `data.source`; "none" leaves them out.
+        prior_path: "folder": the folder; as `data.path` otherwise.
+    """
+
+    new: Literal["folder", "moon"] = "folder"
+    word: str = "moon"
+    examples: int = 10
+    seed: int = 0
+    prior: Literal["none", "folder", "shapes", "digits", "tfds"] = "none"
+    prior_path: str = ""
+
+    def __post_init__(self) -> None:
+        check(self, examples=at_least(1), seed=at_least(0))
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Which examples, and how they become batches.
 
     Attributes:
         source: "shapes" (rendered scenes), "digits" (scikit-learn's scanned digits), "folder" (own images with
-            captions), "tfds" (any TFDS image data set) or "synthetic" (random batches of whatever shapes the recipe
-            asks for, drawn once: a run on them shows the speed of the device alone).
+            captions), "tfds" (any TFDS image data set), "tuning" (a few new examples beside others) or "synthetic"
+            (random batches of whatever shapes the recipe asks for, drawn once: a run on them shows the speed of the
+            device alone).
         path: "folder": the folder. "tfds": the data directory; empty means TFDS's default.
         name: "tfds": the data set, with config and version where wanted: "imagenet2012", "coco_captions/2014:1.1.0".
         train_split: "tfds": TFDS split of the training examples.
@@ -47,9 +74,10 @@ class DataConfig:
         prefetch: batches that each process prepares ahead.
         max_unreadable_share: share of the drawn examples that may be unreadable before the run stops.
         shapes: the shapes data set.
+        tuning: "tuning": which examples are new, and which are not.
     """
 
-    source: Literal["shapes", "digits", "folder", "tfds", "synthetic"] = "shapes"
+    source: Literal["shapes", "digits", "folder", "tfds", "tuning", "synthetic"] = "shapes"
     path: str = ""
     name: str = ""
     train_split: str = "train"
@@ -70,6 +98,7 @@ class DataConfig:
     prefetch: int = 2
     max_unreadable_share: float = 0.01
     shapes: ShapesConfig = dataclasses.field(default_factory=ShapesConfig)
+    tuning: TuningConfig = TuningConfig()
 
     def __post_init__(self) -> None:
         check(self, validation_share=below(1), vocab_size=at_least(1), workers=at_least(0), threads=at_least(1))

@@ -57,6 +57,7 @@ SOURCES = {
     "digits": "snapgen_jax.data.digits",
     "folder": "snapgen_jax.data.folder",
     "tfds": "snapgen_jax.data.tfds_source",
+    "tuning": "snapgen_jax.data.tuning_source",
 }
 
 

@@ -20,6 +20,7 @@ def export_run(
     backend: Backend = "jax2tf",
     decoder: epath.PathLike | None = None,
     gpu_check: GPUCheck = "check",
+    adapters: str | None = None,
 ) -> dict[str, float]:
     """Exports a trained run as a bundle for phones, checked against JAX on the way.
 
@@ -29,6 +30,7 @@ def export_run(
         backend: which converter.
         decoder: a run of a tiny decoder that takes the place of the codec's decoder.
         gpu_check: see `export_bundle`.
+        adapters: folder of peft's files, which are merged; see `generation.load`.
 
     Returns:
         What was measured, `export.*`.
@@ -42,7 +44,7 @@ def export_run(
         require(backend)
     except ImportError as error:
         raise ConfigError(str(error)) from error
-    generator = load(workdir, platform="cpu", decoder=decoder)
+    generator = load(workdir, platform="cpu", decoder=decoder, adapters=adapters)
     recipe, params, frozen = generator.recipe, generator.params, generator.frozen
     try:
         recipe.exports()

@@ -129,7 +129,7 @@ def _load_autoencoder(config: CodecConfig, spec: Tree, mesh: Mesh | None) -> Tre
             f"published weights.\n{source('sd3_vae').advice}"
         )
     folder = epath.Path(config.workdir)
-    if not _is_published(folder):
+    if not is_published(folder):
         held = load_run(folder, {"autoencoder": spec}, mesh=mesh, rules=config.autoencoder.rules())
         return held["autoencoder"]
     return _load_published("sd3_vae", folder, sd3_autoencoder, config.autoencoder, spec, mesh)
@@ -222,7 +222,7 @@ def _load_published(name: str, folder: epath.PathLike, maps: Any, config: Any, s
         raise ConfigError(str(error)) from error
 
 
-def _is_published(folder: epath.Path) -> bool:
+def is_published(folder: epath.Path) -> bool:
     """A folder with a network's `config.json`, and not the workdir of a run, whose config names a recipe."""
     path = folder / "config.json"
     try:
