@@ -22,6 +22,8 @@ CORE = [
     "einops>=0.8",
     "etils[epath]>=1.13",
     "absl-py>=2.1",
+    "msgpack>=1.1",
+    "ml-dtypes>=0.5",
     "numpy>=2.0",
     "psutil>=6",
     "scipy>=1.13",
@@ -44,6 +46,12 @@ EXPORT = [
 EXPORT_LITERT = [  # without TensorFlow: `snapgen export --backend=litert`
     *LITERT,
     "litert-converter==0.5.0; (sys_platform == 'linux' and platform_machine == 'x86_64') or sys_platform == 'darwin'",
+]
+PREPARE = [  # `snapgen prepare`
+    "apache-beam>=2.68",
+    "datasets>=4",  # Hugging Face data sets that were saved on disk
+    "imagehash>=4.3",
+    "pyarrow>=20",
 ]
 MIRRORS = ["trackio>=0.40", "wandb>=0.20"]  # services that show the metrics of a run: `mirror.kind`
 TPU = [
@@ -80,12 +88,14 @@ setup(
     install_requires=CORE,
     extras_require={
         "tpu": TPU,
+        "prepare": PREPARE,
         "mirrors": MIRRORS,
         "cuda": ["jax[cuda13]"],
         "export": EXPORT,
         "export-litert": EXPORT_LITERT,
+        "hub": ["huggingface_hub>=1.0"],  # `snapgen weights push` and `pull`; transformers brings it too
         "oracle": ["torch==2.13.0", "diffusers==0.42.1", "transformers==5.23.0", "accelerate"],
-        "dev": sorted({*DEV, *EXPORT, *EXPORT_LITERT}),
+        "dev": sorted({*DEV, *PREPARE, *EXPORT, *EXPORT_LITERT}),
     },
     entry_points={"console_scripts": ["snapgen = snapgen_jax.cli:entry"]},
 )

@@ -107,7 +107,9 @@ def _imported_libraries() -> Iterator[tuple[str, str]]:
 
 def test_every_library_that_the_package_imports_is_a_direct_requirement(setup_arguments):
     """Not one that happens to come along with another."""
-    requirements = setup_arguments["install_requires"] + setup_arguments["extras_require"]["export"]
+    extras = setup_arguments["extras_require"]
+    used = ("export", "prepare", "hub")
+    requirements = [*setup_arguments["install_requires"], *(text for name in used for text in extras[name])]
     direct = {canonicalize_name(Requirement(text).name) for text in requirements}
     owners = importlib.metadata.packages_distributions()
     for library, where in _imported_libraries():
@@ -116,8 +118,17 @@ def test_every_library_that_the_package_imports_is_a_direct_requirement(setup_ar
 
 
 def test_the_extras_that_the_readme_promises_exist(setup_arguments):
-    extras = {"tpu", "cuda", "mirrors", "export", "export-litert", "oracle", "dev"}
-    assert set(setup_arguments["extras_require"]) == extras
+    assert set(setup_arguments["extras_require"]) == {
+        "tpu",
+        "cuda",
+        "export",
+        "export-litert",
+        "hub",
+        "mirrors",
+        "oracle",
+        "prepare",
+        "dev",
+    }
     assert setup_arguments["python_requires"] == ">=3.11,<3.14"
 
 
