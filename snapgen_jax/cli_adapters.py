@@ -17,7 +17,7 @@ def add_adapters(commands: Any) -> None:
     export.add_argument("--workdir", required=True, help="run of the recipe adapters, local or gs://")
     export.add_argument("--out", required=True, help="folder to write")
     export.add_argument("--step", type=int, help="checkpoint (default: the newest)")
-    text = "Draw images by a trained run, with captions, for data.tuning.prior_path."
+    text = "Draw images by a trained run, with captions: a folder for data.mixture."
     prior = actions.add_parser("prior", help=text, description=text)
     prior.add_argument("--workdir", required=True, help="the run that is to be adapted, local or gs://")
     prior.add_argument("--out", required=True, help="folder to write")

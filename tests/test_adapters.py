@@ -8,7 +8,7 @@ import pytest
 
 from snapgen_jax.cli import main
 from snapgen_jax.config import load_experiment
-from snapgen_jax.data.config import DataConfig, TuningConfig
+from snapgen_jax.data.config import DataConfig, DomainConfig
 from snapgen_jax.data.sources import build_source
 from snapgen_jax.experiment import Experiment
 from snapgen_jax.generation import load
@@ -71,11 +71,11 @@ def test_a_network_draws_its_own_prior_which_the_data_source_reads(base, tmp_pat
     lines = [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]
     assert [line["text"] for line in lines] == ["a ring", "a blue star", "a ring"]
     expected = load(base).generate(["a ring", "a blue star", "a ring"])
-    tuning = TuningConfig(new="moon", prior="folder", prior_path=str(out))
-    source = build_source(DataConfig(source="tuning", tuning=tuning, validation_share=0.0), "train")
+    domains = DomainConfig(source="new_object"), DomainConfig(source="folder", path=str(out), validation_share=0.0)
+    source = build_source(DataConfig(mixture=domains), "train")
     rng = np.random.default_rng(0)
     for i in range(3):
-        np.testing.assert_array_equal(source.example(2 * i + 1, rng)["image"], expected[i])
+        np.testing.assert_array_equal(source.example(10 + i, rng)["image"], expected[i])
     assert main(command) == ExitCode.BAD_CONFIG
     assert "holds images already; give --out another folder" in capsys.readouterr().err
 

@@ -52,7 +52,13 @@ TRIALS = {
             "permuted captions": Draw(evaluators=("new_object",), wrap=PermutedCaptions),
         },
     ),
-    "no prior": Trial("adapters", ADAPTERS, ("data.tuning.prior=none",), {"base": "base"}, {"": Draw(evaluators=BOTH)}),
+    "no prior": Trial(
+        "adapters",
+        ADAPTERS,
+        ("data.mixture=()", "data.source=new_object"),
+        {"base": "base"},
+        {"": Draw(evaluators=BOTH)},
+    ),
 }
 
 CLAIMS = (

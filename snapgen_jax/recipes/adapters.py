@@ -1,10 +1,11 @@
 """Adapters: a trained network learns something new from a few images, through small matrices beside its weights.
 
-    W' = W + s B A,   L = mean_new ||v - v_target||^2 + w mean_prior ||v - v_target||^2
+    W' = W + s B A,   L = E_new ||v - v_target||^2 + w E_prior ||v - v_target||^2
 
 W is frozen and comes from a trained run or from published weights; A and B are the only parameters (Hu et al. 2021,
 "LoRA"). The second term is DreamBooth's prior preservation (Ruiz et al. 2022, eq. 2): examples of what the network
-drew before, or data that it was trained on, keep it from forgetting. A source marks them in the array "prior".
+drew before, or data that it was trained on, keep it from forgetting. They are a source of `data.mixture`, and w is its
+weight over that of the new examples.
 
 The loss, the sampling and the export are those of `flow_matching`, asked with the merged weights.
 """
@@ -21,7 +22,6 @@ import optax
 from etils import epath
 from jax.sharding import Mesh, PartitionSpec
 
-from snapgen_jax.bounds import at_least, check
 from snapgen_jax.inputs.interfaces import Inputs, TokenizerSpec
 from snapgen_jax.networks.lora import A, B, LoraConfig, adapted, init_adapters, merge
 from snapgen_jax.networks.mmdit import MMDiTConfig
@@ -41,7 +41,6 @@ from snapgen_jax.weights.frozen import is_published, load_mmdit, load_run
 
 Tree = Any
 ROLE = "adapters"
-PRIOR = "prior"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,16 +52,10 @@ class AdaptersConfig(FlowMatchingConfig):
         base: the trained run whose averaged weights are adapted; or the folder `transformer/` of a published Stable
             Diffusion 3.5. A text encoder that was trained in that run is read from there too.
         lora: which weights, and how.
-        prior_weight: w, of the examples that the source marks as "prior"; 1 needs no mark.
     """
 
     base: str = ""
     lora: LoraConfig = LoraConfig()
-    prior_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self, prior_weight=at_least(0))
 
 
 class Adapters:
@@ -155,13 +148,8 @@ class Adapters:
     # --- shapes ---
 
     def batch_specs(self) -> Specs:
-        """Those of the inputs; and `prior` float32 `[B]`, 1 for such an example and 0 for a new one, if it is
-        weighted."""
-        specs = self.method.batch_specs()
-        if self.config.prior_weight == 1:
-            return specs
-        mark = jax.ShapeDtypeStruct((self.config.batch_size,), jnp.float32)
-        return {bucket: {**arrays, PRIOR: mark} for bucket, arrays in specs.items()}
+        """Those of the inputs."""
+        return self.method.batch_specs()
 
     def tokenizers(self) -> Mapping[str, TokenizerSpec]:
         """Those of the inputs; where the base run trained one, that."""
@@ -183,7 +171,7 @@ class Adapters:
         config, player = self.config, state.players["model"]
         drawn = self._draw(state, frozen, batch, key)
         grads, loss, _ = accumulate_gradients(
-            lambda params, drawn: (self._loss(self.weights({"model": params}, frozen), drawn), {}),
+            lambda params, drawn: self.method.loss(self.weights({"model": params}, frozen), drawn, {}),
             player.params,
             drawn,
             config.microbatches,
@@ -196,15 +184,7 @@ class Adapters:
 
     def _draw(self, state: TrainState, frozen: Tree, batch: Tree, key: jax.Array) -> Tree:
         networks = self.weights({"model": state.players["model"].params}, frozen)
-        drawn = self.method.draw(networks, batch, key, state.step)
-        return {**drawn, PRIOR: batch[PRIOR]} if PRIOR in batch else drawn
-
-    def _loss(self, networks: Tree, drawn: Tree) -> jax.Array:
-        """Mean loss, in which an example of the prior counts `prior_weight` times."""
-        losses, _, _ = self.method.examine(networks, drawn, {})
-        if PRIOR in drawn:
-            losses = losses * jnp.where(drawn[PRIOR] > 0, self.config.prior_weight, 1.0)
-        return jnp.mean(losses)
+        return self.method.draw(networks, batch, key, state.step)
 
     def parts(self) -> Mapping[str, Part]:
         """ "draw", all that comes before the loss."""

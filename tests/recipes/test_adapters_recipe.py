@@ -136,20 +136,6 @@ def test_it_starts_from_earlier_adapters(base, tuned):
     assert fingerprint(started.players["model"].params) == fingerprint(earlier["model"])
 
 
-def test_an_example_of_the_prior_counts_as_often_as_its_weight(base):
-    recipe, even = adapters(base[0], prior_weight=3.0), adapters(base[0])
-    assert recipe.batch_specs()["8x8"]["prior"].shape == (16,) and "prior" not in even.batch_specs()["8x8"]
-    frozen, batch = even.load_frozen(None), greys(0, 16)
-    prior = (np.arange(16) % 2).astype(np.float32)
-    drawn = {"prior": prior} | METHOD.draw(frozen, batch, jax.random.key(3))
-    each = np.asarray(look(frozen, batch)[1])
-    weighted = jax.jit(recipe._loss)({**frozen, "adapters": {}}, drawn)
-    np.testing.assert_allclose(weighted, (each * np.where(prior, 3, 1)).mean(), rtol=1e-5)
-    state = jax.eval_shape(recipe.init, key(0, 0, "init"))
-    given = jax.eval_shape(recipe._draw, state, frozen, {**batch, "prior": prior}, jax.random.key(3))
-    assert given["prior"].shape == (16,)
-
-
 def test_what_it_exports_are_the_merged_weights(base, tuned):
     recipe, method = adapters(base[0]), METHOD
     weights = recipe.weights({"model": tuned[1].players["model"].ema}, recipe.load_frozen(None))
@@ -193,11 +179,9 @@ def test_published_weights_are_asked_for_a_network_of_their_kind(tmp_path):
         adapters(tmp_path).load_frozen(None)
 
 
-def test_a_target_that_finds_nothing_and_a_negative_weight_are_refused():
+def test_a_target_that_finds_nothing_is_refused():
     with pytest.raises(ValueError, match="targets: 'decoder' finds no weight"):
         adapters(lora=LoraConfig(targets=("decoder",)))
-    with pytest.raises(ValueError, match="prior_weight is -1"):
-        adapters(prior_weight=-1.0)
 
 
 def test_the_tokenizer_is_that_of_the_base(base):
