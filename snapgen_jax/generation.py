@@ -14,7 +14,7 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, cast, get_type_hints
+from typing import Any, Protocol, cast, get_type_hints, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,8 @@ from snapgen_jax.data.pretrained_tokenizers import PretrainedTokenizer
 from snapgen_jax.data.tokenizer import CaptionTokenizer
 from snapgen_jax.data.tokenizer_specs import load_tokenizers
 from snapgen_jax.diffusion.noise import word
-from snapgen_jax.networks.module import Platform
+from snapgen_jax.networks.lora import merge
+from snapgen_jax.networks.module import Network, Platform
 from snapgen_jax.parallel.mesh import make_mesh
 from snapgen_jax.systems import sd35
 from snapgen_jax.systems.sd35 import SD35, SD35Config, SD35Generator
@@ -38,6 +39,7 @@ from snapgen_jax.typed import closest, coerce
 from snapgen_jax.weights.checkpoint import WeightsError
 from snapgen_jax.weights.folder import is_weights_folder, runs_of
 from snapgen_jax.weights.frozen import load_players
+from snapgen_jax.weights.peft import read_peft, roles_in
 
 Tree = Any
 
@@ -339,6 +341,7 @@ def load(
     step: int | None = None,
     platform: str | None = None,
     decoder: epath.PathLike | None = None,
+    adapters: str | os.PathLike[str] | None = None,
 ) -> Generator:
     """The generator of a trained run. One on stored inputs runs their encoders, where its config names weights of them,
     so that it takes prompts and gives images.
@@ -348,9 +351,10 @@ def load(
         step: which checkpoint; the newest by default.
         platform: "cpu", "gpu" or "tpu"; by default the one JAX runs on.
         decoder: a run of `decoder_distillation` whose tiny decoder takes the place of the codec's decoder.
+        adapters: local folder of peft's files, one folder a network (`unet/`, `text/`), which are merged.
 
     Raises:
-        ConfigError: there is no run, no checkpoint, or one of another shape.
+        ConfigError: there is no run, no checkpoint, or one of another shape; or the adapters do not fit.
     """
     workdir = epath.Path(workdir)
     config = load_config(workdir)
@@ -358,7 +362,48 @@ def load(
     recipe = resolved.build(platform or jax.default_backend())
     weights = load_weights(workdir, recipe, step)  # first: a run that has none yet may have no tokenizer either
     tokenizer = load_tokenizers(recipe.tokenizers(), workdir / "tokenizer.json")
-    return Generator(recipe, weights, recipe.load_frozen(None, "generate"), tokenizer)
+    frozen = recipe.load_frozen(None, "generate")
+    if adapters is not None:
+        weights, frozen = with_adapters(recipe, weights, frozen, pathlib.Path(adapters))
+    return Generator(recipe, weights, frozen, tokenizer)
+
+
+@runtime_checkable
+class _HasNetworks(Protocol):
+    """A recipe whose roles are networks as they are."""
+
+    def networks(self) -> dict[str, Network]: ...
+
+
+def with_adapters(recipe: Recipe, params: Tree, frozen: Tree, folder: pathlib.Path) -> tuple[Tree, Tree]:
+    """Weights with adapters merged, wherever the network that they are of is held.
+
+    Args:
+        recipe: of the run.
+        params: `{player: weights}`.
+        frozen: its frozen networks.
+        folder: of peft's files, a folder each network (`unet/`, `text/`).
+
+    Returns:
+        The two trees; what is adapted is float32.
+
+    Raises:
+        ConfigError: the recipe holds no networks as they are, or the adapters do not fit.
+    """
+    if not isinstance(recipe, _HasNetworks):
+        raise ConfigError(f"a run of {type(recipe).__name__} takes no further adapters; give the run that it adapts")
+    networks = recipe.networks()
+    try:
+        for role in roles_in(folder):
+            if role not in networks:
+                raise ConfigError(f"{folder} has adapters of {role!r}; this run holds {', '.join(networks)}")
+            found, scale = read_peft(folder / role, networks[role].config)
+            merged = {name: merge(held, {role: found}, scale) for name, held in params.items() if role in held}
+            params = {**params, **merged}
+            frozen = merge(frozen, {role: found}, scale) if role in frozen else frozen
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return params, frozen
 
 
 def load_weights(workdir: epath.PathLike, recipe: Recipe, step: int | None = None) -> Tree:

@@ -30,6 +30,7 @@ MADE = re.compile(
     r"""\.venv(-oracle)? | (quickstart/)?report\.html | photo\.\w+ | metadata\.\w+  # environments, reports, one's own
     | (OUT/)?\.collecting  # while images are collected
     | config\.json | run\.json | (checkpoints|metrics|samples|export)/[\w.]*     # of a workdir
+    | transformer/ | moon/[\w/.]+ | adapter_model\.safetensors | text/token_embedding  # of adapters
     | weights\.json | (text_encoder|vae|runs)/[\w/]* | model\.safetensors  # of a folder of weights
     | manifest\.json | tokenizer\.json | program\.json | golden/[\w.]* | scheduler\.json     # of a bundle
     | (client|noise|program|sampler|verify)\.py
