@@ -7,7 +7,7 @@
 Every stage of every unit is a process of its own, whose peak memory (the most that it held, VmHWM) is its own: the
 conversion to float32, the cast to float16, the reference in JAX, and LiteRT on either file. `ms` is the median of
 `--runs` calls after the first, on `--threads` threads, and `cpu_ms` the processor time of one, which other work on the
-machine hardly changes; so are `seconds` and `cpu_seconds` of a conversion. A conversion of a UNet takes 14 GB of memory.
+machine hardly changes; so are `seconds` and `cpu_seconds` of a conversion. A UNet takes 14 GB to convert.
 """
 
 from __future__ import annotations
