@@ -21,7 +21,7 @@ from etils import epath
 
 from snapgen_jax.cli_exit import run_to_exit_code
 from snapgen_jax.cli_parser import build_parser, generation_options, split_beam, split_overrides
-from snapgen_jax.cli_prepare import run_prepare
+from snapgen_jax.cli_prepare import run_prepare, start_cluster
 from snapgen_jax.process import began, prepare
 from snapgen_jax.training.exits import ConfigError
 
@@ -117,13 +117,9 @@ def _chain(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from snapgen_jax.experiment import Experiment
-    from snapgen_jax.parallel import hosts
 
     resolved = _load_experiment(options)
-    try:
-        hosts.start(options.processes, options.coordinator, options.index, options.start_timeout_seconds)
-    except hosts.ClusterError as error:
-        raise ConfigError(str(error)) from error
+    start_cluster(options)
     Experiment(resolved, options.workdir).train(began())
 
 

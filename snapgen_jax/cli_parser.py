@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from snapgen_jax.cli_prepare import add_prepare
+from snapgen_jax.cli_prepare import add_cluster, add_prepare
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.typed import Written
 
@@ -35,12 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     train = add("train", "Train, or go on training, to the end of a config.")
     _workdir(train)
     _config(train)
-    train.add_argument("--processes", type=int, help="how many processes the run has (default: what the cluster says)")
-    train.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where no cluster says it")
-    train.add_argument("--index", type=int, help="of this process, with --coordinator")
-    train.add_argument(
-        "--start_timeout_seconds", type=int, default=1800, help="how long to wait for the others (default: %(default)s)"
-    )
+    add_cluster(train)
 
     config = add("config", "Print a config with every default filled in.")
     _config(config)

@@ -323,7 +323,7 @@ def _with_decoder(config: ConfigDict, decoder: epath.PathLike) -> ConfigDict:
     if other.recipe != "decoder_distillation":
         raise ConfigError(f"{decoder} is a run of {other.recipe!r}; a decoder is trained by 'decoder_distillation'")
     inputs: Any = config.inputs
-    codec: Any = inputs.get("codec")
+    codec: Any = inputs.get("codec") or inputs.get("encoders", {}).get("codec")
     if codec is None or codec.kind != "autoencoder":
         raise ConfigError(
             "this run's latents are not those of an autoencoder, so there is nothing for a trained decoder to decode; "
@@ -340,7 +340,8 @@ def load(
     platform: str | None = None,
     decoder: epath.PathLike | None = None,
 ) -> Generator:
-    """The generator of a trained run.
+    """The generator of a trained run. One on stored inputs runs their encoders, where its config names weights of them,
+    so that it takes prompts and gives images.
 
     Args:
         workdir: local or object-store folder of the run, or a folder that `snapgen weights export` made of it.
@@ -352,7 +353,9 @@ def load(
         ConfigError: there is no run, no checkpoint, or one of another shape.
     """
     workdir = epath.Path(workdir)
-    recipe = load_recipe(workdir, platform, decoder)
+    config = load_config(workdir)
+    resolved = resolve(config if decoder is None else _with_decoder(config, decoder), name=str(workdir)).drawing()
+    recipe = resolved.build(platform or jax.default_backend())
     weights = load_weights(workdir, recipe, step)  # first: a run that has none yet may have no tokenizer either
     tokenizer = load_tokenizers(recipe.tokenizers(), workdir / "tokenizer.json")
     return Generator(recipe, weights, recipe.load_frozen(None, "generate"), tokenizer)

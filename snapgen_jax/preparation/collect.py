@@ -24,7 +24,16 @@ from etils import epath
 
 from snapgen_jax.data.errors import DataError
 from snapgen_jax.data.records import pack, unpack
-from snapgen_jax.data.shards import MANIFEST, Manifest, Shard, StoredArray, shard_name, write_shard
+from snapgen_jax.data.shards import (
+    MANIFEST,
+    Manifest,
+    Shard,
+    StoredArray,
+    check_files,
+    read_manifest,
+    shard_name,
+    write_shard,
+)
 from snapgen_jax.preparation.collect_config import CollectConfig
 from snapgen_jax.preparation.extra import require
 from snapgen_jax.preparation.inspection import (
@@ -77,20 +86,20 @@ class Outcome:
 
 
 def collect(config: CollectConfig, out: epath.PathLike, beam_options: Sequence[str] = ()) -> Outcome:
-    """Collects a source into a folder of shards.
+    """Collects a source into a folder of shards; reads nothing again where they are there already, of this config.
 
     Args:
         config: what is collected.
-        out: a folder without a manifest; made where it is missing.
+        out: a folder without the shards of another collection; made where it is missing.
         beam_options: Beam's own, such as "--runner=DataflowRunner"; none runs in this process.
 
     Raises:
-        DataError: the folder holds a collection, the source cannot be used, nothing is kept, or the disk is full. No
-            manifest is written.
+        DataError: the folder holds another collection, the source cannot be used, nothing is kept, or the disk is full.
+            No manifest is written.
     """
     folder = epath.Path(out).expanduser()
     if (folder / MANIFEST).exists():
-        raise DataError(f"{folder} holds a collection, with its {MANIFEST}; name another folder, or remove this one")
+        return _collected(folder, config)
     require("apache_beam")
     source = build_source(config)
     units = source.units()
@@ -354,6 +363,22 @@ def _outcome(packed: bytes) -> Outcome:
         values["captions"],
         tuple(sorted(shards, key=lambda shard: shard.file)),
     )
+
+
+def _collected(folder: epath.Path, config: CollectConfig) -> Outcome:
+    """What a folder holds that is done.
+
+    Raises:
+        DataError: it is no collection, one of another config, or a shard of it is missing or cut.
+    """
+    manifest = read_manifest(folder)
+    asked = json.loads(json.dumps(dataclasses.asdict(config)))
+    if manifest.kind != "images" or manifest.facts.get("config") != asked:
+        raise DataError(f"{folder} holds another collection; name another folder, or remove this one")
+    check_files(folder, manifest)
+    facts = manifest.facts
+    sizes = {int(size): count for size, count in facts["sizes"].items()}
+    return Outcome({"": facts["kept"], **facts["rejected"]}, {}, sizes, facts["captions"], manifest.shards)
 
 
 def _manifest(config: CollectConfig, outcome: Outcome) -> Manifest:

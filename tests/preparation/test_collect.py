@@ -127,8 +127,11 @@ def test_another_parallelism_gives_the_same_bytes(collected, folder, tmp_path, c
     assert main([*command, *beam]) == 0
     assert contents(tmp_path) == contents(collected[0])
     assert f"kept {len(KEPT)} of {len(KEPT) + 10} images" in capsys.readouterr().out
-    assert main(command) == 78  # it is there
-    assert "holds a collection" in capsys.readouterr().err
+    before = contents(tmp_path)
+    assert main(command) == 0 and contents(tmp_path) == before  # it is there
+    assert f"kept {len(KEPT)} of {len(KEPT) + 10} images" in capsys.readouterr().out
+    assert main([*command, "--config.shards=4"]) == 78
+    assert "holds another collection" in capsys.readouterr().err and contents(tmp_path) == before
 
 
 class Page(html.parser.HTMLParser):
