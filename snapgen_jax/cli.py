@@ -115,14 +115,20 @@ def _chain(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from snapgen_jax.experiment import Experiment
-    from snapgen_jax.parallel import hosts
 
     resolved = _load_experiment(options)
+    _join_others(options)
+    Experiment(resolved, options.workdir).train(began())
+
+
+def _join_others(options: argparse.Namespace) -> None:
+    """Forms the cluster of a command that several processes share."""
+    from snapgen_jax.parallel import hosts
+
     try:
         hosts.start(options.processes, options.coordinator, options.index, options.start_timeout_seconds)
     except hosts.ClusterError as error:
         raise ConfigError(str(error)) from error
-    Experiment(resolved, options.workdir).train(began())
 
 
 def _data(options: argparse.Namespace) -> None:
@@ -250,6 +256,27 @@ def _draw_bundle(
     return outputs["image"]
 
 
+def _draw_many(options: argparse.Namespace) -> None:
+    from snapgen_jax.drawing import draw_run
+
+    _join_others(options)
+    _say_compiling("the generator")
+    drawn, count = draw_run(
+        options.workdir,
+        options.out,
+        options.count,
+        classes=options.classes,
+        prompts=options.prompts,
+        step=options.step,
+        decoder=options.decoder,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        options=options.generation,
+        npz=options.npz,
+    )
+    print(f"drew {drawn:,} of {count:,} images to {options.out}; the others were there, or are other hosts'")
+
+
 def _evaluate(options: argparse.Namespace) -> None:
     from snapgen_jax.scoring import configured, evaluate
 
@@ -364,6 +391,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "train": _train,
     "config": _show_config,
     "sample": _sample,
+    "draw": _draw_many,
     "evaluate": _evaluate,
     "export": _export,
     "encode": _encode,

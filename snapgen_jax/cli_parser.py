@@ -34,12 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     train = add("train", "Train, or go on training, to the end of a config.")
     _workdir(train)
     _config(train)
-    train.add_argument("--processes", type=int, help="how many processes the run has (default: what the cluster says)")
-    train.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where no cluster says it")
-    train.add_argument("--index", type=int, help="of this process, with --coordinator")
-    train.add_argument(
-        "--start_timeout_seconds", type=int, default=1800, help="how long to wait for the others (default: %(default)s)"
-    )
+    _processes(train)
 
     config = add("config", "Print a config with every default filled in.")
     _config(config)
@@ -68,6 +63,25 @@ def build_parser() -> argparse.ArgumentParser:
         help="one sheet of all images; or a folder, with / at its end, or a name with {index} or %%03d for one file an "
         "image; .png, .jpg, .jpeg or .webp (default: %(default)s)",
     )
+
+    draw = add("draw", "Many images of a trained run, a file each, over all hosts: 50,000 for a FID. Resumes.")
+    _workdir(draw)
+    draw.add_argument("--out", required=True, help="folder for 000000.png, 000001.png ...; local or gs://")
+    draw.add_argument("--count", type=int, help="how many images (default: one for each line of --prompts)")
+    told = draw.add_mutually_exclusive_group()
+    told.add_argument(
+        "--classes",
+        metavar="uniform|FILE",
+        help="every class as often, by label or by its name, which FILE has one a line in place of the run's own",
+    )
+    told.add_argument("--prompts", metavar="FILE", help="one prompt a line, taken in turn")
+    _generation(draw)
+    draw.add_argument("--seed", type=int, default=0, help="of the noise, from 0 to 4294967295 (default: %(default)s)")
+    draw.add_argument("--step", type=int, help="checkpoint (default: the newest)")
+    draw.add_argument("--decoder", help="a run of a tiny decoder, in place of the run's own")
+    draw.add_argument("--batch_size", type=int, default=32, help="images on a device at a time (default: %(default)s)")
+    draw.add_argument("--npz", metavar="FILE", help="also all images as one array, which ADM's evaluation reads")
+    _processes(draw)
 
     evaluate = add("evaluate", "Score a trained run.")
     _workdir(evaluate)
@@ -137,6 +151,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _workdir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, help="folder of the run, local or gs://")
+
+
+def _processes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--processes", type=int, help="how many processes the run has (default: what the cluster says)")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where no cluster says it")
+    parser.add_argument("--index", type=int, help="of this process, with --coordinator")
+    parser.add_argument(
+        "--start_timeout_seconds", type=int, default=1800, help="how long to wait for the others (default: %(default)s)"
+    )
 
 
 def _generation(parser: argparse.ArgumentParser) -> None:

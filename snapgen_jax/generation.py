@@ -28,7 +28,7 @@ from snapgen_jax.data.tokenizer import CaptionTokenizer
 from snapgen_jax.data.tokenizer_specs import load_tokenizers
 from snapgen_jax.diffusion.noise import word
 from snapgen_jax.networks.module import Platform
-from snapgen_jax.parallel.mesh import make_mesh
+from snapgen_jax.parallel.mesh import make_mesh, put_batch
 from snapgen_jax.systems import sd35
 from snapgen_jax.systems.sd35 import SD35, SD35Config, SD35Generator
 from snapgen_jax.training.checkpoint import Checkpointer
@@ -48,10 +48,19 @@ class Generator:
         params: `{player: weights}`, averaged ones where the run keeps an average.
         frozen: the recipe's frozen networks.
         tokenizer: prompts to ids; None for a recipe that reads no text, which takes no prompts.
+        mesh: of devices of this process, over which a batch is split; None for one device.
     """
 
-    def __init__(self, recipe: Recipe, params: Tree, frozen: Tree, tokenizer: CaptionTokenizer | None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        params: Tree,
+        frozen: Tree,
+        tokenizer: CaptionTokenizer | None,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
         self.recipe, self.params, self.frozen, self.tokenizer = recipe, params, frozen, tokenizer
+        self.mesh = mesh
         self._jitted = functools.lru_cache(maxsize=16)(self._jit)
 
     def _jit(self, options: Any) -> Any:
@@ -59,13 +68,18 @@ class Generator:
             keys = example_keys(seed, indices)
             return self.recipe.generate(params, frozen, conditions, keys, options)
 
-        return jax.jit(generate, out_shardings=on_every_host(self.params))
+        return jax.jit(generate, out_shardings=on_every_host(self.params) if self.mesh is None else None)
 
     def with_weights(self, params: Tree, frozen: Tree) -> Generator:
         """The same with other arrays of the same shapes; what was compiled for one serves both."""
         other = copy.copy(self)
         other.params, other.frozen = params, frozen
         return other
+
+    @property
+    def devices(self) -> int:
+        """Over how many devices a batch is split."""
+        return 1 if self.mesh is None else self.mesh.size
 
     @property
     def takes_prompts(self) -> bool:
@@ -120,7 +134,8 @@ class Generator:
                 edit or stored text states, and "noise". Alone, or beside prompts.
             seed: of the noise, from 0 to 2**32 - 1. An exported bundle draws the same from it; see `diffusion.noise`.
             indices: N integers within the same bounds, by default 0 .. N-1. An unconditional recipe takes N from them.
-            batch_size: examples computed together; one program serves any N that is at least this.
+            batch_size: examples computed together; one program serves any N that is at least this. With a mesh, a
+                multiple of its devices.
             options: fields of `recipe.options`, such as `steps` and `guidance`.
 
         Raises:
@@ -145,7 +160,10 @@ class Generator:
         for start in range(0, count, size):
             rows = np.arange(start, start + size) % count  # the last batch is filled up, so that one program serves
             batch = {name: array[rows] for name, array in arrays.items()}
-            outputs = jitted(self.params, self.frozen, batch, drawn_from, where[rows])
+            batch, indices_here = (
+                (batch, where[rows]) if self.mesh is None else put_batch((batch, where[rows]), self.mesh)
+            )
+            outputs = jitted(self.params, self.frozen, batch, drawn_from, indices_here)
             parts.append(jax.device_get(outputs))
         return {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
 
@@ -330,6 +348,7 @@ def load(
     step: int | None = None,
     platform: str | None = None,
     decoder: epath.PathLike | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Generator:
     """The generator of a trained run.
 
@@ -338,6 +357,7 @@ def load(
         step: which checkpoint; the newest by default.
         platform: "cpu", "gpu" or "tpu"; by default the one JAX runs on.
         decoder: a run of `decoder_distillation` whose tiny decoder takes the place of the codec's decoder.
+        mesh: of devices of this process, which each hold all weights and share out a batch; None for one device.
 
     Raises:
         ConfigError: there is no run, no checkpoint, or one of another shape.
@@ -346,7 +366,9 @@ def load(
     recipe = load_recipe(workdir, platform, decoder)
     weights = load_weights(workdir, recipe, step)  # first: a run that has none yet may have no tokenizer either
     tokenizer = load_tokenizers(recipe.tokenizers(), workdir / "tokenizer.json")
-    return Generator(recipe, weights, recipe.load_frozen(None, "generate"), tokenizer)
+    if mesh is not None:
+        weights = jax.device_put(weights, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    return Generator(recipe, weights, recipe.load_frozen(mesh, "generate"), tokenizer, mesh)
 
 
 def load_weights(workdir: epath.PathLike, recipe: Recipe, step: int | None = None) -> Tree:

@@ -95,6 +95,7 @@ MAY_IMPORT = {
     "upgrade": ["config", "training.exits", "training.files"],
     # the edge
     "experiment": ["config", "data", "evaluation", "generation", "parallel", "training", "workdir"],
+    "drawing": ["config", "data", "generation", "parallel", "training", "typed"],
     "scoring": ["config", "evaluation", "experiment", "generation", "training.exits"],
     "planning": ["config", "parallel", "training"],
     "seeds": ["experiment", "parallel", "training"],

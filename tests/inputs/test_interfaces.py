@@ -9,6 +9,7 @@ import pytest
 from snapgen_jax.inputs._encodings import Encoding
 from snapgen_jax.inputs.captions import CaptionsConfig
 from snapgen_jax.inputs.class_labels import ClassLabelsConfig
+from snapgen_jax.inputs.clip_captions import ClipCaptionsConfig
 from snapgen_jax.inputs.encoders import EncodersConfig
 from snapgen_jax.inputs.images import ImagesConfig
 from snapgen_jax.inputs.interfaces import Inputs, is_kept, prefixed, subtree
@@ -37,6 +38,7 @@ SMALL = (
         conditioner=ConditionerConfig(width=32, language_width=16),
     ),
     StoredConfig(image_sizes=((32, 32),), context_width=16, pooled_width=16),
+    ClipCaptionsConfig(image_sizes=((32, 32),), codec=AUTOENCODER, clip_l=ClipTextConfig.preset("smoke")),
     StoredEncodingsConfig(
         image_sizes=((32, 32),),
         clip_l=Encoding(tokens=7, width=6, pooled=6),
