@@ -28,6 +28,7 @@ TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf
 MADE = re.compile(
     r"""\.venv(-oracle)? | quickstart/report\.html | photo\.\w+ | metadata\.\w+  # environments, reports, one's own
     | config\.json | run\.json | (checkpoints|metrics|samples|export)/[\w.]*     # of a workdir
+    | draw\.json | \d+\.png | drawn\.npz | imagenet_classes\.txt | LOC_synset_mapping\.txt   # of docs/imagenet.md
     | manifest\.json | tokenizer\.json | program\.json | golden/[\w.]* | (verify|noise)\.py  # of a bundle
     """,
     flags=re.VERBOSE,
