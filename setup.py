@@ -53,6 +53,7 @@ PREPARE = [  # `snapgen prepare`
     "imagehash>=4.3",
     "pyarrow>=20",
 ]
+MIRRORS = ["trackio>=0.40", "wandb>=0.20"]  # services that show the metrics of a run: `mirror.kind`
 TPU = [
     "jax[tpu]",
     "etils[epath-gcs]>=1.13",  # workdirs on gs:// where there is no TensorFlow to read them
@@ -88,9 +89,11 @@ setup(
     extras_require={
         "tpu": TPU,
         "prepare": PREPARE,
+        "mirrors": MIRRORS,
         "cuda": ["jax[cuda13]"],
         "export": EXPORT,
         "export-litert": EXPORT_LITERT,
+        "hub": ["huggingface_hub>=1.0"],  # `snapgen weights push` and `pull`; transformers brings it too
         "oracle": ["torch==2.13.0", "diffusers==0.42.1", "transformers==5.23.0", "accelerate"],
         "dev": sorted({*DEV, *PREPARE, *EXPORT, *EXPORT_LITERT}),
     },

@@ -20,14 +20,16 @@ from typing import Any
 from etils import epath
 
 from snapgen_jax.cli_exit import run_to_exit_code
-from snapgen_jax.cli_parser import build_parser, generation_options, split_overrides
+from snapgen_jax.cli_parser import build_parser, generation_options, split_beam, split_overrides
+from snapgen_jax.cli_prepare import run_prepare
 from snapgen_jax.process import began, prepare
 from snapgen_jax.training.exits import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
-    arguments, overrides = split_overrides(list(sys.argv[1:] if argv is None else argv))
+    arguments, beam = split_beam(list(sys.argv[1:] if argv is None else argv))
+    arguments, overrides = split_overrides(arguments)
     parser = build_parser()
     options, others = parser.parse_known_args(arguments)
     try:
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     if overrides and not hasattr(options, "config"):
         parser.error(f"`snapgen {options.command}` takes no --config overrides (given: {', '.join(overrides)})")
-    options.overrides = overrides
+    options.overrides, options.beam = overrides, beam
     _expand_home(options)
     _keep_compiled_programs()
     return run_to_exit_code(options.command, lambda: COMMANDS[options.command](options), lambda: _given(options))
@@ -49,7 +51,7 @@ def _expand_home(options: argparse.Namespace) -> None:
     from snapgen_jax.typed import expand_home
 
     for name, value in vars(options).items():
-        if name in ("prompt", "set", "overrides"):  # texts, and what the config's dataclasses read
+        if name in ("prompt", "set", "overrides", "beam"):  # texts, and what the config's dataclasses read
             continue
         if isinstance(value, str):
             setattr(options, name, expand_home(value))
@@ -313,11 +315,24 @@ def _evaluator_options(assignments: Sequence[str], names: Sequence[str]) -> dict
 
 
 def _export(options: argparse.Namespace) -> None:
+    from snapgen_jax.export.latents import Carried
+    from snapgen_jax.export.precision import PRECISIONS
     from snapgen_jax.export.run import export_run
 
+    precisions = options.precisions.split(",")
+    if set(precisions) - set(PRECISIONS):
+        raise ConfigError(f"--precisions={options.precisions}; give some of {', '.join(PRECISIONS)}, with commas")
+    names = ("clip_l", "clip_g", "language")
+    carried = Carried(
+        tuple(options.encoders.split(",")) if options.encoders else None,
+        {name: folder for name in names if (folder := getattr(options, name))},
+        {name: folder for name in names if (folder := getattr(options, f"{name}_tokenizer"))},
+    )
     out = options.out or str(epath.Path(options.workdir) / "export" / "bundle")
     _say_compiling("the run's networks, converting them, and holding each file against JAX")
-    report = export_run(options.workdir, out, backend=options.backend, decoder=options.decoder, gpu_check=options.gpu)
+    report = export_run(
+        options.workdir, out, options.backend, options.decoder, options.gpu, carried=carried, precisions=precisions
+    )
     print(json.dumps(report, indent=2))
 
 
@@ -363,9 +378,44 @@ def _decode(options: argparse.Namespace) -> None:
     print(f"wrote {len(images)} image{'s' * (len(images) > 1)} to {out}")
 
 
+def _weights(options: argparse.Namespace) -> None:
+    if options.action == "export":
+        from snapgen_jax.release.card import Licence
+        from snapgen_jax.release.writer import export_weights
+
+        try:
+            licence = Licence(options.license, options.license_name, options.license_link)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        made = export_weights(
+            options.workdir,
+            options.out,
+            kept=options.kept,
+            step=options.step,
+            shard_bytes=options.shard_mb * 10**6,
+            licence=licence,
+            title=options.title,
+        )
+        beside = f", with {', '.join(sorted(set(made.runs.values())))}" if made.runs else ""
+        print(f"wrote the weights of step {made.step:,} to {options.out}{beside}")
+        return
+    from snapgen_jax.release import hub
+
+    if options.action == "push":
+        print(hub.push(options.folder, options.repo, private=not options.public))
+    else:
+        hub.pull(options.repo, options.out, revision=options.revision)
+        print(f"wrote {options.repo} to {options.out}")
+
+
 def _status(options: argparse.Namespace) -> None:
     from snapgen_jax.training.status import status
+    from snapgen_jax.weights.folder import is_weights_folder
 
+    if is_weights_folder(options.workdir):
+        raise ConfigError(
+            f"{options.workdir} is a folder of weights, whose README.md says what they are; name a workdir"
+        )
     print(status(epath.Path(options.workdir)))
 
 
@@ -396,7 +446,9 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "export": _export,
     "encode": _encode,
     "decode": _decode,
+    "weights": _weights,
     "data": _data,
+    "prepare": run_prepare,
     "plan": _plan,
     "status": _status,
     "upgrade": _upgrade,

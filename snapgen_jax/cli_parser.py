@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from snapgen_jax.cli_prepare import add_prepare
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.typed import Written
 
@@ -107,7 +108,20 @@ def build_parser() -> argparse.ArgumentParser:
         help="refuse what is wrong on LiteRT's GPU accelerator, where a Vulkan driver is found, or would overflow "
         "float16; or export it nevertheless (default: %(default)s)",
     )
-    export.add_argument("--decoder", help="a run of a tiny decoder, in place of the run's own")
+    export.add_argument(
+        "--decoder",
+        help="a run of a tiny decoder, in place of the run's own; of a run on latents also "
+        "a run of an autoencoder, or a folder of a published one",
+    )
+    export.add_argument("--precisions", default="f32,f16", help="weights to write (default: %(default)s)")
+    export.add_argument(
+        "--encoders",
+        help="published text encoders that the bundle of a run on latents carries, of "
+        "clip_l, clip_g and language, separated by commas (default: those with a folder); the others are left out",
+    )
+    for name in ("clip_l", "clip_g", "language"):
+        export.add_argument(f"--{name}", metavar="FOLDER", help="local folder of its weights, and of its tokenizer")
+        export.add_argument(f"--{name}_tokenizer", metavar="FOLDER", help="of its tokenizer, where that is another")
 
     encode = add("encode", "Image files to latents, by a trained run or by published weights.")
     _codec(encode)
@@ -119,10 +133,15 @@ def build_parser() -> argparse.ArgumentParser:
     decode.add_argument("latents", help="file that `snapgen encode` wrote")
     decode.add_argument("--out", default="decoded", help="folder for the PNG files (default: %(default)s)")
 
+    weights = add("weights", "The weights of a trained run as a folder of their own; to and from the Hugging Face hub.")
+    _weights(weights)
+
     data = add("data", "Draw batches and train on none: how fast the input is.")
     _workdir(data)
     _config(data)
     data.add_argument("--batches", type=int, default=100, help="how many (default: %(default)s)")
+
+    add_prepare(commands)
 
     plan = add("plan", "Whether a config fits TPUs that are not here, and what it will cost.")
     what = plan.add_mutually_exclusive_group(required=True)
@@ -183,6 +202,41 @@ def _codec(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decoder", help="a run of a tiny decoder, in place of a generator's own; with --workdir")
 
 
+def _weights(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        return actions.add_parser(name, help=text, description=text)
+
+    export = add("export", "Write safetensors, config and model card of a run; `snapgen_jax.load` reads the folder.")
+    _workdir(export)
+    export.add_argument("--out", required=True, help="folder to write; must be new or empty")
+    export.add_argument(
+        "--kept",
+        choices=("ema", "trained"),
+        default="ema",
+        help="the averaged weights, where the run keeps an average, or the weights themselves (default: %(default)s)",
+    )
+    export.add_argument("--step", type=int, help="checkpoint (default: the newest)")
+    export.add_argument("--shard_mb", type=int, default=5000, help="greatest size of a file (default: %(default)s)")
+    export.add_argument("--title", default="", help="of the model card (default: the folder's name)")
+    export.add_argument(
+        "--license", default="unknown", help="as the hub calls it: apache-2.0, cc-by-4.0, other (default: %(default)s)"
+    )
+    export.add_argument("--license_name", default="", help="of a licence that is `other`")
+    export.add_argument("--license_link", default="", help="to the text of a licence that is `other`")
+
+    push = add("push", "Upload such a folder with huggingface_hub, as you are logged in there.")
+    push.add_argument("--folder", required=True, help="what `snapgen weights export` wrote")
+    push.add_argument("--repo", required=True, metavar="OWNER/NAME", help="made, private, where it is not there")
+    push.add_argument("--public", action="store_true", help="make a new repository public")
+
+    pull = add("pull", "Download such a folder with huggingface_hub.")
+    pull.add_argument("--repo", required=True, metavar="OWNER/NAME")
+    pull.add_argument("--out", required=True, help="folder to write; must be new or empty")
+    pull.add_argument("--revision", help="branch, tag or commit (default: the newest)")
+
+
 def _config(parser: Any, default: str | None = None, required: bool = True) -> None:
     parser.add_argument(
         "--config",
@@ -198,6 +252,19 @@ def split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Separates `--config.a.b=value` from the other arguments; returns the others, and `a.b=value` of each."""
     overrides = [a.removeprefix("--config.") for a in arguments if a.startswith("--config.")]
     return [a for a in arguments if not a.startswith("--config.")], overrides
+
+
+def split_beam(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Separates Apache Beam's options from those of `snapgen prepare`: `--beam.NAME=VALUE`, and all that follows `--`.
+
+    Other commands have none. Returns the others, and Beam's as Beam takes them, `--NAME=VALUE`.
+    """
+    if arguments[:1] != ["prepare"]:
+        return arguments, []
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    own, passed = arguments[:end], arguments[end + 1 :]
+    named = [f"--{a.removeprefix('--beam.')}" for a in own if a.startswith("--beam.")]
+    return [a for a in own if not a.startswith("--beam.")], [*named, *passed]
 
 
 def generation_options(options: argparse.Namespace, others: Sequence[str]) -> dict[str, Any]:

@@ -31,11 +31,13 @@ from snapgen_jax.networks.module import Platform
 from snapgen_jax.parallel.mesh import make_mesh, put_batch
 from snapgen_jax.systems import sd35
 from snapgen_jax.systems.sd35 import SD35, SD35Config, SD35Generator
-from snapgen_jax.training.checkpoint import Checkpointer
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.keys import example_keys, key
 from snapgen_jax.training.recipe import Recipe
 from snapgen_jax.typed import closest, coerce
+from snapgen_jax.weights.checkpoint import WeightsError
+from snapgen_jax.weights.folder import is_weights_folder, runs_of
+from snapgen_jax.weights.frozen import load_players
 
 Tree = Any
 
@@ -296,17 +298,24 @@ def on_every_host(params: Tree) -> jax.sharding.NamedSharding | None:
 
 
 def load_config(workdir: epath.PathLike) -> ConfigDict:
-    """The config of a workdir, completed.
+    """The config of a workdir, or of a folder of weights, completed. The latter names the runs that lie inside of it.
 
     Raises:
-        ConfigError: the folder is no workdir.
+        ConfigError: the folder is neither.
     """
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
         raise ConfigError(
             f"{workdir} is not a workdir: it has no config.json; train one with `snapgen train --workdir={workdir}`"
         )
-    return from_json(path.read_text(), workdir)
+    config = from_json(path.read_text(), workdir)
+    if is_weights_folder(workdir):
+        try:
+            with config.unlocked():
+                config.update_from_flattened_dict(runs_of(workdir))
+        except (WeightsError, KeyError, TypeError) as error:
+            raise ConfigError(f"{workdir}: {error}") from error
+    return config
 
 
 def load_recipe(workdir: epath.PathLike, platform: str | None = None, decoder: epath.PathLike | None = None) -> Recipe:
@@ -353,7 +362,7 @@ def load(
     """The generator of a trained run.
 
     Args:
-        workdir: local or object-store folder of the run.
+        workdir: local or object-store folder of the run, or a folder that `snapgen weights export` made of it.
         step: which checkpoint; the newest by default.
         platform: "cpu", "gpu" or "tpu"; by default the one JAX runs on.
         decoder: a run of `decoder_distillation` whose tiny decoder takes the place of the codec's decoder.
@@ -375,25 +384,15 @@ def load_weights(workdir: epath.PathLike, recipe: Recipe, step: int | None = Non
     """`{player: weights}` of a trained run, averaged ones where it keeps an average; nothing else is read.
 
     Args:
-        workdir: of the run.
+        workdir: of the run, or a folder of its weights.
         recipe: the run's recipe, see `load_recipe`.
         step: which checkpoint; the newest by default.
 
     Raises:
         ConfigError: there is no checkpoint, or one of another shape.
     """
-    checkpointer = Checkpointer(workdir)
-    try:
-        found = checkpointer.latest_step() if step is None else step
-        if found is None:
-            raise ConfigError(
-                f"{workdir} has no complete checkpoint yet; train on with `snapgen train --workdir={workdir}`"
-            )
-        state = jax.eval_shape(recipe.init, key(0, 0, "init"))
-        spec = {name: player.params for name, player in state.players.items()}
-        return checkpointer.restore_weights(spec, found)
-    finally:
-        checkpointer.close()
+    state = jax.eval_shape(recipe.init, key(0, 0, "init"))
+    return load_players(workdir, {name: player.params for name, player in state.players.items()}, step)
 
 
 def load_system(config: Config, folder: str | os.PathLike[str], platform: str | None = None) -> SD35Generator:

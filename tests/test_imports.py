@@ -27,6 +27,8 @@ MAY_IMPORT = {
     "bounds": [],
     # values checked against annotations, for every room that reads names or options
     "typed": [],
+    # how every report looks
+    "page": [],
     # the contracts
     "evaluation.interfaces": [],
     "inputs.interfaces": [],
@@ -57,6 +59,7 @@ MAY_IMPORT = {
     "weights.frozen": ["weights", "networks", "parallel", "training.checkpoint", "training.exits"],
     "systems": ["networks", "diffusion", "weights", "parallel"],
     "systems.denoiser": ["networks", "diffusion"],
+    "preparation": ["inputs", "weights", "data", "parallel", "training.lifetime", "training.files", "page"],
     "data": [],
     "data.shards": ["data", "training.files"],
     "data.tokenizer": ["data", "training.files"],
@@ -76,12 +79,23 @@ MAY_IMPORT = {
         "training.keys",
         "training.recipe",
         "typed",
+        "weights",
     ],
     "coding": ["generation", "networks", "weights", "data.images", "training.exits"],
-    "evaluation": ["generation", "data.shapes", "data.shapes_grammar", "data.prompts", "typed"],
-    "evaluation.report": ["evaluation", "data.prompts", "training.files", "training.metrics"],
+    "evaluation": ["generation", "data.shapes", "data.shapes_grammar", "data.prompts", "page", "typed"],
+    "evaluation.report": ["evaluation", "data.prompts", "page", "training.files", "training.metrics"],
     "export": ["diffusion.noise", "training.exports"],
     "export.run": ["export", "generation", "training.exits", "training.files"],
+    "release": ["config", "generation", "networks", "training", "weights"],
+    "export.latents": [
+        "generation",
+        "inputs",
+        "networks",
+        "weights",
+        "data.tokenizer_specs",
+        "training.exits",
+        "training.exports",
+    ],
     # copied into every bundle
     "export.program": [],
     "export.sampler": ["export.program"],
@@ -91,7 +105,7 @@ MAY_IMPORT = {
     "config": ["config_file", "overrides", "data.config", "training", "recipes", "systems", "typed"],
     "config_file": ["training.exits"],
     "overrides": ["training.exits", "typed"],
-    "workdir": ["config", "parallel.hosts", "training.files"],
+    "workdir": ["config", "parallel.hosts", "training.exits", "training.files", "weights.folder"],
     "upgrade": ["config", "training.exits", "training.files"],
     # the edge
     "experiment": ["config", "data", "evaluation", "generation", "parallel", "training", "workdir"],
@@ -103,7 +117,7 @@ MAY_IMPORT = {
     "process": [],
     "quickstart": ["*"],
     "image_files": ["evaluation.pictures", "training.exits", "training.files"],
-    "bookkeeping": ["training.exits", "training.files"],
+    "bookkeeping": ["training.appended", "training.exits", "training.files"],
     "chain": [
         "bookkeeping",
         "chain_derive",
@@ -114,11 +128,13 @@ MAY_IMPORT = {
         "training.exits",
         "typed",
     ],
+    "chain_command": ["*"],
     "chain_derive": ["bookkeeping", "training.exits", "training.files", "typed"],
     "chain_run": ["*"],
     "chain_table": ["chain"],
     "cli": ["*"],
-    "cli_parser": ["overrides", "training.exits", "typed"],
+    "cli_parser": ["cli_prepare", "overrides", "training.exits", "typed"],
+    "cli_prepare": ["*"],
     "cli_exit": ["data.errors", "parallel.hosts", "training.exits"],
     "__init__": ["*"],
 }
@@ -140,7 +156,7 @@ LIBRARIES = {
 
 # What brings TensorFlow in, and where it may be brought in: there only, and only when a function needs it.
 TENSORFLOW = ("tensorflow", "tensorflow_datasets", "keras", "clu.metric_writers", "jax.experimental.jax2tf")
-MAY_USE_TENSORFLOW = ("data", "export", "training.metrics")
+MAY_USE_TENSORFLOW = ("data", "export", "training.mirrors")
 NEVER = ("torch", "diffusers")
 
 

@@ -170,7 +170,8 @@ class Runs:
         changes += trial.changes(arg) if callable(trial.changes) else trial.changes
         changes += [f"{key}={self.workdir(other, seed)}" for key, other in trial.earlier.items()]
         changes += [] if updates is None else [f"train_steps={updates}"]
-        config = load_config(f"{CONFIGS / trial.config}.py:{arg}", changes)
+        form = trial.args.get(arg, arg)
+        config = load_config(f"{CONFIGS / trial.config}.py" + (f":{form}" if form else ""), changes)
         fix_platform(config, dtype=trial.dtype, depthwise=self.depthwise)
         return config
 

@@ -27,6 +27,7 @@ class DataConfig:
         train_split: "tfds": TFDS split of the training examples.
         validation_split: "tfds": TFDS split of the validation examples.
         validation_share: "digits" and "folder": share of the examples held out for validation.
+        validation_path: "folder": a folder of its own for validation, in place of a share.
         image_feature: "tfds": feature that holds the image.
         caption_feature: "tfds": feature that holds the caption or the class label, "captions/text" for a nested one;
             empty finds it.
@@ -55,6 +56,7 @@ class DataConfig:
     train_split: str = "train"
     validation_split: str = "validation"
     validation_share: float = 0.05
+    validation_path: str = ""
     image_feature: str = "image"
     caption_feature: str = ""
     class_names: str = ""

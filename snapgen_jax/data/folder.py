@@ -36,7 +36,7 @@ from snapgen_jax.data.sources import asked, hold_out, holds_out
 from snapgen_jax.data.words import pick, require_text
 
 _METADATA = ("metadata.jsonl", "metadata.csv")
-_CAPTION_COLUMNS = ("text", "caption")
+CAPTION_COLUMNS = ("text", "caption")
 _NOT_DATA = frozenset({"__MACOSX", "@eaDir"})  # beside every name that begins with a dot: what zip and NAS add
 
 log = logging.getLogger(__name__)
@@ -79,18 +79,23 @@ class FolderSource:
 
 
 def build(config: DataConfig, split: Split) -> FolderSource:
-    """The folder source of a config. The validation split is a fixed random `validation_share` of the sorted paths.
+    """The folder source of a config. The validation split is the folder `validation_path`, or else a fixed random
+    `validation_share` of the sorted paths.
 
     Raises:
         DataError: the folder is missing or holds no captioned image, or a metadata file is wrong.
     """
-    if not config.path:
+    apart = split == "validation" and bool(config.validation_path)
+    key, path = ("data.validation_path", config.validation_path) if apart else ("data.path", config.path)
+    if not path:
         raise DataError("the data source 'folder' needs data.path, the folder with your images and captions")
-    root = os.path.realpath(os.path.expanduser(config.path))
+    root = os.path.realpath(os.path.expanduser(path))
     if not os.path.isdir(root):
-        raise DataError(f"data.path: there is no folder {config.path!r}")
+        raise DataError(f"{key}: there is no folder {path!r}")
     found = find_images(root) if config.captions == "none" else find_entries(root)
     entries = sorted(found, key=lambda entry: entry.path)
+    if config.validation_path:
+        return FolderSource(root, entries, config.captions == "needed")
     chosen = hold_out(len(entries), split, config.validation_share)
     held_out = split == "train" or holds_out(len(entries), config.validation_share)
     return FolderSource(root, [entries[i] for i in chosen], config.captions == "needed", held_out)
@@ -108,9 +113,8 @@ def find_entries(root: str) -> list[Entry]:
     """Every captioned image at or below a folder, each file once; see the top of this file for the conventions."""
     files = _files(root)
     images = _images(files)
-    metadata = [path for path in map(pathlib.Path, files) if path.name in _METADATA]
+    metadata = _metadata(files)
     if metadata:
-        _refuse_two_in_one_folder(metadata)
         named = [entry for path in metadata for entry in _read_metadata(path)]
     else:
         named = [entry for path in files if _is_image(path) for entry in _read_sidecar(pathlib.Path(path))]
@@ -129,6 +133,65 @@ def find_entries(root: str) -> list[Entry]:
     if left_out := len(images.keys() - entries.keys()):
         log.warning("%s: %d of %d images have no caption and are left out", root, left_out, len(images))
     return list(entries.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedImage:
+    """An image file, and all that a folder says of it.
+
+    Attributes:
+        path: of the image.
+        rows: (place, columns) of the metadata rows that name it, "metadata.csv, line 3" each.
+        sidecar: the text file beside it, where no metadata file exists; "" for none.
+    """
+
+    path: str
+    rows: tuple[tuple[str, Mapping[str, object]], ...] = ()
+    sidecar: str = ""
+
+
+def find_all(root: str) -> list[NamedImage]:
+    """Every image at or below a folder, each file once, captioned or not, and every other file that metadata names.
+
+    Sorted by path.
+
+    Raises:
+        DataError: there is no image, or a metadata file is wrong.
+    """
+    files = _files(root)
+    images = _images(files)
+    metadata = _metadata(files)
+    rows: dict[str, list[tuple[str, Mapping[str, object]]]] = {}
+    for file in metadata:
+        for where, row in _rows(file):
+            path = inside(file.parent, _file_name(row, where), where)
+            real = files.get(path) or os.path.realpath(path)
+            images.setdefault(real, path)
+            rows.setdefault(real, []).append((where, row))
+    if not images:
+        raise DataError(f"{root} holds no image ({', '.join(sorted(EXTENSIONS))})")
+    beside = {} if metadata else {path: str(pathlib.Path(path).with_suffix(".txt")) for path in images.values()}
+    found = [
+        NamedImage(path, tuple(rows.get(real, ())), text if (text := beside.get(path, "")) in files else "")
+        for real, path in images.items()
+    ]
+    return sorted(found, key=lambda image: image.path)
+
+
+def read_sidecar(path: pathlib.Path) -> str:
+    """The caption in a text file, on one line; "" where it holds none.
+
+    Raises:
+        DataError: it is not UTF-8.
+    """
+    return caption_of(_read_text(path), f"{path}:")
+
+
+def _metadata(files: Mapping[str, str]) -> list[pathlib.Path]:
+    """The metadata files among files, at most one in a folder."""
+    metadata = [path for path in map(pathlib.Path, files) if path.name in _METADATA]
+    _refuse_two_in_one_folder(metadata)
+    return metadata
 
 
 def _files(root: str) -> dict[str, str]:
@@ -197,7 +260,7 @@ def _refuse_two_in_one_folder(metadata: list[pathlib.Path]) -> None:
 
 def _read_sidecar(image: pathlib.Path) -> Iterator[Entry]:
     text = image.with_suffix(".txt")
-    if text.is_file() and (caption := _caption(_read_text(text), f"{text}:")):
+    if text.is_file() and (caption := read_sidecar(text)):
         yield Entry(str(image), (caption,))
 
 
@@ -208,7 +271,7 @@ def _read_text(path: pathlib.Path) -> str:
         raise DataError(f"{path} cannot be read as UTF-8 text: {error}; save it as UTF-8") from error
 
 
-def _caption(text: str, where: str) -> str:
+def caption_of(text: str, where: str) -> str:
     """A caption on one line. Raises `DataError` for what an editor that does not write UTF-8 leaves in it."""
     if "\0" in text:
         raise DataError(f"{where} the caption {text[:80]!a} holds NUL, as UTF-16 does; save the file as UTF-8")
@@ -217,15 +280,20 @@ def _caption(text: str, where: str) -> str:
 
 def _read_metadata(path: pathlib.Path) -> Iterator[Entry]:
     for where, row in _rows(path):
-        file_name, captions = row.get("file_name"), _captions(row, where)
-        if not isinstance(file_name, str) or not file_name:
-            raise DataError(f"{where}: expected a file_name and found the columns {', '.join(map(str, row))}")
+        file_name, captions = _file_name(row, where), _captions(row, where)
         if captions is None:
             columns = ", ".join(str(column) for column in row)
             raise DataError(f"{where}: expected a column text or caption and found the columns {columns}")
         captions = tuple(caption for caption in captions if caption)
         if captions:
-            yield Entry(_inside(path.parent, file_name, where), captions)
+            yield Entry(inside(path.parent, file_name, where), captions)
+
+
+def _file_name(row: Mapping[str, object], where: str) -> str:
+    file_name = row.get("file_name")
+    if not isinstance(file_name, str) or not file_name:
+        raise DataError(f"{where}: expected a file_name and found the columns {', '.join(map(str, row))}")
+    return file_name
 
 
 def _rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, object]]]:
@@ -269,15 +337,15 @@ def _csv_rows(path: pathlib.Path, text: str) -> Iterator[tuple[str, dict[str, ob
 
 
 def _captions(row: dict[str, object], where: str) -> tuple[str, ...] | None:
-    for column in _CAPTION_COLUMNS:
+    for column in CAPTION_COLUMNS:
         if column in row:
             value = row[column]
             values = value if isinstance(value, list) else [value]
-            return tuple(_caption(str(text), f"{where}:") for text in values if text is not None)
+            return tuple(caption_of(str(text), f"{where}:") for text in values if text is not None)
     return None
 
 
-def _inside(folder: pathlib.Path, file_name: str, where: str) -> str:
+def inside(folder: pathlib.Path | str, file_name: str, where: str) -> str:
     """The path of a file that a metadata row names. Its name may not leave the metadata's folder; a link there may."""
     try:
         named = os.fsencode(file_name)

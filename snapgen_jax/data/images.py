@@ -8,7 +8,7 @@ import os
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, TiffImagePlugin
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from snapgen_jax.data.errors import UnreadableExampleError
 
@@ -39,6 +39,21 @@ def decode(file: str | os.PathLike[str] | BinaryIO | bytes) -> np.ndarray:
             white, negative = _white(image), _tiff(image, _PHOTOMETRIC) == _WHITE_IS_ZERO
             upright = ImageOps.exif_transpose(image)
             return np.asarray(_to_rgb(upright if white is None else _in_bytes(upright, white, negative)))
+    except Exception as error:  # Pillow's plug-ins raise nearly every type on damaged files
+        raise UnreadableExampleError(f"{type(error).__name__}: {error}") from error
+
+
+def format_of(data: bytes) -> str:
+    """Pillow's name of an image file's format, "JPEG" also for a photograph with further pictures behind it.
+
+    Raises:
+        UnreadableExampleError: it is of no format that is read.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            return {"MPO": "JPEG"}.get(image.format or "", image.format or "")
+    except UnidentifiedImageError:  # whose message holds an address in memory
+        raise UnreadableExampleError(f"it is of none of the formats {', '.join(_FORMATS)}") from None
     except Exception as error:  # Pillow's plug-ins raise nearly every type on damaged files
         raise UnreadableExampleError(f"{type(error).__name__}: {error}") from error
 
@@ -101,10 +116,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def header_size(file: str | os.PathLike[str]) -> tuple[int, int]:
+def header_size(file: str | os.PathLike[str] | bytes) -> tuple[int, int]:
     """Height and width of an image file as it is shown, from its header alone; (0, 0) where it cannot be read."""
     try:
-        with Image.open(file, formats=_FORMATS) as image:
+        with _opened(file) as stream, Image.open(stream, formats=_FORMATS) as image:
             # Of a TIFF file Pillow gives the size as it is shown.
             turned = image.format != "TIFF" and image.getexif().get(_ORIENTATION, 1) >= 5
             return (image.width, image.height) if turned else (image.height, image.width)

@@ -49,6 +49,8 @@ def unpack(record: bytes) -> dict[str, Any]:
 def _ordered(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _ordered(value[name]) for name in sorted(value)}
+    if isinstance(value, np.float64):  # a Python float too, which MessagePack would take it for
+        return np.asarray(value)
     return [_ordered(item) for item in value] if isinstance(value, list | tuple) else value
 
 

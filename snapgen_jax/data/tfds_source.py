@@ -61,14 +61,14 @@ class TfdsSource:
 
     def example(self, index: int, rng: np.random.Generator, names: Collection[str] | None = None) -> Example:
         """The decoded image at its own size, one of its captions, and its class label where it has one."""
-        record = self._record(index)
-        values = list(np.atleast_1d(_get(record, self._caption_path)))
+        record = self.record(index)
+        values = self._values(record)
         if not values:
             raise UnreadableExampleError("the record has no caption")
         value = pick(rng, values)
         example: Example = {"caption": self._caption(value)}
         if asked("image", names):
-            example["image"] = decode(_get(record, self._image_path))
+            example["image"] = decode(self.encoded_image(record))
         if self._label_path:
             example["label"] = np.int32(value if self._class_names is not None else _get(record, self._label_path))
         return example
@@ -80,11 +80,31 @@ class TfdsSource:
     def sizes(self) -> None:
         """None: records do not tell their size without being read."""
 
-    def _record(self, index: int) -> Any:
+    def record(self, index: int) -> Any:
+        """All features of an example; an image is the bytes of its file.
+
+        Raises:
+            UnreadableExampleError: it cannot be read.
+        """
         try:
             return self._open()[index]
         except Exception as error:  # the reader of each file format raises its own types
             raise UnreadableExampleError(f"{type(error).__name__}: {error}") from error
+
+    def encoded_image(self, record: Any) -> bytes:
+        """The bytes of the image of a record."""
+        return _get(record, self._image_path)
+
+    def captions(self, record: Any) -> tuple[str, ...]:
+        """All captions of a record, each on one line."""
+        return tuple(map(self._caption, self._values(record)))
+
+    def features(self) -> tuple[str, ...]:
+        """Names of the features that stand at the top of a record."""
+        return tuple(self._open().dataset_info.features)
+
+    def _values(self, record: Any) -> list[Any]:
+        return list(np.atleast_1d(_get(record, self._caption_path)))
 
     def _caption(self, value: Any) -> str:
         if self._class_names is not None:

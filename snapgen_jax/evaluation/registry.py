@@ -18,6 +18,7 @@ EVALUATORS: dict[str, str] = {
     "joint_frechet": "snapgen_jax.evaluation.frechet_score:JointFrechetScore",
     "reconstruction": "snapgen_jax.evaluation.reconstruction:Reconstruction",
     "diversity": "snapgen_jax.evaluation.frechet_score:DiversityScore",
+    "exposure": "snapgen_jax.evaluation.exposure:Exposure",
     "clip_score": "snapgen_jax.evaluation.clip_score:ClipScore",
 }
 

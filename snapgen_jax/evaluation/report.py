@@ -6,19 +6,17 @@ It is a view of a workdir. The curves come from `metrics/*.jsonl`, the pictures 
 
 from __future__ import annotations
 
-import base64
 import html
-import importlib.resources
 import json
 import math
 import re
-import string
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, Literal
 
 from etils import epath
 
+from snapgen_jax import page as html_page
 from snapgen_jax.evaluation import report_tables as tables
 from snapgen_jax.evaluation.curves import Series, line_chart
 from snapgen_jax.evaluation.report_tables import CATEGORIES
@@ -91,7 +89,6 @@ def _plain(value: Any) -> float | None:
 
 
 def _page(workdir: epath.Path, numbers: Mapping[str, float], title: str, prompts: Sequence[str]) -> str:
-    template = importlib.resources.files("snapgen_jax.evaluation").joinpath("report_template.html")
     sections = [
         _samples(workdir, prompts),
         _scores(workdir, numbers),
@@ -99,17 +96,7 @@ def _page(workdir: epath.Path, numbers: Mapping[str, float], title: str, prompts
         _export(workdir, numbers),
         _details(workdir, numbers),
     ]
-    return string.Template(template.read_text(encoding="utf-8")).substitute(
-        title=html.escape(title),
-        facts=_facts(workdir),
-        tiles=tables.tiles(numbers),
-        sections="\n".join(section for section in sections if section),
-    )
-
-
-def _section(heading: str, text: str, *parts: str) -> str:
-    body = "\n".join(part for part in parts if part)
-    return f"<section><h2>{html.escape(heading)}</h2><p>{html.escape(text)}</p>{body}</section>" if body else ""
+    return html_page.page(title, _facts(workdir), tables.tiles(numbers), sections)
 
 
 def _facts(workdir: epath.Path) -> str:
@@ -128,10 +115,8 @@ def _facts(workdir: epath.Path) -> str:
 def _picture(path: epath.Path, caption: str, alt: str = "") -> str:
     if not path.exists():
         return ""
-    data = base64.b64encode(path.read_bytes()).decode()
     shown = f"<figcaption><b>{html.escape(caption)}</b></figcaption>" if caption else ""
-    described = html.escape(alt or caption, quote=True)
-    return f'<figure>{shown}<img alt="{described}" src="data:image/png;base64,{data}"></figure>'
+    return f"<figure>{shown}{html_page.image(path.read_bytes(), 'png', alt or caption)}</figure>"
 
 
 def _samples(workdir: epath.Path, prompts: Sequence[str]) -> str:
@@ -139,7 +124,7 @@ def _samples(workdir: epath.Path, prompts: Sequence[str]) -> str:
     listed = "".join(f"<li>{html.escape(prompt)}</li>" for prompt in prompts)
     progress = _progress(folder)
     pictures = [_picture(path, f"after {step:,} steps") for step, path in progress]
-    return _section(
+    return html_page.section(
         "Samples",
         "Drawn by the trained model, one image for each prompt; none is selected.",
         _picture(folder / "prompts.png", "", alt="; ".join(prompts) or "samples"),
@@ -167,7 +152,7 @@ def _scores(workdir: epath.Path, numbers: Mapping[str, float]) -> str:
         _picture(workdir / "samples" / f"score_{category}.png", category.replace("_", " ")) for category in CATEGORIES
     ]
     shown = "".join(graded)
-    return _section(
+    return html_page.section(
         "Compositional score",
         "Share of images that show just what their prompt asks for, on fixed prompts in the categories of GenEval. "
         "Half of the prompts say combinations that training never showed (held out).",
@@ -200,7 +185,7 @@ def _curves(workdir: epath.Path) -> str:
     charts += [_chart(perf, name) for name in ("examples_per_second", "data_wait_share")]
     shown = "".join(charts)
     text = "Lines are means over an interval, shades hold nine of ten of its values. The records are metrics/*.jsonl."
-    return _section("Training", text, f'<div class="charts">{shown}</div>' if shown else "")
+    return html_page.section("Training", text, f'<div class="charts">{shown}</div>' if shown else "")
 
 
 def _chart(records: Sequence[Mapping[str, Any]], name: str, axis: Literal["linear", "auto"] = "linear") -> str:
@@ -224,7 +209,7 @@ def _series(records: Sequence[Mapping[str, Any]], name: str, label: str = "") ->
 
 
 def _export(workdir: epath.Path, numbers: Mapping[str, float]) -> str:
-    return _section(
+    return html_page.section(
         "Export",
         "TFLite files on LiteRT against JAX: relative L2 distance of the outputs, the largest over the times tried.",
         tables.export_units(numbers),
@@ -236,7 +221,7 @@ def _export(workdir: epath.Path, numbers: Mapping[str, float]) -> str:
 def _details(workdir: epath.Path, numbers: Mapping[str, float]) -> str:
     config = _read_json(workdir / "config.json")
     text = html.escape(json.dumps(config, indent=2)) if config else ""
-    return _section(
+    return html_page.section(
         "Details",
         "All numbers of report.json, and the config of the run.",
         f"<details><summary>Numbers</summary>{tables.plain(numbers)}</details>",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
+from snapgen_jax import page
 from snapgen_jax.data.prompts import CATEGORIES
 
 Numbers = Mapping[str, float]
@@ -37,24 +38,6 @@ def _plain(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], first_is_whole: bool = False) -> str:
-    """Cells are HTML already. The first column is left-aligned; a cell that begins with a tag fills its column."""
-
-    def row(cells: Sequence[str], number: int) -> str:
-        kind = ' class="whole"' if first_is_whole and number == 0 else ""
-        classes = [
-            "" if i == 0 else ' class="wide"' if c.startswith("<div") else ' class="n"' for i, c in enumerate(cells)
-        ]
-        return f"<tr{kind}>" + "".join(f"<td{k}>{c}</td>" for k, c in zip(classes, cells, strict=True)) + "</tr>"
-
-    wide = {i for cells in rows for i, cell in enumerate(cells) if cell.startswith("<div")}
-    names = "".join(
-        f"<th{'' if i == 0 or i in wide else ' class=n'}>{html.escape(name)}</th>" for i, name in enumerate(head)
-    )
-    body = "".join(row(cells, number) for number, cells in enumerate(rows))
-    return f"<table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table>"
-
-
 def tiles(numbers: Numbers) -> str:
     """The headline numbers."""
     shown: list[tuple[str, str, Callable[[float], str]]] = [
@@ -66,13 +49,8 @@ def tiles(numbers: Numbers) -> str:
         ("params", "parameters", _count),
         ("export.bytes_f16", "float16 export", _bytes),
     ]
-    first = "tile first"
-    cells = []
-    for name, label, how in shown:
-        if name in numbers:
-            cells.append(f'<div class="{first}"><b>{how(numbers[name])}</b><span>{label}</span></div>')
-            first = "tile"
-    return "".join(cells)
+    present = [(label, how(numbers[name])) for name, label, how in shown if name in numbers]
+    return "".join(page.tile(value, label, first=i == 0) for i, (label, value) in enumerate(present))
 
 
 def scores(numbers: Numbers) -> str:
@@ -92,7 +70,7 @@ def scores(numbers: Numbers) -> str:
         between = f"{low:.2f} - {high:.2f}" if low is not None and high is not None else ""
         sides = [_share(numbers[side]) if side in numbers else "" for side in (seen, heldout)]
         rows.append([name.replace("_", " "), track, _share(value), between, *sides])
-    table = _table(["", "", "score", "95% interval", "seen", "held out"], rows, first_is_whole=True)
+    table = page.table(["", "", "score", "95% interval", "seen", "held out"], rows, first_is_whole=True)
     chance = _share(numbers["score.chance"])
     key = (
         f"Red mark: {chance}, what perfect images for other prompts of the category score. Lines: 95% Wilson intervals."
@@ -126,7 +104,7 @@ def detector(numbers: Numbers) -> str:
         value = numbers.get(f"detector.accepts.{name}")
         if value is not None:
             rows.append([label, f"{value:.1%}", "none", _verdict(value <= 0)])
-    table = _table(["picture", "accepted", "expected", ""], rows)
+    table = page.table(["picture", "accepted", "expected", ""], rows)
     return f"<details><summary>The detector on trial</summary>{table}</details>"
 
 
@@ -138,7 +116,7 @@ def distances(numbers: Numbers) -> str:
         "diversity.pairwise": "mean feature distance between images of one prompt",
     }
     rows = [[label, f"{numbers[name]:.4g}"] for name, label in labels.items() if name in numbers]
-    return f'<div style="margin-top:18px">{_table(["other measures", ""], rows)}</div>' if rows else ""
+    return f'<div style="margin-top:18px">{page.table(["other measures", ""], rows)}</div>' if rows else ""
 
 
 def _verdict(passed: bool) -> str:
@@ -164,7 +142,7 @@ def export_units(numbers: Numbers) -> str:
         values = {metric: numbers.get(f"export.{unit}.{metric}") for metric in columns}
         cells = ["" if v is None else _within(m, v, columns[m][1](v)) for m, v in values.items()]
         rows.append([html.escape(unit), *cells])
-    return _table(["network", *(label for label, _ in columns.values())], rows)
+    return page.table(["network", *(label for label, _ in columns.values())], rows)
 
 
 def export_totals(numbers: Numbers) -> str:
@@ -182,9 +160,9 @@ def export_totals(numbers: Numbers) -> str:
         for name, (label, how) in labels.items()
         if f"export.{name}" in numbers
     ]
-    return f'<div style="margin:14px 0 18px">{_table(["bundle", ""], rows)}</div>'
+    return f'<div style="margin:14px 0 18px">{page.table(["bundle", ""], rows)}</div>'
 
 
 def plain(numbers: Numbers) -> str:
     """Every number by its name."""
-    return _table(["name", "value"], [[f"<code>{html.escape(n)}</code>", _plain(v)] for n, v in numbers.items()])
+    return page.table(["name", "value"], [[f"<code>{html.escape(n)}</code>", _plain(v)] for n, v in numbers.items()])

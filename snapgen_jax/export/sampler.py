@@ -216,10 +216,17 @@ class Sampler:
         return taken
 
     def contexts(self, given: Arrays) -> Contexts:
-        """All contexts of one example, from its inputs or from those of the null calls."""
+        """All contexts of one example, from its inputs."""
+        return self._contexts(given, null=False)
+
+    def _contexts(self, given: Arrays, *, null: bool) -> Contexts:
+        flow = self._flow()
         made: Contexts = {None: given}
-        for name, units in self._flow().contexts.items():
+        for name, units in flow.contexts.items():
             made[name] = dict(given)
+            if null and name in flow.null_contexts:
+                made[name] |= {n: array.null_of(np.zeros(()))[None] for n, array in flow.null_contexts[name].items()}
+                continue
             for unit in units:
                 made[name] |= self.call(unit, made[name])
         return made
@@ -228,7 +235,8 @@ class Sampler:
         """The contexts of the null calls; made once, unless they hold something of the caller's own."""
         if self._null:
             return self._null
-        made = self.contexts({name: array.null_of(given[name]) for name, array in self.program.inputs.items()})
+        arrays = {name: array for name, array in self.program.inputs.items() if array.null is not None}
+        made = self._contexts({name: array.null_of(given[name]) for name, array in arrays.items()}, null=True)
         if not any(array.keeps for array in self.program.inputs.values()):
             self._null.update(made)
         return made

@@ -9,11 +9,13 @@ examples hold token ids: CLIP-L is a twentieth of a training step.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from snapgen_jax.bounds import SHARE, at_least, check
@@ -28,8 +30,7 @@ from snapgen_jax.networks.codec import CodecConfig
 from snapgen_jax.networks.module import Network, Platform, apply, build, for_platform
 from snapgen_jax.networks.rules import rules_of
 from snapgen_jax.networks.text import TextContext
-from snapgen_jax.training.exits import ConfigError
-from snapgen_jax.training.exports import InputsExport
+from snapgen_jax.training.exports import ExportUnit, InputsExport
 from snapgen_jax.weights.frozen import draw_stand_ins, load_text_encoder
 
 CLIP = "clip_l"  # the role of the encoder, and the array of its token ids
@@ -157,12 +158,28 @@ class ClipCaptions(OfImages):
     # --- out again ---
 
     def exports(self) -> InputsExport:
-        """Not offered: a bundle has no null condition of zeros yet.
-
-        Raises:
-            ConfigError: always, with what to do instead.
-        """
-        raise ConfigError(
-            "a bundle makes its null condition of an empty caption, and this run was trained with one of zeros; export "
-            "a run whose inputs are 'captions', which trains a text encoder of its own"
+        """CLIP-L, and the decoder where the codec is a network."""
+        clip = self.config.clip_l
+        unit = ExportUnit(
+            "text_encoder",
+            functools.partial(_encode, dataclasses.replace(clip, dtype="float32")),
+            (CLIP,),
+            {CLIP: jax.ShapeDtypeStruct((1, clip.max_tokens), jnp.int32)},
         )
+        context = jax.eval_shape(self.null_condition, {})
+        null = {name: np.zeros(x.shape[1:], np.float32) for name, x in vars(context).items()}
+        return InputsExport(
+            [unit],
+            {CLIP: np.zeros(clip.max_tokens, np.int32)},
+            self.images.describe(),
+            self.images.export_unit(),
+            tokenizers=[{"file": f"tokenizers/{CLIP}.json", "tokens": CLIP}],
+            null_context=null,
+            context=context,
+        )
+
+
+def _encode(config: ClipTextConfig, weights: Tree, *, clip_l: jax.Array) -> dict[str, jax.Array]:
+    """Token ids int32 `[1, L]` to sequence `[1, L, D]`, mask `[1, L]` and pooled `[1, P]`."""
+    context = apply(build(config)[0], weights[CLIP], clip_l, clip_mask(clip_l))
+    return {"sequence": context.sequence, "mask": context.mask, "pooled": context.pooled}

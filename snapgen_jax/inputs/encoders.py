@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from snapgen_jax.bounds import SHARE, at_least, check
 from snapgen_jax.inputs._encodings import CONDITIONER, DropRates, Encoding, Encodings, OfEncodings, clip_mask
 from snapgen_jax.inputs._images import ImageCodec, OfImages, Size, image_specs
+from snapgen_jax.inputs._published_export import published_export
 from snapgen_jax.inputs.interfaces import Networks, TokenizerSpec, Tree
 from snapgen_jax.networks.autoencoder import AutoencoderConfig
 from snapgen_jax.networks.clip import ClipTextConfig
@@ -27,7 +28,6 @@ from snapgen_jax.networks.context import ENCODERS, ConditionerConfig
 from snapgen_jax.networks.gemma2 import Gemma2Config
 from snapgen_jax.networks.module import Network, Platform, apply, build, for_platform
 from snapgen_jax.networks.rules import rules_of
-from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.exports import InputsExport
 from snapgen_jax.weights.frozen import draw_stand_ins, load_text_encoder
 
@@ -42,6 +42,8 @@ class EncodersConfig:
         image_sizes: (height, width) of each aspect bucket, in pixels.
         codec: the autoencoder; `codec.workdir` names the folder of its weights.
         clip_l, clip_g, language: the text encoders.
+        use: which of the encoders there are. The others are left out of every example, as `encoder_dropout` leaves them
+            out of some: so a network that was trained with all of them draws where only these are at hand.
         clip_l_folder, clip_g_folder, language_folder: local folders of their safetensors files.
         clip_l_tokenizer, clip_g_tokenizer, language_tokenizer: local folders of their tokenizers.
         language_tokens: length of a caption for the language model.
@@ -59,6 +61,7 @@ class EncodersConfig:
     clip_l: ClipTextConfig = ClipTextConfig.preset("clip_l")
     clip_g: ClipTextConfig = ClipTextConfig.preset("clip_g")
     language: Gemma2Config = Gemma2Config.preset("gemma2_2b")
+    use: tuple[str, ...] = ENCODERS
     clip_l_folder: str = ""
     clip_g_folder: str = ""
     language_folder: str = ""
@@ -73,6 +76,8 @@ class EncodersConfig:
 
     def __post_init__(self) -> None:
         check(self, image_sizes=at_least(1), language_tokens=at_least(1), encoder_dropout=SHARE, caption_dropout=SHARE)
+        if not self.use or set(self.use) - set(ENCODERS):
+            raise ValueError(f"EncodersConfig.use is {self.use}; name at least one of {', '.join(ENCODERS)}")
 
     def build(self, batch_size: int, platform: Platform) -> Encoders:
         """Raises `ValueError` where the widths of the networks do not fit each other, or an image size the codec."""
@@ -89,7 +94,8 @@ class Encoders(OfImages, OfEncodings):
             )
         self.config, self.batch_size = config, batch_size
         self.images = ImageCodec(config.codec, platform, config.image_sizes)
-        self.encoders = {name: build(for_platform(getattr(config, name), platform))[0] for name in ENCODERS}
+        self.use = tuple(name for name in ENCODERS if name in config.use)
+        self.encoders = {name: build(for_platform(getattr(config, name), platform))[0] for name in self.use}
         shapes = {"language": Encoding(config.language_tokens, config.language.width)}
         for name, clip in (("clip_l", config.clip_l), ("clip_g", config.clip_g)):
             shapes[name] = Encoding(clip.max_tokens, clip.width, clip.projection or clip.width)
@@ -103,11 +109,13 @@ class Encoders(OfImages, OfEncodings):
         b = self.batch_size
         tokens = {name: jax.ShapeDtypeStruct((b, s.length), jnp.int32) for name, s in self.tokenizers().items()}
         mask = jax.ShapeDtypeStruct((b, self.config.language_tokens), jnp.float32)
-        return image_specs(b, self.config.image_sizes, {**tokens, "language_mask": mask})
+        return image_specs(
+            b, self.config.image_sizes, tokens | ({"language_mask": mask} if "language" in tokens else {})
+        )
 
     def conditions(self) -> tuple[str, ...]:
         """The token ids of each encoder, and the mask of the language model's."""
-        return (*ENCODERS, "language_mask")
+        return (*self.use, *(["language_mask"] if "language" in self.use else []))
 
     def networks(self) -> dict[str, Network]:
         """The text encoders, "codec", and "conditioner"."""
@@ -115,7 +123,7 @@ class Encoders(OfImages, OfEncodings):
 
     def pretrained(self) -> tuple[str, ...]:
         """All but the conditioner."""
-        return (*ENCODERS, *self.images.networks())
+        return (*self.use, *self.images.networks())
 
     def load(self, roles: tuple[str, ...], mesh: Mesh | None) -> dict[str, Tree]:
         """Reads the encoders and the autoencoder onto the mesh, slice by slice; or draws all of them as stand-ins."""
@@ -142,7 +150,7 @@ class Encoders(OfImages, OfEncodings):
                 getattr(config, name).vocab_size,
                 folder=getattr(config, f"{name}_tokenizer"),
             )
-            for name in ENCODERS
+            for name in self.use
         }
 
     # --- examples and conditions ---
@@ -150,22 +158,33 @@ class Encoders(OfImages, OfEncodings):
     def draw_condition(self, networks: Networks, batch: Tree, key: jax.Array, kept: Mapping[str, jax.Array]) -> Tree:
         """What the encoders make of the captions, and which of them each example keeps."""
         del key
-        masks = {name: clip_mask(batch[name]) for name in ("clip_l", "clip_g")}
-        masks["language"] = batch["language_mask"]
+        masks = {name: clip_mask(batch[name]) for name in self.use if name != "language"}
+        if "language" in self.use:
+            masks["language"] = batch["language_mask"]
         encoded = {
             name: apply(network, networks[name], batch[name], masks[name]) for name, network in self.encoders.items()
         }
-        return self.told(encoded, kept)
+        rows = batch[self.use[0]].shape[0]
+        missing = {name: self.encodings.nothing(name, rows) for name in ENCODERS if name not in self.use}
+        told = self.told({**encoded, **missing}, kept)
+        if not missing:
+            return told
+        everything, nothing = jnp.ones(rows), jnp.zeros(rows)
+        left = {name: told.get("kept", {}).get(name, everything) if name in encoded else nothing for name in ENCODERS}
+        return {**told, "kept": left}
 
     # --- out again ---
 
     def exports(self) -> InputsExport:
-        """A phone does not hold encoders of this size.
+        """The text encoders in `use`, the conditioner and the decoder.
 
         Raises:
-            ConfigError: always, with what to do instead.
+            ValueError: an encoder is too large for a bundle.
         """
-        raise ConfigError(
-            "the text encoders of this run are too large for a bundle; export a run whose inputs are 'captions', which "
-            "trains a small one"
+        return published_export(
+            {name: network.config for name, network in self.encoders.items()},
+            {name: spec.length for name, spec in self.tokenizers().items()},
+            (CONDITIONER, self.encodings.network.config),
+            {name: (shape.tokens, shape.width, shape.pooled) for name, shape in self.encodings.shapes.items()},
+            self.images,
         )

@@ -22,6 +22,7 @@ from snapgen_jax.inputs._latents import LATENT, OfLatents, StoredLatents
 from snapgen_jax.inputs.interfaces import Networks, Tree, is_kept
 from snapgen_jax.networks.module import Network, Platform
 from snapgen_jax.networks.text import TextContext
+from snapgen_jax.training.exports import InputsExport
 
 CONTEXT = ("sequence", "mask", "pooled")
 
@@ -128,3 +129,19 @@ class Stored(OfLatents):
         config = self.config
         shapes = (config.context_tokens, config.context_width), (config.context_tokens,), (config.pooled_width,)
         return TextContext(*(jnp.zeros((1, *shape)) for shape in shapes))
+
+    # --- out again ---
+
+    def exports(self) -> InputsExport:
+        """The text states are the bundle's inputs, since a run does not say which encoders made them; its output is the
+        latent, until a decoder is put behind it."""
+        config, random = self.config, np.random.default_rng(0)
+        null = {
+            "sequence": np.zeros((config.context_tokens, config.context_width), np.float32),
+            "mask": np.zeros(config.context_tokens, np.float32),
+            "pooled": np.zeros(config.pooled_width, np.float32),
+        }
+        golden = {name: random.standard_normal((2, *x.shape), np.float32) for name, x in null.items()}
+        position = np.arange(config.context_tokens)
+        golden["mask"] = np.stack([np.ones(position.shape), position % 2]).astype(np.float32)
+        return InputsExport([], null, None, golden=golden)

@@ -4,12 +4,16 @@ import io
 import struct
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 
 from snapgen_jax.data import images
 from snapgen_jax.data.errors import UnreadableExampleError
 from snapgen_jax.data.images import decode, header_size
+
+# Before 13, which Apache Beam holds back, Pillow does not read TIFF files of YCbCr and of premultiplied grey.
+OLDER_PILLOW = int(PIL.__version__.split(".")[0]) < 13
 
 
 def _quadrants() -> Image.Image:
@@ -23,6 +27,11 @@ def _saved(image: Image.Image, file_format: str, **options) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, file_format, **options)
     return buffer.getvalue()
+
+
+def _assert_refused(file: bytes) -> None:
+    with pytest.raises(UnreadableExampleError):
+        decode(file)
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "BMP", "TIFF", "GIF", "WEBP", "JPEG"])
@@ -45,7 +54,11 @@ def test_formats_decode_to_the_same_picture(file_format: str) -> None:
 def test_colour_modes_decode_to_rgb(file_format: str, mode: str) -> None:
     ramp = np.array([[0, 51, 204, 255]], np.uint8)
     image = Image.fromarray(ramp).convert("RGBA" if mode == "PA" else "RGB").convert(mode, dither=Image.Dither.NONE)
-    decoded = decode(_saved(image, file_format, **({"quality": 100} if file_format == "JPEG" else {})))
+    file = _saved(image, file_format, **({"quality": 100} if file_format == "JPEG" else {}))
+    if OLDER_PILLOW and (file_format, mode) == ("TIFF", "YCbCr"):
+        _assert_refused(file)
+        return
+    decoded = decode(file)
     expected = np.where(ramp > 127, 255, 0) if mode == "1" else ramp
     assert np.abs(decoded.astype(int) - expected[..., None]).max() <= (3 if file_format == "JPEG" else 1)
 
@@ -111,7 +124,10 @@ def test_transparent_grey_is_laid_on_white() -> None:
     pixels = np.array([[[100, 255], [100, 0], [0, 128]]], np.uint8)
     assert decode(_saved(Image.fromarray(pixels), "PNG"))[0, :, 0].tolist() == [100, 255, 127]
     multiplied = np.array([[[100, 255], [0, 0], [0, 128]]], np.uint8)
-    assert decode(_tiff(multiplied, 8, extra=1))[0, :, 0].tolist() == [100, 255, 127]
+    if OLDER_PILLOW:
+        _assert_refused(_tiff(multiplied, 8, extra=1))
+    else:
+        assert decode(_tiff(multiplied, 8, extra=1))[0, :, 0].tolist() == [100, 255, 127]
     sixteen = np.array([[100 * 257, 7, 8]], np.uint16)
     with_one = _saved(Image.fromarray(sixteen), "PNG", transparency=7)
     assert decode(with_one)[0, :, 0].tolist() == [100, 255, 0]

@@ -19,6 +19,7 @@ def _example(number: int) -> dict:
         "tokens": np.arange(number, number + 5, dtype=np.int32),
         "aesthetic": 5.25,
         "height": np.int32(number),
+        "score": np.float64(0.1),
     }
 
 

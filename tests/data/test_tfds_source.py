@@ -12,9 +12,12 @@ import pytest
 
 from snapgen_jax.data.config import DataConfig
 from snapgen_jax.data.errors import DataError, UnreadableExampleError
+from snapgen_jax.data.images import decode
 from snapgen_jax.data.pipeline import Pipeline
 from snapgen_jax.data.sources import build_source
 from snapgen_jax.data.tokenizer import train
+from snapgen_jax.preparation.collect_config import CollectConfig
+from snapgen_jax.preparation.sources.interfaces import build_source as build_collected
 from tests.data.conftest import specs
 
 # TFDS needs TensorFlow to write a data set, and not to read one: another process writes it.
@@ -133,7 +136,7 @@ def test_labels_fill_the_batches_of_a_run_on_classes(labels: DataConfig) -> None
 
 def test_of_nested_captions_each_draw_takes_one(captions: DataConfig) -> None:
     source = build_source(captions)
-    numbers = [len(source._record(i)["captions"]["text"]) for i in range(12)]
+    numbers = [len(source.record(i)["captions"]["text"]) for i in range(12)]
     index = numbers.index(2)
     said = {source.example(index, np.random.default_rng(i))["caption"] for i in range(20)}
     assert len(said) == 2 and all(text.startswith("picture ") for text in said)
@@ -182,3 +185,28 @@ def test_what_cannot_be_read_is_said_with_the_way_to_mend_it(labels: DataConfig)
 def test_a_split_that_serves_both_purposes_is_not_held_out(labels: DataConfig) -> None:
     assert build_source(labels, "validation").held_out
     assert not build_source(dataclasses.replace(labels, validation_split="train"), "validation").held_out
+
+
+def test_a_data_set_is_collected_with_all_captions_of_an_image(data_dir: pathlib.Path) -> None:
+    source = build_collected(CollectConfig(source="tfds", name="tiny_captions", path=str(data_dir)))
+    examples = [example for unit in source.units() for example in pickle.loads(pickle.dumps(source)).read(unit)]
+    assert len(examples) == 12 and len({example.id for example in examples}) == 12
+    for example in examples:
+        number = int(decode(example.image)[0, 0, 0]) // 20
+        said = [(f"picture {number}, {which}", 0.5) for which in ("first", "second")]
+        assert example.captions == (tuple(said) if number != 5 else ())
+
+
+def test_a_data_set_is_collected_with_class_labels_and_columns(data_dir: pathlib.Path) -> None:
+    config = CollectConfig(source="tfds", name="tiny_labels", path=str(data_dir), split="validation")
+    config = dataclasses.replace(config, captions={"label": 3.0}, numbers=("fine",), texts=("file_name",))
+    source = build_collected(config)
+    for example in source.read(source.units()[0]):
+        number = int(decode(example.image)[0, 0, 0]) // 20
+        assert example.captions == ((("a photo of an apple", "a photo of a fire truck")[number % 2], 3.0),)
+        assert example.columns == {"fine": number, "file_name": f"{number}.png"}
+    with pytest.raises(DataError, match=r"has no feature 'colour'; its columns are .*fine"):
+        build_collected(dataclasses.replace(config, texts=("colour",)))
+    with pytest.raises(DataError, match="not numeric"):
+        source = build_collected(dataclasses.replace(config, texts=(), numbers=("file_name",)))
+        list(source.read(source.units()[0]))

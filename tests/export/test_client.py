@@ -14,6 +14,7 @@ from snapgen_jax.diffusion.path import T_MIN, velocity_from_x0
 from snapgen_jax.diffusion.samplers import sample
 from snapgen_jax.diffusion.timesteps import time_grid
 from snapgen_jax.export import client, sampler
+from snapgen_jax.export import program as programs
 from snapgen_jax.export.client import Bundle, LiteRTGenerator
 from snapgen_jax.export.program import BundleError, parse
 from snapgen_jax.export.verify import grey_levels
@@ -21,7 +22,9 @@ from snapgen_jax.generation import Generator
 from snapgen_jax.networks.codec import CodecConfig, build_codec, to_uint8
 from snapgen_jax.networks.time_features import time_features
 
-from .conftest import PROMPTS, ToyRecipe
+from .conftest import FRAME, PROMPTS, ToyRecipe
+
+FRAMED = programs.Tokenizer(tokens="tokens", mask="mask", **FRAME), ToyRecipe.LENGTH
 
 
 def program(step=None, **changes):
@@ -104,16 +107,15 @@ def test_codecs_decode_as_the_library_does(config):
 
 def test_prompts_get_the_ids_of_training(tokenizer_json):
     prompts = [*PROMPTS, "", "Two GREEN stars", "a red circle " * 20, "naïve ★ 星"]
-    null = ToyRecipe().exports().program["inputs"]["tokens"]["null"]
-    tokens, mask = client.tokenize(tokenizer_json, prompts, null)
-    expected_tokens, expected_mask = Tokenizer.load(tokenizer_json).encode(prompts, len(null))
+    tokens, mask = client.tokenize(tokenizer_json, prompts, *FRAMED)
+    expected_tokens, expected_mask = Tokenizer.load(tokenizer_json).encode(prompts, FRAMED[1])
     np.testing.assert_array_equal(tokens, expected_tokens)
     np.testing.assert_array_equal(mask, expected_mask)
 
 
 def test_half_a_character_is_named(tokenizer_json):
     with pytest.raises(ValueError, match=r"the prompt 'a \\udcff star' is no text: it was not UTF-8"):
-        client.tokenize(tokenizer_json, ["a star", "a \udcff star"], [1, 2, 0, 0])
+        client.tokenize(tokenizer_json, ["a star", "a \udcff star"], *FRAMED)
 
 
 def test_an_image_depends_on_its_seed_index_and_prompt_alone(toy):

@@ -329,6 +329,17 @@ def test_a_bundle_of_schema_1_draws_what_it_drew(toy, tmp_path):
         list(verify.checks(folder))
 
 
+def test_a_bundle_of_schema_2_draws_what_it_drew(toy, tmp_path):
+    folder = pathlib.Path(shutil.copytree(toy.folder, tmp_path / "bundle"))
+    data = json.loads((folder / "program.json").read_text())
+    del data["tokenizers"]
+    before = {**data, "schema": 2, "tokenizer": {"tokens": "tokens", "mask": "mask"}}
+    (folder / "program.json").write_text(json.dumps(before))
+    (folder / "manifest.json").write_text(json.dumps({**manifest(toy), "schema": 2}))
+    images = LiteRTGenerator(folder).generate(PROMPTS, seed=3)
+    np.testing.assert_array_equal(images, LiteRTGenerator(toy.folder).generate(PROMPTS, seed=3))
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -361,11 +372,11 @@ def test_without_a_text_encoder_the_caller_gives_the_text_states():
         latent_shape=(8, 8, config.latent_channels),
         image_shape=(16, 16, 3),
         context=TextContext(**specs),
-        inputs=InputsExport({}, null, {}, None),
+        inputs=InputsExport([], null, None),
         golden=GoldenInputs(arrays={name: np.ones((1, *x.shape), "f") for name, x in null.items()}),
     )
     program = parse(json.loads(json.dumps(plan.program)))
-    assert set(program.inputs) == set(null) and program.tokenizer is None and not program.contexts
+    assert set(program.inputs) == set(null) and not program.tokenizers and not program.contexts
     assert program.units() == {"teacher_unet"} and list(program.outputs) == ["latent"]
     assert plan.units[0].roles == ("teacher/unet",) and set(null) < set(plan.units[0].inputs)
 

@@ -1,6 +1,7 @@
 """Captions through the published CLIP-L, frozen in the step, beside images or stored latents."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -13,6 +14,8 @@ from snapgen_jax.config import load_experiment
 from snapgen_jax.data.errors import DataError
 from snapgen_jax.data.pretrained_tokenizers import PretrainedTokenizer
 from snapgen_jax.experiment import Experiment
+from snapgen_jax.export.program import parse
+from snapgen_jax.export.sampler import Sampler
 from snapgen_jax.generation import Generator
 from snapgen_jax.inputs.clip_captions import ClipCaptionsConfig
 from snapgen_jax.networks.codec import CodecConfig
@@ -22,7 +25,7 @@ from snapgen_jax.parallel.mesh import MeshConfig, make_mesh
 from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.fingerprint import fingerprint
-from snapgen_jax.training.keys import key
+from snapgen_jax.training.keys import example_keys, key
 from snapgen_jax.weights.maps import clip, sd3_autoencoder
 from tests.recipes_for_tests import ONE_STAGE
 from tests.tiny_tokenizers import write_clip
@@ -106,6 +109,28 @@ def test_what_is_drawn_from_stored_latents_is_decoded(frozen):
     made = recipe(latents="stored")
     images = jax.jit(lambda z: made.inputs.decode(frozen, z))(jnp.zeros((2, 4, 6, 4)))["image"]
     assert images.shape == (2, 16, 24, 3) and images.dtype == jnp.uint8
+
+
+def test_a_bundle_draws_from_clip_what_the_run_draws_within_its_band_of_times(frozen):
+    made = recipe()
+    params = {"model": jax.jit(made.first_params)(key(0, 0, "init"))}
+    stirred = jax.tree.map(lambda x: x + 0.05 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
+    options = dataclasses.replace(made.options, steps=4, guidance=3.0, guidance_interval=(0.2, 0.6))
+    made.options = options
+    plan, told, noise = made.exports(), batch()["clip_l"][:1], np.random.default_rng(1).normal(size=(1, 4, 6, 4))
+    noise, weights = noise.astype(np.float32), made.weights(stirred, frozen)
+    given = {"clip_l": told, "noise": noise}
+    drawn = jax.jit(lambda: made.generate(stirred, frozen, given, example_keys(0, jnp.arange(1)), options))()
+    units = {unit.name: functools.partial(jax.jit(unit.function), unit.select(weights)) for unit in plan.units}
+    shapes = {unit.name: {name: x.shape for name, x in unit.inputs.items()} for unit in plan.units}
+    (entry,) = plan.program["tokenizers"]
+    assert entry == {"file": "tokenizers/clip_l.json", "tokens": "clip_l"}  # the exporter reads its frame in that file
+    framed = {**plan.program, "tokenizers": [{**entry, "begin": [1], "end": [2], "pad": 0}]}
+    sampler = Sampler(parse(framed), units, shapes)
+    image = sampler.run({"clip_l": told[0]}, noise[0])["image"]
+    assert np.abs(image.astype(int) - np.asarray(drawn["image"][0])).max() <= 1
+    other = sampler.run({"clip_l": told[0]}, noise[0], guidance_interval=(0.0, 1.0))["image"]
+    assert (image != other).any()
 
 
 def test_missing_weights_are_asked_for_with_their_source():

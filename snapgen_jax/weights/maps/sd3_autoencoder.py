@@ -47,6 +47,30 @@ def read_config(values: Mapping[str, Any], **changes: Any) -> AutoencoderConfig:
     return AutoencoderConfig(**{**fields, **changes})
 
 
+def write_config(config: AutoencoderConfig) -> dict[str, Any]:
+    """The `config.json` that diffusers reads of an autoencoder of constant normalisation: what `read_config` reads
+    back. With a measured one, its users add `latents_mean` and `latents_std` and leave scale and shift out."""
+    stages = len(config.channels)
+    return {
+        "_class_name": "AutoencoderKL",
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ["DownEncoderBlock2D"] * stages,
+        "up_block_types": ["UpDecoderBlock2D"] * stages,
+        "block_out_channels": list(config.channels),
+        "layers_per_block": config.layers,
+        "act_fn": "silu",
+        "latent_channels": config.latent_channels,
+        "norm_num_groups": config.groups,
+        "scaling_factor": config.scale,
+        "shift_factor": config.shift,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "mid_block_add_attention": True,
+        "force_upcast": False,
+    }
+
+
 def weight_map(config: AutoencoderConfig) -> WeightMap:
     """Every tensor of the checkpoint."""
     rules = (*_coder(config, "encoder"), *_coder(config, "decoder"))

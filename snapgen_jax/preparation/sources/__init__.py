@@ -1,0 +1,1 @@
+"""Where images are collected from: one file is one kind of source."""
