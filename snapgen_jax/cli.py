@@ -21,7 +21,7 @@ from etils import epath
 
 from snapgen_jax.cli_exit import run_to_exit_code
 from snapgen_jax.cli_parser import build_parser, generation_options, split_beam, split_overrides
-from snapgen_jax.cli_prepare import run_prepare
+from snapgen_jax.cli_prepare import run_prepare, start_cluster
 from snapgen_jax.process import began, prepare
 from snapgen_jax.training.exits import ConfigError
 
@@ -119,18 +119,8 @@ def _train(options: argparse.Namespace) -> None:
     from snapgen_jax.experiment import Experiment
 
     resolved = _load_experiment(options)
-    _join_others(options)
+    start_cluster(options)
     Experiment(resolved, options.workdir).train(began())
-
-
-def _join_others(options: argparse.Namespace) -> None:
-    """Forms the cluster of a command that several processes share."""
-    from snapgen_jax.parallel import hosts
-
-    try:
-        hosts.start(options.processes, options.coordinator, options.index, options.start_timeout_seconds)
-    except hosts.ClusterError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _data(options: argparse.Namespace) -> None:
@@ -261,7 +251,7 @@ def _draw_bundle(
 def _draw_many(options: argparse.Namespace) -> None:
     from snapgen_jax.drawing import draw_run
 
-    _join_others(options)
+    start_cluster(options)
     _say_compiling("the generator")
     drawn, count = draw_run(
         options.workdir,

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from snapgen_jax.cli_prepare import add_prepare
+from snapgen_jax.cli_prepare import add_cluster, add_prepare
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.typed import Written
 
@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     train = add("train", "Train, or go on training, to the end of a config.")
     _workdir(train)
     _config(train)
-    _processes(train)
+    add_cluster(train)
 
     config = add("config", "Print a config with every default filled in.")
     _config(config)
@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     draw.add_argument("--decoder", help="a run of a tiny decoder, in place of the run's own")
     draw.add_argument("--batch_size", type=int, default=32, help="images on a device at a time (default: %(default)s)")
     draw.add_argument("--npz", metavar="FILE", help="also all images as one array, which ADM's evaluation reads")
-    _processes(draw)
+    add_cluster(draw)
 
     evaluate = add("evaluate", "Score a trained run.")
     _workdir(evaluate)
@@ -170,15 +170,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _workdir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, help="folder of the run, local or gs://")
-
-
-def _processes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--processes", type=int, help="how many processes the run has (default: what the cluster says)")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where no cluster says it")
-    parser.add_argument("--index", type=int, help="of this process, with --coordinator")
-    parser.add_argument(
-        "--start_timeout_seconds", type=int, default=1800, help="how long to wait for the others (default: %(default)s)"
-    )
 
 
 def _generation(parser: argparse.ArgumentParser) -> None:

@@ -74,5 +74,87 @@ def _collect(options: argparse.Namespace) -> None:
     )
 
 
-_STEPS: dict[str, Callable[[Any], None]] = {"collect": _add_collect}
-_RUN: dict[str, Callable[[argparse.Namespace], None]] = {"collect": _collect}
+def _add_encode(steps: Any) -> None:
+    text = (
+        "Shards of images to what a training config reads: latents, and text states or token ids, by frozen encoders."
+    )
+    encode = steps.add_parser("encode", help=text, description=text)
+    encode.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE[:ARG]",
+        help="config of the run that is to read the shards; --config.inputs.text=tokens stores ids, "
+        "--config.inputs.encoders.KEY=VALUE names the encoders",
+    )
+    encode.add_argument("--images", help="folder of `snapgen prepare collect`")
+    encode.add_argument("--out", help="folder of the shards, local or gs://")
+    encode.add_argument("--batch_per_device", type=int, default=8, help="images at once (default: %(default)s)")
+    encode.add_argument(
+        "--dry-run", action="store_true", help="say how many bytes and chip-hours it takes, and write nothing"
+    )
+    encode.add_argument("--topology", default="v5e:4x4", help="of --dry-run (default: %(default)s)")
+    encode.add_argument("--examples", type=int, help="of --dry-run: how many images (default: those of --images)")
+    encode.add_argument("--captions", type=float, default=1.0, help="of --dry-run: an image (default: %(default)s)")
+    encode.add_argument("--json", metavar="FILE", help="of --dry-run: also write all figures there")
+    add_cluster(encode)
+
+
+def add_cluster(parser: argparse.ArgumentParser) -> None:
+    """The options of a command that several processes run together."""
+    parser.add_argument("--processes", type=int, help="how many processes the run has (default: what the cluster says)")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where no cluster says it")
+    parser.add_argument("--index", type=int, help="of this process, with --coordinator")
+    parser.add_argument(
+        "--start_timeout_seconds", type=int, default=1800, help="how long to wait for the others (default: %(default)s)"
+    )
+
+
+def start_cluster(options: argparse.Namespace) -> None:
+    """Forms the cluster that the options of `add_cluster` describe.
+
+    Raises:
+        ConfigError: it is not the one that was asked for.
+    """
+    from snapgen_jax.parallel import hosts
+    from snapgen_jax.training.exits import ConfigError
+
+    try:
+        hosts.start(options.processes, options.coordinator, options.index, options.start_timeout_seconds)
+    except hosts.ClusterError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _encode(options: argparse.Namespace) -> None:
+    from snapgen_jax.config import load_experiment
+    from snapgen_jax.training.exits import ConfigError
+
+    resolved = load_experiment(options.config, options.overrides)
+    if options.dry_run:
+        _dry_run(options, resolved)
+        return
+    if not options.images or not options.out:
+        raise ConfigError("give --images, the folder of `snapgen prepare collect`, and --out, the folder to write")
+    start_cluster(options)
+    import jax
+
+    from snapgen_jax.preparation.encode import encode
+    from snapgen_jax.preparation.stored import Encoding
+
+    recipe = resolved.build(jax.default_backend())
+    sizes = recipe.inputs.config.image_sizes
+    encoding = Encoding.of(resolved.recipe, recipe.batch_specs(), sizes, jax.default_backend())
+    made = encode(
+        encoding,
+        options.images,
+        options.out,
+        batch_per_device=options.batch_per_device,
+        max_unreadable_share=resolved.experiment.data.max_unreadable_share,
+        say=lambda line: print(line, flush=True),
+    )
+    size = sum(shard.bytes for shard in made.shards)
+    each = ", ".join(f"{made.examples(bucket):,} of {bucket}" for bucket in made.buckets())
+    print(f"{options.out}: {made.examples():,} examples ({each}), {size / 1e6:,.1f} MB in {len(made.shards)} shards")
+
+
+_STEPS: dict[str, Callable[[Any], None]] = {"collect": _add_collect, "encode": _add_encode}
+_RUN: dict[str, Callable[[argparse.Namespace], None]] = {"collect": _collect, "encode": _encode}

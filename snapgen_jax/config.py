@@ -24,6 +24,7 @@ from snapgen_jax import overrides as changes_of
 from snapgen_jax import typed
 from snapgen_jax.config_file import read
 from snapgen_jax.data.config import DataConfig
+from snapgen_jax.inputs.interfaces import StoredInputsConfig
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.loop import LoopConfig
 from snapgen_jax.training.recipe import Recipe
@@ -92,6 +93,15 @@ class Resolved:
     experiment: ExperimentConfig
     recipe_class: Any
     recipe: Any
+
+    def drawing(self) -> Resolved:
+        """The same method where prompts are to be drawn: of stored inputs, with their encoders on pictures and captions
+        in place of what is stored, if the config names weights of these; else as it is."""
+        inputs = vars(self.recipe).get("inputs")
+        unstored = inputs.unstored() if isinstance(inputs, StoredInputsConfig) else None
+        if unstored is None:
+            return self
+        return dataclasses.replace(self, recipe=dataclasses.replace(self.recipe, inputs=unstored))
 
     def build(self, platform: str) -> Recipe:
         """The method for a platform, "cpu", "gpu" or "tpu".

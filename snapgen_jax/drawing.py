@@ -145,7 +145,8 @@ def draw_run(
     told = Told() if prompts is None else told_prompts(prompts)
     if count is None and prompts is None:
         raise ConfigError("how many images? give --count=50000")
-    chosen = max(complete_steps(workdir), default=None) if step is None else step
+    kept = complete_steps(workdir) if (epath.Path(workdir) / "checkpoints").exists() else []
+    chosen = max(kept, default=None) if step is None else step
     generator = load(workdir, chosen, decoder=decoder, mesh=make_mesh(MeshConfig(), jax.local_devices()))
     if classes is not None:
         told = told_classes(generator, resolve(load_config(workdir)).experiment.data, classes)

@@ -335,13 +335,21 @@ def load_recipe(workdir: epath.PathLike, platform: str | None = None, decoder: e
     return resolve(config, name=str(workdir)).build(platform or jax.default_backend())
 
 
+def load_drawing(workdir: epath.PathLike, platform: str | None = None, decoder: epath.PathLike | None = None) -> Recipe:
+    """As `load_recipe`, but of a run on stored inputs with their encoders in place of what is stored, where its config
+    names weights of these: the recipe that takes prompts and gives images."""
+    config = load_config(workdir)
+    resolved = resolve(config if decoder is None else _with_decoder(config, decoder), name=str(workdir))
+    return resolved.drawing().build(platform or jax.default_backend())
+
+
 def _with_decoder(config: ConfigDict, decoder: epath.PathLike) -> ConfigDict:
     """The config of a generator with the tiny decoder of another run."""
     other = load_config(decoder)
     if other.recipe != "decoder_distillation":
         raise ConfigError(f"{decoder} is a run of {other.recipe!r}; a decoder is trained by 'decoder_distillation'")
     inputs: Any = config.inputs
-    codec: Any = inputs.get("codec")
+    codec: Any = inputs.get("codec") or inputs.get("encoders", {}).get("codec")
     if codec is None or codec.kind != "autoencoder":
         raise ConfigError(
             "this run's latents are not those of an autoencoder, so there is nothing for a trained decoder to decode; "
@@ -359,7 +367,8 @@ def load(
     decoder: epath.PathLike | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Generator:
-    """The generator of a trained run.
+    """The generator of a trained run. One on stored inputs runs their encoders, where its config names weights of them,
+    so that it takes prompts and gives images.
 
     Args:
         workdir: local or object-store folder of the run, or a folder that `snapgen weights export` made of it.
@@ -372,7 +381,7 @@ def load(
         ConfigError: there is no run, no checkpoint, or one of another shape.
     """
     workdir = epath.Path(workdir)
-    recipe = load_recipe(workdir, platform, decoder)
+    recipe = load_drawing(workdir, platform, decoder)
     weights = load_weights(workdir, recipe, step)  # first: a run that has none yet may have no tokenizer either
     tokenizer = load_tokenizers(recipe.tokenizers(), workdir / "tokenizer.json")
     if mesh is not None:

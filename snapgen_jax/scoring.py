@@ -65,14 +65,17 @@ def measure(
     """
     generator = generator or load(workdir, step, decoder=decoder)
     experiment = Experiment(resolve(load_config(workdir)), workdir)
+    stored = experiment.stored_generator(generator)
     known = {spec.name: spec for spec in generator.recipe.evaluators()}
+    known |= {spec.name: spec for spec in experiment.recipe.evaluators() if spec.function is not None}
     found = EvaluationResult({}, {}, {})
     for name in names:
         try:
             evaluator = registry.create(_with_options(known.get(name, EvaluatorSpec(name)), generation, options))
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        result = judge(experiment, name, evaluator, generator)
+        reads = name in known and known[name].function is not None
+        result = judge(experiment, name, evaluator, stored if reads else generator)
         found.numbers.update(result.numbers)
         found.pictures.update(result.pictures)
         found.values.update(result.values)

@@ -84,10 +84,10 @@ def test_a_snapgen_command_that_is_named_is_understood(command):
     drawing = dataclasses.fields(SamplingConfig) if "takes_options" in parsed else ()
     options = {f"--{field.name}" for field in drawing}
     assert {a.split("=")[0] for a in others} <= options
-    if arguments[0] == "prepare":
+    if arguments[:2] == ["prepare", "collect"]:
         parsed.overrides = overrides
         collect_config(parsed)
-    elif overrides:
+    elif overrides or arguments[:2] == ["prepare", "encode"]:
         load = load_chain if arguments[0] == "chain" else load_config
         load(str(ROOT / parsed.config), overrides)
 

@@ -2,8 +2,9 @@
 
     snapgen plan  --config=configs/distill/t2i_1024_sd35l.py --topology=v5p:4x4x4
     snapgen train --config=configs/distill/t2i_1024_sd35l.py --workdir=gs://BUCKET/t2i_1024_kd \
-        --config.init_from=gs://BUCKET/t2i_512_kd --config.teacher.weights=DIR/transformer --config.data...
-    snapgen train --config=configs/distill/t2i_1024_sd35l.py:runlocal --workdir=/tmp/t2i_1024_kd
+        --config.init_from=gs://BUCKET/t2i_512_kd --config.teacher.weights=DIR/transformer --config.data.path=SHARDS
+    snapgen train --config=configs/distill/t2i_1024_sd35l.py:runlocal --workdir=/tmp/t2i_1024_kd \
+        --config.data.path=/tmp/t2i_1024_kd_shards
 
 A microbatch is eight images on a chip: there is room for them, and each gathers the teacher's weights once.
 

@@ -2,14 +2,18 @@
 
     snapgen plan  --config=configs/distill/t2i_512_sd35l.py --topology=v5p:4x4x4
     snapgen train --config=configs/distill/t2i_512_sd35l.py --workdir=gs://BUCKET/t2i_512_kd \
-        --config.init_from=gs://BUCKET/t2i_256 --config.teacher.weights=DIR/transformer --config.data...
-    snapgen train --config=configs/distill/t2i_512_sd35l.py:runlocal --workdir=/tmp/t2i_512_kd
+        --config.init_from=gs://BUCKET/t2i_256 --config.teacher.weights=DIR/transformer --config.data.path=SHARDS
+    snapgen train --config=configs/distill/t2i_512_sd35l.py:runlocal --workdir=/tmp/t2i_512_kd \
+        --config.data.path=/tmp/t2i_512_kd_shards
 
 The teacher is read from the folder `transformer/` of the published repository, in bfloat16, and split over `fsdp`; the
-student is whole on every device. Latents and the text states of both are batch inputs, synthetic ones until a source of
-stored ones is configured. Where every encoder of the student is left out the teacher is told nothing either; where any
-is kept it reads the whole caption. The student's highest stage on the way up is compared with the teacher's last block,
-37 (SnapGen++, arXiv 2601.08303, eq. 7). The teacher attends by a kernel for TPUs; on NVIDIA GPUs add
+student is whole on every device. Latents and the text states of both are batch inputs, which `snapgen prepare encode`
+makes with this config, as in `configs/pretrain/t2i_256.py`; `--config.teacher.inputs.text=tokens` stores the token ids
+of the teacher's captions and runs its encoders in the step.
+
+Where every encoder of the student is left out the teacher is told nothing either; where any is kept it reads the whole
+caption. The student's highest stage on the way up is compared with the teacher's last block, 37 (SnapGen++, arXiv
+2601.08303, eq. 7). The teacher attends by a kernel for TPUs; on NVIDIA GPUs add
 `--config.teacher.network.attention=cudnn`. Losses are scaled by the paper's running ratio; what the shapes world shows
 is the weighting without it, `--config.scaling.ratio=none`, and students that were worse with it (docs/measured.md).
 
@@ -21,13 +25,24 @@ at 512 px; that is ours. Guidance: swept as in `configs/pretrain/t2i_256.py`.
 
 from ml_collections import ConfigDict
 
-from configs.pretrain import t2i_512
+from configs.pretrain import t2i_256, t2i_512
 
 
-def stored_states(tokens: int, width: int, pooled: int = 2048) -> dict:
+def stored_states(tokens: int, width: int, encoders: dict, pooled: int = 2048) -> dict:
     """What the teacher reads: the states of its own encoders, 77 of CLIP and 256 of T5, on the student's latents."""
     shape = {"context_tokens": tokens, "context_width": width, "pooled_width": pooled, "latent_channels": 0}
-    return {"kind": "stored", "prefix": "teacher_", **shape}
+    return {"kind": "stored", "prefix": "teacher_", "encoders": encoders, **shape}
+
+
+def published() -> dict:
+    """The teacher's encoders, in the repository of Stable Diffusion 3.5."""
+    return {**t2i_256.published(), "t5_folder": "sd35/text_encoder_3", "t5_tokenizer": "sd35/tokenizer_3"}
+
+
+def tiny() -> dict:
+    """Encoders that are drawn."""
+    clips = {"clip_l": t2i_256.tiny_clip(6), "clip_g": t2i_256.tiny_clip(10)}
+    return {**clips, "t5": {"preset": "smoke", "vocab_size": 512}, "t5_tokens": 5, "stand_ins": True}
 
 
 def distilled(c: ConfigDict, devices: int, microbatches: int) -> ConfigDict:
@@ -40,7 +55,7 @@ def distilled(c: ConfigDict, devices: int, microbatches: int) -> ConfigDict:
     c.teacher = ConfigDict(
         {
             "network": {"kind": "mmdit", "preset": "sd35_large", "attention": "flash"},
-            "inputs": stored_states(tokens=333, width=4096),
+            "inputs": stored_states(tokens=333, width=4096, encoders=published()),
         }
     )
     c.student_taps = ("up_0",)
@@ -54,7 +69,7 @@ def run_locally(c: ConfigDict) -> ConfigDict:
     c.microbatches = 1
     network = {"kind": "mmdit", "preset": "smoke", "latent_channels": 16, "position_size": 16, "position_base": 8}
     c.teacher = ConfigDict(
-        {"random": True, "network": network, "inputs": stored_states(tokens=12, width=16, pooled=16)}
+        {"random": True, "network": network, "inputs": stored_states(tokens=12, width=16, encoders=tiny(), pooled=16)}
     )
     c.teacher_taps = ("block_01",)
     return c

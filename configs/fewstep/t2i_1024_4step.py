@@ -2,8 +2,9 @@
 
     snapgen plan  --config=configs/fewstep/t2i_1024_4step.py --topology=v5p:4x4x4
     snapgen train --config=configs/fewstep/t2i_1024_4step.py --workdir=gs://BUCKET/t2i_4step \
-        --config.init_from=gs://BUCKET/t2i_1024_kd --config.teacher.weights=DIR/transformer --config.data...
-    snapgen train --config=configs/fewstep/t2i_1024_4step.py:runlocal --workdir=/tmp/t2i_4step
+        --config.init_from=gs://BUCKET/t2i_1024_kd --config.teacher.weights=DIR/transformer --config.data.path=SHARDS
+    snapgen train --config=configs/fewstep/t2i_1024_4step.py:runlocal --workdir=/tmp/t2i_4step \
+        --config.data.path=/tmp/t2i_4step_shards
 
 Adversarial training against heads on a frozen copy of the student, and the velocities of the teacher, which needs no
 guidance, at the four times of sampling: those of the teacher's own sampler, since it knows no others. Weights and

@@ -3,8 +3,10 @@
     snapgen plan  --config=configs/fewstep/t2i_1024_4step_kdmd.py --topology=v5p:4x4x4 --part=generator
     snapgen train --config=configs/fewstep/t2i_1024_4step_kdmd.py --workdir=gs://BUCKET/t2i_4step_kdmd \
         --config.init_from=gs://BUCKET/t2i_1024_kd --config.teacher.weights=TURBO/transformer \
-        --config.score_teacher.weights=LARGE/transformer --config.data...
-    snapgen train --config=configs/fewstep/t2i_1024_4step_kdmd.py:runlocal --workdir=/tmp/t2i_4step_kdmd
+        --config.score_teacher.weights=LARGE/transformer \
+        --config.data.path=SHARDS
+    snapgen train --config=configs/fewstep/t2i_1024_4step_kdmd.py:runlocal --workdir=/tmp/t2i_4step_kdmd \
+        --config.data.path=/tmp/t2i_4step_kdmd_shards
 
     L = L_DMD + L_out + L_feat
 

@@ -2,8 +2,9 @@
 
     snapgen plan  --config=configs/fewstep/t2i_1024_8step.py --topology=v5p:4x4x4
     snapgen train --config=configs/fewstep/t2i_1024_8step.py --workdir=gs://BUCKET/t2i_8step \
-        --config.init_from=gs://BUCKET/t2i_1024_kd --config.teacher.weights=DIR/transformer --config.data...
-    snapgen train --config=configs/fewstep/t2i_1024_8step.py:runlocal --workdir=/tmp/t2i_8step
+        --config.init_from=gs://BUCKET/t2i_1024_kd --config.teacher.weights=DIR/transformer --config.data.path=SHARDS
+    snapgen train --config=configs/fewstep/t2i_1024_8step.py:runlocal --workdir=/tmp/t2i_8step \
+        --config.data.path=/tmp/t2i_8step_shards
 
 Turbo knows four times, and not these eight: the teacher is Stable Diffusion 3.5 Large itself, guided, and followed to
 the data in four Euler steps. That is eight calls of the teacher an update where the four-step config makes one.

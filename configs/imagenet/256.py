@@ -7,8 +7,8 @@ of the 4-channel autoencoder of Stable Diffusion 1, both frozen inside the step.
     snapgen train --config=configs/imagenet/256.py:runlocal --workdir=/tmp/imagenet
 
 TFDS is a folder with `imagenet2012`, prepared as `docs/imagenet.md` says, which also says where the weights, the
-tokenizer and the class names come from and how to get the FID. `:stored` reads latents that were made beforehand: the
-autoencoder's encoder is more arithmetic than the UNet's update.
+tokenizer and the class names come from and how to get the FID. `:stored` reads latents and token ids that were made
+beforehand (and are not mirrored): the autoencoder's encoder is more arithmetic than the UNet's update.
 
 Guidance is swept, as its band of times is:
 

@@ -47,9 +47,9 @@ def experiment(epochs: int) -> ConfigDict:
     c.log_every_steps = 100
     c.data = ConfigDict({"source": "tfds", "name": "imagenet2012", "class_names": "imagenet_classes.txt"})
     c.data.update({"crop": "centre", "flip": "random", "workers": 16})
-    c.inputs = ConfigDict({"kind": "clip_captions", "image_sizes": ((256, 256),), "caption_dropout": 0.1})
-    c.inputs.codec = ConfigDict({"kind": "autoencoder", "autoencoder": {"preset": "sd1"}, "workdir": "sd-vae-ft-mse"})
-    c.inputs.update({"clip_l_folder": "clip-vit-large-patch14", "clip_l_tokenizer": "clip-vit-large-patch14"})
+    c.inputs = ConfigDict(
+        {"kind": "clip_captions", "image_sizes": ((256, 256),), "caption_dropout": 0.1, **published()}
+    )
     c.network = ConfigDict({"kind": "unet", "preset": "imagenet"})
     c.schedule = ConfigDict({"kind": "flow", "density": "logit_normal"})
     c.optimizer = ConfigDict({"learning_rate": 1e-4, "schedule": "constant", "warmup_steps": 5_000})
@@ -61,12 +61,18 @@ def experiment(epochs: int) -> ConfigDict:
     return c
 
 
+def published() -> dict:
+    """CLIP-L and the autoencoder, each the folder of its repository."""
+    clip = "clip-vit-large-patch14"
+    codec = {"kind": "autoencoder", "autoencoder": {"preset": "sd1"}, "workdir": "sd-vae-ft-mse"}
+    return {"codec": codec, "clip_l_folder": clip, "clip_l_tokenizer": clip}
+
+
 def on_stored_latents(c: ConfigDict) -> ConfigDict:
-    """The same run on latents and token ids that were made beforehand; until a source of such is named, on random
-    batches, which show speed and memory and train nothing of use."""
-    c.inputs.latents = "stored"
-    c.data = ConfigDict({"source": "synthetic"})
-    c.evaluation = ConfigDict({})
+    """The same run on latents and token ids that `snapgen prepare encode` made beforehand."""
+    c.inputs = ConfigDict({"kind": "stored_clip_captions", "image_sizes": ((256, 256),), "caption_dropout": 0.1})
+    c.inputs.encoders = ConfigDict(published())
+    c.data = ConfigDict({"source": "stored", "workers": 4, "class_names": "imagenet_classes.txt"})
     return c
 
 

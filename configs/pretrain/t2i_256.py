@@ -1,11 +1,20 @@
 """Text-to-image pretraining of the 379M UNet, first of three stages: 256 px.
 
-    snapgen plan  --config=configs/pretrain/t2i_256.py --topology=v5e:16x16
-    snapgen train --config=configs/pretrain/t2i_256.py --workdir=gs://BUCKET/t2i_256
-    snapgen train --config=configs/pretrain/t2i_256.py:runlocal --workdir=/tmp/t2i_256
+    snapgen plan    --config=configs/pretrain/t2i_256.py --topology=v5e:16x16
+    snapgen prepare encode --config=configs/pretrain/t2i_256.py --images=IMAGES --out=SHARDS \
+        --config.inputs.encoders.language_folder=gemma --config.inputs.encoders.language_tokenizer=gemma
+    snapgen train   --config=configs/pretrain/t2i_256.py --workdir=gs://BUCKET/t2i_256 --config.data.path=SHARDS
 
-Latents of the SD3 autoencoder and the states of CLIP-L, CLIP-bigG and Gemma are batch inputs. Until a source of stored
-ones is configured, `data.source` is "synthetic": random batches, which show speed and memory and train nothing of use.
+In a minute on a laptop, from a folder of captioned pictures, with encoders that are drawn:
+
+    snapgen prepare collect --path=PHOTOS --out=/tmp/photos
+    snapgen prepare encode --config=configs/pretrain/t2i_256.py:runlocal --images=/tmp/photos --out=/tmp/t2i_256_shards
+    snapgen train --config=configs/pretrain/t2i_256.py:runlocal --workdir=/tmp/t2i_256 \
+        --config.data.path=/tmp/t2i_256_shards
+
+Latents of the SD3 autoencoder and the states of CLIP-L, CLIP-bigG and Gemma are batch inputs, made once by `snapgen
+prepare encode` (docs/encode.md). With `--config.inputs.text=tokens`, given to both commands, token ids are stored and
+the text encoders run in the step. `--config.data.source=synthetic` takes random batches, which show speed and memory.
 
 The conditioner, which maps Gemma's states to the width of CLIP's (4.7M parameters), is trained beside the UNet, and
 every later stage goes on with it. Each encoder is left out of 0.464 of the examples, independently, as Stable Diffusion
@@ -32,8 +41,8 @@ def stage(size: int, batch_size: int, train_steps: int, shift: float) -> ConfigD
     c.train_steps = train_steps
     c.batch_size = batch_size
     c.log_every_steps = 100
-    c.inputs = ConfigDict({"kind": "stored_encodings", "image_sizes": ((size, size),)})
-    c.data = ConfigDict({"source": "synthetic"})
+    c.inputs = ConfigDict({"kind": "stored_encodings", "image_sizes": ((size, size),), "encoders": published()})
+    c.data = ConfigDict({"source": "stored", "workers": 4})
     c.network = ConfigDict({"kind": "unet", "preset": "t2i"})
     c.schedule = ConfigDict({"kind": "flow", "density": "logit_normal", "shift": shift})
     c.optimizer = ConfigDict({"learning_rate": 1e-4, "schedule": "constant", "warmup_steps": 5_000})
@@ -43,19 +52,45 @@ def stage(size: int, batch_size: int, train_steps: int, shift: float) -> ConfigD
     return c
 
 
+def published() -> dict:
+    """The encoders: the repository of Stable Diffusion 3.5 in `sd35/`; that of Gemma 2 is named by hand."""
+    return {
+        "codec": {"kind": "autoencoder", "autoencoder": {"preset": "sd3"}, "workdir": "sd35/vae"},
+        "clip_l_folder": "sd35/text_encoder",
+        "clip_g_folder": "sd35/text_encoder_2",
+        "clip_l_tokenizer": "sd35/tokenizer",
+        "clip_g_tokenizer": "sd35/tokenizer_2",
+    }
+
+
+def tiny_clip(width: int) -> dict:
+    """A text encoder that is drawn."""
+    return {"preset": "smoke", "vocab_size": 512, "width": width, "max_tokens": 7, "projection": width, "eos_id": 511}
+
+
+def tiny_autoencoder() -> dict:
+    """An autoencoder that is drawn, with the latents of Stable Diffusion 3."""
+    sizes = {"channels": (8, 8, 8, 8), "layers": 1, "latent_channels": 16, "groups": 4, "tile": 8, "tile_overlap": 2}
+    return {"kind": "autoencoder", "autoencoder": sizes}
+
+
 def run_locally(c: ConfigDict) -> ConfigDict:
     """The same run, as small as can be."""
     c.train_steps = 20
     c.batch_size = 8
     c.microbatches = 1
     c.log_every_steps = 5
-    encodings = {
-        "clip_l": {"tokens": 7, "width": 6, "pooled": 6},
-        "clip_g": {"tokens": 7, "width": 10, "pooled": 10},
-        "language": {"tokens": 5, "width": 12},
-        "conditioner": {"preset": "smoke"},
+    c.data.workers = 0
+    encoders = {
+        "codec": tiny_autoencoder(),
+        "clip_l": tiny_clip(6),
+        "clip_g": tiny_clip(10),
+        "language": {"preset": "smoke", "vocab_size": 512, "width": 12},
+        "language_tokens": 5,
+        "stand_ins": True,
     }
-    c.inputs = ConfigDict({"kind": "stored_encodings", "image_sizes": ((64, 64),), **encodings})
+    inputs = {"kind": "stored_encodings", "image_sizes": ((64, 64),), "conditioner": {"preset": "smoke"}}
+    c.inputs = ConfigDict({**inputs, "encoders": encoders})
     c.network = ConfigDict({"kind": "unet", "preset": "smoke", "latent_channels": 16})
     c.optimizer.warmup_steps = 5
     c.sampling.steps = 2

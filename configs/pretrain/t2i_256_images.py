@@ -27,6 +27,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if arg not in (None, "folder", "tfds", "runlocal"):
         raise ValueError(f"unknown argument {arg!r}; the arguments are folder, tfds and runlocal, or nothing")
     c = t2i_256.get_config("runlocal" if arg == "runlocal" else None)
+    c.data = ConfigDict({"source": "synthetic"})
     c.mesh = ConfigDict({"fsdp": 16})
     inputs = {
         "kind": "encoders",

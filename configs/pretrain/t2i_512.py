@@ -2,8 +2,11 @@
 
     snapgen plan  --config=configs/pretrain/t2i_512.py --topology=v5e:16x16
     snapgen train --config=configs/pretrain/t2i_512.py --workdir=gs://BUCKET/t2i_512 \
-        --config.init_from=gs://BUCKET/t2i_256
-    snapgen train --config=configs/pretrain/t2i_512.py:runlocal --workdir=/tmp/t2i_512
+        --config.init_from=gs://BUCKET/t2i_256 --config.data.path=SHARDS
+    snapgen train --config=configs/pretrain/t2i_512.py:runlocal --workdir=/tmp/t2i_512 \
+        --config.data.path=/tmp/t2i_512_shards
+
+`SHARDS` are made by `snapgen prepare encode` with this config, as there.
 
 It starts from the averaged weights of the stage before, of UNet and conditioner; optimizer, average and schedule begin
 anew, and the times are shifted towards noise, since at more pixels the same noise hides less (Esser et al. 2024,

@@ -28,7 +28,8 @@ class ArraySpec:
             its right and bottom edge. The crop moves them, and may move them outside.
             "array": anything else of a fixed shape. The crop does not touch it.
             "text": a string.
-        shape: of the array; None for a height or width of images that varies.
+        shape: of the array; None for a height or width that varies: of images, or of arrays `[h, w, C]` that are stored
+            for each bucket.
         dtype: of the array, whatever `numpy.dtype` accepts.
         mirror: what a horizontal flip of the images does to this entry.
             "same": images are reversed along their width. Arrays are unchanged: a class label. Texts are unchanged too,
@@ -49,13 +50,16 @@ class ArraySpec:
     def __post_init__(self):
         """Raises ValueError if the fields contradict each other."""
         dtype, rank = np.dtype(self.dtype), len(self.shape)
-        free = self.shape[-3:-1] if self.kind == "image" else ()
+        free = self.shape[-3:-1] if self.kind in ("image", "array") and rank >= 3 else ()
         if self.kind == "image" and rank not in (3, 4):
             raise ValueError(f"an image is [h, w, C] or [F, h, w, C], not of {rank} axes")
         if self.kind == "points" and (self.shape[-1:] != (2,) or self.mirror == "same" or dtype.kind != "f"):
             raise ValueError('points are floats [..., 2] with mirror "negate_x" or "none"')
         if self.shape.count(None) > free.count(None):
-            raise ValueError(f"only the height and width of an image may be None, and the shape is {self.shape}")
+            raise ValueError(
+                "only the height and width of an image or of an array [h, w, C] may be None, and the shape is "
+                f"{self.shape}"
+            )
         if self.mirror == "negate_x" and (self.kind == "text" or not rank or dtype.kind in "ub"):
             raise ValueError(f'mirror "negate_x" needs a last axis of signed numbers, and this is {self}')
         if self.kind == "image" and self.resample != "nearest" and dtype.kind in "iu" and dtype.itemsize > 2:

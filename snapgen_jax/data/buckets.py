@@ -12,7 +12,7 @@ import numpy as np
 
 from snapgen_jax.data.arrays import ArraySpec, listed
 from snapgen_jax.data.errors import DataError
-from snapgen_jax.data.sources import Source
+from snapgen_jax.data.sources import Indices, Source
 from snapgen_jax.data.tokenizer import CaptionTokenizer, mask_name
 
 Specs = Mapping[str, Any]  # name -> anything with a shape and a dtype, the global batch first
@@ -75,7 +75,9 @@ class Bucket:
             DataError: there is no such array, it has another shape or dtype, or the specs disagree or do not divide by
                 the hosts.
         """
-        sources = _text_of_arrays(tokenizer, texts or {})
+        # What is stored is not made again.
+        made = _text_of_arrays(tokenizer, texts or {})
+        sources = {array: text for array, text in made.items() if array not in declared}
         where = f"bucket {name!r}"
         if unknown := sorted(specs.keys() - declared.keys() - sources.keys()):
             given = f"the tokenizers give {', '.join(sources)}" if sources else "there is no tokenizer"
@@ -131,6 +133,8 @@ def _check_entry(where: str, name: str, shape: tuple[int, ...], dtype: Any, decl
     has = declared.shape
     if declared.kind == "image" and len(shape) == len(has):
         has = (*has[:-3], *shape[-3:-1], has[-1])  # it is resized to any height and width
+    elif len(shape) == len(has):
+        has = tuple(b if a is None else a for a, b in zip(has, shape, strict=True))  # each bucket has its own
     if shape != has:
         wanted = f"{np.dtype(dtype).name} [{', '.join(map(str, shape))}]"
         raise DataError(f"{where} asks for {name} as {wanted}, and the source has {declared}")
@@ -153,43 +157,70 @@ def _local_batch(where: str, specs: Specs, host_count: int) -> int:
     return batch // host_count
 
 
-def assign(source: Source, buckets: Sequence[Bucket]) -> dict[str, np.ndarray | range]:
-    """{bucket: its examples}: by nearest aspect ratio, and among equal ones by nearest area.
+def assign(source: Source, buckets: Sequence[Bucket]) -> dict[str, Indices]:
+    """{bucket: its examples}: by nearest aspect ratio, and among equal ones by nearest area; or as they were stored.
 
     Where the source does not tell sizes, every bucket draws from all examples.
+
+    Raises:
+        DataError: the examples were stored for other buckets.
     """
     everything = range(len(source))
+    if (stored := source.buckets()) is not None:
+        return _as_stored(stored, [bucket.name for bucket in buckets])
     sizes = source.sizes() if len(buckets) > 1 else None
     shaped = [bucket.size for bucket in buckets if bucket.size is not None]
     if sizes is None or len(shaped) < len(buckets):
         return {bucket.name: everything for bucket in buckets}
-    log_size = np.log(np.maximum(sizes, 1))  # [N, 2]
-    log_bucket = np.log(np.array(shaped))  # [K, 2]
-    aspect, area = log_size[:, 0] - log_size[:, 1], log_size.sum(axis=1)
-    bucket_aspect, bucket_area = log_bucket[:, 0] - log_bucket[:, 1], log_bucket.sum(axis=1)
-    distance = np.abs(aspect[:, None] - bucket_aspect)  # [N, K]
-    distance += 1e-6 * np.abs(area[:, None] - bucket_area)
-    nearest = distance.argmin(axis=1)
-    members: dict[str, np.ndarray | range] = {b.name: np.flatnonzero(nearest == k) for k, b in enumerate(buckets)}
+    nearest = nearest_size(sizes, shaped)
+    members: dict[str, Indices] = {b.name: np.flatnonzero(nearest == k) for k, b in enumerate(buckets)}
     for name in (name for name, indices in members.items() if not len(indices)):
         log.warning("no image has a shape near bucket %r: it is never drawn", name)
     return members
 
 
-def weights(
-    buckets: Sequence[Bucket], members: Mapping[str, Sequence[int] | np.ndarray], shares: Mapping[str, float]
-) -> dict[str, float]:
+def nearest_size(sizes: np.ndarray, buckets: Sequence[tuple[int, int]]) -> np.ndarray:
+    """The bucket of each image, int `[N]`: of the nearest aspect ratio, and among equal ones of the nearest area.
+
+    Args:
+        sizes: int `[N, 2]` heights and widths of images.
+        buckets: height and width of each bucket.
+    """
+    log_size = np.log(np.maximum(sizes, 1))  # [N, 2]
+    log_bucket = np.log(np.array(buckets))  # [K, 2]
+    aspect, area = log_size[:, 0] - log_size[:, 1], log_size.sum(axis=1)
+    bucket_aspect, bucket_area = log_bucket[:, 0] - log_bucket[:, 1], log_bucket.sum(axis=1)
+    distance = np.abs(aspect[:, None] - bucket_aspect)  # [N, K]
+    distance += 1e-6 * np.abs(area[:, None] - bucket_area)
+    return distance.argmin(axis=1)
+
+
+def _as_stored(stored: Mapping[str, Indices], asked: Sequence[str]) -> dict[str, Indices]:
+    if surplus := [name for name, indices in stored.items() if len(indices) and name not in asked]:
+        raise DataError(
+            f"examples are stored in the sizes {', '.join(surplus)}, and no bucket has these; the buckets are "
+            f"{', '.join(asked)}. Add the sizes to inputs.image_sizes, or name shards of these buckets in data.path"
+        )
+    if missing := [name for name in asked if name not in stored]:
+        raise DataError(
+            f"nothing is stored for the buckets {', '.join(missing)}; the shards are of {', '.join(stored)}. Take "
+            "these as inputs.image_sizes, or run `snapgen prepare encode` with this config"
+        )
+    return {name: stored[name] for name in asked}
+
+
+def weights(buckets: Sequence[Bucket], members: Mapping[str, float], shares: Mapping[str, float]) -> dict[str, float]:
     """{bucket: its relative share of the batches}, without the buckets that are never drawn.
 
     Args:
         buckets: all of them.
-        members: {bucket: its examples}.
+        members: {bucket: how many examples it has}, or their share.
         shares: {bucket: its share} as a config sets them; empty for the shares of examples.
 
     Raises:
         DataError: `shares` names an unknown or an empty bucket, leaves one out, or is not made of shares.
     """
-    counts = {bucket.name: len(members[bucket.name]) / bucket.local_batch for bucket in buckets}
+    counts = {bucket.name: members[bucket.name] / bucket.local_batch for bucket in buckets}
     filled = {name: count for name, count in counts.items() if count}
     if not shares:
         return filled

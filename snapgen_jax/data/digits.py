@@ -7,7 +7,7 @@ from collections.abc import Collection
 import numpy as np
 
 from snapgen_jax.data.arrays import IMAGE, LABEL, TEXT, ArraySpec, Example
-from snapgen_jax.data.config import DataConfig, Split
+from snapgen_jax.data.config import SourceConfig, Split
 from snapgen_jax.data.sources import hold_out, holds_out
 from snapgen_jax.data.words import article, pick
 
@@ -45,8 +45,11 @@ class DigitsSource:
     def sizes(self) -> None:
         """None: all are equally small, and go to any bucket."""
 
+    def buckets(self) -> None:
+        """None."""
 
-def build(config: DataConfig, split: Split) -> DigitsSource:
+
+def build(config: SourceConfig, split: Split) -> DigitsSource:
     """The digits source of a config."""
     from sklearn.datasets import load_digits  # scipy and all of scikit-learn: only where used
 

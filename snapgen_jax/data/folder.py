@@ -29,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from snapgen_jax.data.arrays import IMAGE, TEXT, ArraySpec, Example
-from snapgen_jax.data.config import DataConfig, Split
+from snapgen_jax.data.config import SourceConfig, Split
 from snapgen_jax.data.errors import DataError
 from snapgen_jax.data.images import EXTENSIONS, decode, header_size
 from snapgen_jax.data.sources import asked, hold_out, holds_out
@@ -77,8 +77,11 @@ class FolderSource:
         with ThreadPoolExecutor(16) as pool:
             return np.array(list(pool.map(header_size, (entry.path for entry in self._entries))), np.int64)
 
+    def buckets(self) -> None:
+        """None: its size decides."""
 
-def build(config: DataConfig, split: Split) -> FolderSource:
+
+def build(config: SourceConfig, split: Split) -> FolderSource:
     """The folder source of a config. The validation split is the folder `validation_path`, or else a fixed random
     `validation_share` of the sorted paths.
 

@@ -2,7 +2,8 @@
 
 A position is one integer, the number of global batches drawn. The order is
 
-    shuffle -> repeat -> (epoch, index) -> [host::hosts] -> example -> batch -> one bucket a step -> [position:]
+    shuffle -> repeat -> (domain, epoch, index) -> one domain an example -> [host::hosts] -> example -> batch
+            -> one bucket a step -> [position:]
 
 and every stage is a pure function of the numbers before it, so a run is restarted at any position by slicing, on any
 number of hosts that divides the global batch. grain runs the stages; its own iterator state is never stored.
@@ -30,7 +31,8 @@ from snapgen_jax.data.arrays import ArraySpec, Example, entry
 from snapgen_jax.data.buckets import Bucket, Specs, assign, weights
 from snapgen_jax.data.config import Crop, DataConfig, Flip, Split
 from snapgen_jax.data.errors import DataError, UnreadableExampleError
-from snapgen_jax.data.sources import Source, build_source
+from snapgen_jax.data.mixture import domains_of, shifted
+from snapgen_jax.data.sources import Indices, Source, build_source
 from snapgen_jax.data.tokenizer import CaptionTokenizer
 from snapgen_jax.data.views import View
 from snapgen_jax.data.words import speaks_of_sides
@@ -103,22 +105,39 @@ class Pipeline:
         ]
         training = split == "train"
         crop, flip = (config.crop, _possible_flip(config.flip, buckets, declared)) if training else ("centre", "none")
-        members = assign(self.source, buckets)
-        shares = weights(buckets, members, config.bucket_shares if training else {})
+        domains = domains_of(self.source)
+        members = [assign(domain.source, buckets) for domain in domains]
+        drawn = {
+            bucket.name: [
+                domain.weight * len(inside[bucket.name]) for domain, inside in zip(domains, members, strict=True)
+            ]
+            for bucket in buckets
+        }
+        shares = weights(
+            buckets, {name: sum(each) for name, each in drawn.items()}, config.bucket_shares if training else {}
+        )
         self._buckets = [bucket for bucket in buckets if bucket.name in shares]
         parts = []
         for number, bucket in enumerate(self._buckets):
-            indices = members[bucket.name]
+            indices = [
+                shifted(inside[bucket.name], domain.start) for domain, inside in zip(domains, members, strict=True)
+            ]
             read = _Read(self.source, declared, indices, bucket, seed, crop, flip)
-            parts.append(
-                grain.MapDataset.range(len(indices))
-                .shuffle(seed=_shuffle_seed(seed, number))
+            filled = [k for k, inside in enumerate(indices) if len(inside)]
+            orders = [
+                grain.MapDataset.range(len(indices[k]))
+                .shuffle(seed=_shuffle_seed(seed, number, k))
                 .repeat()
-                .map_with_index(_Epoch(len(indices)))[host_index::host_count]
+                .map_with_index(_Epoch(len(indices[k]), k))
+                for k in filled
+            ]
+            order = _mixed(orders, [drawn[bucket.name][k] for k in filled])
+            parts.append(
+                order[host_index::host_count]
                 .map(read)
                 .batch(bucket.local_batch, batch_fn=_Collate(number, bucket, tokenizer))
             )
-        self._dataset = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, list(shares.values()))
+        self._dataset = _mixed(parts, list(shares.values()))
 
     def batches(self, position: int = 0) -> Generator[Batch, None, None]:
         """Yields the batches from a position on, without end. Close the generator to stop its threads or processes.
@@ -148,8 +167,13 @@ class Pipeline:
                 yield batch
 
 
-def _shuffle_seed(seed: int, bucket: int) -> int:
-    return int(np.random.SeedSequence((seed, bucket)).generate_state(1)[0])
+def _mixed(parts: Sequence[grain.MapDataset], shares: Sequence[float]) -> grain.MapDataset:
+    return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, shares)
+
+
+def _shuffle_seed(seed: int, bucket: int, domain: int) -> int:
+    words = (seed, bucket, domain) if domain else (seed, bucket)
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
 def _possible_flip(flip: Flip, buckets: Sequence[Bucket], declared: Mapping[str, ArraySpec]) -> Flip:
@@ -171,21 +195,26 @@ def _possible_flip(flip: Flip, buckets: Sequence[Bucket], declared: Mapping[str,
 
 @dataclasses.dataclass(frozen=True)
 class _Epoch:
-    """Position in the endless stream and place in the data -> (epoch, place)."""
+    """Position in the endless stream of a domain and place in its data -> (domain, epoch, place)."""
 
     length: int
+    domain: int
 
-    def __call__(self, position: int, place: int) -> tuple[int, int]:
-        return position // self.length, int(place)
+    def __call__(self, position: int, place: int) -> tuple[int, int, int]:
+        return self.domain, position // self.length, int(place)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Read:
-    """(epoch, place) -> example in the bucket's shape, replaced by the next good one where it is unreadable."""
+    """(domain, epoch, place) -> example in the bucket's shape, replaced by the next good one where it is unreadable.
+
+    Attributes:
+        indices: for each domain, its examples of the bucket.
+    """
 
     source: Source
     declared: Mapping[str, ArraySpec]
-    indices: np.ndarray | range
+    indices: Sequence[Indices]
     bucket: Bucket
     seed: int
     crop: Crop
@@ -198,11 +227,12 @@ class _Read:
         if multiprocessing.parent_process() is not None and in_main_thread:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def __call__(self, key: tuple[int, int]) -> dict[str, Any]:
-        epoch, place = key
-        wanted, problem = int(self.indices[place]), ""
-        for step in range(min(len(self.indices), _REPLACEMENTS_TRIED)):
-            index = int(self.indices[(place + step) % len(self.indices)])
+    def __call__(self, key: tuple[int, int, int]) -> dict[str, Any]:
+        domain, epoch, place = key
+        indices, problem = self.indices[domain], ""
+        wanted = int(indices[place])
+        for step in range(min(len(indices), _REPLACEMENTS_TRIED)):
+            index = int(indices[(place + step) % len(indices)])
             rng = np.random.default_rng((self.seed, epoch, index))
             try:
                 example = self._example(index, rng)
@@ -219,6 +249,13 @@ class _Read:
         bucket = self.bucket
         example = self.source.example(index, rng, bucket.entries)
         example = {name: entry(example, name, self.declared[name]) for name in bucket.entries}
+        for name, shape in bucket.shapes.items():
+            if self.declared[name].kind == "array" and example[name].shape != shape:
+                has = ArraySpec("array", example[name].shape, example[name].dtype)
+                raise DataError(
+                    f"{self.source.name(index)}: {name} is {has}, and its bucket takes {list(shape)}; it was made for "
+                    "another bucket, or by other encoders than the inputs of this config"
+                )
         if bucket.size is None:
             return example
         view = View.draw(example[bucket.view].shape[-3:-1], bucket.size, rng, self.crop, self.flip)

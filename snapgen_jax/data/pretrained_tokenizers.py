@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import pathlib
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -118,6 +119,29 @@ class PretrainedTokenizer:
                 )
 
 
+class StandInTokenizer:
+    """Words to ids that mean nothing, always the same, for a text encoder that was drawn at random.
+
+    Attributes:
+        vocab_size: number of ids; 0 is padding and the largest ends a text.
+        pad_id: fills a text up to the asked length.
+    """
+
+    pad_id = 0
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def encode(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `PretrainedTokenizer.encode`."""
+        tokens, mask = np.zeros((len(texts), length), np.int32), np.zeros((len(texts), length), np.float32)
+        for row, text in enumerate(texts):
+            words = require_text(text, "the caption or prompt").split()[: length - 1]
+            ids = [1 + zlib.crc32(word.encode()) % (self.vocab_size - 2) for word in words] + [self.vocab_size - 1]
+            tokens[row, : len(ids)], mask[row, : len(ids)] = ids, 1.0
+        return tokens, mask
+
+
 class PretrainedTokenizers:
     """One caption for several encoders, each with its own tokenizer.
 
@@ -126,7 +150,7 @@ class PretrainedTokenizers:
         names: the arrays that they give, ids and masks.
     """
 
-    def __init__(self, tokenizers: Mapping[str, PretrainedTokenizer | Tokenizer]):
+    def __init__(self, tokenizers: Mapping[str, PretrainedTokenizer | StandInTokenizer | Tokenizer]):
         """`tokenizers`: {array of token ids: that which encodes it}; a run's own may be among them."""
         self.each = dict(tokenizers)
         self.names = tuple(name for tokens in tokenizers for name in (tokens, mask_name(tokens)))

@@ -7,7 +7,7 @@ from collections.abc import Collection
 import numpy as np
 
 from snapgen_jax.data.arrays import IMAGE, TEXT, ArraySpec, Example
-from snapgen_jax.data.config import DataConfig, Split
+from snapgen_jax.data.config import SourceConfig, Split
 from snapgen_jax.data.shapes import Scene, render
 from snapgen_jax.data.shapes_captions import DENSE_OBJECTS, caption, dense, layout
 from snapgen_jax.data.shapes_grammar import ShapesConfig, sample_scene
@@ -57,7 +57,10 @@ class ShapesSource:
     def sizes(self) -> None:
         """None: a scene goes to any bucket."""
 
+    def buckets(self) -> None:
+        """None."""
 
-def build(config: DataConfig, split: Split) -> ShapesSource:
+
+def build(config: SourceConfig, split: Split) -> ShapesSource:
     """The shapes source of a config."""
     return ShapesSource(config.shapes, split)

@@ -9,17 +9,19 @@ last, so that a folder without a manifest is one that is not done.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
-import grain
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
 
 from snapgen_jax.data.errors import DataError
@@ -30,6 +32,8 @@ MANIFEST = "manifest.json"
 SCHEMA = 1
 # A record a group, so that one is read without its neighbours.
 _OPTIONS = "group_size:1,zstd:1"
+_OPEN = 256  # shards that a process keeps open; 1,024 files are what a system allows at least
+_STATS = 32  # files looked at together: one look at a mounted bucket takes milliseconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,9 +149,9 @@ def check_files(folder: epath.PathLike, manifest: Manifest, buckets: Iterable[st
         DataError: a shard is missing or truncated; says which.
     """
     wanted = None if buckets is None else set(buckets)
-    for shard in manifest.shards:
-        if wanted is not None and shard.bucket not in wanted:
-            continue
+    shards = [shard for shard in manifest.shards if wanted is None or shard.bucket in wanted]
+
+    def check_one(shard: Shard) -> None:
         path = epath.Path(folder) / shard.file
         try:
             size = path.stat().length
@@ -161,6 +165,10 @@ def check_files(folder: epath.PathLike, manifest: Manifest, buckets: Iterable[st
                 f"the shard {path} has {size:,} bytes, and {MANIFEST} says {shard.bytes:,}: it was cut or altered; "
                 f"copy it again, or remove it and {MANIFEST} and run `snapgen prepare` again"
             )
+
+    with ThreadPoolExecutor(_STATS) as pool:
+        for _ in pool.map(check_one, shards):
+            pass
 
 
 def shard_name(prefix: str, number: int, count: int) -> str:
@@ -177,17 +185,25 @@ def write_shard(folder: epath.PathLike, file: str, examples: Iterable[Mapping[st
     path = epath.Path(folder) / file
     # Beside the shard, so that it is renamed; below the system's temporary folder where it is copied to a store.
     beside = None if on_object_store(path) else str(path.parent)
-    try:
+    with _disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=beside) as temporary:
-            local, count = pathlib.Path(temporary) / file, 0
+        temporary = tempfile.TemporaryDirectory(prefix=".writing-", dir=beside)
+    with temporary as name:
+        local, count = pathlib.Path(name) / file, 0
+        with _disk(path):
             writer = ArrayRecordWriter(str(local), _OPTIONS)
-            try:
-                for example in examples:
-                    writer.write(pack(example))
-                    count += 1
-            finally:
+        try:
+            for example in examples:  # whose own errors are none of the disk
+                record = pack(example)
+                with _disk(path):
+                    writer.write(record)
+                count += 1
+        except BaseException:
+            with contextlib.suppress(Exception):
                 writer.close()
+            raise
+        with _disk(path):
+            writer.close()
             with local.open("rb") as content:
                 digest = hashlib.file_digest(content, "sha256").hexdigest()
             size = local.stat().st_size
@@ -195,21 +211,28 @@ def write_shard(folder: epath.PathLike, file: str, examples: Iterable[Mapping[st
                 epath.Path(local).copy(path, overwrite=True)
             else:
                 local.replace(str(path))
-    except (OSError, RuntimeError) as error:  # ArrayRecord raises the latter for what the disk says
-        raise DataError(f"the shard {path} cannot be written: {error}; nothing of it is left") from error
     return Shard(file, bucket, count, size, digest)
 
 
+@contextlib.contextmanager
+def _disk(path: epath.Path) -> Iterator[None]:
+    """Turns what the disk says into a `DataError`."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # ArrayRecord raises the latter
+        raise DataError(f"the shard {path} cannot be written: {error}; nothing of it is left") from error
+
+
 class Records:
-    """The records of some shards by index, in the order of the shards. Can be pickled; opened when first read."""
+    """The records of some shards by index, in the order of the shards. Can be pickled; opened when first read.
+
+    Of all folders together a process keeps the latest `_OPEN` shards open, so that neither their number nor that of
+    the folders of a mixture meets the limit of open files.
+    """
 
     def __init__(self, folder: epath.PathLike, shards: Iterable[Shard]):
         self._folder, self._shards = str(folder), tuple(shards)
         self._ends = np.cumsum([shard.examples for shard in self._shards])
-        self._opened: Any = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": None}
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -220,16 +243,42 @@ class Records:
         Raises:
             DataError: the shard is damaged; says which, and at which record.
         """
-        if self._opened is None:
-            paths = [str(epath.Path(self._folder) / shard.file) for shard in self._shards]
-            self._opened = grain.sources.ArrayRecordDataSource(paths)
+        shard, position = self._place(index)
         try:
-            return self._opened[int(index)]
-        except RuntimeError as error:
-            raise DataError(f"{self.name(index)} cannot be read: {error}") from error
+            return _reader(str(epath.Path(self._folder) / shard.file)).read([position])[0]
+        except (IndexError, OSError, RuntimeError) as error:
+            raise DataError(f"{self.name(index)} cannot be read: {error}; copy the shard again") from error
 
     def name(self, index: int) -> str:
         """ "shards/256x256-00003-of-00064.array_record, record 7"."""
+        shard, position = self._place(index)
+        return f"{self._folder}/{shard.file}, record {position}"
+
+    def _place(self, index: int) -> tuple[Shard, int]:
         number = int(np.searchsorted(self._ends, index, side="right"))
-        first = int(self._ends[number - 1]) if number else 0
-        return f"{self._folder}/{self._shards[number].file}, record {index - first}"
+        return self._shards[number], int(index) - (int(self._ends[number - 1]) if number else 0)
+
+
+@functools.lru_cache(maxsize=_OPEN)
+def _reader(path: str) -> ArrayRecordReader:
+    """An open shard; it closes when the last thread that reads it lets go."""
+    return ArrayRecordReader(path, options="readahead_buffer_size:0", file_reader_buffer_size=32_768)
+
+
+def check_readable(folder: epath.PathLike, manifest: Manifest) -> None:
+    """Opens the first shard of a folder on an object store, which not every build of ArrayRecord reads.
+
+    Raises:
+        DataError: it cannot be opened; says what to do.
+    """
+    if not on_object_store(folder) or not manifest.shards:
+        return
+    path = str(epath.Path(folder) / manifest.shards[0].file)
+    try:
+        _reader(path)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DataError(
+            f"{path} cannot be read where it is ({str(error).splitlines()[0]}): this build of ArrayRecord reads files "
+            "alone. Mount the bucket (launch.tpu_vm and launch.gke: --mount=BUCKET; by hand: `gcsfuse BUCKET DIR`) and "
+            "give the path below the mount as data.path"
+        ) from error

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
 import numpy as np
 
 from snapgen_jax.data.arrays import ArraySpec, Example
-from snapgen_jax.data.config import DataConfig, Split
+from snapgen_jax.data.config import DataConfig, SourceConfig, Split
 from snapgen_jax.data.errors import DataError
+from snapgen_jax.data.mixture import Mixture
+
+Indices = np.ndarray | range
 
 
 class Source(Protocol):
@@ -50,18 +53,30 @@ class Source(Protocol):
         """int `[N, 2]` heights and widths; None where an example may go to any bucket."""
         ...
 
+    def buckets(self) -> Mapping[str, Indices] | None:
+        """`{bucket: its examples}` where each was stored for one bucket; None where `sizes` decides."""
+        ...
 
-# source name -> module with `build(config, split) -> Source`; imported when used.
+
+# source name -> module with `build(config: SourceConfig, split) -> Source`; imported when used.
 SOURCES = {
     "shapes": "snapgen_jax.data.shapes_source",
     "digits": "snapgen_jax.data.digits",
     "folder": "snapgen_jax.data.folder",
     "tfds": "snapgen_jax.data.tfds_source",
+    "stored": "snapgen_jax.data.stored_source",
 }
 
 
 def build_source(config: DataConfig, split: Split = "train") -> Source:
-    """Builds the source that a config names. Raises `DataError` where it is unknown, missing or empty."""
+    """The source that a config names, or the mixture of several. Raises `DataError` where one is unknown, missing or
+    empty, or where those of a mixture differ."""
+    if not config.mixture:
+        return _build(config, split)
+    return Mixture([_build(domain, split) for domain in config.mixture], [d.weight for d in config.mixture])
+
+
+def _build(config: SourceConfig, split: Split) -> Source:
     if config.source == "synthetic":
         raise DataError("data.source is 'synthetic': random batches hold no examples; train with another data.source")
     if config.source not in SOURCES:

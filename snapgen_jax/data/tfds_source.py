@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from snapgen_jax.data.arrays import IMAGE, LABEL, TEXT, ArraySpec, Example
-from snapgen_jax.data.config import DataConfig, Split
+from snapgen_jax.data.config import SourceConfig, Split
 from snapgen_jax.data.errors import DataError, UnreadableExampleError
 from snapgen_jax.data.images import decode
 from snapgen_jax.data.sources import asked
@@ -34,7 +34,7 @@ _TEXT_NAMES = ("caption", "captions", "text")  # of the Text features, ids and f
 class TfdsSource:
     """A prepared TFDS data set. The files are opened when first used, and again in every worker process."""
 
-    def __init__(self, config: DataConfig, split: str, held_out: bool = True):
+    def __init__(self, config: SourceConfig, split: str, held_out: bool = True):
         self._config, self._split = config, split
         self.held_out = held_out
         self._records: Any = None
@@ -80,6 +80,9 @@ class TfdsSource:
     def sizes(self) -> None:
         """None: records do not tell their size without being read."""
 
+    def buckets(self) -> None:
+        """None."""
+
     def record(self, index: int) -> Any:
         """All features of an example; an image is the bytes of its file.
 
@@ -113,7 +116,7 @@ class TfdsSource:
         return " ".join(text.split())
 
 
-def build(config: DataConfig, split: Split) -> TfdsSource:
+def build(config: SourceConfig, split: Split) -> TfdsSource:
     """The TFDS source of a config. Raises `DataError` where it is unknown, not prepared, or has no caption."""
     if not config.name:
         raise DataError("the data source 'tfds' needs data.name, the name of a TFDS data set such as 'coco_captions'")
@@ -122,7 +125,7 @@ def build(config: DataConfig, split: Split) -> TfdsSource:
     return TfdsSource(config, config.validation_split, held_out=config.validation_split != config.train_split)
 
 
-def _open(config: DataConfig, split: str) -> Any:
+def _open(config: SourceConfig, split: str) -> Any:
     import tensorflow_datasets as tfds  # seconds to import
 
     try:
@@ -159,7 +162,7 @@ def _leaves(feature: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[st
         yield path, feature
 
 
-def _find_image(features: Any, config: DataConfig) -> tuple[str, ...]:
+def _find_image(features: Any, config: SourceConfig) -> tuple[str, ...]:
     import tensorflow_datasets as tfds
 
     images = ["/".join(path) for path, leaf in _leaves(features) if isinstance(leaf, tfds.features.Image)]
@@ -170,7 +173,7 @@ def _find_image(features: Any, config: DataConfig) -> tuple[str, ...]:
     return (config.image_feature,)
 
 
-def _find_caption(features: Any, config: DataConfig) -> tuple[tuple[str, ...], Any]:
+def _find_caption(features: Any, config: SourceConfig) -> tuple[tuple[str, ...], Any]:
     import tensorflow_datasets as tfds
 
     leaves = list(_leaves(features))
@@ -196,7 +199,7 @@ def _find_label(features: Any) -> tuple[str, ...]:
     return (min(labels, key=lambda name: name != "label"),) if labels else ()
 
 
-def _class_names(feature: Any, config: DataConfig) -> list[str] | None:
+def _class_names(feature: Any, config: SourceConfig) -> list[str] | None:
     """The words of a class label by number; None for a feature that is text."""
     import tensorflow_datasets as tfds
 

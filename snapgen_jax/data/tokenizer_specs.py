@@ -17,7 +17,7 @@ from etils import epath
 
 from snapgen_jax.data.config import DataConfig
 from snapgen_jax.data.errors import DataError
-from snapgen_jax.data.pretrained_tokenizers import PretrainedTokenizer, PretrainedTokenizers
+from snapgen_jax.data.pretrained_tokenizers import PretrainedTokenizer, PretrainedTokenizers, StandInTokenizer
 from snapgen_jax.data.sources import Source
 from snapgen_jax.data.tokenizer import CaptionTokenizer, Tokenizer, build_tokenizer
 from snapgen_jax.inputs.interfaces import TokenizerSpec
@@ -66,18 +66,22 @@ def load_tokenizers(specs: Specs, own: epath.PathLike | OwnTokenizer | None) -> 
             `tokenizer.json` was altered after the run began.
     """
     trained = _trained(specs)
-    folders = {name: spec.folder for name, spec in specs.items() if name not in trained}
+    drawn = {n: StandInTokenizer(spec.vocab_size) for n, spec in specs.items() if spec.kind == "stand_in"}
+    folders = {name: spec.folder for name, spec in specs.items() if spec.kind == "pretrained"}
     vocab_sizes = {name: spec.vocab_size for name, spec in specs.items()}
     published = PretrainedTokenizers.load(folders, vocab_sizes) if folders else None
+    made: dict[str, Tokenizer | PretrainedTokenizer | StandInTokenizer] = {
+        **drawn,
+        **({} if published is None else published.each),
+    }
     if not trained:
-        return published
+        return PretrainedTokenizers(made) if drawn else published
     if own is None:
         raise DataError(f"{', '.join(trained)} needs the tokenizer.json of a run, and no run is given")
     tokenizer = Tokenizer.parse(own.text, "tokenizer.json") if isinstance(own, OwnTokenizer) else _read(own)[0]
     _check_room(trained, tokenizer)
     if list(specs) == ["tokens"]:
         return tokenizer
-    made: dict[str, Tokenizer | PretrainedTokenizer] = {} if published is None else dict(published.each)
     return PretrainedTokenizers({name: made.get(name, tokenizer) for name in specs})
 
 
@@ -153,6 +157,8 @@ def _source(file: epath.Path | None, config: DataConfig, source: Source, texts: 
         return {"file": str(file), "sha256": _digest(file.read_text()) if file.exists() else ""}
     fields = ("source", "path", "name", "train_split", "caption_feature", "class_names", "vocab_size")
     said = {f"data.{name}": getattr(config, name) for name in fields}
+    if config.mixture:
+        said["data.mixture"] = [dataclasses.asdict(domain) for domain in config.mixture]
     shapes = dataclasses.asdict(config.shapes) if config.source == "shapes" else {}
     made_of = {**said, **{f"data.shapes.{name}": value for name, value in shapes.items()}, "texts": texts}
     return json.loads(json.dumps({**made_of, "examples": len(source), "captions": _captions(source, texts)}))

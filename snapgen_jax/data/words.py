@@ -20,6 +20,15 @@ def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
     return items[int(rng.random() * len(items))]
 
 
+def pick_index(rng: np.random.Generator, count: int, weights: Sequence[float] | None = None) -> int:
+    """An index below `count`, evenly or by relative weights. One draw either way."""
+    point = rng.random()
+    if weights is None:
+        return int(point * count)
+    ends = np.cumsum(weights)
+    return int(np.searchsorted(ends, point * ends[-1], side="right"))
+
+
 def article(word: str) -> str:
     """ "a" or "an", by the first letter."""
     return "an" if word[:1].lower() in tuple("aeiou") else "a"

@@ -39,14 +39,18 @@ class StoredLatents:
         return height // self.reduction, width // self.reduction, self.channels
 
     def specs(
-        self, batch_size: int, others: Mapping[str, jax.ShapeDtypeStruct], prefix: str = ""
+        self,
+        batch_size: int,
+        others: Mapping[str, jax.ShapeDtypeStruct],
+        prefix: str = "",
+        dtype: Any = jnp.bfloat16,
     ) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-        """One bucket per image size: `latent` bfloat16 `[B, h, w, c]` where there are channels, and the other arrays;
+        """One bucket per image size: `latent` of that dtype `[B, h, w, c]`, where it has channels, and other arrays;
         each after the prefix."""
 
         def of(size: Size) -> dict[str, jax.ShapeDtypeStruct]:
             shape = (batch_size, *self.shape(size))
-            latent = {LATENT: jax.ShapeDtypeStruct(shape, jnp.bfloat16)} if self.channels else {}
+            latent = {LATENT: jax.ShapeDtypeStruct(shape, dtype)} if self.channels else {}
             return {f"{prefix}{name}": spec for name, spec in {**latent, **others}.items()}
 
         return {bucket_name(size): of(size) for size in self.sizes}

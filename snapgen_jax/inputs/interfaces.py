@@ -24,14 +24,15 @@ class TokenizerSpec:
 
     Attributes:
         kind: "trained" is a `tokenizer.json` of ours, trained on the captions of the data or kept by a run;
-            "pretrained" is that of a published text encoder.
+            "pretrained" is that of a published text encoder; "stand_in" makes ids of words that mean nothing, for an
+            encoder that was drawn.
         length: L, tokens in a caption.
         vocab_size: how many ids the text encoder knows; every id must be smaller.
         workdir: "trained": the run whose `tokenizer.json` is used; "" trains a new one.
         folder: "pretrained": local folder of the tokenizer's files.
     """
 
-    kind: Literal["trained", "pretrained"]
+    kind: Literal["trained", "pretrained", "stand_in"]
     length: int
     vocab_size: int
     workdir: str = ""
@@ -166,6 +167,61 @@ class Inputs(Protocol):
         Raises:
             ConfigError: a phone does not hold it; says what to do instead.
         """
+        ...
+
+
+class FrozenEncoders(Protocol):
+    """What makes the arrays of stored inputs: a codec and text encoders. Every function is pure, except `load`."""
+
+    def networks(self) -> dict[str, Any]:
+        """`{role: networks.module.Network}` of those that run beforehand."""
+        ...
+
+    def load(self, mesh: Mesh | None) -> dict[str, Tree]:
+        """Reads all of them onto the mesh: `{role: parameters}`.
+
+        Raises:
+            ConfigError: an origin is not named, is not there, or holds another network.
+        """
+        ...
+
+    def tokenizers(self) -> dict[str, TokenizerSpec]:
+        """`{array of token ids: its tokenizer}`."""
+        ...
+
+    def encode_images(self, networks: Networks, images: jax.Array) -> dict[str, jax.Array]:
+        """Of pictures uint8 `[B, H, W, 3]`, the arrays `[B, ...]` that are stored once an example."""
+        ...
+
+    def encode_text(self, networks: Networks, tokens: Tree) -> dict[str, jax.Array]:
+        """Of token ids and masks `[B, L]`, the arrays `[B, ...]` that are stored for each caption."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What two sets of shards must agree on, as JSON has it."""
+        ...
+
+
+@runtime_checkable
+class StoredInputs(Inputs, Protocol):
+    """Inputs whose arrays frozen encoders made before training."""
+
+    def frozen_encoders(self) -> FrozenEncoders:
+        """Those that make its arrays, by its own config.
+
+        Raises:
+            ConfigError: they make other arrays than the config describes.
+        """
+        ...
+
+
+@runtime_checkable
+class StoredInputsConfig(Protocol):
+    """The config of `StoredInputs`."""
+
+    def unstored(self) -> Any:
+        """The config of the inputs that run the same encoders inside the step, on pictures and captions: of the same
+        latents and conditions, and with trained networks of the same shapes. None where no weights are named to run."""
         ...
 
 

@@ -13,12 +13,16 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from snapgen_jax.bounds import at_least, check
 from snapgen_jax.inputs._encodings import CONDITIONER, DropRates, Encoding, Encodings, OfEncodings, clip_mask
-from snapgen_jax.inputs._images import Size
+from snapgen_jax.inputs._frozen import FrozenEncoders, StoredDtype, TextForm, check_made, latent_sizes, zero_pooled
+from snapgen_jax.inputs._images import ImageCodec, Size
 from snapgen_jax.inputs._latents import LATENT, OfLatents, StoredLatents
-from snapgen_jax.inputs.interfaces import Networks, Tree
+from snapgen_jax.inputs._text_encoders import TextEncoders
+from snapgen_jax.inputs.encoders import EncodersConfig, FrozenConfig
+from snapgen_jax.inputs.interfaces import Networks, TokenizerSpec, Tree
 from snapgen_jax.networks.context import ENCODERS, ConditionerConfig
 from snapgen_jax.networks.module import Network, Platform
 from snapgen_jax.networks.text import TextContext
@@ -36,7 +40,11 @@ class StoredEncodingsConfig:
         image_sizes: (height, width) of each aspect bucket, in pixels of the images that were encoded.
         reduction: pixels along the side of one cell of the latent; 8 for the autoencoders of Stable Diffusion.
         latent_channels: of the latent.
-        clip_l, clip_g, language: what each text encoder made of a caption.
+        text: what is stored of a caption: "states", what each text encoder made of it; or "tokens", its ids, and the
+            encoders run frozen inside the step. Ids are a thousandth of the bytes.
+        dtype: of latents and states as they are stored.
+        encoders: what makes them (`snapgen prepare encode`), and what is read for "tokens", for samples along the way.
+        clip_l, clip_g, language: what each text encoder made of a caption; None for what `encoders` make.
         conditioner: joins them; trained beside the network.
         encoder_dropout: share of examples from which an encoder is left out, each independently: one number, or those
             of CLIP-L, CLIP-bigG and the language model.
@@ -47,9 +55,12 @@ class StoredEncodingsConfig:
     image_sizes: tuple[Size, ...] = ((256, 256),)
     reduction: int = 8
     latent_channels: int = 16
-    clip_l: Encoding = Encoding(tokens=77, width=768, pooled=768)
-    clip_g: Encoding = Encoding(tokens=77, width=1280, pooled=1280)
-    language: Encoding = Encoding(tokens=128, width=2304)
+    text: TextForm = "states"
+    dtype: StoredDtype = "bfloat16"
+    encoders: FrozenConfig = FrozenConfig()
+    clip_l: Encoding | None = None
+    clip_g: Encoding | None = None
+    language: Encoding | None = None
     conditioner: ConditionerConfig = ConditionerConfig.preset("t2i")
     encoder_dropout: DropRates = 0.464
     caption_dropout: float | None = None
@@ -61,24 +72,41 @@ class StoredEncodingsConfig:
         """Raises `ValueError` where widths do not fit the conditioner, or an image size `reduction`."""
         return StoredEncodings(self, batch_size, platform)
 
+    def unstored(self) -> EncodersConfig | None:
+        """The same encoders inside the step; None where some have no weights."""
+        if not self.encoders.named():
+            return None
+        frozen = {field.name: getattr(self.encoders, field.name) for field in dataclasses.fields(FrozenConfig)}
+        shared = ("image_sizes", "conditioner", "encoder_dropout", "caption_dropout")
+        return EncodersConfig(**frozen, **{name: getattr(self, name) for name in shared})
+
 
 class StoredEncodings(OfLatents, OfEncodings):
-    """See the top of this file. Implements `inputs.interfaces.Inputs`."""
+    """See the top of this file. Implements `inputs.interfaces.StoredInputs`."""
 
     def __init__(self, config: StoredEncodingsConfig, batch_size: int, platform: Platform):
         self.config, self.batch_size = config, batch_size
         self.latents = StoredLatents(config.image_sizes, config.reduction, config.latent_channels)
-        shapes = {name: getattr(config, name) for name in ENCODERS}
+        self.platform: Platform = platform
+        made = config.encoders.encodings()
+        shapes = {name: getattr(config, name) or made[name] for name in ENCODERS}
         self.encodings = Encodings(config.conditioner, shapes, config.encoder_dropout, config.caption_dropout, platform)
+        self.text: TextEncoders | None = None
+        if config.text == "tokens":
+            self._check_made()
+            self.text = config.encoders.text(platform)
 
     # --- shapes and networks ---
 
     def batch_specs(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-        """One bucket per image size, all bfloat16 but the mask: `latent` `[B, h, w, c]`, scaled as the autoencoder's
+        """One bucket per image size, of `dtype` but for the mask: `latent` `[B, h, w, c]`, scaled as the autoencoder's
         config says; of each CLIP `clip_l_states` `[B, L, D]` and `clip_l_pooled` `[B, P]`; of the language model
-        `language_states` `[B, M, E]` and `language_mask` float32 `[B, M]`, 0 for padding."""
+        `language_states` `[B, M, E]` and `language_mask` float32 `[B, M]`, 0 for padding. Or, for tokens, the ids int32
+        `clip_l`, `clip_g` and `language` `[B, L]`, and `language_mask`."""
+        if self.text is not None:
+            return self.latents.specs(self.batch_size, self.text.specs(self.batch_size), dtype=self.config.dtype)
 
-        def stored(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        def stored(*shape: int, dtype: Any = self.config.dtype) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((self.batch_size, *shape), dtype)
 
         arrays = {}
@@ -88,7 +116,7 @@ class StoredEncodings(OfLatents, OfEncodings):
                 arrays[f"{name}_pooled"] = stored(shape.pooled)
             else:
                 arrays[f"{name}_mask"] = stored(shape.tokens, dtype=jnp.float32)
-        return self.latents.specs(self.batch_size, arrays)
+        return self.latents.specs(self.batch_size, arrays, dtype=self.config.dtype)
 
     def conditions(self) -> tuple[str, ...]:
         """All arrays but the latents."""
@@ -96,8 +124,20 @@ class StoredEncodings(OfLatents, OfEncodings):
         return tuple(name for name in first if name != LATENT)
 
     def networks(self) -> dict[str, Network]:
-        """ "conditioner"; the encoders ran beforehand."""
-        return {CONDITIONER: self.encodings.network}
+        """ "conditioner"; and for tokens the text encoders."""
+        return {**({} if self.text is None else self.text.networks()), CONDITIONER: self.encodings.network}
+
+    def pretrained(self) -> tuple[str, ...]:
+        """The text encoders, where they run inside the step."""
+        return () if self.text is None else ENCODERS
+
+    def load(self, roles: tuple[str, ...], mesh: Mesh | None) -> dict[str, Tree]:
+        """Reads the text encoders onto the mesh, where they run inside the step; or draws them as stand-ins."""
+        return {} if self.text is None else self.text.load(roles, None, mesh)
+
+    def tokenizers(self) -> dict[str, TokenizerSpec]:
+        """Those of the text encoders, where they run inside the step."""
+        return {} if self.text is None else self.text.tokenizers()
 
     # --- examples and conditions ---
 
@@ -107,14 +147,16 @@ class StoredEncodings(OfLatents, OfEncodings):
         return batch[LATENT].astype(jnp.float32)
 
     def draw_condition(self, networks: Networks, batch: Tree, key: jax.Array, kept: Mapping[str, jax.Array]) -> Tree:
-        """The stored encodings, and which of them each example keeps."""
-        del networks, key
+        """The encodings, and which of them each example keeps."""
+        del key
+        if self.text is not None:
+            return self.told(self.text.encode(networks, batch), kept)
 
         def encoding(name: str) -> TextContext:
             states = batch[f"{name}_states"]
             if name in CLIPS:
                 return TextContext(states, clip_mask(states), batch[f"{name}_pooled"])
-            return TextContext(states, batch[f"{name}_mask"], jnp.zeros((states.shape[0], 0), states.dtype))
+            return TextContext(states, batch[f"{name}_mask"], zero_pooled(states))
 
         return self.told({name: encoding(name) for name in ENCODERS}, kept)
 
@@ -131,3 +173,27 @@ class StoredEncodings(OfLatents, OfEncodings):
             "export --clip_l=FOLDER --clip_g=FOLDER --language=FOLDER --decoder=WORKDIR_OR_FOLDER; an encoder that is "
             "not named is left out"
         )
+
+    # --- how they are made ---
+
+    def frozen_encoders(self) -> FrozenEncoders:
+        """The autoencoder and the text encoders of `config.encoders`.
+
+        Raises:
+            ConfigError: they make other arrays than the config describes.
+        """
+        self._check_made()
+        config, encoders = self.config, self.config.encoders
+
+        def arrays(encoded: Mapping[str, TextContext]) -> dict[str, jax.Array]:
+            states = {f"{name}_states": context.sequence for name, context in encoded.items()}
+            pooled = {f"{name}_pooled": encoded[name].pooled for name in CLIPS}
+            return {**states, **pooled, "language_mask": encoded["language"].mask}
+
+        images = ImageCodec(encoders.codec, self.platform, config.image_sizes)
+        return FrozenEncoders(images, encoders.text(self.platform), config.text, config.dtype, arrays)
+
+    def _check_made(self) -> None:
+        config, encoders = self.config, self.config.encoders
+        stored = {"reduction": config.reduction, "latent_channels": config.latent_channels, **self.encodings.shapes}
+        check_made("inputs", stored, {**latent_sizes(encoders.codec), **encoders.encodings()})

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, cast
 
@@ -184,6 +185,30 @@ def init(network: Network, key: jax.Array) -> Tree:
     """Draws the parameters of a network from a key. Pure: jit it, vmap it or `eval_shape` it."""
     _, flat = _named_leaves(network.config.module(cast(nnx.Rngs, _Keys(key))))
     return unflatten(flat)
+
+
+def stand_in(network: Network, seed: int) -> Tree:
+    """Parameters that stand for trained ones: matrices and filters are even noise whose outputs keep the variance of
+    their inputs, all else is as it is initialised. A program of elementwise operations alone, which compiles in a
+    hundredth of the time of `init`."""
+    _, flat = _named_leaves(network.config.module(cast(nnx.Rngs, _NoKeys(jax.random.key(0)))))
+    return unflatten(
+        {path: leaf + _even_noise(leaf.shape, seed + 7919 * i) for i, (path, leaf) in enumerate(flat.items())}
+    )
+
+
+def _even_noise(shape: tuple[int, ...], seed: int) -> jax.Array:
+    """float32 from -sqrt(3 / fan_in) to sqrt(3 / fan_in): the finalizer of MurmurHash3 of each element's number; zeros
+    for a vector."""
+    if len(shape) < 2:
+        return jnp.zeros(shape)
+    mixed = jnp.uint32(seed * 2_654_435_761 % 2**32)
+    for axis in range(len(shape)):
+        mixed = mixed * jnp.uint32(shape[axis] + 1) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        mixed = (mixed ^ (mixed >> jnp.uint32(shift))) * jnp.uint32(factor)
+    fan_in = math.prod(shape[-4:-1]) if len(shape) >= 4 else shape[-2]
+    return (mixed.astype(jnp.float32) / 2.0**31 - 1) * math.sqrt(3 / fan_in)
 
 
 def apply(network: Network, params: Tree, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from snapgen_jax.networks.codec import Codec, CodecConfig
 from snapgen_jax.networks.mmdit import MMDiTConfig
-from snapgen_jax.networks.module import Network, flatten, frozen_spec, init, unflatten
+from snapgen_jax.networks.module import Network, flatten, frozen_spec, init, stand_in, unflatten
 from snapgen_jax.parallel.sharding import Rules, tree_shardings
 from snapgen_jax.training.checkpoint import Checkpointer
 from snapgen_jax.training.exits import ConfigError
@@ -26,6 +26,7 @@ from snapgen_jax.weights.maps import clip as clip_map
 from snapgen_jax.weights.maps import gemma2 as gemma2_map
 from snapgen_jax.weights.maps import lpips as lpips_map
 from snapgen_jax.weights.maps import sd3_autoencoder, sd3_mmdit
+from snapgen_jax.weights.maps import t5 as t5_map
 from snapgen_jax.weights.published import read_json
 from snapgen_jax.weights.sources import source
 
@@ -216,8 +217,8 @@ def load_text_encoder(network: Network, name: str, folder: str, mesh: Mesh | Non
     """A published text encoder, slice by slice onto the mesh.
 
     Args:
-        network: of `networks.clip.ClipText` or `networks.gemma2.Gemma2`.
-        name: "clip_l", "clip_g" or "gemma2_2b".
+        network: of `networks.clip.ClipText`, `networks.gemma2.Gemma2` or `networks.t5.T5Encoder`.
+        name: "clip_l", "clip_g", "gemma2_2b" or "t5_xxl".
         folder: of its safetensors files.
         mesh: where the parameters go; without one onto one device.
 
@@ -228,7 +229,7 @@ def load_text_encoder(network: Network, name: str, folder: str, mesh: Mesh | Non
         raise ConfigError(
             f"the text encoder {name} has no weights: set its folder among `encoders`\n{source(name).advice}"
         )
-    maps = gemma2_map if name == "gemma2_2b" else clip_map
+    maps = {"gemma2_2b": gemma2_map, "t5_xxl": t5_map}.get(name, clip_map)
     return _load_published(name, folder, maps, network.config, frozen_spec(network), mesh)
 
 
@@ -243,12 +244,11 @@ def draw_stand_ins(networks: dict[str, Network], rules: Rules = (), mesh: Mesh |
     """
     spec = {name: frozen_spec(network) for name, network in networks.items()}
 
-    def draw(key: jax.Array) -> Tree:
-        keys = jax.random.split(key, len(networks))
-        drawn = {name: init(network, key) for (name, network), key in zip(networks.items(), keys, strict=True)}
+    def draw() -> Tree:
+        drawn = {name: stand_in(network, _STAND_IN + i) for i, (name, network) in enumerate(networks.items())}
         return jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), drawn, spec)
 
-    return jax.jit(draw, out_shardings=_places(spec, mesh, rules))(jax.random.key(_STAND_IN))
+    return jax.jit(draw, out_shardings=_places(spec, mesh, rules))()
 
 
 def load_perceptual(network: Network, folder: str = "", mesh: Mesh | None = None) -> Tree:

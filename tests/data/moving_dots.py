@@ -100,3 +100,6 @@ class MovingDots:
 
     def sizes(self) -> None:
         return None
+
+    def buckets(self) -> None:
+        return None

@@ -35,6 +35,9 @@ class _Greys:
     def sizes(self) -> np.ndarray:
         return np.array([(12, 8)] * 30 + [(8, 12)] * 10)
 
+    def buckets(self) -> None:
+        return None
+
 
 BUCKETS = {name: {"image": specs(2, *size)["image"]} for name, size in {"12x8": (12, 8), "8x12": (8, 12)}.items()}
 EMPTY = {"8x80": {"image": specs(2, 8, 80)["image"]}}

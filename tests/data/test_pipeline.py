@@ -63,6 +63,9 @@ class _Numbers:
     def sizes(self) -> np.ndarray | None:
         return None if self._sizes is None else np.array(self._sizes)
 
+    def buckets(self) -> None:
+        return None
+
 
 def _numbers(count: int, batch: int, bad: tuple[int, ...] = (), share: float = 1.0, **options) -> Pipeline:
     config = DataConfig(max_unreadable_share=share)

@@ -17,7 +17,8 @@ from snapgen_jax.experiment import Experiment
 from snapgen_jax.export.program import parse
 from snapgen_jax.export.sampler import Sampler
 from snapgen_jax.generation import Generator
-from snapgen_jax.inputs.clip_captions import ClipCaptionsConfig
+from snapgen_jax.inputs.clip_captions import ClipCaptionsConfig, ClipFrozenConfig
+from snapgen_jax.inputs.stored_clip_captions import StoredClipCaptionsConfig
 from snapgen_jax.networks.codec import CodecConfig
 from snapgen_jax.networks.module import flatten
 from snapgen_jax.networks.unet import UNetConfig
@@ -47,7 +48,12 @@ INPUTS = ClipCaptionsConfig(
     ),
     clip_l=TEXT,
     clip_l_folder=str(GOLDENS / "clip_l"),
+    clip_l_tokenizer="clip",
     caption_dropout=0.5,
+)
+FROZEN = ClipFrozenConfig(INPUTS.codec, INPUTS.clip_l, INPUTS.clip_l_folder, INPUTS.clip_l_tokenizer)
+STORED = StoredClipCaptionsConfig(
+    image_sizes=INPUTS.image_sizes, reduction=4, dtype="float32", encoders=FROZEN, caption_dropout=0.5
 )
 WIDTHS = {"context_width": TEXT.width, "pooled_width": TEXT.projection}
 
@@ -56,6 +62,10 @@ def recipe(**changes):
     network = UNetConfig.preset("smoke", **WIDTHS, **ONE_STAGE)
     inputs = dataclasses.replace(INPUTS, **changes)
     return FlowMatching(FlowMatchingConfig(batch_size=8, train_steps=20, network=network, inputs=inputs), "cpu")
+
+
+def stored_recipe():
+    return FlowMatching(dataclasses.replace(recipe().config, inputs=STORED), "cpu")
 
 
 def batch():
@@ -87,16 +97,21 @@ def test_a_dropped_caption_is_the_null_condition_and_the_others_are_what_clip_ma
     assert np.all(whole.mask) and not np.any(null.mask) and np.ptp(whole.pooled, axis=0).min() > 0
 
 
-def test_an_update_on_stored_latents_is_that_on_their_images_and_moves_the_unet_alone(frozen):
-    within, beforehand = recipe(), recipe(latents="stored")
+def test_an_update_on_what_is_stored_is_that_on_images_and_captions_and_moves_the_unet_alone(frozen):
+    within, beforehand = recipe(), stored_recipe()
+    makers = beforehand.inputs.frozen_encoders()
+    assert set(makers.networks()) == {"codec"} and makers.describe()["latent"]["scale"] == 0.18215
+    stored = {**makers.encode_images(frozen, batch()["image"]), **makers.encode_text(frozen, batch())}
     specs = beforehand.batch_specs()["16x24"]
-    assert specs["latent"].shape == (8, 4, 6, 4) and specs["latent"].dtype == jnp.bfloat16 and "image" not in specs
-    latent = jax.jit(within.inputs.clean)(frozen, batch())
-    stored = {"latent": latent, "clip_l": batch()["clip_l"]}
+    assert {name: (x.shape, x.dtype) for name, x in specs.items()} == {
+        name: (x.shape, x.dtype) for name, x in stored.items()
+    }
+    held = beforehand.load_frozen(None)
+    assert set(held) == {"clip_l"}
     state = jax.jit(within.init)(key(0, 0, "init"))
     both = [
-        jax.jit(made.update)(state, frozen, given, key(0, 0, "update"))
-        for made, given in ((within, batch()), (beforehand, stored))
+        jax.jit(made.update)(state, given, arrays, key(0, 0, "update"))
+        for made, given, arrays in ((within, frozen, batch()), (beforehand, held, stored))
     ]
     assert float(both[0][1]["loss"]) == pytest.approx(float(both[1][1]["loss"]), rel=1e-6)
     first, second = (flatten(state.players["model"].params) for state, _ in both)
@@ -105,10 +120,17 @@ def test_an_update_on_stored_latents_is_that_on_their_images_and_moves_the_unet_
         np.testing.assert_allclose(leaf, second[path], rtol=1e-6, atol=1e-6)
 
 
-def test_what_is_drawn_from_stored_latents_is_decoded(frozen):
-    made = recipe(latents="stored")
-    images = jax.jit(lambda z: made.inputs.decode(frozen, z))(jnp.zeros((2, 4, 6, 4)))["image"]
-    assert images.shape == (2, 16, 24, 3) and images.dtype == jnp.uint8
+def test_a_run_on_what_is_stored_is_drawn_from_through_both_encoders_where_they_are_named():
+    assert STORED.unstored() == INPUTS
+    nameless = dataclasses.replace(STORED, encoders=ClipFrozenConfig())
+    assert nameless.unstored() is None
+    with pytest.raises(ConfigError, match=r"a bundle needs the text encoder and the decoder"):
+        stored_recipe().exports()
+
+
+def test_encoders_that_make_other_latents_than_are_described_are_refused():
+    with pytest.raises(ConfigError, match=r"inputs.reduction is 8, and the networks of inputs.encoders make 4"):
+        dataclasses.replace(STORED, reduction=8).build(8, "cpu").frozen_encoders()
 
 
 def test_a_bundle_draws_from_clip_what_the_run_draws_within_its_band_of_times(frozen):
