@@ -127,8 +127,13 @@ def _used(recipe: Any, carried: Carried) -> tuple[str, ...]:
     return tuple(name for name in ENCODERS if name in chosen)
 
 
+def _frozen(inputs: Any) -> Any:
+    """Where the inputs of a run name its encoders."""
+    return inputs if inputs.kind == "encoders" else inputs.encoders
+
+
 def _folder(name: str, inputs: Any, carried: Carried) -> str:
-    folder = carried.folders.get(name) or getattr(inputs, f"{name}_folder", "")
+    folder = carried.folders.get(name) or getattr(_frozen(inputs), f"{name}_folder")
     if not folder:
         raise ConfigError(f"--encoders names {name}, and no folder has its weights: give --{name}=FOLDER")
     if not pathlib.Path(folder).is_dir():
@@ -137,7 +142,7 @@ def _folder(name: str, inputs: Any, carried: Carried) -> str:
 
 
 def _tokenizer(name: str, inputs: Any, carried: Carried) -> str:
-    own = "" if name in carried.folders else getattr(inputs, f"{name}_tokenizer", "")
+    own = "" if name in carried.folders else getattr(_frozen(inputs), f"{name}_tokenizer")
     folder = carried.tokenizers.get(name) or own or _folder(name, inputs, carried)
     files = ("tokenizer.json", "vocab.json", "tokenizer.model")
     if not any((pathlib.Path(folder) / file).is_file() for file in files):
@@ -256,10 +261,9 @@ def _latents(codec: CodecConfig) -> dict[str, Any]:
 
 
 def _check_latents(where: str, held: Mapping[str, Any], inputs: Any) -> None:
-    if inputs.kind == "encoders":
-        wanted = _latents(inputs.codec)
-    else:
-        wanted = {"channels": inputs.latent_channels, "reduction": inputs.reduction}
+    wanted = _latents(_frozen(inputs).codec)
+    if inputs.kind != "encoders":
+        wanted |= {"channels": inputs.latent_channels, "reduction": inputs.reduction}
     for name in wanted.keys() & held.keys():
         if wanted[name] != held[name]:
             raise ConfigError(
