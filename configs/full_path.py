@@ -193,8 +193,8 @@ def shortest() -> ConfigDict:
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """`arg`: "runlocal" for the chain, "shortest" for its ends with one run between them, "runlocal.STAGE" for one of its
-    runs."""
+    """`arg`: "runlocal" for the chain, "shortest" for its ends with one run between them, "runlocal.STAGE" for one of
+    its runs."""
     forms = {"runlocal": chain, "shortest": shortest}
     name, _, stage = (arg or "").partition(".")
     if name not in forms or (stage and (name, stage) not in {("runlocal", run) for run in RUNS}):

@@ -251,6 +251,27 @@ def _draw_bundle(
     return outputs["image"]
 
 
+def _draw_many(options: argparse.Namespace) -> None:
+    from snapgen_jax.drawing import draw_run
+
+    start_cluster(options)
+    _say_compiling("the generator")
+    drawn, count = draw_run(
+        options.workdir,
+        options.out,
+        options.count,
+        classes=options.classes,
+        prompts=options.prompts,
+        step=options.step,
+        decoder=options.decoder,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        options=options.generation,
+        npz=options.npz,
+    )
+    print(f"drew {drawn:,} of {count:,} images to {options.out}; the others were there, or are other hosts'")
+
+
 def _evaluate(options: argparse.Namespace) -> None:
     from snapgen_jax.scoring import configured, evaluate
 
@@ -420,6 +441,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "train": _train,
     "config": _show_config,
     "sample": _sample,
+    "draw": _draw_many,
     "evaluate": _evaluate,
     "export": _export,
     "adapters": run_adapters,

@@ -67,6 +67,25 @@ def build_parser() -> argparse.ArgumentParser:
         "image; .png, .jpg, .jpeg or .webp (default: %(default)s)",
     )
 
+    draw = add("draw", "Many images of a trained run, a file each, over all hosts: 50,000 for a FID. Resumes.")
+    _workdir(draw)
+    draw.add_argument("--out", required=True, help="folder for 000000.png, 000001.png ...; local or gs://")
+    draw.add_argument("--count", type=int, help="how many images (default: one for each line of --prompts)")
+    told = draw.add_mutually_exclusive_group()
+    told.add_argument(
+        "--classes",
+        metavar="uniform|FILE",
+        help="every class as often, by label or by its name, which FILE has one a line in place of the run's own",
+    )
+    told.add_argument("--prompts", metavar="FILE", help="one prompt a line, taken in turn")
+    _generation(draw)
+    draw.add_argument("--seed", type=int, default=0, help="of the noise, from 0 to 4294967295 (default: %(default)s)")
+    draw.add_argument("--step", type=int, help="checkpoint (default: the newest)")
+    draw.add_argument("--decoder", help="a run of a tiny decoder, in place of the run's own")
+    draw.add_argument("--batch_size", type=int, default=32, help="images on a device at a time (default: %(default)s)")
+    draw.add_argument("--npz", metavar="FILE", help="also all images as one array, which ADM's evaluation reads")
+    add_cluster(draw)
+
     evaluate = add("evaluate", "Score a trained run.")
     _workdir(evaluate)
     evaluate.add_argument("--names", help="evaluators, separated by commas (default: those of the run's config)")

@@ -140,6 +140,7 @@ MAY_IMPORT = {
         "training",
         "workdir",
     ],
+    "drawing": ["config", "data", "generation", "parallel", "training", "typed"],
     "scoring": ["config", "evaluation", "experiment", "generation", "training.exits"],
     "planning": ["config", "parallel", "training"],
     "seeds": ["experiment", "parallel", "training"],

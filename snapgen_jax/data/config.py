@@ -53,7 +53,8 @@ class SourceConfig:
         image_feature: "tfds": feature that holds the image.
         caption_feature: "tfds": feature that holds the caption or the class label, "captions/text" for a nested one;
             empty finds it.
-        class_names: "tfds": text file with one class name a line, where the data set's own names are codes.
+        class_names: "tfds": text file with one class name a line, where the data set's own names are codes. `snapgen
+            draw` reads it under any source.
         captions: "folder": "needed" leaves images without a caption out; "none" takes every image, for a recipe that
             reads no text.
         shapes: the shapes data set; its size is that of the new object's pictures too.
