@@ -63,6 +63,7 @@ MAY_IMPORT = {
         "inputs",
         "weights",
         "networks.module",
+        "networks.rules",
         "data",
         "parallel",
         "training.exits",
