@@ -154,13 +154,13 @@ def prepared(count: int, stored: tuple) -> tuple:
     )
 
 
-def released(stage: str, decoder: str, earlier: dict) -> dict:
+def released(stage: str, decoder: str, earlier: dict, options: str = "--encoders=clip_l,clip_g") -> dict:
     """The stage that writes weights and a bundle of a run."""
     return commands(
         "released",
         {"trained": stage, **earlier},
         "weights export --workdir={trained} --out={here}/weights --license=apache-2.0",
-        "export --workdir={here}/weights --out={here}/bundle --encoders=clip_l,clip_g --gpu=skip --decoder=" + decoder,
+        f"export --workdir={{here}}/weights --out={{here}}/bundle {options} --gpu=skip --decoder={decoder}",
         "python {here}/bundle/verify.py",
         fresh=("weights",),
         gives=("weights", "bundle"),
@@ -187,7 +187,7 @@ def shortest() -> ConfigDict:
     stages = (
         *prepared(16, ("distilled",)),
         run("distilled", **{"data.path": "encoded.distilled"}),
-        released("distilled", f"{PUBLISHED}/vae", {}),
+        released("distilled", f"{PUBLISHED}/vae", {}, "--encoders=clip_l --precisions=f32"),
     )
     return ConfigDict({"stages": stages, "scores": ()})
 
