@@ -31,8 +31,8 @@ def run(stages: Mapping[str, epath.Path], workdir: epath.Path, options: Mapping[
     Args:
         stages: workdirs of earlier stages.
         workdir: of this one.
-        options: `commands`; and `fresh`, names within this stage's folder that a command wants not to be there, and
-            that one that was stopped may have left.
+        options: `commands`; and `fresh`, names within this stage's folder that the command that writes them (`--out=`)
+            wants not to be there, and that one that was stopped may have left.
 
     Returns:
         `{name: path}` of what lies in the folder afterwards.
@@ -50,7 +50,7 @@ def run(stages: Mapping[str, epath.Path], workdir: epath.Path, options: Mapping[
     for number, command in enumerate(commands, 1):
         if f"{number}" not in done.names:
             for name in options.get("fresh", ()):
-                if f"{workdir}/{name}" in " ".join(command):
+                if f"--out={workdir / name}" in command:
                     _remove(workdir / name)
         done.run(f"{number}", lambda command=command: _run(command))
     return {path.name: str(path) for path in sorted(workdir.iterdir()) if path.name not in _OURS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -72,6 +73,20 @@ def _collect(options: argparse.Namespace) -> None:
         f"kept {outcome.kept:,} of {sum(outcome.counts.values()):,} images, {size / 1e6:,.1f} MB in "
         f"{len(outcome.shards)} shards; rejected: {listed(outcome.rejected)}; see {options.out}/report.html"
     )
+
+
+def _add_photographs(steps: Any) -> None:
+    text = "Captioned photographs to try the rest on, from those that scikit-image and scikit-learn ship."
+    photographs = steps.add_parser("photographs", help=text, description=text)
+    photographs.add_argument("--out", required=True, help="local folder")
+    photographs.add_argument("--count", type=int, default=64, help="how many (default: %(default)s)")
+
+
+def _photographs(options: argparse.Namespace) -> None:
+    from snapgen_jax.data.photographs import write_photographs
+
+    write_photographs(pathlib.Path(options.out), options.count)
+    print(f"{options.out}: {options.count} photographs, each with a caption beside it")
 
 
 def _add_encode(steps: Any) -> None:
@@ -156,5 +171,13 @@ def _encode(options: argparse.Namespace) -> None:
     print(f"{options.out}: {made.examples():,} examples ({each}), {size / 1e6:,.1f} MB in {len(made.shards)} shards")
 
 
-_STEPS: dict[str, Callable[[Any], None]] = {"collect": _add_collect, "encode": _add_encode}
-_RUN: dict[str, Callable[[argparse.Namespace], None]] = {"collect": _collect, "encode": _encode}
+_STEPS: dict[str, Callable[[Any], None]] = {
+    "photographs": _add_photographs,
+    "collect": _add_collect,
+    "encode": _add_encode,
+}
+_RUN: dict[str, Callable[[argparse.Namespace], None]] = {
+    "photographs": _photographs,
+    "collect": _collect,
+    "encode": _encode,
+}

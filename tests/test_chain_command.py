@@ -38,7 +38,7 @@ def test_commands_run_in_order_with_their_folders_and_what_they_left_is_named(co
 
 
 def test_a_stopped_stage_goes_on_with_the_command_that_had_not_ended(commands, tmp_path):
-    options = {"commands": ["count --out={here}/a", "plan --out={here}/b"], "fresh": ["b"]}
+    options = {"commands": ["count --out={here}/a", "plan --of={here}/a --out={here}/b"], "fresh": ["a", "b"]}
     commands.codes["plan"] = 75
     with pytest.raises(PreemptedError, match="stopped in `snapgen plan"):
         run({}, epath.Path(tmp_path), options)
@@ -46,6 +46,7 @@ def test_a_stopped_stage_goes_on_with_the_command_that_had_not_ended(commands, t
     commands.codes.clear()
     run({}, epath.Path(tmp_path), options)
     assert [words[0] for words in commands.ran] == ["count", "plan", "plan"]
+    assert (tmp_path / "a").exists()
 
 
 def test_a_command_that_is_refused_ends_the_stage(commands, tmp_path):

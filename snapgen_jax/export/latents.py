@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from snapgen_jax.generation import load_config, load_recipe
+from snapgen_jax.generation import load_config, load_drawing, load_recipe
 from snapgen_jax.inputs._encodings import Encoding
 from snapgen_jax.inputs._images import CODEC, ImageCodec
 from snapgen_jax.inputs.encoders import EncodersConfig, FrozenConfig
@@ -73,7 +73,7 @@ def load_latents(workdir: epath.PathLike, carried: Carried) -> Any:
                 f"the run {str(workdir)!r} reads no published text encoder (inputs.kind is {kind!r}); leave out "
                 "--encoders and the encoders' folders"
             )
-        return load_recipe(workdir, "cpu", carried.decoder or None)
+        return load_drawing(workdir, "cpu", carried.decoder or None)
     recipe: Any = load_recipe(workdir, "cpu")
     inputs = recipe.config.inputs
     if kind == "stored":
