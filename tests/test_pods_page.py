@@ -1,5 +1,5 @@
-"""docs/pods.md: its commands are taken by the launchers and by `snapgen`, at full size and in small, and each step reads
-what an earlier one wrote, as in the chain of configs/full_path.py, whose own test walks it."""
+"""docs/pods.md: launchers and `snapgen` take its commands, at full size and in small; each step reads what an earlier
+one wrote, as in the chain of configs/full_path.py, whose own test walks it."""
 
 import argparse
 import pathlib
