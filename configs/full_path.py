@@ -1,6 +1,7 @@
 """The whole way, from a folder of photographs to a verified bundle, with tiny networks in the published layouts.
 
     snapgen chain --config=configs/full_path.py:runlocal --workdir=full_path
+    python -m benchmarks.full_path --scratch=/tmp/full_path      # killed at three random moments, it ends the same
 
 Photographs, shards of images, shards of latents and encodings, pretraining at three sizes, distillation from a tiny
 Stable Diffusion 3.5, four steps, a tiny decoder, weights, and a bundle that its own `verify.py` runs. Each stage is a
@@ -89,6 +90,7 @@ def pretraining(c: ConfigDict, size: str) -> ConfigDict:
 def taught(c: ConfigDict) -> ConfigDict:
     """The same with the tiny Stable Diffusion 3.5 as the teacher."""
     c = pretraining(c, "1024")
+    c.mesh = ConfigDict({})
     shape = {"latent_channels": 4, "depth": 3, "heads": 4, "head_dim": 8, "context_width": 32, "pooled_width": 24}
     network = {"kind": "mmdit", **shape, "position_size": 24, "position_base": 8, "attention": "whole"}
     states = t2i_512_sd35l.stored_states(77 + T5_TOKENS, 32, teacher_encoders(), pooled=24)
@@ -119,64 +121,83 @@ def stage_config(stage: str) -> ConfigDict:
 RUNS = ("t2i_256", "t2i_512", "t2i_1024", "distilled", "four_steps", "tiny_decoder")
 
 
-def chain() -> ConfigDict:
-    """All stages, in order."""
-    this = "full_path.py:runlocal"
+def commands(name: str, earlier: dict, *lines: str, fresh: tuple = (), gives: tuple = ()) -> dict:
+    """A stage that runs commands, and leaves what `gives` names in its folder."""
+    return {
+        "name": name,
+        "derive": "snapgen_jax.chain_command:run",
+        "earlier": earlier,
+        "options": {"commands": lines, "fresh": fresh},
+        "example": dict.fromkeys(gives, "a folder"),
+    }
 
-    def commands(name: str, earlier: dict, *lines: str, fresh: tuple = (), gives: tuple = ()) -> dict:
-        return {
-            "name": name,
-            "derive": "snapgen_jax.chain_command:run",
-            "earlier": earlier,
-            "options": {"commands": lines, "fresh": fresh},
-            "example": dict.fromkeys(gives, "a folder"),
-        }
 
-    def run(name: str, init_from: str = "", **filled: str) -> dict:
-        earlier = {"init_from": init_from} if init_from else {}
-        return {"name": name, "config": f"{this}.{name}", "earlier": earlier, "filled": filled}
+def run(name: str, init_from: str = "", **filled: str) -> dict:
+    """A stage that trains."""
+    config = f"full_path.py:runlocal.{name}"
+    return {"name": name, "config": config, "earlier": {"init_from": init_from} if init_from else {}, "filled": filled}
+
+
+def prepared(count: int, stored: tuple) -> tuple:
+    """The stages that make shards, for each of the configs in `stored`."""
 
     def encode(stage: str) -> str:
-        return f"prepare encode --config=configs/{this}.{stage} --images={{collected}}/images --out={{here}}/{stage}"
+        config = f"configs/full_path.py:runlocal.{stage}"
+        return f"prepare encode --config={config} --images={{collected}}/images --out={{here}}/{stage}"
 
-    stored = ("t2i_256", "t2i_512", "t2i_1024", "distilled")
-    return ConfigDict(
-        {
-            "stages": (
-                commands("photographs", {}, "prepare photographs --out={here}/images --count=48", gives=("images",)),
-                commands(
-                    "collected",
-                    {"photographs": "photographs"},
-                    "prepare collect --path={photographs}/images --out={here}/images --config.shards=3",
-                    gives=("images",),
-                ),
-                commands("encoded", {"collected": "collected"}, *map(encode, stored), gives=stored),
-                run("t2i_256", **{"data.path": "encoded.t2i_256"}),
-                run("t2i_512", "t2i_256", **{"data.path": "encoded.t2i_512"}),
-                run("t2i_1024", "t2i_512", **{"data.path": "encoded.t2i_1024"}),
-                run("distilled", "t2i_1024", **{"data.path": "encoded.distilled"}),
-                run("four_steps", "distilled", **{"data.path": "encoded.distilled"}),
-                run("tiny_decoder", **{"data.path": "photographs.images"}),
-                commands(
-                    "released",
-                    {"four_steps": "four_steps", "tiny_decoder": "tiny_decoder"},
-                    "weights export --workdir={four_steps} --out={here}/weights --license=apache-2.0",
-                    "export --workdir={here}/weights --out={here}/bundle --decoder={tiny_decoder} "
-                    "--encoders=clip_l,clip_g --gpu=skip",
-                    "python {here}/bundle/verify.py",
-                    fresh=("weights",),
-                    gives=("weights", "bundle"),
-                ),
-            ),
-            "scores": (),
-        }
+    photographs = f"prepare photographs --out={{here}}/images --count={count}"
+    collect = "prepare collect --path={photographs}/images --out={here}/images --config.shards=3"
+    return (
+        commands("photographs", {}, photographs, gives=("images",)),
+        commands("collected", {"photographs": "photographs"}, collect, gives=("images",)),
+        commands("encoded", {"collected": "collected"}, *map(encode, stored), gives=stored),
     )
 
 
+def released(stage: str, decoder: str, earlier: dict) -> dict:
+    """The stage that writes weights and a bundle of a run."""
+    return commands(
+        "released",
+        {"trained": stage, **earlier},
+        "weights export --workdir={trained} --out={here}/weights --license=apache-2.0",
+        "export --workdir={here}/weights --out={here}/bundle --encoders=clip_l,clip_g --gpu=skip --decoder=" + decoder,
+        "python {here}/bundle/verify.py",
+        fresh=("weights",),
+        gives=("weights", "bundle"),
+    )
+
+
+def chain() -> ConfigDict:
+    """All stages, in order."""
+    stages = (
+        *prepared(48, ("t2i_256", "t2i_512", "t2i_1024", "distilled")),
+        run("t2i_256", **{"data.path": "encoded.t2i_256"}),
+        run("t2i_512", "t2i_256", **{"data.path": "encoded.t2i_512"}),
+        run("t2i_1024", "t2i_512", **{"data.path": "encoded.t2i_1024"}),
+        run("distilled", "t2i_1024", **{"data.path": "encoded.distilled"}),
+        run("four_steps", "distilled", **{"data.path": "encoded.distilled"}),
+        run("tiny_decoder", **{"data.path": "photographs.images"}),
+        released("four_steps", "{tiny_decoder}", {"tiny_decoder": "tiny_decoder"}),
+    )
+    return ConfigDict({"stages": stages, "scores": ()})
+
+
+def shortest() -> ConfigDict:
+    """One run, distilled from nothing, with the published decoder."""
+    stages = (
+        *prepared(16, ("distilled",)),
+        run("distilled", **{"data.path": "encoded.distilled"}),
+        released("distilled", f"{PUBLISHED}/vae", {}),
+    )
+    return ConfigDict({"stages": stages, "scores": ()})
+
+
 def get_config(arg: str | None = None) -> ConfigDict:
-    """`arg`: "runlocal" for the chain, "runlocal.STAGE" for the config of one of its runs."""
+    """`arg`: "runlocal" for the chain, "shortest" for its ends with one run between them, "runlocal.STAGE" for one of
+    its runs."""
+    forms = {"runlocal": chain, "shortest": shortest}
     name, _, stage = (arg or "").partition(".")
-    if name != "runlocal" or (stage and stage not in RUNS):
-        known = ", ".join(f"runlocal.{run}" for run in RUNS)
-        raise ValueError(f"unknown argument {arg!r}; the argument is runlocal, or of its runs {known}")
-    return stage_config(stage) if stage else chain()
+    if name not in forms or (stage and (name, stage) not in {("runlocal", run) for run in RUNS}):
+        known = ", ".join([*forms, *(f"runlocal.{run}" for run in RUNS)])
+        raise ValueError(f"unknown argument {arg!r}; the argument is one of {known}")
+    return stage_config(stage) if stage else forms[name]()

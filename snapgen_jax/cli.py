@@ -19,6 +19,7 @@ from typing import Any
 
 from etils import epath
 
+from snapgen_jax.cli_adapters import run_adapters
 from snapgen_jax.cli_exit import run_to_exit_code
 from snapgen_jax.cli_parser import build_parser, generation_options, split_beam, split_overrides
 from snapgen_jax.cli_prepare import run_prepare, start_cluster
@@ -163,6 +164,8 @@ def _sample(options: argparse.Namespace) -> None:
         raise ConfigError("--config overrides go with --weights; a run or a bundle is sampled as it was configured")
     if options.decoder and not options.workdir:
         raise ConfigError("--decoder goes with --workdir; a bundle holds the decoder that it was exported with")
+    if options.adapters and not options.workdir:
+        raise ConfigError("--adapters goes with --workdir: the run that they adapt")
     if options.precision and not options.bundle:
         raise ConfigError("--precision goes with --bundle; a run computes in the precision of its device")
     if not (options.prompt or options.condition):
@@ -226,7 +229,7 @@ def _draw(options: argparse.Namespace, conditions: dict[str, Any]) -> Any:
     else:
         from snapgen_jax.generation import load
 
-        generator = load(options.workdir, decoder=options.decoder)
+        generator = load(options.workdir, decoder=options.decoder, adapters=options.adapters)
         chosen = {**chosen, "conditions": conditions}
     return generator.generate(options.prompt or None, seed=options.seed, **chosen)
 
@@ -246,6 +249,27 @@ def _draw_bundle(
     if "image" not in outputs:
         raise ConfigError(f"this bundle makes {', '.join(outputs)} and no image")
     return outputs["image"]
+
+
+def _draw_many(options: argparse.Namespace) -> None:
+    from snapgen_jax.drawing import draw_run
+
+    start_cluster(options)
+    _say_compiling("the generator")
+    drawn, count = draw_run(
+        options.workdir,
+        options.out,
+        options.count,
+        classes=options.classes,
+        prompts=options.prompts,
+        step=options.step,
+        decoder=options.decoder,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        options=options.generation,
+        npz=options.npz,
+    )
+    print(f"drew {drawn:,} of {count:,} images to {options.out}; the others were there, or are other hosts'")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -300,7 +324,14 @@ def _export(options: argparse.Namespace) -> None:
     out = options.out or str(epath.Path(options.workdir) / "export" / "bundle")
     _say_compiling("the run's networks, converting them, and holding each file against JAX")
     report = export_run(
-        options.workdir, out, options.backend, options.decoder, options.gpu, carried=carried, precisions=precisions
+        options.workdir,
+        out,
+        options.backend,
+        options.decoder,
+        options.gpu,
+        carried=carried,
+        precisions=precisions,
+        adapters=options.adapters,
     )
     print(json.dumps(report, indent=2))
 
@@ -410,8 +441,10 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "train": _train,
     "config": _show_config,
     "sample": _sample,
+    "draw": _draw_many,
     "evaluate": _evaluate,
     "export": _export,
+    "adapters": run_adapters,
     "encode": _encode,
     "decode": _decode,
     "weights": _weights,

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from snapgen_jax.cli_adapters import add_adapters
 from snapgen_jax.cli_prepare import add_cluster, add_prepare
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.typed import Written
@@ -57,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     _generation(sample)
     sample.add_argument("--seed", type=int, default=0, help="of the noise, from 0 to 4294967295 (default: %(default)s)")
     sample.add_argument("--decoder", help="a run of a tiny decoder, in place of the run's own; with --workdir")
+    _adapters(sample)
     sample.add_argument("--precision", help="of a bundle's networks: f32 (the default), f16, or another that it has")
     sample.add_argument(
         "--out",
@@ -64,6 +66,25 @@ def build_parser() -> argparse.ArgumentParser:
         help="one sheet of all images; or a folder, with / at its end, or a name with {index} or %%03d for one file an "
         "image; .png, .jpg, .jpeg or .webp (default: %(default)s)",
     )
+
+    draw = add("draw", "Many images of a trained run, a file each, over all hosts: 50,000 for a FID. Resumes.")
+    _workdir(draw)
+    draw.add_argument("--out", required=True, help="folder for 000000.png, 000001.png ...; local or gs://")
+    draw.add_argument("--count", type=int, help="how many images (default: one for each line of --prompts)")
+    told = draw.add_mutually_exclusive_group()
+    told.add_argument(
+        "--classes",
+        metavar="uniform|FILE",
+        help="every class as often, by label or by its name, which FILE has one a line in place of the run's own",
+    )
+    told.add_argument("--prompts", metavar="FILE", help="one prompt a line, taken in turn")
+    _generation(draw)
+    draw.add_argument("--seed", type=int, default=0, help="of the noise, from 0 to 4294967295 (default: %(default)s)")
+    draw.add_argument("--step", type=int, help="checkpoint (default: the newest)")
+    draw.add_argument("--decoder", help="a run of a tiny decoder, in place of the run's own")
+    draw.add_argument("--batch_size", type=int, default=32, help="images on a device at a time (default: %(default)s)")
+    draw.add_argument("--npz", metavar="FILE", help="also all images as one array, which ADM's evaluation reads")
+    add_cluster(draw)
 
     evaluate = add("evaluate", "Score a trained run.")
     _workdir(evaluate)
@@ -103,6 +124,8 @@ def build_parser() -> argparse.ArgumentParser:
     for name in ("clip_l", "clip_g", "language"):
         export.add_argument(f"--{name}", metavar="FOLDER", help="local folder of its weights, and of its tokenizer")
         export.add_argument(f"--{name}_tokenizer", metavar="FOLDER", help="of its tokenizer, where that is another")
+    _adapters(export)
+    add_adapters(commands)
 
     encode = add("encode", "Image files to latents, by a trained run or by published weights.")
     _codec(encode)
@@ -151,6 +174,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _workdir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, help="folder of the run, local or gs://")
+
+
+def _adapters(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--adapters", help="folder of peft's files, one folder a network, to merge; with --workdir")
 
 
 def _generation(parser: argparse.ArgumentParser) -> None:

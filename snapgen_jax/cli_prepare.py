@@ -171,6 +171,37 @@ def _encode(options: argparse.Namespace) -> None:
     print(f"{options.out}: {made.examples():,} examples ({each}), {size / 1e6:,.1f} MB in {len(made.shards)} shards")
 
 
+def _dry_run(options: argparse.Namespace, resolved: Any) -> None:
+    import dataclasses
+    import json
+
+    from etils import epath
+
+    from snapgen_jax.data.shards import read_manifest
+    from snapgen_jax.parallel.plan import topology
+    from snapgen_jax.preparation.estimate import estimate, with_text
+    from snapgen_jax.preparation.stored import Encoding
+    from snapgen_jax.training.exits import ConfigError
+
+    if not options.images and not options.examples:
+        raise ConfigError("give --images, the folder of `snapgen prepare collect`, or --examples, how many images")
+    count = options.examples or read_manifest(options.images).examples()
+    try:
+        where = topology(options.topology)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    found = []
+    for form in ("states", "tokens"):
+        given = dataclasses.replace(resolved, recipe=with_text(resolved.recipe, form))
+        recipe = given.build("tpu")
+        encoding = Encoding.of(given.recipe, recipe.batch_specs(), recipe.inputs.config.image_sizes, "tpu")
+        captions = round(count * options.captions)
+        found.append(estimate(encoding, form, where, count, captions, options.batch_per_device))
+        print(found[-1].line(), flush=True)
+    if options.json:
+        epath.Path(options.json).write_text(json.dumps([one.to_json() for one in found], indent=2) + "\n")
+
+
 _STEPS: dict[str, Callable[[Any], None]] = {
     "photographs": _add_photographs,
     "collect": _add_collect,

@@ -153,7 +153,8 @@ class Experiment:
         has those evaluators alone that draw nothing."""
         if self.is_synthetic:
             return []
-        generator, drawing = Generator(self.recipe, None, None, self.tokenizer), self.drawing
+        generator = Generator(self.recipe, None, None, self.tokenizer)
+        drawing = self.drawing if any(spec.function is None for spec in self.recipe.evaluators()) else None
 
         def scheduled(spec: Any) -> ScheduledEvaluator:
             evaluator = registry.create(spec)

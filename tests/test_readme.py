@@ -29,7 +29,10 @@ TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf
 MADE = re.compile(
     r"""\.venv(-oracle)? | (quickstart/)?report\.html | photo\.\w+ | metadata\.\w+  # environments, reports, one's own
     | (OUT/)?\.collecting  # while images are collected
+    | sd35/  # published weights
     | config\.json | run\.json | (checkpoints|metrics|samples|export)/[\w.]*     # of a workdir
+    | transformer/ | moon/[\w/.]+ | adapter_model\.safetensors | text/token_embedding  # of adapters
+    | draw\.json | \d+\.png | drawn\.npz | imagenet_classes\.txt | LOC_synset_mapping\.txt   # of docs/imagenet.md
     | weights\.json | (text_encoder|vae|runs)/[\w/]* | model\.safetensors  # of a folder of weights
     | manifest\.json | tokenizer\.json | program\.json | golden/[\w.]* | scheduler\.json     # of a bundle
     | (client|noise|program|sampler|verify)\.py
@@ -83,10 +86,10 @@ def test_a_snapgen_command_that_is_named_is_understood(command):
     drawing = dataclasses.fields(SamplingConfig) if "takes_options" in parsed else ()
     options = {f"--{field.name}" for field in drawing}
     assert {a.split("=")[0] for a in others} <= options
-    if arguments[0] == "prepare":
+    if arguments[:2] == ["prepare", "collect"]:
         parsed.overrides = overrides
         collect_config(parsed)
-    elif overrides:
+    elif overrides or arguments[:2] == ["prepare", "encode"]:
         load = load_chain if arguments[0] == "chain" else load_config
         load(str(ROOT / parsed.config), overrides)
 

@@ -26,19 +26,27 @@ from snapgen_jax.workdir import differences
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "schema_1"
 SHORT = ["train_steps=10", "log_every_steps=1", "checkpoint.every_steps=10"]
-# Of that version's stored text states, which were joined beforehand; and its guidance.
-JOINED = ["context_tokens=12", "context_width=16", "pooled_width=16", "image_sizes=((64,64),)"]
-JOINED = ["inputs.kind=stored", *(f"inputs.{change}" for change in JOINED)]
+# Of that version's stored text states, which were joined beforehand, and whose encoders nobody named; its guidance.
+STATES = {"kind": "stored", "context_tokens": 12, "context_width": 16, "pooled_width": 16}
+JOINED = [f"inputs={ {**STATES, 'image_sizes': ((64, 64),)} }", "data.source=synthetic"]
+TAUGHT = [f"teacher.inputs={ {**STATES, 'prefix': 'teacher_', 'latent_channels': 0} }"]
 # {golden: (today's config file, with what was changed in that run)}
 RUNS = {
     "quickstart": ("configs/shapes/quickstart.py:runlocal", SHORT),
     "folder": ("configs/folder.py:runlocal", [*SHORT, "data.path=photos"]),
     "t2i_256": ("configs/pretrain/t2i_256.py:runlocal", [*SHORT, *JOINED, "sampling.guidance=7.0"]),
     "t2i_256_images": ("configs/pretrain/t2i_256_images.py:runlocal", [*SHORT, "sampling.guidance=7.0"]),
-    "t2i_512_sd35l": ("configs/distill/t2i_512_sd35l.py:runlocal", [*SHORT, *JOINED, "sampling.guidance=7.0"]),
+    "t2i_512_sd35l": ("configs/distill/t2i_512_sd35l.py:runlocal", [*SHORT, *JOINED, *TAUGHT, "sampling.guidance=7.0"]),
     "t2i_1024_4step": (
         "configs/fewstep/t2i_1024_4step.py:runlocal",
-        [*SHORT, *JOINED, "sampling.times=()", "sampling.shift=3.0", "teacher.few_step_times=()"],
+        [
+            *SHORT,
+            *JOINED,
+            *TAUGHT,
+            "sampling.times=()",
+            "sampling.shift=3.0",
+            "teacher.few_step_times=()",
+        ],
     ),
     "autoencoder": ("configs/shapes/autoencoder.py:runlocal", [*SHORT, f"kl_weight={1e-4 * (3 * 2**2 / 4)}"]),
     "tiny_decoder": ("configs/shapes/tiny_decoder.py:generated", []),

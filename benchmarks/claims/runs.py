@@ -120,7 +120,9 @@ class Runs:
             ]
         trial = self.paper.trials[job.name]
         of_inputs = job.what == "draw"  # of the earlier runs only those whose tokenizer the batches have
-        names = dict.fromkeys(n for key, n in trial.earlier.items() if not of_inputs or key.startswith("inputs."))
+        names = dict.fromkeys(
+            n for key, n in trial.earlier.items() if not of_inputs or key.startswith(("inputs.", "base"))
+        )
         draws = [] if of_inputs or not self._has_kept_batches(job.name) else self._draw_jobs(job)
 
         def seeds(other: str) -> tuple[int, ...]:

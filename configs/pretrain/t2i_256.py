@@ -21,8 +21,7 @@ every later stage goes on with it. Each encoder is left out of 0.464 of the exam
 3 was trained (Esser et al. 2024, section 5.3.3): a phone may run CLIP alone, and the tenth that keeps none serves
 guidance.
 
-Guidance is 4.5 until it is swept from 3.5 to 5. A run that holds encoders and autoencoder can be scored
-(`t2i_256_images.py`, which starts from the weights of any of these stages):
+Guidance is 4.5 until it is swept from 3.5 to 5. A run whose config names the folders of all encoders can be scored:
 
     for w in 3.5 4 4.5 5; do snapgen evaluate --workdir=RUN --names=frechet --guidance=$w; done
 

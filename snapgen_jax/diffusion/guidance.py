@@ -2,8 +2,10 @@
 
 Ho & Salimans 2022, "Classifier-Free Diffusion Guidance". Guidance may be confined to a band of times, outside of which
 the network is asked once, with the condition alone: Kynkäänniemi et al. 2024, "Applying Guidance in a Limited Interval
-Improves Sample and Distribution Quality in Diffusion Models" (arXiv 2404.07724). A condition is any tree whose leaves are `[B, ...]`; the null
-condition is the same tree, its leaves broadcast against those (`[1, ...]`, or without the batch axis).
+Improves Sample and Distribution Quality in Diffusion Models" (arXiv 2404.07724).
+
+A condition is any tree whose leaves are `[B, ...]`; the null condition is the same tree, its leaves broadcast against
+those (`[1, ...]`, or without the batch axis).
 """
 
 from __future__ import annotations

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from snapgen_jax.generation import load_config, load_recipe
+from snapgen_jax.generation import load_config, load_drawing, load_recipe
 from snapgen_jax.inputs._encodings import Encoding
 from snapgen_jax.inputs._images import CODEC, ImageCodec
-from snapgen_jax.inputs.encoders import EncodersConfig
+from snapgen_jax.inputs.encoders import EncodersConfig, FrozenConfig
 from snapgen_jax.inputs.stored import Stored
 from snapgen_jax.inputs.stored_encodings import StoredEncodingsConfig
 from snapgen_jax.networks.clip import ClipTextConfig
@@ -73,7 +73,7 @@ def load_latents(workdir: epath.PathLike, carried: Carried) -> Any:
                 f"the run {str(workdir)!r} reads no published text encoder (inputs.kind is {kind!r}); leave out "
                 "--encoders and the encoders' folders"
             )
-        return load_recipe(workdir, "cpu", carried.decoder or None)
+        return load_drawing(workdir, "cpu", carried.decoder or None)
     recipe: Any = load_recipe(workdir, "cpu")
     inputs = recipe.config.inputs
     if kind == "stored":
@@ -83,9 +83,10 @@ def load_latents(workdir: epath.PathLike, carried: Carried) -> Any:
                 "encoders; its bundle takes `sequence`, `mask` and `pooled`. Leave out --encoders and their folders"
             )
         return Decoded(recipe, _images(inputs, decoder_codec(carried.decoder, inputs))) if carried.decoder else recipe
-    used = _used(recipe, carried)
-    changes = {"use": used} | {f"{name}_folder": _folder(name, inputs, carried) for name in used}
-    changes |= {f"{name}_tokenizer": _tokenizer(name, inputs, carried) for name in used}
+    own: FrozenConfig = inputs.encoders if kind == "stored_encodings" else inputs
+    used = _used(recipe, own, carried)
+    changes = {"use": used} | {f"{name}_folder": _folder(name, own, carried) for name in used}
+    changes |= {f"{name}_tokenizer": _tokenizer(name, own, carried) for name in used}
     if kind == "stored_encodings":
         inputs = _with_encoders(inputs, recipe.inputs.encodings.shapes, used, changes, carried)
     else:
@@ -97,14 +98,15 @@ def load_latents(workdir: epath.PathLike, carried: Carried) -> Any:
 # --- encoders --------------------------------------------------------------------------------------------------------
 
 
-def _used(recipe: Any, carried: Carried) -> tuple[str, ...]:
-    """The encoders of the bundle, of those that the network was trained with and without."""
+def _used(recipe: Any, named: FrozenConfig, carried: Carried) -> tuple[str, ...]:
+    """The encoders of the bundle, of those that the network was trained with and without; `named` has the folders of
+    the run's config."""
     inputs, asked = recipe.config.inputs, carried.encoders
     known = ", ".join(ENCODERS)
     for name in (*(asked or ()), *carried.folders, *carried.tokenizers):
         if name not in ENCODERS:
             raise ConfigError(f"the network was not trained with a text encoder {name!r}; its encoders are {known}")
-    own = [name for name in ENCODERS if getattr(inputs, f"{name}_folder", "")]
+    own = [name for name in ENCODERS if getattr(named, f"{name}_folder")]
     chosen = [*own, *carried.folders] if asked is None else asked
     if unused := [name for name in (*carried.folders, *carried.tokenizers) if name not in chosen]:
         raise ConfigError(
@@ -127,13 +129,8 @@ def _used(recipe: Any, carried: Carried) -> tuple[str, ...]:
     return tuple(name for name in ENCODERS if name in chosen)
 
 
-def _frozen(inputs: Any) -> Any:
-    """Where the inputs of a run name its encoders."""
-    return inputs if inputs.kind == "encoders" else inputs.encoders
-
-
-def _folder(name: str, inputs: Any, carried: Carried) -> str:
-    folder = carried.folders.get(name) or getattr(_frozen(inputs), f"{name}_folder")
+def _folder(name: str, named: FrozenConfig, carried: Carried) -> str:
+    folder = carried.folders.get(name) or getattr(named, f"{name}_folder")
     if not folder:
         raise ConfigError(f"--encoders names {name}, and no folder has its weights: give --{name}=FOLDER")
     if not pathlib.Path(folder).is_dir():
@@ -141,9 +138,9 @@ def _folder(name: str, inputs: Any, carried: Carried) -> str:
     return str(folder)
 
 
-def _tokenizer(name: str, inputs: Any, carried: Carried) -> str:
-    own = "" if name in carried.folders else getattr(_frozen(inputs), f"{name}_tokenizer")
-    folder = carried.tokenizers.get(name) or own or _folder(name, inputs, carried)
+def _tokenizer(name: str, named: FrozenConfig, carried: Carried) -> str:
+    own = "" if name in carried.folders else getattr(named, f"{name}_tokenizer")
+    folder = carried.tokenizers.get(name) or own or _folder(name, named, carried)
     files = ("tokenizer.json", "vocab.json", "tokenizer.model")
     if not any((pathlib.Path(folder) / file).is_file() for file in files):
         raise ConfigError(
@@ -161,7 +158,7 @@ def _with_encoders(
     carried: Carried,
 ) -> EncodersConfig:
     """The same inputs with the networks that made what was stored, whose `shapes` those are."""
-    if not carried.decoder:
+    if not carried.decoder and not inputs.encoders.codec.workdir:
         raise ConfigError(
             "a run on stored latents holds no decoder: give --decoder, a run of a tiny decoder or of an autoencoder, "
             "or a folder of a published one"
@@ -188,7 +185,7 @@ def _with_encoders(
             )
     return EncodersConfig(
         image_sizes=inputs.image_sizes,
-        codec=decoder_codec(carried.decoder, inputs),
+        codec=decoder_codec(carried.decoder or inputs.encoders.codec.workdir, inputs),
         **networks,
         **changes,
         language_tokens=shapes["language"].tokens,
@@ -261,9 +258,13 @@ def _latents(codec: CodecConfig) -> dict[str, Any]:
 
 
 def _check_latents(where: str, held: Mapping[str, Any], inputs: Any) -> None:
-    wanted = _latents(_frozen(inputs).codec)
-    if inputs.kind != "encoders":
-        wanted |= {"channels": inputs.latent_channels, "reduction": inputs.reduction}
+    if inputs.kind == "encoders":
+        wanted = _latents(inputs.codec)
+    else:
+        wanted = {"channels": inputs.latent_channels, "reduction": inputs.reduction}
+        made = _latents(inputs.encoders.codec)
+        if wanted.items() <= made.items():  # the config describes what made the latents
+            wanted = made
     for name in wanted.keys() & held.keys():
         if wanted[name] != held[name]:
             raise ConfigError(

@@ -68,7 +68,10 @@ DTYPES = ("float32", "int32", "uint8")
 PREDICTIONS = {"velocity": (), "x_0": ("t_min",), "linear": ("x", "out")}
 TIMES = {"features": ("dim", "scale", "max_period", "order"), "index": ("size",), "values": ("values",)}
 DECODERS = ("identity", "patch", "network")
-NEEDED, OPTIONAL = ("unit", "rule", "prediction", "guidance"), ("time", "native", "arrays", "scale", "context", "guidance_interval")
+NEEDED, OPTIONAL = (
+    ("unit", "rule", "prediction", "guidance"),
+    ("time", "native", "arrays", "scale", "context", "guidance_interval"),
+)
 RESERVED = ("latent", "time", "prediction")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 import tempfile
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from snapgen_jax.export.bundle import GPUCheck, export_bundle, generator_of
 from snapgen_jax.export.convert import Backend, require
 from snapgen_jax.export.latents import Carried, load_latents, save_tokenizers
 from snapgen_jax.export.precision import PRECISIONS, Precision
-from snapgen_jax.generation import load_weights
+from snapgen_jax.generation import load_weights, with_adapters
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.files import on_object_store
 
@@ -26,6 +27,7 @@ def export_run(
     gpu_check: GPUCheck = "check",
     carried: Carried | None = None,
     precisions: Sequence[Precision] = PRECISIONS,
+    adapters: str | os.PathLike[str] | None = None,
 ) -> dict[str, float]:
     """Exports a trained run as a bundle for phones, checked against JAX on the way.
 
@@ -38,6 +40,7 @@ def export_run(
         gpu_check: see `export_bundle`.
         carried: the published text encoders of a run on latents; its decoder is `decoder`.
         precisions: see `export_bundle`.
+        adapters: folder of peft's files, which are merged; see `generation.with_adapters`.
 
     Returns:
         What was measured, `export.*`.
@@ -59,6 +62,8 @@ def export_run(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     frozen = recipe.load_frozen(None, "generate")
+    if adapters is not None:
+        params, frozen = with_adapters(recipe, params, frozen, pathlib.Path(adapters))
     with tempfile.TemporaryDirectory() as scratch:
         tokenizers = save_tokenizers(recipe, pathlib.Path(scratch))
         if any(spec.kind == "trained" for spec in recipe.tokenizers().values()):

@@ -125,7 +125,9 @@ def with_options(
         ValueError: the program does not allow it, or there is no such thing.
     """
     if others:
-        raise ValueError(f"a bundle has no option {', '.join(others)}; it takes steps, guidance, method, guidance_interval")
+        raise ValueError(
+            f"a bundle has no option {', '.join(others)}; it takes steps, guidance, method, guidance_interval"
+        )
     intervals, made = len(flow.times) - 1, list(flow.steps)
     if method is not None and {step.rule for step in made[:intervals]} != {method}:
         if method not in RULES:

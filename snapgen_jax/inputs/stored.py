@@ -35,6 +35,7 @@ from snapgen_jax.inputs.sd3_encoders import (
 from snapgen_jax.networks.context import sd3_context
 from snapgen_jax.networks.module import Network, Platform
 from snapgen_jax.networks.text import TextContext
+from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.exports import InputsExport
 
 CONTEXT = ("sequence", "mask", "pooled")
@@ -210,7 +211,16 @@ class Stored(OfLatents):
 
     def exports(self) -> InputsExport:
         """The text states are the bundle's inputs, since a run does not say which encoders made them; its output is the
-        latent, until a decoder is put behind it."""
+        latent, until a decoder is put behind it.
+
+        Raises:
+            ConfigError: token ids are stored, and T5-XXL runs inside the step.
+        """
+        if self.text is not None:
+            raise ConfigError(
+                "this run reads token ids by the encoders of Stable Diffusion 3.5, and T5-XXL is too large for one; "
+                "export a run that was trained on inputs.kind='stored_encodings'"
+            )
         config, random = self.config, np.random.default_rng(0)
         null = {
             "sequence": np.zeros((config.context_tokens, config.context_width), np.float32),

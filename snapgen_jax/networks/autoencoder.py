@@ -45,8 +45,8 @@ class AutoencoderConfig(Preset):
         latent_channels: channels of a latent.
         groups: groups of every GroupNorm.
         scale, shift: latents are `(mean - shift) * scale`, which gives them about zero mean and unit variance.
-        quantisation: a 1x1 convolution follows the encoder and another precedes the decoder ("convolutions"), as in every
-            autoencoder of Stable Diffusion before the third; or there are none.
+        quantisation: a 1x1 convolution follows the encoder and another precedes the decoder ("convolutions"), as in the
+            autoencoders of Stable Diffusion before the third; or there are none.
         normalisation: "constant" for that; "measured" for mean and deviation of each channel, parameters that whoever
             trains the autoencoder measures and no gradient moves (as in FLUX.2).
         tile: side of the largest latent that is decoded whole; larger ones are decoded in tiles of this side.

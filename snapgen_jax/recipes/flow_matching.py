@@ -69,8 +69,8 @@ class FlowMatchingConfig:
         microbatches: the global batch is computed in this many parts.
         train_steps: updates in the run; where a decaying learning rate ends.
         network: which network learns, told apart by `kind`: the SnapGen "unet", or the "mmdit" of Stable Diffusion 3.
-        inputs: what it is fed, told apart by `kind`: "captions", "encoders", "stored", "stored_encodings" or
-            "class_labels".
+        inputs: what it is fed, told apart by `kind`: "captions", "clip_captions", "encoders",
+            "stored", "stored_clip_captions", "stored_encodings" or "class_labels".
         prediction: what the network's output stands for: the velocity, or the image ("x_0"), from which the velocity
             follows as `(x_t - x_0) / t`; "eps", "v" or "F" under another schedule. Where a latent has more channels
             than the image has degrees of freedom, as with large patches of pixels, the image is the easier target: the

@@ -30,6 +30,22 @@ def write_whole(path: epath.Path, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
+def whole_file(path: epath.Path) -> Iterator[pathlib.Path]:
+    """Yields a local file to fill, which takes its place at the end of the `with`, and is gone if that raises."""
+    # Beside its place, so that it is renamed; below the system's temporary folder where it is copied to a store.
+    remote = on_object_store(path)
+    if not remote:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=None if remote else str(path.parent)) as temporary:
+        local = pathlib.Path(temporary) / path.name
+        yield local
+        if remote:
+            epath.Path(local).copy(path, overwrite=True)
+        else:
+            local.replace(str(path))
+
+
+@contextlib.contextmanager
 def new_folder(out: epath.PathLike) -> Iterator[pathlib.Path]:
     """A folder to fill, which appears at `out` when all went well, and not at all otherwise.
 

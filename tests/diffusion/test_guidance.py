@@ -1,4 +1,4 @@
-"""Classifier-free guidance: its identities, its closed form on Gaussians, one fused call a step, and its band of times."""
+"""Classifier-free guidance: its identities, its closed form on Gaussians, one fused call a step, its band of times."""
 
 import dataclasses
 import re
@@ -145,12 +145,12 @@ def test_the_times_of_a_band_are_those_between_its_ends_which_belong_to_it():
 
 @pytest.mark.parametrize("interval", [(0.8, 0.1), (-0.1, 0.5), (0.5, 1.1), (float("nan"), 1.0)])
 def test_what_is_no_band_of_times_is_refused(interval):
-    with pytest.raises(ValueError, match="give .t_low, t_high. with 0 <= t_low <= t_high <= 1"):
+    with pytest.raises(ValueError, match=r"give .t_low, t_high. with 0 <= t_low <= t_high <= 1"):
         check_interval(interval)
 
 
 def test_a_band_without_a_time_of_the_grid_is_refused_with_its_times():
-    with pytest.raises(ValueError, match="holds none of the times that are sampled at: 1, 0.75, 0.5, 0.25; widen it"):
+    with pytest.raises(ValueError, match=r"none of the times that are sampled at: 1, 0.75, 0.5, 0.25; widen it"):
         guided_times(time_grid(4), (0.0, 0.2))
 
 

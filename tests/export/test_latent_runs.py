@@ -18,7 +18,7 @@ from snapgen_jax.data.pretrained_tokenizers import PretrainedTokenizer
 from snapgen_jax.export import verify
 from snapgen_jax.export.bundle import export_bundle, generator_of
 from snapgen_jax.export.client import LiteRTGenerator
-from snapgen_jax.export.latents import Carried, decoder_codec, load_latents, save_tokenizers
+from snapgen_jax.export.latents import Carried, load_latents, save_tokenizers
 from snapgen_jax.export.program import parse
 from snapgen_jax.export.sampler import Sampler
 from snapgen_jax.generation import load_weights
@@ -313,13 +313,28 @@ def test_a_decoder_of_other_latents_is_named(tmp_path):
         load_latents(tmp_path / "run", clips())
 
 
-def test_a_decoder_of_another_normalisation_is_named(run, tmp_path):
+def test_a_decoder_of_another_normalisation_is_named(tmp_path):
+    """The config of the run describes the autoencoder that made its latents."""
     other = pathlib.Path(shutil.copytree(VAE, tmp_path / "vae"))
     values = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**values, "scaling_factor": 0.18215}))
-    recipe = load_latents(run, clips())
-    with pytest.raises(ConfigError, match=r"decodes latents of scale 0.18215, and the run was trained on scale 1.5305"):
-        decoder_codec(str(other), recipe.config.inputs)
+    described = {"channels": (8, 16), "latent_channels": 4, "groups": 4}
+    made = overrides("inputs.encoders.codec", {"autoencoder": described})
+    make_config(tmp_path / "run", *made)
+    load_latents(tmp_path / "run", clips())
+    with pytest.raises(
+        ConfigError, match=r"decodes latents of scale 0\.18215, and the run was trained on scale 1\.5305"
+    ):
+        load_latents(tmp_path / "run", clips(decoder=str(other)))
+
+
+def test_what_the_config_of_a_run_names_need_not_be_named_again(tmp_path):
+    folders = {f"{name}_folder": folder for name, folder in CLIP.items()}
+    folders |= {f"{name}_tokenizer": folder for name, folder in CLIP_TOKENIZERS.items()}
+    make_config(tmp_path, *overrides("inputs.encoders", {**folders, "codec": {"workdir": VAE}}))
+    inputs = load_latents(tmp_path, Carried()).config.inputs
+    assert inputs.use == ("clip_l", "clip_g") and inputs.codec.workdir == VAE
+    assert inputs.clip_g_tokenizer == CLIP_TOKENIZERS["clip_g"]
 
 
 def test_encoders_that_were_never_left_out_or_never_there_are_named(tmp_path):

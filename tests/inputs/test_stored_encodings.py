@@ -179,7 +179,8 @@ def test_a_stage_on_stored_encodings_goes_on_with_the_conditioner_of_one_on_capt
 
 def stage(size, workdir, *overrides):
     spec = f"{CONFIGS}/pretrain/t2i_{size}.py:runlocal"
-    resolved = load_experiment(spec, ["train_steps=6", "log_every_steps=2", "tensorboard=False", *overrides])
+    random = ["data.source=synthetic", "inputs.encoders.stand_ins=False"]
+    resolved = load_experiment(spec, ["train_steps=6", "log_every_steps=2", "tensorboard=False", *random, *overrides])
     prepare_workdir(resolved.config, workdir)
     return Experiment(resolved, workdir)
 

@@ -58,8 +58,8 @@ def run(model: AutoencoderKL, batch: int, height: int, width: int, seed: int = 1
 
 
 def write_goldens(folder: pathlib.Path) -> None:
-    """`<folder>/autoencoder/` and `<folder>/autoencoder_sd1/`: what diffusers saves, in bfloat16, and the arrays of each
-    case."""
+    """`<folder>/autoencoder/` and `<folder>/autoencoder_sd1/`: what diffusers saves, in bfloat16, and the arrays of
+    each case."""
     for kind, changes in KINDS.items():
         model = make(**changes)
         arrays = {case: run(model, *sizes) for case, sizes in CASES.items()}

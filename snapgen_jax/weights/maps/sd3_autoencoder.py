@@ -50,7 +50,7 @@ def read_config(values: Mapping[str, Any], **changes: Any) -> AutoencoderConfig:
 def write_config(config: AutoencoderConfig) -> dict[str, Any]:
     """The `config.json` that diffusers reads of an autoencoder of constant normalisation: what `read_config` reads
     back. With a measured one, its users add `latents_mean` and `latents_std` and leave scale and shift out."""
-    stages = len(config.channels)
+    stages, quantised = len(config.channels), config.quantisation == "convolutions"
     return {
         "_class_name": "AutoencoderKL",
         "in_channels": 3,
@@ -64,8 +64,8 @@ def write_config(config: AutoencoderConfig) -> dict[str, Any]:
         "norm_num_groups": config.groups,
         "scaling_factor": config.scale,
         "shift_factor": config.shift,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
+        "use_quant_conv": quantised,
+        "use_post_quant_conv": quantised,
         "mid_block_add_attention": True,
         "force_upcast": False,
     }
