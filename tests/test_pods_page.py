@@ -36,7 +36,7 @@ def launched(line: str, capsys) -> str:
     """The `snapgen` command that a launcher starts on every host."""
     words = shlex.split(line)
     assert job.main_of(LAUNCHERS[words[2]].run, [*words[3:], "--dry-run"]) == 0
-    return re.search(r"snapgen (?:train|prepare encode) --config=[^|\n]*", capsys.readouterr().out).group()
+    return re.findall(r"snapgen (?:train|prepare encode) --config=[^|\n]*", capsys.readouterr().out)[0]
 
 
 def parsed(command: str) -> tuple[argparse.Namespace, list[str]]:
@@ -95,7 +95,7 @@ def test_the_six_steps_are_those_of_the_chain_in_their_order(commands):
     walked = [step for step in dict.fromkeys(walked) if step != "prepare"]
     assert walked == [*SIX, "python"]
     described = PAGE[: PAGE.index("## Launch")]
-    places = [re.search(pattern, described).start() for pattern in (*(f"snapgen {s}" for s in SIX), "verify.py")]
+    places = [described.index(text) for text in (*(f"snapgen {step}" for step in SIX), "verify.py")]
     assert places == sorted(places)
     trained = [parsed(c)[0].config for c in commands if c.startswith("snapgen train ")]
     stages = [STAGES[config] for config in trained if config in STAGES]
