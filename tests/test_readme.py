@@ -29,6 +29,7 @@ TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf
 MADE = re.compile(
     r"""\.venv(-oracle)? | (quickstart/)?report\.html | photo\.\w+ | metadata\.\w+  # environments, reports, one's own
     | (OUT/)?\.collecting  # while images are collected
+    | sd35/  # published weights
     | config\.json | run\.json | (checkpoints|metrics|samples|export)/[\w.]*     # of a workdir
     | transformer/ | moon/[\w/.]+ | adapter_model\.safetensors | text/token_embedding  # of adapters
     | draw\.json | \d+\.png | drawn\.npz | imagenet_classes\.txt | LOC_synset_mapping\.txt   # of docs/imagenet.md
