@@ -2,6 +2,7 @@
 
     python -m launch.gke create --topology=v5e:4x4 --name=t2i-256 --cluster=CLUSTER --zone=ZONE --project=PROJECT \\
         --image=us-docker.pkg.dev/PROJECT/snapgen/train --config=configs/pretrain/t2i_256.py --workdir=gs://BUCKET/RUN
+    python -m launch.gke mount  --mount=BUCKET --cluster=CLUSTER --zone=ZONE --project=PROJECT    # once: as /mnt/BUCKET
     python -m launch.gke logs   --name=t2i-256 --cluster=CLUSTER --zone=ZONE --project=PROJECT
     python -m launch.gke delete --name=t2i-256 --cluster=CLUSTER --zone=ZONE --project=PROJECT
 
@@ -15,17 +16,30 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from launch.job import AGAIN, HOPELESS, Chips, LaunchError, Shell, add_job, flags, job_in_bucket, main_of, parser
+from launch.job import (
+    AGAIN,
+    HOPELESS,
+    Chips,
+    LaunchError,
+    Shell,
+    add_job,
+    bucket_of,
+    flags,
+    job_in_bucket,
+    main_of,
+    parser,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of this launcher."""
     made = parser(__doc__)
-    made.add_argument("action", choices=("create", "logs", "delete"))
+    made.add_argument("action", choices=("create", "mount", "logs", "delete"))
     made.add_argument("--project", required=True)
     made.add_argument("--zone", required=True)
     made.add_argument("--cluster", required=True)
     made.add_argument("--topology", help="v5e:4x4, or 2*v5e:4x4 for two slices")
+    made.add_argument("--mount", help="a bucket of shards that every workload sees as /mnt/BUCKET, to read")
     made.add_argument("--image", help="where the image goes, without a tag")
     made.add_argument("--priority", default="medium", choices=("very-low", "low", "medium", "high", "very-high"))
     made.add_argument("--max_restarts", type=int, default=100, help="after preemptions and lost hosts")
@@ -38,7 +52,7 @@ def run(argv: Sequence[str]) -> None:
     made = build_parser()
     if "create" in argv:
         add_job(made)
-    else:
+    elif "mount" not in argv:
         made.add_argument("--name", required=True, help="of the job")
     options, rest = made.parse_known_args(argv)
     shell = Shell(options.dry_run)
@@ -47,6 +61,8 @@ def run(argv: Sequence[str]) -> None:
         create(options, rest, shell, where)
     elif rest:
         raise LaunchError(f"unknown arguments {' '.join(rest)}")
+    elif options.action == "mount":
+        attach(options, shell, where)
     elif options.action == "logs":
         selector = f"--selector=jobset.sigs.k8s.io/jobset-name={options.name}"
         shell.run(
@@ -54,6 +70,22 @@ def run(argv: Sequence[str]) -> None:
         )
     else:
         shell.run(["xpk", "workload", "delete", f"--workload={options.name}", *where, "--force"])
+
+
+def attach(options: argparse.Namespace, shell: Shell, where: Sequence[str]) -> None:
+    """Lets all workloads of a cluster see a bucket."""
+    if not options.mount:
+        raise LaunchError("give --mount, the bucket of the shards")
+    bucket = bucket_of(options.mount)
+    kept = ("metadata-cache:ttl-secs:-1", "metadata-cache:stat-cache-max-size-mb:-1", "implicit-dirs")
+    shell.run(
+        [
+            *("xpk", "storage", "attach", bucket, "--type=gcsfuse", *where),
+            *(f"--bucket={bucket}", f"--mount-point=/mnt/{bucket}", "--readonly=true", "--size=1", "--auto-mount=true"),
+            f"--mount-options={','.join(kept)}",
+        ],
+        "once for a cluster that was made with --enable-gcsfuse-csi-driver",
+    )
 
 
 def create(options: argparse.Namespace, rest: Sequence[str], shell: Shell, where: Sequence[str]) -> None:

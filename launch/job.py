@@ -184,6 +184,16 @@ def job_in_bucket(options: argparse.Namespace, rest: Sequence[str]) -> Job:
     return job_of(options, rest)
 
 
+def bucket_of(mount: str) -> str:
+    """The name of a bucket to mount, from "BUCKET" or "gs://BUCKET"."""
+    name = mount.removeprefix("gs://").rstrip("/")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]", name):
+        raise LaunchError(
+            f"--mount={mount!r} is no name of a bucket; give BUCKET, and name folders in --config.data.path"
+        )
+    return name
+
+
 def main_of(run, argv: Sequence[str] | None = None) -> int:
     """Calls `run(argv)`; an impossible launch is one line and exit code 78, a failing command its own code."""
     try:

@@ -13,6 +13,7 @@ attribute() {
 code=$(attribute snapgen-code)
 command=$(attribute snapgen-command)
 flags=$(attribute snapgen-flags || true)
+mount=$(attribute snapgen-mount || true)
 home=/opt/snapgen/$(basename "$code" .tar.gz)
 
 if [[ ! -e $home/.ready ]]; then
@@ -24,6 +25,20 @@ if [[ ! -e $home/.ready ]]; then
     /opt/snapgen/uv/bin/uv pip install --python "$home/.venv/bin/python" \
         --constraint "$home/requirements.lock" --editable "${home}[tpu]"
     touch "$home/.ready"
+fi
+
+# Shards are read in random order and never change: what is known of a file is kept, and no time limit drops it.
+if [[ -n $mount ]] && ! mountpoint -q "/mnt/$mount"; then
+    if ! command -v gcsfuse >/dev/null; then
+        key=/usr/share/keyrings/cloud.google.asc
+        curl -sf https://packages.cloud.google.com/apt/doc/apt-key.gpg >"$key"
+        echo "deb [signed-by=$key] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main" \
+            >/etc/apt/sources.list.d/gcsfuse.list
+        apt-get update -q && apt-get install -qy gcsfuse
+    fi
+    mkdir -p "/mnt/$mount"
+    gcsfuse -o ro --implicit-dirs --type-cache-max-size-mb=-1 --stat-cache-max-size-mb=-1 \
+        --kernel-list-cache-ttl-secs=-1 --metadata-cache-ttl-secs=-1 "$mount" "/mnt/$mount"
 fi
 
 systemctl reset-failed snapgen 2>/dev/null || true

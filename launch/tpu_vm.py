@@ -19,7 +19,20 @@ import sys
 import time
 from collections.abc import Sequence
 
-from launch.job import AGAIN, HOPELESS, Chips, Job, LaunchError, Shell, add_job, flags, job_in_bucket, main_of, parser
+from launch.job import (
+    AGAIN,
+    HOPELESS,
+    Chips,
+    Job,
+    LaunchError,
+    Shell,
+    add_job,
+    bucket_of,
+    flags,
+    job_in_bucket,
+    main_of,
+    parser,
+)
 
 RUNTIMES = {
     "v4": "tpu-ubuntu2204-base",
@@ -42,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     tier.add_argument("--spot", action="store_true", help="cheap, and may be taken away")
     tier.add_argument("--reserved", action="store_true", help="from the project's reservation")
     made.add_argument("--service_account", help="of the VMs; it needs to read and write the workdir's bucket")
+    made.add_argument("--mount", help="a bucket of shards that every host sees as /mnt/BUCKET, to read")
     made.add_argument("--flags", help="set under launch/flags (default: the chip's)")
     return made
 
@@ -72,6 +86,7 @@ class TpuVm:
             "snapgen-code": code,
             "snapgen-command": shlex.join(job.command(chips.hosts)),
             "snapgen-flags": flags(options.flags or chips.kind),
+            **({"snapgen-mount": bucket_of(options.mount)} if options.mount else {}),
         }
         if any("|" in value for value in metadata.values()):
             raise LaunchError("an argument of the job holds '|', which separates metadata; take it out")

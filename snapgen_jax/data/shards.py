@@ -279,6 +279,6 @@ def check_readable(folder: epath.PathLike, manifest: Manifest) -> None:
     except (OSError, RuntimeError, ValueError) as error:
         raise DataError(
             f"{path} cannot be read where it is ({str(error).splitlines()[0]}): this build of ArrayRecord reads files "
-            "alone. Mount the bucket (launch.tpu_vm and launch.gke: --mount=BUCKET; by hand: `gcsfuse BUCKET DIR`) and "
+            "alone. Mount the bucket (`launch.tpu_vm create --mount=BUCKET`, `launch.gke mount`, or `gcsfuse`) and "
             "give the path below the mount as data.path"
         ) from error
