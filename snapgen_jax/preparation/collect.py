@@ -11,6 +11,7 @@ to a shard by a hash of its id, and shards are sorted by that hash, so that a ru
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -152,12 +153,14 @@ def _run(
         pipeline = beam.Pipeline(options=options)
     except ValueError as error:
         raise DataError(f"Beam's options {' '.join(beam_options)} cannot be used: {error}") from error
-    _build(pipeline, units, source, config, str(folder), str(work))
+    with _outside_of_notebooks():
+        _build(pipeline, units, source, config, str(folder), str(work))
     log = logging.getLogger("apache_beam.runners.common")
     level = log.level
     log.setLevel(logging.CRITICAL)  # it would print the traceback of an error that is raised here anyway
     try:
-        pipeline.run().wait_until_finish()
+        with _outside_of_notebooks():
+            pipeline.run().wait_until_finish()
     except Exception as error:
         # A runner adds which step failed, and may hand on what its workers said as text alone.
         text = f"errors.DataError: {error}" if isinstance(error, DataError) else str(error)
@@ -167,6 +170,19 @@ def _run(
         raise DataError(said[-1]) from error
     finally:
         log.setLevel(level)
+
+
+@contextlib.contextmanager
+def _outside_of_notebooks() -> Iterator[None]:
+    """Keeps Beam from naming steps after the cells of a notebook: the part of it that does so needs an older pandas."""
+    from apache_beam.utils import interactive_utils
+
+    before = interactive_utils.is_in_ipython
+    interactive_utils.is_in_ipython = lambda: False
+    try:
+        yield
+    finally:
+        interactive_utils.is_in_ipython = before
 
 
 def _build(

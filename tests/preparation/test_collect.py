@@ -134,6 +134,14 @@ def test_another_parallelism_gives_the_same_bytes(collected, folder, tmp_path, c
     assert "holds another collection" in capsys.readouterr().err and contents(tmp_path) == before
 
 
+def test_a_notebook_collects_as_a_terminal_does(folder, tmp_path, monkeypatch):
+    from apache_beam.utils import interactive_utils
+
+    monkeypatch.setattr(interactive_utils, "is_in_ipython", lambda: True)
+    assert collection.collect(CollectConfig(path=str(folder)), tmp_path).kept
+    assert interactive_utils.is_in_ipython()
+
+
 class Page(html.parser.HTMLParser):
     """Tags and texts of a page; every tag that is opened is closed."""
 
