@@ -138,7 +138,7 @@ def test_a_notebook_collects_as_a_terminal_does(folder, tmp_path, monkeypatch):
     from apache_beam.utils import interactive_utils
 
     monkeypatch.setattr(interactive_utils, "is_in_ipython", lambda: True)
-    assert collection.collect(CollectConfig(path=str(folder)), tmp_path).kept
+    assert collection.collect(CollectConfig(path=str(folder), captions={"short": 1.0}), tmp_path).kept
     assert interactive_utils.is_in_ipython()
 
 
