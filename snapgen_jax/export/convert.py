@@ -145,8 +145,15 @@ def _apart(job: str) -> None:
     path = to_tflite(*conversion)
     if float16:
         cast_float16(path, float16)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(most if sys.platform == "darwin" else most * 1024)  # Linux counts in KiB
+    print(_peak())
+
+
+def _peak() -> int:
+    """The most memory that this process has held, in bytes. On Linux `ru_maxrss` would begin with the parent's."""
+    if sys.platform != "linux":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = pathlib.Path("/proc/self/status").read_text()
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def _float32(leaf: Any) -> np.ndarray:
