@@ -21,8 +21,8 @@ The default, 1.8 for times up to 0.7, is what SiT-XL/2 of the same path and auto
 2410.06940).
 
 Machine: 256 chips of TPU v5e, whose hours `snapgen plan` tells; runlocal, a laptop in a minute. Metric: FID of 50,000
-images. SnapGen publishes neither length, batch, learning rate nor guidance: here they are 800 epochs (of
-SiT's 1,400), 1,024 and 1e-4.
+images. SnapGen publishes neither length, batch, learning rate nor guidance: here they are 800 epochs (of SiT's 1,400),
+1,024 and 1e-4.
 """
 
 from ml_collections import ConfigDict
