@@ -131,8 +131,8 @@ def _encode(options: argparse.Namespace) -> None:
     from snapgen_jax.preparation.stored import Encoding
 
     recipe = resolved.build(jax.default_backend())
-    sizes = recipe.inputs.config.image_sizes
-    encoding = Encoding.of(resolved.recipe, recipe.batch_specs(), sizes, jax.default_backend())
+    platform: Any = jax.default_backend()
+    encoding = Encoding.of(resolved.recipe, recipe.batch_specs(), recipe.inputs.config.image_sizes, platform)
     made = encode(
         encoding,
         options.images,
