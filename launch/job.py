@@ -75,19 +75,21 @@ class Chips:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One run of `snapgen train`.
+    """One run of `snapgen train`; or of `snapgen prepare encode`, where images are named.
 
     Attributes:
         name: lower-case letters, digits and dashes, at most 40 characters.
         config: as `--config` takes it.
-        workdir: where every host can write.
+        workdir: where every host can write. Encoding writes its shards there.
         overrides: "--config.a.b=value" and the like.
+        images: the folder of collected images to encode; "" trains.
     """
 
     name: str
     config: str
     workdir: str
     overrides: tuple[str, ...] = ()
+    images: str = ""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", self.name):
@@ -109,7 +111,10 @@ class Job:
     def command(self, processes: int | None = None) -> list[str]:
         """The command that every host runs."""
         expected = [] if processes is None else [f"--processes={processes}"]
-        return ["snapgen", "train", f"--config={self.config}", f"--workdir={self.workdir}", *expected, *self.overrides]
+        what = ["train", f"--config={self.config}", f"--workdir={self.workdir}"]
+        if self.images:
+            what = ["prepare", "encode", f"--config={self.config}", f"--images={self.images}", f"--out={self.workdir}"]
+        return ["snapgen", *what, *expected, *self.overrides]
 
 
 def flags(name: str) -> str:
@@ -158,11 +163,16 @@ def add_job(made: argparse.ArgumentParser) -> None:
     made.add_argument("--name", required=True, help="of the job")
     made.add_argument("--config", required=True, help="config file, as `snapgen train` takes it")
     made.add_argument("--workdir", required=True, help="where every host can write, gs://BUCKET/RUN")
+    made.add_argument(
+        "--images",
+        default="",
+        help="a folder of `snapgen prepare collect`: encodes it for the config, into --workdir, in place of training",
+    )
 
 
 def job_of(options: argparse.Namespace, rest: Sequence[str]) -> Job:
     """The job that parsed arguments describe; `rest` are those that the parser left over."""
-    return Job(options.name, options.config, options.workdir, tuple(rest))
+    return Job(options.name, options.config, options.workdir, tuple(rest), options.images)
 
 
 def job_in_bucket(options: argparse.Namespace, rest: Sequence[str]) -> Job:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable
 from typing import Any
 
 from etils import epath
 
+from snapgen_jax.training.appended import AppendedFile, read_appended
 from snapgen_jax.training.exits import ConfigError
-from snapgen_jax.training.files import on_object_store, write_whole
+from snapgen_jax.training.files import write_whole
 
 Json = Any
 
@@ -74,15 +74,15 @@ class Items:
         """Reads what is finished.
 
         Raises:
-            ConfigError: a whole line of the file is not an item.
+            ConfigError: a whole line of the file is not an item, or a segment of it is missing.
         """
         self._path = epath.Path(workdir) / "items.jsonl"
-        text = self._path.read_text() if self._path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            write_whole(self._path, whole)
+        self._file = AppendedFile(self._path)
+        data = read_appended(self._path)
+        whole = data[: data.rfind(b"\n") + 1]
+        self._file.cut(len(whole))
         self._values: dict[str, Json] = {}
-        for number, line in enumerate(whole.splitlines(), 1):
+        for number, line in enumerate(whole.decode().splitlines(), 1):
             try:
                 item = json.loads(line)
                 self._values[item["name"]] = item["value"]
@@ -110,19 +110,9 @@ class Items:
         if name not in self._values:
             print(f"{name} ...", flush=True)
             value = as_json(function(), f"item {name!r}")
-            self._append(json.dumps({"name": name, "value": value}) + "\n")
+            self._file.append((json.dumps({"name": name, "value": value}) + "\n").encode())
             self._values[name] = value
         return self._values[name]
-
-    def _append(self, line: str) -> None:
-        if on_object_store(self._path):  # an object is written as a whole, or not at all
-            write_whole(self._path, (self._path.read_text() if self._path.exists() else "") + line)
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def as_json(value: Any, what: str) -> Json:

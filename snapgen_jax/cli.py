@@ -19,6 +19,7 @@ from typing import Any
 
 from etils import epath
 
+from snapgen_jax.cli_adapters import run_adapters
 from snapgen_jax.cli_exit import run_to_exit_code
 from snapgen_jax.cli_parser import build_parser, generation_options, split_beam, split_overrides
 from snapgen_jax.cli_prepare import run_prepare, start_cluster
@@ -163,6 +164,8 @@ def _sample(options: argparse.Namespace) -> None:
         raise ConfigError("--config overrides go with --weights; a run or a bundle is sampled as it was configured")
     if options.decoder and not options.workdir:
         raise ConfigError("--decoder goes with --workdir; a bundle holds the decoder that it was exported with")
+    if options.adapters and not options.workdir:
+        raise ConfigError("--adapters goes with --workdir: the run that they adapt")
     if options.precision and not options.bundle:
         raise ConfigError("--precision goes with --bundle; a run computes in the precision of its device")
     if not (options.prompt or options.condition):
@@ -226,7 +229,7 @@ def _draw(options: argparse.Namespace, conditions: dict[str, Any]) -> Any:
     else:
         from snapgen_jax.generation import load
 
-        generator = load(options.workdir, decoder=options.decoder)
+        generator = load(options.workdir, decoder=options.decoder, adapters=options.adapters)
         chosen = {**chosen, "conditions": conditions}
     return generator.generate(options.prompt or None, seed=options.seed, **chosen)
 
@@ -246,6 +249,27 @@ def _draw_bundle(
     if "image" not in outputs:
         raise ConfigError(f"this bundle makes {', '.join(outputs)} and no image")
     return outputs["image"]
+
+
+def _draw_many(options: argparse.Namespace) -> None:
+    from snapgen_jax.drawing import draw_run
+
+    start_cluster(options)
+    _say_compiling("the generator")
+    drawn, count = draw_run(
+        options.workdir,
+        options.out,
+        options.count,
+        classes=options.classes,
+        prompts=options.prompts,
+        step=options.step,
+        decoder=options.decoder,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        options=options.generation,
+        npz=options.npz,
+    )
+    print(f"drew {drawn:,} of {count:,} images to {options.out}; the others were there, or are other hosts'")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -284,11 +308,31 @@ def _evaluator_options(assignments: Sequence[str], names: Sequence[str]) -> dict
 
 
 def _export(options: argparse.Namespace) -> None:
+    from snapgen_jax.export.latents import Carried
+    from snapgen_jax.export.precision import PRECISIONS
     from snapgen_jax.export.run import export_run
 
+    precisions = options.precisions.split(",")
+    if set(precisions) - set(PRECISIONS):
+        raise ConfigError(f"--precisions={options.precisions}; give some of {', '.join(PRECISIONS)}, with commas")
+    names = ("clip_l", "clip_g", "language")
+    carried = Carried(
+        tuple(options.encoders.split(",")) if options.encoders else None,
+        {name: folder for name in names if (folder := getattr(options, name))},
+        {name: folder for name in names if (folder := getattr(options, f"{name}_tokenizer"))},
+    )
     out = options.out or str(epath.Path(options.workdir) / "export" / "bundle")
     _say_compiling("the run's networks, converting them, and holding each file against JAX")
-    report = export_run(options.workdir, out, backend=options.backend, decoder=options.decoder, gpu_check=options.gpu)
+    report = export_run(
+        options.workdir,
+        out,
+        options.backend,
+        options.decoder,
+        options.gpu,
+        carried=carried,
+        precisions=precisions,
+        adapters=options.adapters,
+    )
     print(json.dumps(report, indent=2))
 
 
@@ -334,9 +378,44 @@ def _decode(options: argparse.Namespace) -> None:
     print(f"wrote {len(images)} image{'s' * (len(images) > 1)} to {out}")
 
 
+def _weights(options: argparse.Namespace) -> None:
+    if options.action == "export":
+        from snapgen_jax.release.card import Licence
+        from snapgen_jax.release.writer import export_weights
+
+        try:
+            licence = Licence(options.license, options.license_name, options.license_link)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        made = export_weights(
+            options.workdir,
+            options.out,
+            kept=options.kept,
+            step=options.step,
+            shard_bytes=options.shard_mb * 10**6,
+            licence=licence,
+            title=options.title,
+        )
+        beside = f", with {', '.join(sorted(set(made.runs.values())))}" if made.runs else ""
+        print(f"wrote the weights of step {made.step:,} to {options.out}{beside}")
+        return
+    from snapgen_jax.release import hub
+
+    if options.action == "push":
+        print(hub.push(options.folder, options.repo, private=not options.public))
+    else:
+        hub.pull(options.repo, options.out, revision=options.revision)
+        print(f"wrote {options.repo} to {options.out}")
+
+
 def _status(options: argparse.Namespace) -> None:
     from snapgen_jax.training.status import status
+    from snapgen_jax.weights.folder import is_weights_folder
 
+    if is_weights_folder(options.workdir):
+        raise ConfigError(
+            f"{options.workdir} is a folder of weights, whose README.md says what they are; name a workdir"
+        )
     print(status(epath.Path(options.workdir)))
 
 
@@ -362,10 +441,13 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "train": _train,
     "config": _show_config,
     "sample": _sample,
+    "draw": _draw_many,
     "evaluate": _evaluate,
     "export": _export,
+    "adapters": run_adapters,
     "encode": _encode,
     "decode": _decode,
+    "weights": _weights,
     "data": _data,
     "prepare": run_prepare,
     "plan": _plan,

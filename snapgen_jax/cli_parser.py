@@ -6,8 +6,10 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from snapgen_jax.cli_adapters import add_adapters
 from snapgen_jax.cli_prepare import add_cluster, add_prepare
 from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.typed import Written
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     _generation(sample)
     sample.add_argument("--seed", type=int, default=0, help="of the noise, from 0 to 4294967295 (default: %(default)s)")
     sample.add_argument("--decoder", help="a run of a tiny decoder, in place of the run's own; with --workdir")
+    _adapters(sample)
     sample.add_argument("--precision", help="of a bundle's networks: f32 (the default), f16, or another that it has")
     sample.add_argument(
         "--out",
@@ -63,6 +66,25 @@ def build_parser() -> argparse.ArgumentParser:
         help="one sheet of all images; or a folder, with / at its end, or a name with {index} or %%03d for one file an "
         "image; .png, .jpg, .jpeg or .webp (default: %(default)s)",
     )
+
+    draw = add("draw", "Many images of a trained run, a file each, over all hosts: 50,000 for a FID. Resumes.")
+    _workdir(draw)
+    draw.add_argument("--out", required=True, help="folder for 000000.png, 000001.png ...; local or gs://")
+    draw.add_argument("--count", type=int, help="how many images (default: one for each line of --prompts)")
+    told = draw.add_mutually_exclusive_group()
+    told.add_argument(
+        "--classes",
+        metavar="uniform|FILE",
+        help="every class as often, by label or by its name, which FILE has one a line in place of the run's own",
+    )
+    told.add_argument("--prompts", metavar="FILE", help="one prompt a line, taken in turn")
+    _generation(draw)
+    draw.add_argument("--seed", type=int, default=0, help="of the noise, from 0 to 4294967295 (default: %(default)s)")
+    draw.add_argument("--step", type=int, help="checkpoint (default: the newest)")
+    draw.add_argument("--decoder", help="a run of a tiny decoder, in place of the run's own")
+    draw.add_argument("--batch_size", type=int, default=32, help="images on a device at a time (default: %(default)s)")
+    draw.add_argument("--npz", metavar="FILE", help="also all images as one array, which ADM's evaluation reads")
+    add_cluster(draw)
 
     evaluate = add("evaluate", "Score a trained run.")
     _workdir(evaluate)
@@ -88,7 +110,22 @@ def build_parser() -> argparse.ArgumentParser:
         help="refuse what is wrong on LiteRT's GPU accelerator, where a Vulkan driver is found, or would overflow "
         "float16; or export it nevertheless (default: %(default)s)",
     )
-    export.add_argument("--decoder", help="a run of a tiny decoder, in place of the run's own")
+    export.add_argument(
+        "--decoder",
+        help="a run of a tiny decoder, in place of the run's own; of a run on latents also "
+        "a run of an autoencoder, or a folder of a published one",
+    )
+    export.add_argument("--precisions", default="f32,f16", help="weights to write (default: %(default)s)")
+    export.add_argument(
+        "--encoders",
+        help="published text encoders that the bundle of a run on latents carries, of "
+        "clip_l, clip_g and language, separated by commas (default: those with a folder); the others are left out",
+    )
+    for name in ("clip_l", "clip_g", "language"):
+        export.add_argument(f"--{name}", metavar="FOLDER", help="local folder of its weights, and of its tokenizer")
+        export.add_argument(f"--{name}_tokenizer", metavar="FOLDER", help="of its tokenizer, where that is another")
+    _adapters(export)
+    add_adapters(commands)
 
     encode = add("encode", "Image files to latents, by a trained run or by published weights.")
     _codec(encode)
@@ -99,6 +136,9 @@ def build_parser() -> argparse.ArgumentParser:
     _codec(decode)
     decode.add_argument("latents", help="file that `snapgen encode` wrote")
     decode.add_argument("--out", default="decoded", help="folder for the PNG files (default: %(default)s)")
+
+    weights = add("weights", "The weights of a trained run as a folder of their own; to and from the Hugging Face hub.")
+    _weights(weights)
 
     data = add("data", "Draw batches and train on none: how fast the input is.")
     _workdir(data)
@@ -136,11 +176,21 @@ def _workdir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, help="folder of the run, local or gs://")
 
 
+def _adapters(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--adapters", help="folder of peft's files, one folder a network, to merge; with --workdir")
+
+
 def _generation(parser: argparse.ArgumentParser) -> None:
     """The options of generation: the usual ones by name, and every other field of the run's options as it is."""
     group = parser.add_argument_group("options of the generator, by default the run's own; any other as --method=heun")
     group.add_argument("--steps", type=int, help="sampling steps")
     group.add_argument("--guidance", type=float, help="guidance scale; 1 is none")
+    group.add_argument(
+        "--guidance_interval",
+        type=Written,
+        metavar="T_LOW,T_HIGH",
+        help="the times at which to guide, from 0 (data) to 1 (noise): 0.1,0.8; one call of the network at the others",
+    )
     parser.set_defaults(takes_options=True)
 
 
@@ -149,6 +199,41 @@ def _codec(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--workdir", help="a run of an autoencoder, of a tiny decoder, or of a generator")
     source.add_argument("--weights", help="folder of a published autoencoder, such as vae/ of Stable Diffusion 3")
     parser.add_argument("--decoder", help="a run of a tiny decoder, in place of a generator's own; with --workdir")
+
+
+def _weights(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        return actions.add_parser(name, help=text, description=text)
+
+    export = add("export", "Write safetensors, config and model card of a run; `snapgen_jax.load` reads the folder.")
+    _workdir(export)
+    export.add_argument("--out", required=True, help="folder to write; must be new or empty")
+    export.add_argument(
+        "--kept",
+        choices=("ema", "trained"),
+        default="ema",
+        help="the averaged weights, where the run keeps an average, or the weights themselves (default: %(default)s)",
+    )
+    export.add_argument("--step", type=int, help="checkpoint (default: the newest)")
+    export.add_argument("--shard_mb", type=int, default=5000, help="greatest size of a file (default: %(default)s)")
+    export.add_argument("--title", default="", help="of the model card (default: the folder's name)")
+    export.add_argument(
+        "--license", default="unknown", help="as the hub calls it: apache-2.0, cc-by-4.0, other (default: %(default)s)"
+    )
+    export.add_argument("--license_name", default="", help="of a licence that is `other`")
+    export.add_argument("--license_link", default="", help="to the text of a licence that is `other`")
+
+    push = add("push", "Upload such a folder with huggingface_hub, as you are logged in there.")
+    push.add_argument("--folder", required=True, help="what `snapgen weights export` wrote")
+    push.add_argument("--repo", required=True, metavar="OWNER/NAME", help="made, private, where it is not there")
+    push.add_argument("--public", action="store_true", help="make a new repository public")
+
+    pull = add("pull", "Download such a folder with huggingface_hub.")
+    pull.add_argument("--repo", required=True, metavar="OWNER/NAME")
+    pull.add_argument("--out", required=True, help="folder to write; must be new or empty")
+    pull.add_argument("--revision", help="branch, tag or commit (default: the newest)")
 
 
 def _config(parser: Any, default: str | None = None, required: bool = True) -> None:
@@ -189,7 +274,8 @@ def generation_options(options: argparse.Namespace, others: Sequence[str]) -> di
     """
     from snapgen_jax.overrides import parse_override
 
-    chosen = {name: value for name in ("steps", "guidance") if (value := getattr(options, name)) is not None}
+    named = ("steps", "guidance", "guidance_interval")
+    chosen = {name: value for name in named if (value := getattr(options, name)) is not None}
     left = list(others)
     while left:
         text = left.pop(0)

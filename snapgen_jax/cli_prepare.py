@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -43,18 +44,28 @@ def _add_collect(steps: Any) -> None:
     )
 
 
-def _collect(options: argparse.Namespace) -> None:
+def collect_config(options: argparse.Namespace) -> Any:
+    """The `CollectConfig` of a config file, its overrides, and the options that have names of their own.
+
+    Raises:
+        ConfigError: a field is unknown, or a value is one that nobody can mean.
+    """
     from snapgen_jax import overrides
     from snapgen_jax.config import build_dataclass
     from snapgen_jax.config_file import read
-    from snapgen_jax.preparation.collect import collect, listed
     from snapgen_jax.preparation.collect_config import CollectConfig
 
     values = dict(read(options.config)) if options.config else {}
     changes = [overrides.parse_override(text) for text in options.overrides]
     overrides.apply(values, changes, (CollectConfig,))
     values |= {name: value for name in ("source", "path") if (value := getattr(options, name)) is not None}
-    config = build_dataclass(CollectConfig, values)
+    return build_dataclass(CollectConfig, values)
+
+
+def _collect(options: argparse.Namespace) -> None:
+    from snapgen_jax.preparation.collect import collect, listed
+
+    config = collect_config(options)
     print(f"collecting {config.path or config.name} into {options.out} ...", file=sys.stderr, flush=True)
     outcome = collect(config, options.out, options.beam)
     size = sum(shard.bytes for shard in outcome.shards)
@@ -62,6 +73,20 @@ def _collect(options: argparse.Namespace) -> None:
         f"kept {outcome.kept:,} of {sum(outcome.counts.values()):,} images, {size / 1e6:,.1f} MB in "
         f"{len(outcome.shards)} shards; rejected: {listed(outcome.rejected)}; see {options.out}/report.html"
     )
+
+
+def _add_photographs(steps: Any) -> None:
+    text = "Captioned photographs to try the rest on, from those that scikit-image and scikit-learn ship."
+    photographs = steps.add_parser("photographs", help=text, description=text)
+    photographs.add_argument("--out", required=True, help="local folder")
+    photographs.add_argument("--count", type=int, default=64, help="how many (default: %(default)s)")
+
+
+def _photographs(options: argparse.Namespace) -> None:
+    from snapgen_jax.data.photographs import write_photographs
+
+    write_photographs(pathlib.Path(options.out), options.count)
+    print(f"{options.out}: {options.count} photographs, each with a caption beside it")
 
 
 def _add_encode(steps: Any) -> None:
@@ -130,8 +155,8 @@ def _encode(options: argparse.Namespace) -> None:
     from snapgen_jax.preparation.encode import encode
     from snapgen_jax.preparation.stored import Encoding
 
-    recipe = resolved.build(jax.default_backend())
     platform: Any = jax.default_backend()
+    recipe = resolved.build(platform)
     encoding = Encoding.of(resolved.recipe, recipe.batch_specs(), recipe.inputs.config.image_sizes, platform)
     made = encode(
         encoding,
@@ -177,5 +202,13 @@ def _dry_run(options: argparse.Namespace, resolved: Any) -> None:
         epath.Path(options.json).write_text(json.dumps([one.to_json() for one in found], indent=2) + "\n")
 
 
-_STEPS: dict[str, Callable[[Any], None]] = {"collect": _add_collect, "encode": _add_encode}
-_RUN: dict[str, Callable[[argparse.Namespace], None]] = {"collect": _collect, "encode": _encode}
+_STEPS: dict[str, Callable[[Any], None]] = {
+    "photographs": _add_photographs,
+    "collect": _add_collect,
+    "encode": _add_encode,
+}
+_RUN: dict[str, Callable[[argparse.Namespace], None]] = {
+    "photographs": _photographs,
+    "collect": _collect,
+    "encode": _encode,
+}

@@ -14,7 +14,7 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, cast, get_type_hints
+from typing import Any, Protocol, cast, get_type_hints, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -27,15 +27,19 @@ from snapgen_jax.data.pretrained_tokenizers import PretrainedTokenizer
 from snapgen_jax.data.tokenizer import CaptionTokenizer
 from snapgen_jax.data.tokenizer_specs import load_tokenizers
 from snapgen_jax.diffusion.noise import word
-from snapgen_jax.networks.module import Platform
-from snapgen_jax.parallel.mesh import make_mesh
+from snapgen_jax.networks.lora import merge
+from snapgen_jax.networks.module import Network, Platform
+from snapgen_jax.parallel.mesh import make_mesh, put_batch
 from snapgen_jax.systems import sd35
 from snapgen_jax.systems.sd35 import SD35, SD35Config, SD35Generator
-from snapgen_jax.training.checkpoint import Checkpointer
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.keys import example_keys, key
 from snapgen_jax.training.recipe import Recipe
 from snapgen_jax.typed import closest, coerce
+from snapgen_jax.weights.checkpoint import WeightsError
+from snapgen_jax.weights.folder import is_weights_folder, runs_of
+from snapgen_jax.weights.frozen import load_players
+from snapgen_jax.weights.peft import read_peft, roles_in
 
 Tree = Any
 
@@ -48,10 +52,19 @@ class Generator:
         params: `{player: weights}`, averaged ones where the run keeps an average.
         frozen: the recipe's frozen networks.
         tokenizer: prompts to ids; None for a recipe that reads no text, which takes no prompts.
+        mesh: of devices of this process, over which a batch is split; None for one device.
     """
 
-    def __init__(self, recipe: Recipe, params: Tree, frozen: Tree, tokenizer: CaptionTokenizer | None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        params: Tree,
+        frozen: Tree,
+        tokenizer: CaptionTokenizer | None,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
         self.recipe, self.params, self.frozen, self.tokenizer = recipe, params, frozen, tokenizer
+        self.mesh = mesh
         self._jitted = functools.lru_cache(maxsize=16)(self._jit)
 
     def _jit(self, options: Any) -> Any:
@@ -59,13 +72,18 @@ class Generator:
             keys = example_keys(seed, indices)
             return self.recipe.generate(params, frozen, conditions, keys, options)
 
-        return jax.jit(generate, out_shardings=on_every_host(self.params))
+        return jax.jit(generate, out_shardings=on_every_host(self.params) if self.mesh is None else None)
 
     def with_weights(self, params: Tree, frozen: Tree) -> Generator:
         """The same with other arrays of the same shapes; what was compiled for one serves both."""
         other = copy.copy(self)
         other.params, other.frozen = params, frozen
         return other
+
+    @property
+    def devices(self) -> int:
+        """Over how many devices a batch is split."""
+        return 1 if self.mesh is None else self.mesh.size
 
     @property
     def takes_prompts(self) -> bool:
@@ -120,7 +138,8 @@ class Generator:
                 edit or stored text states, and "noise". Alone, or beside prompts.
             seed: of the noise, from 0 to 2**32 - 1. An exported bundle draws the same from it; see `diffusion.noise`.
             indices: N integers within the same bounds, by default 0 .. N-1. An unconditional recipe takes N from them.
-            batch_size: examples computed together; one program serves any N that is at least this.
+            batch_size: examples computed together; one program serves any N that is at least this. With a mesh, a
+                multiple of its devices.
             options: fields of `recipe.options`, such as `steps` and `guidance`.
 
         Raises:
@@ -145,7 +164,10 @@ class Generator:
         for start in range(0, count, size):
             rows = np.arange(start, start + size) % count  # the last batch is filled up, so that one program serves
             batch = {name: array[rows] for name, array in arrays.items()}
-            outputs = jitted(self.params, self.frozen, batch, drawn_from, where[rows])
+            batch, indices_here = (
+                (batch, where[rows]) if self.mesh is None else put_batch((batch, where[rows]), self.mesh)
+            )
+            outputs = jitted(self.params, self.frozen, batch, drawn_from, indices_here)
             parts.append(jax.device_get(outputs))
         return {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
 
@@ -278,17 +300,24 @@ def on_every_host(params: Tree) -> jax.sharding.NamedSharding | None:
 
 
 def load_config(workdir: epath.PathLike) -> ConfigDict:
-    """The config of a workdir, completed.
+    """The config of a workdir, or of a folder of weights, completed. The latter names the runs that lie inside of it.
 
     Raises:
-        ConfigError: the folder is no workdir.
+        ConfigError: the folder is neither.
     """
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
         raise ConfigError(
             f"{workdir} is not a workdir: it has no config.json; train one with `snapgen train --workdir={workdir}`"
         )
-    return from_json(path.read_text(), workdir)
+    config = from_json(path.read_text(), workdir)
+    if is_weights_folder(workdir):
+        try:
+            with config.unlocked():
+                config.update_from_flattened_dict(runs_of(workdir))
+        except (WeightsError, KeyError, TypeError) as error:
+            raise ConfigError(f"{workdir}: {error}") from error
+    return config
 
 
 def load_recipe(workdir: epath.PathLike, platform: str | None = None, decoder: epath.PathLike | None = None) -> Recipe:
@@ -306,6 +335,14 @@ def load_recipe(workdir: epath.PathLike, platform: str | None = None, decoder: e
     if decoder is not None:
         config = _with_decoder(config, decoder)
     return resolve(config, name=str(workdir)).build(platform or jax.default_backend())
+
+
+def load_drawing(workdir: epath.PathLike, platform: str | None = None, decoder: epath.PathLike | None = None) -> Recipe:
+    """As `load_recipe`, but of a run on stored inputs with their encoders in place of what is stored, where its config
+    names weights of these: the recipe that takes prompts and gives images."""
+    config = load_config(workdir)
+    resolved = resolve(config if decoder is None else _with_decoder(config, decoder), name=str(workdir))
+    return resolved.drawing().build(platform or jax.default_backend())
 
 
 def _with_decoder(config: ConfigDict, decoder: epath.PathLike) -> ConfigDict:
@@ -330,51 +367,86 @@ def load(
     step: int | None = None,
     platform: str | None = None,
     decoder: epath.PathLike | None = None,
+    adapters: str | os.PathLike[str] | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Generator:
     """The generator of a trained run. One on stored inputs runs their encoders, where its config names weights of them,
     so that it takes prompts and gives images.
 
     Args:
-        workdir: local or object-store folder of the run.
+        workdir: local or object-store folder of the run, or a folder that `snapgen weights export` made of it.
         step: which checkpoint; the newest by default.
         platform: "cpu", "gpu" or "tpu"; by default the one JAX runs on.
         decoder: a run of `decoder_distillation` whose tiny decoder takes the place of the codec's decoder.
+        adapters: local folder of peft's files, one folder a network (`unet/`, `text/`), which are merged.
+        mesh: of devices of this process, which each hold all weights and share out a batch; None for one device.
 
     Raises:
-        ConfigError: there is no run, no checkpoint, or one of another shape.
+        ConfigError: there is no run, no checkpoint, or one of another shape; or the adapters do not fit.
     """
     workdir = epath.Path(workdir)
-    config = load_config(workdir)
-    resolved = resolve(config if decoder is None else _with_decoder(config, decoder), name=str(workdir)).drawing()
-    recipe = resolved.build(platform or jax.default_backend())
+    recipe = load_drawing(workdir, platform, decoder)
     weights = load_weights(workdir, recipe, step)  # first: a run that has none yet may have no tokenizer either
     tokenizer = load_tokenizers(recipe.tokenizers(), workdir / "tokenizer.json")
-    return Generator(recipe, weights, recipe.load_frozen(None, "generate"), tokenizer)
+    if mesh is not None:
+        weights = jax.device_put(weights, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    frozen = recipe.load_frozen(mesh, "generate")
+    if adapters is not None:
+        weights, frozen = with_adapters(recipe, weights, frozen, pathlib.Path(adapters))
+    return Generator(recipe, weights, frozen, tokenizer, mesh)
+
+
+@runtime_checkable
+class _HasNetworks(Protocol):
+    """A recipe whose roles are networks as they are."""
+
+    def networks(self) -> dict[str, Network]: ...
+
+
+def with_adapters(recipe: Recipe, params: Tree, frozen: Tree, folder: pathlib.Path) -> tuple[Tree, Tree]:
+    """Weights with adapters merged, wherever the network that they are of is held.
+
+    Args:
+        recipe: of the run.
+        params: `{player: weights}`.
+        frozen: its frozen networks.
+        folder: of peft's files, a folder each network (`unet/`, `text/`).
+
+    Returns:
+        The two trees; what is adapted is float32.
+
+    Raises:
+        ConfigError: the recipe holds no networks as they are, or the adapters do not fit.
+    """
+    if not isinstance(recipe, _HasNetworks):
+        raise ConfigError(f"a run of {type(recipe).__name__} takes no further adapters; give the run that it adapts")
+    networks = recipe.networks()
+    try:
+        for role in roles_in(folder):
+            if role not in networks:
+                raise ConfigError(f"{folder} has adapters of {role!r}; this run holds {', '.join(networks)}")
+            found, scale = read_peft(folder / role, networks[role].config)
+            merged = {name: merge(held, {role: found}, scale) for name, held in params.items() if role in held}
+            params = {**params, **merged}
+            frozen = merge(frozen, {role: found}, scale) if role in frozen else frozen
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return params, frozen
 
 
 def load_weights(workdir: epath.PathLike, recipe: Recipe, step: int | None = None) -> Tree:
     """`{player: weights}` of a trained run, averaged ones where it keeps an average; nothing else is read.
 
     Args:
-        workdir: of the run.
+        workdir: of the run, or a folder of its weights.
         recipe: the run's recipe, see `load_recipe`.
         step: which checkpoint; the newest by default.
 
     Raises:
         ConfigError: there is no checkpoint, or one of another shape.
     """
-    checkpointer = Checkpointer(workdir)
-    try:
-        found = checkpointer.latest_step() if step is None else step
-        if found is None:
-            raise ConfigError(
-                f"{workdir} has no complete checkpoint yet; train on with `snapgen train --workdir={workdir}`"
-            )
-        state = jax.eval_shape(recipe.init, key(0, 0, "init"))
-        spec = {name: player.params for name, player in state.players.items()}
-        return checkpointer.restore_weights(spec, found)
-    finally:
-        checkpointer.close()
+    state = jax.eval_shape(recipe.init, key(0, 0, "init"))
+    return load_players(workdir, {name: player.params for name, player in state.players.items()}, step)
 
 
 def load_system(config: Config, folder: str | os.PathLike[str], platform: str | None = None) -> SD35Generator:

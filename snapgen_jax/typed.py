@@ -137,7 +137,9 @@ def coerce(value: Any, hint: Any, where: str, what: str = "config key", default:
     elif origin is typing.Literal:
         if value in options:
             return value
-        raise ValueError(f"{what} {where!r} is {value!r}; choose one of {', '.join(map(repr, options))}")
+        raise ValueError(
+            f"{what} {where!r} is {value!r}; choose one of {', '.join(map(repr, options))}{_meant(value, options)}"
+        )
     elif origin is Sequence and isinstance(value, list | tuple):
         return tuple(coerce(v, options[0], where, what) for v in value)
     elif origin is tuple and isinstance(value, list | tuple):
@@ -175,10 +177,8 @@ def _member(value: Mapping[str, Any], options: Sequence[Any], where: str, what: 
     kind = value.get("kind", getattr(default, "kind", next(iter(kinds))))
     if kind in kinds:
         return kinds[kind]
-    match = difflib.get_close_matches(str(kind), list(kinds), n=1, cutoff=0.5)
     raise ValueError(
-        f"{what} {where + '.kind'!r} is {kind!r}; choose one of {', '.join(map(repr, kinds))}"
-        + (f"; did you mean {match[0]!r}?" if match else "")
+        f"{what} {where + '.kind'!r} is {kind!r}; choose one of {', '.join(map(repr, kinds))}{_meant(kind, kinds)}"
     )
 
 
@@ -197,7 +197,12 @@ def _default(field: dataclasses.Field) -> Any:
     return None if field.default is dataclasses.MISSING else field.default
 
 
+def _meant(value: Any, options: Any) -> str:
+    """Which of the options a value may have meant; "" where none is near."""
+    match = difflib.get_close_matches(str(value), [str(option) for option in options], n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
 def closest(name: str, known: Any) -> str:
     """The end of an error about an unknown name: what it may have meant, or all there are."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(sorted(known))}"
+    return _meant(name, known) or f"; known: {', '.join(sorted(known))}"

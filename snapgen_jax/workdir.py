@@ -17,7 +17,9 @@ from ml_collections import ConfigDict
 
 from snapgen_jax.config import Config, from_json, to_json
 from snapgen_jax.parallel.hosts import current
+from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.files import write_whole
+from snapgen_jax.weights.folder import is_weights_folder
 
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "snapgen-jax")
@@ -52,8 +54,13 @@ def recorded_config(workdir: epath.PathLike) -> ConfigDict | None:
     """The config that a workdir began with; None for a new one.
 
     Raises:
-        ConfigError: another version wrote it; says what to do.
+        ConfigError: another version wrote it, or it is a folder of weights; says what to do.
     """
+    if is_weights_folder(workdir):
+        raise ConfigError(
+            f"{workdir} is a folder of weights, in which nothing trains; start from it in a new workdir, with "
+            f"--config.init_from={workdir}"
+        )
     path = epath.Path(workdir) / "config.json"
     return from_json(path.read_text(), workdir) if path.exists() else None
 

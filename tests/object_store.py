@@ -26,11 +26,12 @@ class ObjectStore:
 
     Attributes:
         url: of its API.
+        pid: of its server.
         environment: for a process whose gs:// it is to be.
     """
 
-    def __init__(self, url):
-        self.url = url
+    def __init__(self, url, pid):
+        self.url, self.pid = url, pid
         self.environment = {
             "STORAGE_EMULATOR_HOST": url,  # gcsfs, which is what epath uses
             "TENSORSTORE_GCS_HTTP_URL": url,  # and what Orbax uses for arrays
@@ -73,7 +74,7 @@ def object_store():
     where = ["-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-external-url", f"http://127.0.0.1:{port}"]
     server = subprocess.Popen([program, "-backend", "memory", "-log-level", "error", *where])
     try:
-        store, deadline = ObjectStore(f"http://127.0.0.1:{port}"), time.monotonic() + 30
+        store, deadline = ObjectStore(f"http://127.0.0.1:{port}", server.pid), time.monotonic() + 30
         while True:
             assert server.poll() is None and time.monotonic() < deadline
             with contextlib.suppress(urllib.error.URLError):

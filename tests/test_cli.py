@@ -229,7 +229,7 @@ def test_a_command_that_draws_nothing_takes_no_options_of_a_generator(tmp_path, 
 @pytest.mark.parametrize(
     ("source", "option", "message"),
     [
-        ("bundle", "--metod=heun", "a bundle has no option metod; it takes steps, guidance and method"),
+        ("bundle", "--metod=heun", "a bundle has no option metod; it takes steps, guidance, method, guidance_interval"),
         ("bundle", "--method=hen", "unknown sampling method 'hen'; expected one of euler, heun"),
         ("weights", "--stebs=4", "unknown config key 'stebs'; did you mean 'steps'?"),
     ],

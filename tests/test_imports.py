@@ -91,12 +91,24 @@ MAY_IMPORT = {
         "training.keys",
         "training.recipe",
         "typed",
+        "weights",
     ],
+    "adapters": ["config", "experiment", "generation", "recipes.adapters", "training", "weights.peft"],
     "coding": ["generation", "networks", "weights", "data.images", "training.exits"],
-    "evaluation": ["generation", "data.shapes", "data.shapes_grammar", "data.prompts", "page", "typed"],
+    "evaluation": ["generation", "data.shapes", "data.shapes_grammar", "data.prompts", "data.words", "page", "typed"],
     "evaluation.report": ["evaluation", "data.prompts", "page", "training.files", "training.metrics"],
     "export": ["diffusion.noise", "training.exports"],
     "export.run": ["export", "generation", "training.exits", "training.files"],
+    "release": ["config", "generation", "networks", "training", "weights"],
+    "export.latents": [
+        "generation",
+        "inputs",
+        "networks",
+        "weights",
+        "data.tokenizer_specs",
+        "training.exits",
+        "training.exports",
+    ],
     # copied into every bundle
     "export.program": [],
     "export.sampler": ["export.program"],
@@ -115,7 +127,7 @@ MAY_IMPORT = {
     ],
     "config_file": ["training.exits"],
     "overrides": ["training.exits", "typed"],
-    "workdir": ["config", "parallel.hosts", "training.files"],
+    "workdir": ["config", "parallel.hosts", "training.exits", "training.files", "weights.folder"],
     "upgrade": ["config", "training.exits", "training.files"],
     # the edge
     "experiment": [
@@ -129,6 +141,7 @@ MAY_IMPORT = {
         "training",
         "workdir",
     ],
+    "drawing": ["config", "data", "generation", "parallel", "training", "typed"],
     "scoring": ["config", "evaluation", "experiment", "generation", "training.exits"],
     "planning": ["config", "parallel", "training"],
     "seeds": ["experiment", "parallel", "training"],
@@ -136,7 +149,7 @@ MAY_IMPORT = {
     "process": [],
     "quickstart": ["*"],
     "image_files": ["evaluation.pictures", "training.exits", "training.files"],
-    "bookkeeping": ["training.exits", "training.files"],
+    "bookkeeping": ["training.appended", "training.exits", "training.files"],
     "chain": [
         "bookkeeping",
         "chain_derive",
@@ -147,11 +160,13 @@ MAY_IMPORT = {
         "training.exits",
         "typed",
     ],
+    "chain_command": ["*"],
     "chain_derive": ["bookkeeping", "training.exits", "training.files", "typed"],
     "chain_run": ["*"],
     "chain_table": ["chain"],
     "cli": ["*"],
-    "cli_parser": ["cli_prepare", "overrides", "training.exits"],
+    "cli_adapters": ["adapters"],
+    "cli_parser": ["cli_adapters", "cli_prepare", "overrides", "training.exits", "typed"],
     "cli_prepare": ["*"],
     "cli_exit": ["data.errors", "parallel.hosts", "training.exits"],
     "__init__": ["*"],
@@ -174,7 +189,7 @@ LIBRARIES = {
 
 # What brings TensorFlow in, and where it may be brought in: there only, and only when a function needs it.
 TENSORFLOW = ("tensorflow", "tensorflow_datasets", "keras", "clu.metric_writers", "jax.experimental.jax2tf")
-MAY_USE_TENSORFLOW = ("data", "export", "training.metrics")
+MAY_USE_TENSORFLOW = ("data", "export", "training.mirrors")
 NEVER = ("torch", "diffusers")
 
 

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from snapgen_jax.training.exits import ExitCode
+from tests.event_files import read_events
 from tests.flags import quick_environment
 from tests.object_store import object_store
 
@@ -31,6 +32,7 @@ from etils import epath
 from snapgen_jax.cli import main
 from snapgen_jax.generation import load
 from snapgen_jax.training.fingerprint import fingerprint
+from snapgen_jax.training.metrics import read_lines
 from tests.test_runs import state_hash
 
 *commands, workdirs, steps = json.loads(sys.argv[1])
@@ -42,7 +44,7 @@ for name in workdirs:
         "state": state_hash(workdir, steps),
         "weights": fingerprint(load(workdir).params),
         "picture": hash((workdir / "samples" / f"samples_{steps:08d}.png").read_bytes()),
-        "train": (workdir / "metrics" / "train.jsonl").read_text(),
+        "train": read_lines(workdir / "metrics" / "train.jsonl"),
     }
     print("facts", json.dumps(facts))
 """
@@ -62,6 +64,34 @@ for workdir in list(crash.kills(folder, 3, window)):
     checkpointer.save(jax.tree.map(jax.numpy.asarray, crash.state(2)), 20, {"seed": 0})
     checkpointer.close()
     print("killed", json.dumps([torn, step, crash.restore(workdir)[0]]))
+"""
+# The metrics of 10,000 updates, written as the loop does, in three lives: the first one is killed past its checkpoint.
+METRICS = """
+import json, sys
+import numpy as np, psutil
+from etils import epath
+from snapgen_jax.training.metrics import MetricWriter, read_lines
+
+def record(step):
+    return {"step": step, "finite": True, "grad_norm": 1 / step, "loss": 0.1 * step / 7}
+
+def received():  # by the store's server, which reads nothing but requests
+    return psutil.Process(int(sys.argv[1])).io_counters().read_chars
+
+workdir, begin = epath.Path("gs://runs/metrics"), received()
+for first, last in (0, 2600), (2500, 5000), (5000, 10_000):
+    writer = MetricWriter(workdir, first)
+    for step in range(first + 100, last + 1, 100):
+        writer.train([record(n) for n in range(step - 99, step + 1)])
+        writer.perf({"step": step, "examples_per_second": step / 7, "step_seconds": 7 / step, "time": 0.5})
+        if step % 2500 == 0:
+            writer.evaluation(step, "grid", {"score": step / 3}, {"grid": np.full((16, 16, 3), step % 255, np.uint8)})
+    if last != 2600:
+        writer.close()
+    assert read_lines(workdir / "metrics" / "train.jsonl") == [record(n) for n in range(1, last + 1)]
+    evaluation = read_lines(workdir / "metrics" / "evaluation.jsonl")
+    assert [line["step"] for line in evaluation] == list(range(2500, last + 1, 2500))
+    print("received", received() - begin)
 """
 
 
@@ -111,13 +141,31 @@ def test_a_run_in_a_bucket_killed_and_stopped_is_the_run_on_a_disk(store, tmp_pa
     ]
     (bucket, disk), text = said(start(store, "-c", COMMANDS, json.dumps([*commands, workdirs, STEPS])), "facts")
     assert bucket == disk
-    assert len(disk["train"].splitlines()) == STEPS
+    assert len(disk["train"]) == STEPS
     assert f"step        {STEPS} of {STEPS} (100.0%)\ncheckpoint  {STEPS}" in text
     assert store.read("run/samples/samples.png").startswith(b"\x89PNG")
     # A save to a bucket writes to the folder of its step from the first, and marks it at the end.
     store.delete(f"run/checkpoints/{STEPS}/commit_success.txt")
     _, text = said(start(store, "-m", "snapgen_jax.cli", "status", "--workdir=gs://runs/run"), "facts")
     assert "checkpoint  16" in text and "it resumes at step 16" in text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the bytes that a process has read are Linux's to tell")
+def test_metrics_in_a_bucket_grow_linearly_and_tensorboard_reads_them(store, tmp_path):
+    received, _ = said(start(store, "-c", METRICS, str(store.pid)), "received")
+    assert received[2] < 2.5 * received[1], received  # a file that is written anew for each interval makes this 4
+    names = store.names("metrics/")
+    assert sum("train.jsonl" in name for name in names) <= 45
+    # TensorBoard reads the segments as event files, one after another.
+    for name in names:
+        if "tfevents" in name:
+            (tmp_path / name.rpartition("/")[2]).write_bytes(store.read(name))
+    assert 0 < len(list(tmp_path.iterdir())) <= 45
+    events = read_events(tmp_path)
+    losses = events.Scalars("train/loss")
+    assert [event.step for event in losses] == list(range(100, 10_001, 100))
+    assert losses[-1].value == pytest.approx(sum(0.1 * n / 7 for n in range(9901, 10_001)) / 100)
+    assert [event.step for event in events.Images("grid")] == [2500, 5000, 7500, 10_000]
 
 
 def test_a_save_to_a_bucket_that_was_killed_is_not_offered_and_can_be_made_again(store):

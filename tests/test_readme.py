@@ -10,7 +10,8 @@ import jax
 import pytest
 
 from snapgen_jax.chain import load_chain
-from snapgen_jax.cli_parser import build_parser, split_overrides
+from snapgen_jax.cli_parser import build_parser, split_beam, split_overrides
+from snapgen_jax.cli_prepare import collect_config
 from snapgen_jax.config import load_config
 from snapgen_jax.recipes.flow_matching import SamplingConfig
 from snapgen_jax.training.exits import ExitCode
@@ -26,9 +27,15 @@ TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf
 
 # Named in the pages, and made by a command rather than kept here.
 MADE = re.compile(
-    r"""\.venv(-oracle)? | quickstart/report\.html | photo\.\w+ | metadata\.\w+  # environments, reports, one's own
+    r"""\.venv(-oracle)? | (quickstart/)?report\.html | photo\.\w+ | metadata\.\w+  # environments, reports, one's own
+    | (OUT/)?\.collecting  # while images are collected
+    | sd35/  # published weights
     | config\.json | run\.json | (checkpoints|metrics|samples|export)/[\w.]*     # of a workdir
-    | manifest\.json | tokenizer\.json | program\.json | golden/[\w.]* | (verify|noise)\.py  # of a bundle
+    | transformer/ | moon/[\w/.]+ | adapter_model\.safetensors | text/token_embedding  # of adapters
+    | draw\.json | \d+\.png | drawn\.npz | imagenet_classes\.txt | LOC_synset_mapping\.txt   # of docs/imagenet.md
+    | weights\.json | (text_encoder|vae|runs)/[\w/]* | model\.safetensors  # of a folder of weights
+    | manifest\.json | tokenizer\.json | program\.json | golden/[\w.]* | scheduler\.json     # of a bundle
+    | (client|noise|program|sampler|verify)\.py
     """,
     flags=re.VERBOSE,
 )
@@ -67,7 +74,8 @@ def test_a_make_target_that_is_named_exists(command):
 @pytest.mark.parametrize("command", _commands("snapgen"))
 def test_a_snapgen_command_that_is_named_is_understood(command):
     """An example on a line of its own is whole, config keys included; inline code may stop after the first words."""
-    arguments, overrides = split_overrides(shlex.split(command)[1:])
+    arguments, _ = split_beam(shlex.split(command)[1:])
+    arguments, overrides = split_overrides(arguments)
     commands = next(action.choices for action in build_parser()._actions if action.dest == "command")
     assert arguments[0] in commands
     if command not in LINES:
@@ -78,7 +86,10 @@ def test_a_snapgen_command_that_is_named_is_understood(command):
     drawing = dataclasses.fields(SamplingConfig) if "takes_options" in parsed else ()
     options = {f"--{field.name}" for field in drawing}
     assert {a.split("=")[0] for a in others} <= options
-    if overrides:
+    if arguments[:2] == ["prepare", "collect"]:
+        parsed.overrides = overrides
+        collect_config(parsed)
+    elif overrides or arguments[:2] == ["prepare", "encode"]:
         load = load_chain if arguments[0] == "chain" else load_config
         load(str(ROOT / parsed.config), overrides)
 

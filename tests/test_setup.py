@@ -108,7 +108,8 @@ def _imported_libraries() -> Iterator[tuple[str, str]]:
 def test_every_library_that_the_package_imports_is_a_direct_requirement(setup_arguments):
     """Not one that happens to come along with another."""
     extras = setup_arguments["extras_require"]
-    requirements = setup_arguments["install_requires"] + extras["export"] + extras["prepare"]
+    used = ("export", "prepare", "hub")
+    requirements = [*setup_arguments["install_requires"], *(text for name in used for text in extras[name])]
     direct = {canonicalize_name(Requirement(text).name) for text in requirements}
     owners = importlib.metadata.packages_distributions()
     for library, where in _imported_libraries():
@@ -122,6 +123,8 @@ def test_the_extras_that_the_readme_promises_exist(setup_arguments):
         "cuda",
         "export",
         "export-litert",
+        "hub",
+        "mirrors",
         "oracle",
         "prepare",
         "dev",

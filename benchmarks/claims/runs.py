@@ -120,7 +120,9 @@ class Runs:
             ]
         trial = self.paper.trials[job.name]
         of_inputs = job.what == "draw"  # of the earlier runs only those whose tokenizer the batches have
-        names = dict.fromkeys(n for key, n in trial.earlier.items() if not of_inputs or key.startswith("inputs."))
+        names = dict.fromkeys(
+            n for key, n in trial.earlier.items() if not of_inputs or key.startswith(("inputs.", "base"))
+        )
         draws = [] if of_inputs or not self._has_kept_batches(job.name) else self._draw_jobs(job)
 
         def seeds(other: str) -> tuple[int, ...]:
@@ -170,7 +172,8 @@ class Runs:
         changes += trial.changes(arg) if callable(trial.changes) else trial.changes
         changes += [f"{key}={self.workdir(other, seed)}" for key, other in trial.earlier.items()]
         changes += [] if updates is None else [f"train_steps={updates}"]
-        config = load_config(f"{CONFIGS / trial.config}.py:{arg}", changes)
+        form = trial.args.get(arg, arg)
+        config = load_config(f"{CONFIGS / trial.config}.py" + (f":{form}" if form else ""), changes)
         fix_platform(config, dtype=trial.dtype, depthwise=self.depthwise)
         return config
 

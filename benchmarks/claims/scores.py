@@ -12,21 +12,24 @@ from benchmarks.claims.claim import Metric
 from benchmarks.claims.trials import Budget, Draw
 from snapgen_jax.scoring import measure
 
+OF_PROMPTS = ("compositional", "new_object")
+
 
 def score(
     folder: pathlib.Path, draw: Draw, budget: Budget, batch_size: int, generator: Any, metrics: Mapping[str, Metric]
 ) -> dict[str, Any]:
     """The metrics of a run as floats, and as NAME.each those of the prompts.
 
-    Each prompt is drawn `budget.images` times, and its number is their mean: images of one prompt are no sample of
-    prompts. The other evaluators run once.
+    Evaluators of prompts draw each one `budget.images` times, and its number is the mean: images of one prompt are no
+    sample of prompts. The other evaluators run once.
     """
     generator = draw.wrap(generator) if draw.wrap else generator
     found = []
     for seed in range(budget.images):
-        names = [name for name in draw.evaluators if seed == 0 or name == "compositional"]
+        names = [name for name in draw.evaluators if seed == 0 or name in OF_PROMPTS]
         asked = {
             "compositional": {"per_category": budget.per_category, "categories": budget.categories, "seed": seed},
+            "new_object": {"seed": seed},
             "frechet": {"examples": budget.examples},
         }
         generation = {**draw.options, "batch_size": batch_size}

@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.claims.claim import DIVERSITY, FRECHET, HELD_OUT, SCORE, Claim, better, fewer, no_worse
+from benchmarks.claims.claim import DIVERSITY, FRECHET, HELD_OUT, SCORE, Claim, Metric, better, fewer, no_worse
 from benchmarks.claims.scores import PermutedCaptions
-from benchmarks.claims.trials import CONFIGS, Draw, Effort, Measure, Trial
+from benchmarks.claims.trials import CONFIGS, IMAGES, Draw, Effort, Measure, Trial
 from benchmarks.measuring import fastest
 from snapgen_jax.config import load_experiment
 from snapgen_jax.networks.counting import STEPS, ladder, macs
@@ -108,18 +108,31 @@ FEW_STEP = {
     "gpu": Effort(1_000, 3),
     "world": Effort(12_000, 3),
 }
+# What the short budget has no room for.
+LONG_STUDENT, LONG_FEW_STEP = ({k: e for k, e in efforts.items() if k != "short"} for efforts in (STUDENT, FEW_STEP))
 DESIGN_STEP = {"ci": Effort(), "night": Effort(4_000), "gpu": Effort(4_000, 3), "world": Effort(34_400, 3)}
 
 UNGUIDED = {"guidance": 1.0}
-BOTH = {"": Draw(), "unguided": Draw({**UNGUIDED, "steps": 28})}  # what the paper sets beside four steps
+JOINT, EXPOSURE = "joint_frechet.distance", "exposure.gap"
+METRICS = {
+    JOINT: Metric("joint Frechet", margin=0.006, smaller=True),
+    EXPOSURE: Metric("exposure gap", smaller=True, digits=2),
+}
+BOTH = {  # what the paper sets beside four steps
+    "": Draw(),
+    "unguided": Draw({**UNGUIDED, "steps": 28}, evaluators=(*IMAGES, "joint_frechet")),
+}
 OF_DISTILLED = {
     **BOTH,
     "4 steps": Draw({**UNGUIDED, "steps": 4}),
     "permuted captions": Draw(evaluators=("compositional",), wrap=PermutedCaptions),
 }
+EXPOSED = {"": Draw(evaluators=(*IMAGES, "exposure"))}
 TEXT = {"inputs.text_workdir": "clip"}
 TAUGHT = {**TEXT, "teacher.workdir": "teacher"}
 FROM_DISTILLED = {**TAUGHT, "init_from": "distilled", "trunk_workdir": "distilled"}
+ROLLED_OUT = ("teacher.rollout_steps=8",)
+OWN_SAMPLES = ("own_samples=0.5",)
 TRIALS = {  # in the order in which they are made
     "clip": Trial("clip", CLIP, draws={}, shared=True),
     "teacher": Trial("teacher", TEACHER, earlier=TEXT, shared=True),
@@ -128,7 +141,7 @@ TRIALS = {  # in the order in which they are made
     "output only": Trial("student_distilled", STUDENT, ("feature_weight=0.0",), TAUGHT, BOTH),
     "fixed share": Trial("student_distilled", STUDENT, ("scaling.alpha=constant",), TAUGHT),
     "no scaling": Trial("student_distilled", STUDENT, ("scaling.alpha=none",), TAUGHT),
-    "four steps": Trial("student_few_step", FEW_STEP, earlier=FROM_DISTILLED),
+    "four steps": Trial("student_few_step", FEW_STEP, earlier=FROM_DISTILLED, draws=EXPOSED),
     "no adversary": Trial("student_few_step", FEW_STEP, ("adversarial_weight=0.0",), FROM_DISTILLED),
     "no teacher": Trial("student_few_step", FEW_STEP, ("output_weight=0.0",), FROM_DISTILLED),
     "eight steps": Trial(
@@ -137,6 +150,12 @@ TRIALS = {  # in the order in which they are made
         ("sampling.steps=8",),
         FROM_DISTILLED,
     ),
+    # The teacher is a full-step one: its own grid is that of its flow, followed from each time of sampling to the data.
+    "four steps, rolled out": Trial("student_few_step", LONG_FEW_STEP, ROLLED_OUT, FROM_DISTILLED),
+    "eight steps, rolled out": Trial(
+        "student_few_step", LONG_FEW_STEP, ("sampling.steps=8", *ROLLED_OUT), FROM_DISTILLED
+    ),
+    "four steps, own samples": Trial("student_few_step", LONG_FEW_STEP, OWN_SAMPLES, FROM_DISTILLED, EXPOSED),
     **{
         f"ladder {step.name}": Trial("student", DESIGN_STEP, functools.partial(ladder_changes, step.name), TEXT)
         for step in STEPS
@@ -145,12 +164,8 @@ TRIALS = {  # in the order in which they are made
         f"first stage {reading}": Trial("student", DESIGN_STEP, functools.partial(first_stage_changes, reading), TEXT)
         for reading in FIRST_STAGES
     },
-    "with ratio": Trial(
-        "student_distilled",
-        {"ci": Effort(), "night": Effort(4_000), "gpu": Effort(4_000)},
-        ("scaling.ratio=running",),
-        TAUGHT,
-    ),
+    "with ratio": Trial("student_distilled", LONG_STUDENT, ("scaling.ratio=running",), TAUGHT),
+    "ratio of each": Trial("student_distilled", LONG_STUDENT, ("scaling.ratio=running", "scaling.terms=each"), TAUGHT),
     "alone in bfloat16": Trial("student", {"gpu": Effort(4_000, 3)}, earlier=TEXT, dtype="bfloat16"),
 }
 MEASURES = {"ladder costs": Measure(ladder_costs, LADDER, ("multiply_adds", "milliseconds"), tuple(DESIGN_STEP))}
@@ -181,6 +196,14 @@ CLAIMS = (
         ),
     ),
     Claim(
+        "the operator S: one ratio of losses (SnapGen++, equation 8) costs nothing, and none of each loss is better",
+        (no_worse("with ratio", "distilled"), no_worse("with ratio", "ratio of each")),
+    ),
+    Claim(
+        "a distilled student's pairs of image and caption are nearer to real ones than those of a student alone",
+        (better("distilled, unguided", "alone, unguided", JOINT),),
+    ),
+    Claim(
         "timestep-aware scaling helps, against a fixed share and against none",
         (better("distilled", "fixed share"), better("distilled", "no scaling")),
     ),
@@ -201,6 +224,17 @@ CLAIMS = (
             better("four steps", "distilled, 4 steps"),
             better("four steps", "no adversary"),
             better("four steps", "no teacher"),
+        ),
+    ),
+    Claim(
+        "a full-step teacher teaches more by its flow to the data than by one velocity, in four and in eight steps",
+        (better("four steps, rolled out", "four steps"), no_worse("eight steps, rolled out", "four steps, rolled out")),
+    ),
+    Claim(
+        "a generator trained on its own samples loses less on them, and no score",
+        (
+            better("four steps, own samples", "four steps", EXPOSURE),
+            no_worse("four steps, own samples", "four steps"),
         ),
     ),
     Claim("bfloat16 costs no score", (no_worse("alone in bfloat16", "alone"),)),

@@ -54,6 +54,7 @@ class Trial:
         dtype: in which its networks compute: float32 on every machine, since claims are of methods and not of number
             formats, unless the claim is of one.
         shared: all seeds of the others start from this one training.
+        args: {argument of configs: what this config calls it}, where that is another; "" for none.
     """
 
     config: str
@@ -63,6 +64,7 @@ class Trial:
     draws: Mapping[str, Draw] = dataclasses.field(default_factory=lambda: {"": Draw()})
     dtype: str = "float32"
     shared: bool = False
+    args: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def rows(self, name: str) -> dict[str, str]:
         """{draw: row}."""

@@ -12,9 +12,27 @@ from snapgen_jax.data.shapes_grammar import ShapesConfig
 Split = Literal["train", "validation"]
 Crop = Literal["centre", "random"]
 Flip = Literal["none", "random"]
+SourceName = Literal["shapes", "digits", "folder", "tfds", "stored", "new_object", "synthetic"]
 
 
-SourceName = Literal["shapes", "digits", "folder", "tfds", "stored", "synthetic"]
+@dataclasses.dataclass(frozen=True)
+class NewObjectConfig:
+    """A few pictures of an object that no scene of the shapes world has: something to teach a trained network.
+
+    Attributes:
+        kind: what is drawn.
+        word: what captions call it.
+        examples: how many pictures there are.
+        seed: which.
+    """
+
+    kind: Literal["moon"] = "moon"
+    word: str = "moon"
+    examples: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check(self, examples=at_least(1), seed=at_least(0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,22 +41,24 @@ class SourceConfig:
 
     Attributes:
         source: "shapes" (rendered scenes), "digits" (scikit-learn's scanned digits), "folder" (own images with
-            captions), "tfds" (any TFDS image data set), "stored" (shards of `snapgen prepare`) or "synthetic" (random
-            batches of whatever shapes the recipe asks for, drawn once: a run on them shows the speed of the device
-            alone).
+            captions), "tfds" (any TFDS image data set), "stored" (shards of `snapgen prepare`), "new_object" (a few
+            pictures of an object that the shapes world has not) or "synthetic" (random batches of whatever shapes the
+            recipe asks for, drawn once: a run on them shows the speed of the device alone).
         path: "folder" and "stored": the folder. "tfds": the data directory; empty means TFDS's default.
         name: "tfds": the data set, with config and version where wanted: "imagenet2012", "coco_captions/2014:1.1.0".
         train_split: "tfds": TFDS split of the training examples.
         validation_split: "tfds": TFDS split of the validation examples.
-        validation_path: "stored": the folder of the validation examples, in place of a share of the others.
+        validation_path: "folder" and "stored": a folder of its own for validation, in place of a share of the others.
         validation_share: "digits", "folder" and "stored": share of the examples held out for validation.
         image_feature: "tfds": feature that holds the image.
         caption_feature: "tfds": feature that holds the caption or the class label, "captions/text" for a nested one;
             empty finds it.
-        class_names: "tfds": text file with one class name a line, where the data set's own names are codes.
+        class_names: "tfds": text file with one class name a line, where the data set's own names are codes. `snapgen
+            draw` reads it under any source.
         captions: "folder": "needed" leaves images without a caption out; "none" takes every image, for a recipe that
             reads no text.
-        shapes: the shapes data set.
+        shapes: the shapes data set; its size is that of the new object's pictures too.
+        new_object: which object, and how many pictures.
     """
 
     source: SourceName = "shapes"
@@ -53,6 +73,7 @@ class SourceConfig:
     class_names: str = ""
     captions: Literal["needed", "none"] = "needed"
     shapes: ShapesConfig = dataclasses.field(default_factory=ShapesConfig)
+    new_object: NewObjectConfig = NewObjectConfig()
 
     def __post_init__(self) -> None:
         check(self, validation_share=below(1))

@@ -82,18 +82,23 @@ class FolderSource:
 
 
 def build(config: SourceConfig, split: Split) -> FolderSource:
-    """The folder source of a config. The validation split is a fixed random `validation_share` of the sorted paths.
+    """The folder source of a config. The validation split is the folder `validation_path`, or else a fixed random
+    `validation_share` of the sorted paths.
 
     Raises:
         DataError: the folder is missing or holds no captioned image, or a metadata file is wrong.
     """
-    if not config.path:
+    apart = split == "validation" and bool(config.validation_path)
+    key, path = ("data.validation_path", config.validation_path) if apart else ("data.path", config.path)
+    if not path:
         raise DataError("the data source 'folder' needs data.path, the folder with your images and captions")
-    root = os.path.realpath(os.path.expanduser(config.path))
+    root = os.path.realpath(os.path.expanduser(path))
     if not os.path.isdir(root):
-        raise DataError(f"data.path: there is no folder {config.path!r}")
+        raise DataError(f"{key}: there is no folder {path!r}")
     found = find_images(root) if config.captions == "none" else find_entries(root)
     entries = sorted(found, key=lambda entry: entry.path)
+    if config.validation_path:
+        return FolderSource(root, entries, config.captions == "needed")
     chosen = hold_out(len(entries), split, config.validation_share)
     held_out = split == "train" or holds_out(len(entries), config.validation_share)
     return FolderSource(root, [entries[i] for i in chosen], config.captions == "needed", held_out)

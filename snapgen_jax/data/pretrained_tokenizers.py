@@ -74,6 +74,14 @@ class PretrainedTokenizer:
         """The id that fills a text up to the asked length."""
         return self._model.pad_token_id
 
+    def save(self, path: pathlib.Path) -> None:
+        """Writes it as one file of the `tokenizers` library, which holds its padding token but pads and cuts nothing
+        by itself."""
+        model = type(self._model.backend_tokenizer).from_str(self._model.backend_tokenizer.to_str())
+        model.no_truncation()
+        model.enable_padding(pad_id=self.pad_id, pad_token=self._model.pad_token)
+        model.save(str(path))
+
     def encode(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Encodes texts as the reference pipelines do: special tokens added, cut and padded to one length.
 

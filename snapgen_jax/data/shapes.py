@@ -15,6 +15,7 @@ Relation = Literal["left of", "right of", "above", "below"]
 SizeWord = Literal["small", "large"]
 
 KINDS = ("circle", "square", "triangle", "star", "ring", "cross")
+UNSEEN_KINDS = ("moon",)  # can be drawn, and stand in no scene of training: for what is learnt later, from a few images
 # No colour is a mixture of another with the light background, so that anti-aliased edges stay unambiguous.
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (215, 25, 35),
@@ -41,7 +42,7 @@ class SceneObject:
     """One drawn object.
 
     Attributes:
-        kind: one of `KINDS`.
+        kind: one of `KINDS` or of `UNSEEN_KINDS`.
         colour: a key of `COLOURS`.
         size: width of its box, as a fraction of the picture.
         x: centre, 0 at the left edge and 1 at the right.
@@ -143,6 +144,12 @@ def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.maximum(np.minimum(u, v) - 0.32, np.maximum(u, v) - 1.0)
 
 
+def _moon(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    # A crescent that opens upwards: a disc without another one that lies higher.
+    bite = np.sqrt(u * u + (v + 0.62) ** 2) - 0.8
+    return np.maximum(np.sqrt(u * u + v * v) - 1.0, -bite)
+
+
 _OUTLINES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "circle": _circle,
     "square": _square,
@@ -150,6 +157,7 @@ _OUTLINES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "star": _star,
     "ring": _ring,
     "cross": _cross,
+    "moon": _moon,
 }
 _PAINT = {name: np.asarray(rgb, np.float32) for name, rgb in COLOURS.items()}
 

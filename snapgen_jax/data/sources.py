@@ -65,6 +65,7 @@ SOURCES = {
     "folder": "snapgen_jax.data.folder",
     "tfds": "snapgen_jax.data.tfds_source",
     "stored": "snapgen_jax.data.stored_source",
+    "new_object": "snapgen_jax.data.new_object",
 }
 
 

@@ -16,7 +16,6 @@ A data set is prepared once, before the run, in the format that can be read at r
 from __future__ import annotations
 
 import difflib
-import pathlib
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -27,7 +26,7 @@ from snapgen_jax.data.config import SourceConfig, Split
 from snapgen_jax.data.errors import DataError, UnreadableExampleError
 from snapgen_jax.data.images import decode
 from snapgen_jax.data.sources import asked
-from snapgen_jax.data.words import class_caption, pick
+from snapgen_jax.data.words import class_caption, pick, read_class_names
 
 _TEXT_NAMES = ("caption", "captions", "text")  # of the Text features, ids and file names are not captions
 
@@ -208,8 +207,7 @@ def _class_names(feature: Any, config: SourceConfig) -> list[str] | None:
         return None
     if not config.class_names:
         return list(feature.names)
-    names = pathlib.Path(config.class_names).read_text(encoding="utf-8").split("\n")
-    names = [name.strip() for name in names if name.strip()]
+    names = read_class_names(config.class_names)
     if len(names) != feature.num_classes:
         raise DataError(
             f"data.class_names: {len(names)} names for the {feature.num_classes} classes of {config.name!r}"

@@ -1,5 +1,6 @@
 """The little English that captions need, and the choice among phrasings."""
 
+import pathlib
 import re
 from collections.abc import Sequence
 from typing import TypeVar
@@ -37,6 +38,23 @@ def class_caption(name: str) -> str:
     """The caption of a class label: "a photo of an orange cat" from "orange_cat"."""
     name = name.replace("_", " ").strip()
     return f"a photo of {article(name)} {name}"
+
+
+def read_class_names(file: str) -> list[str]:
+    """The class names of a text file, one a line, in the order of the labels.
+
+    Raises:
+        DataError: there are none, or the file is not there or is not UTF-8.
+    """
+    try:
+        names = [line.strip() for line in pathlib.Path(file).read_text(encoding="utf-8").split("\n")]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"the class names {file!r} cannot be read: {error}; give a text file, one name a line"
+        ) from error
+    if not any(names):
+        raise DataError(f"{file!r} holds no class names; write one a line")
+    return [name for name in names if name]
 
 
 def require_text(text: str, what: str) -> str:

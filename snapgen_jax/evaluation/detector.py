@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import numpy as np
@@ -41,6 +41,7 @@ class DetectorConfig:
     """Thresholds. `validate_detector` measures that they accept true renders and refuse the adversaries.
 
     Attributes:
+        kinds: those that are recognised. All else is unknown.
         foreground: a pixel belongs to an object from this share of the contrast of its nearest colour on.
         faint: a component that reaches this share and never `foreground` is a faint object, of unknown kind.
         speck_area: smaller components are noise.
@@ -54,6 +55,7 @@ class DetectorConfig:
         least_purity: share of an object's pixels that must lie within `colour_distance` of its own colour.
     """
 
+    kinds: Sequence[str] = KINDS
     foreground: float = 0.5
     faint: float = 0.3
     speck_area: float = 0.006
@@ -67,6 +69,7 @@ class DetectorConfig:
             "star": 0.80,
             "ring": 0.75,
             "cross": 0.82,
+            "moon": 0.80,
         }
     )
     least_lead: float = 0.02
@@ -181,8 +184,8 @@ def _recognise(offset: np.ndarray, zone: np.ndarray, ground: np.ndarray, config:
     area = max(float(coverage.sum()), 1.0)
     centre = _centre(coverage)
     mask = _sharpen(coverage)
-    fits = {kind: _fit(mask, kind, area, centre) for kind in KINDS}
-    ranking = sorted(KINDS, key=lambda kind: fits[kind][0], reverse=True)
+    fits = {kind: _fit(mask, kind, area, centre) for kind in config.kinds}
+    ranking = sorted(config.kinds, key=lambda kind: fits[kind][0], reverse=True)
     fit, size, (x, y), drawing = fits[ranking[0]]
     recognised = (
         fit >= config.least_fit[ranking[0]]

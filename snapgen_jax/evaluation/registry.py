@@ -14,10 +14,12 @@ EVALUATORS: dict[str, str] = {
     "validation_loss": "snapgen_jax.evaluation.validation_loss:ValidationLoss",
     "sample_grid": "snapgen_jax.evaluation.sample_grid:SampleGrid",
     "compositional": "snapgen_jax.evaluation.compositional:CompositionalScore",
+    "new_object": "snapgen_jax.evaluation.new_object:NewObjectScore",
     "frechet": "snapgen_jax.evaluation.frechet_score:FrechetScore",
     "joint_frechet": "snapgen_jax.evaluation.frechet_score:JointFrechetScore",
     "reconstruction": "snapgen_jax.evaluation.reconstruction:Reconstruction",
     "diversity": "snapgen_jax.evaluation.frechet_score:DiversityScore",
+    "exposure": "snapgen_jax.evaluation.exposure:Exposure",
     "clip_score": "snapgen_jax.evaluation.clip_score:ClipScore",
 }
 

@@ -3,7 +3,8 @@
     manifest.json     what is here: units, signatures, shapes, ranges, operators, errors, versions, SHA-256 of each file
     <unit>_f32.tflite, <unit>_f16.tflite
     program.json      which calls make an example, as data; its schema stands at the top of program.py
-    tokenizer.json    of the `tokenizers` library, where the program takes prompts
+    tokenizer.json    of the `tokenizers` library, where the program takes prompts; tokenizers/<encoder>.json where
+                      several encoders read them
     golden/           .npy arrays, whose names `golden.run` explains, and golden.json: prompts, tolerances
     program.py, sampler.py, noise.py, client.py   what runs it: numpy and ai-edge-litert alone
     verify.py         checks all of this, with the same two libraries
@@ -29,10 +30,11 @@ import jax
 import numpy as np
 
 from snapgen_jax.diffusion import noise as noise_module
-from snapgen_jax.export import client, compare, golden, gpu, program, sampler, verify
+from snapgen_jax.export import client, compare, golden, gpu, memory, program, sampler, verify
 from snapgen_jax.export.compat import Requirements, check, flex_operators
-from snapgen_jax.export.convert import Backend, to_tflite
+from snapgen_jax.export.convert import Backend, to_tflite, to_tflite_apart
 from snapgen_jax.export.flatbuffer import Description, describe
+from snapgen_jax.export.frames import framed
 from snapgen_jax.export.manifest import Ranges, describe_unit, fingerprints, versions, write_json
 from snapgen_jax.export.precision import PRECISIONS, Precision, cast_float16
 from snapgen_jax.export.program import Flow, Program
@@ -44,6 +46,7 @@ from snapgen_jax.training.exports import ExportPlan, ExportUnit, GoldenInputs
 GPUCheck = Literal["check", "skip"]
 ACTIVATION_EXAMPLES = 24
 ACTIVATION_SECONDS = 30.0
+OWN_PROCESS = 50_000_000  # a unit of more parameters is converted in a process of its own: it takes 35 bytes for each
 Reference = Callable[[Mapping[str, np.ndarray], np.ndarray | None], Mapping[str, np.ndarray]]
 """`({input: [N, ...]}, noise [N, *noise_shape] or None) -> {output: [N, ...]}`"""
 
@@ -72,8 +75,10 @@ class BundleReport:
         folder: the bundle.
         numbers: for each unit `export.<unit>.rel_l2_<precision>` (the worst case), `.bytes_<precision>`,
             `.max_activation`, `.rel_l2_gpu` and `.rel_l2_gpu_f16` (where a GPU accelerator runs), `.convert_seconds`
-            (the first unit's includes loading the converter); over all units
-            `export.bytes_<precision>` and `export.flex_ops`; of whole trajectories
+            (the first unit's includes loading the converter), `.convert_peak_bytes` (of a large unit, whose conversion
+            is a process of its own) and `.peak_bytes_<precision>` (of a process that runs it); over all units
+            `export.bytes_<precision>`, `export.peak_bytes_in_turn_<precision>` and `_together_`, and
+            `export.flex_ops`; of whole trajectories
             `export.trajectory.rel_l2_<precision>` (the last latent); of each output `export.<output>.max_grey_f32` and,
             against the recipe's own generator, `.max_grey_to_generator`. The last two are `.rel_l2_f32` and
             `.rel_l2_to_generator` for an output that is no picture.
@@ -89,7 +94,7 @@ def export_bundle(
     recipe: Exportable,
     params: Any,
     frozen: Any,
-    tokenizer_path: str | pathlib.Path | None,
+    tokenizers: str | pathlib.Path | Mapping[str, pathlib.Path] | None,
     out_dir: str | pathlib.Path,
     *,
     precisions: Sequence[Precision] = PRECISIONS,
@@ -105,7 +110,8 @@ def export_bundle(
             generator is to be the reference.
         params: `{player: parameters}`, the averaged ones as a rule.
         frozen: `{role: parameters}` of the recipe's frozen networks, those that generation needs.
-        tokenizer_path: the tokenizer.json that the recipe was trained with; None for a program without prompts.
+        tokenizers: the tokenizer.json that the recipe was trained with, or `{name in the bundle: file}` of several;
+            None for a program without prompts.
         out_dir: the bundle's folder. One that holds a bundle is replaced; any other that is not empty is refused.
         precisions: weights to write, of "f32" and "f16".
         backend: see `to_tflite`.
@@ -126,12 +132,15 @@ def export_bundle(
     if out_dir.exists() and any(out_dir.iterdir()) and not (out_dir / "manifest.json").is_file():
         raise FileExistsError(f"{out_dir} holds files and is no bundle; name another folder, or empty this one")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer = None if tokenizer_path is None else pathlib.Path(tokenizer_path)
+    if isinstance(tokenizers, str | pathlib.Path):
+        tokenizers = {"tokenizer.json": pathlib.Path(tokenizers)}
     with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}.partial.", dir=out_dir.parent) as scratch:
         weights = recipe.weights(params, frozen)
         folder = pathlib.Path(scratch) / "bundle"
-        export = _Export(recipe.exports(), weights, folder, tuple(precisions), backend, gpu_check)
-        report = export.run(tokenizer, golden_inputs, reference)
+        plan, files = recipe.exports(), tokenizers or {}
+        plan = dataclasses.replace(plan, program=framed(plan.program, files))
+        export = _Export(plan, weights, folder, tuple(precisions), backend, gpu_check)
+        report = export.run(files, golden_inputs, reference)
         if out_dir.exists():
             out_dir.rename(pathlib.Path(scratch) / "before")
         report.folder.rename(out_dir)
@@ -203,13 +212,14 @@ class _Export:
         self.activations: dict[str, compare.Activations] = {}
 
     def run(
-        self, tokenizer: pathlib.Path | None, inputs: GoldenInputs | None, reference: Reference | None
+        self, tokenizers: Mapping[str, pathlib.Path], inputs: GoldenInputs | None, reference: Reference | None
     ) -> BundleReport:
         inputs = self.plan.golden if inputs is None else inputs
-        begin, noise = golden.begin(self.program, inputs, tokenizer)
+        begin, noise = golden.begin(self.program, inputs, tokenizers)
         self.folder.mkdir()
-        if self.program.tokenizer and tokenizer:
-            shutil.copyfile(tokenizer, self.folder / "tokenizer.json")
+        for name in {entry.file for entry in self.program.tokenizers}:
+            (self.folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(tokenizers[name], self.folder / name)
         for module in (noise_module, program, sampler, client, verify):
             shutil.copyfile(str(module.__file__), self.folder / pathlib.Path(str(module.__file__)).name)
         write_json(self.folder / "program.json", self.plan.program)
@@ -227,7 +237,7 @@ class _Export:
             cases = golden.denoiser_cases(exact, arrays) if free else calls.cases(name)
             self._compare(unit, jax_units[name], cases)
             self.described[name] |= describe_unit(name, descriptions[name], ranges)
-        self._activations(inputs, tokenizer)
+        self._activations(inputs, tokenizers)
         tolerances = self._trajectories(arrays)
         if reference is not None:
             self._outputs(reference, arrays)
@@ -248,18 +258,22 @@ class _Export:
 
     def _convert(self, unit: ExportUnit) -> Description:
         """Writes every precision of a unit and holds each file to what phones take."""
-        # An embedding table is read by a gather, which no GPU runs: an encoder of token ids is for the CPU.
-        encoders = self.program.encoders() if isinstance(self.program, Flow) else set()
-        ids = any(np.issubdtype(spec.dtype, np.integer) for spec in unit.inputs.values())
-        wanted = Requirements(gpu=not (unit.name in encoders and ids))
-        f32 = self._path(unit.name, "f32")
+        wanted = Requirements(gpu=self._for_gpu(unit))
+        f32, f16 = self._path(unit.name, "f32"), self._path(unit.name, "f16")
         log.info("converting %s by %s", unit.name, self.backend)
-        start = time.perf_counter()
-        to_tflite(unit.function, self.weights[unit.name], unit.inputs, unit.name, f32, self.backend)
+        start, weights = time.perf_counter(), self.weights[unit.name]
+        conversion = unit.function, weights, unit.inputs, unit.name, f32, self.backend
+        if sum(np.size(leaf) for leaf in jax.tree.leaves(weights)) > OWN_PROCESS:
+            peak = to_tflite_apart(*conversion, float16=f16 if "f16" in self.precisions else None)
+            self.numbers[f"export.{unit.name}.convert_peak_bytes"] = peak
+        else:
+            to_tflite(*conversion)
+            if "f16" in self.precisions:
+                cast_float16(f32, f16)
         self.numbers[f"export.{unit.name}.convert_seconds"] = time.perf_counter() - start
         description = check(f32, wanted)
         if "f16" in self.precisions:
-            check(cast_float16(f32, self._path(unit.name, "f16")), wanted)
+            check(f16, wanted)
         flex = flex_operators(description)
         self.numbers["export.flex_ops"] = self.numbers.get("export.flex_ops", 0) + flex
         for precision in self.precisions:
@@ -268,6 +282,13 @@ class _Export:
             total = f"export.bytes_{precision}"
             self.numbers[total] = self.numbers.get(total, 0) + size
         return description
+
+    def _for_gpu(self, unit: ExportUnit) -> bool:
+        """Whether a phone's GPU runs a unit. An embedding table is read by a gather, which none does: an encoder of
+        token ids is for the CPU."""
+        encoders = self.program.encoders() if isinstance(self.program, Flow) else set()
+        ids = any(np.issubdtype(spec.dtype, np.integer) for spec in unit.inputs.values())
+        return not (unit.name in encoders and ids)
 
     def _compare(self, unit: ExportUnit, reference: Unit, cases: Mapping[str, Arrays]) -> None:
         """LiteRT against JAX, and the size of the numbers on the way."""
@@ -315,13 +336,13 @@ class _Export:
             self.numbers[f"export.{name}.{number}"] = max(errors.values())
         return found
 
-    def _activations(self, inputs: GoldenInputs, tokenizer: pathlib.Path | None) -> None:
+    def _activations(self, inputs: GoldenInputs, tokenizers: Mapping[str, pathlib.Path]) -> None:
         """How large numbers grow over other prompts and noise, and all steps; as many as fit into the time."""
         until = time.monotonic() + ACTIVATION_SECONDS
         units = {name: client.litert_unit(self._path(name, "f32"), name) for name in self.units}
         watched = {name: self.activations[name].watch(unit, until) for name, unit in units.items()}
         varied = Sampler(self.program, watched, self.shapes)
-        given, noise = golden.begin(self.program, golden.others(inputs, ACTIVATION_EXAMPLES), tokenizer)
+        given, noise = golden.begin(self.program, golden.others(inputs, ACTIVATION_EXAMPLES), tokenizers)
         for i in range(ACTIVATION_EXAMPLES):
             if time.monotonic() > until:
                 log.info("largest activations are over %d of %d examples", i, ACTIVATION_EXAMPLES)
@@ -330,7 +351,7 @@ class _Export:
         for name, seen in self.activations.items():
             self.numbers[f"export.{name}.max_activation"] = seen.value
             self.described[name]["max_activation"] = {"value": seen.value, "tensor": seen.tensor, "calls": seen.calls}
-            if self.gpu == "check":
+            if self.gpu == "check" and self._for_gpu(self.units[name]):
                 seen.hold(name)
             elif not seen.value <= compare.FLOAT16_HEADROOM:
                 log.warning(
@@ -383,16 +404,45 @@ class _Export:
                     "Nothing was written."
                 )
 
+    def _memory(self) -> dict[str, Any]:
+        """The peak of a process that runs the files, for the manifest: unit by unit, in turn, and together."""
+        files = {
+            precision: {
+                name: {
+                    "path": str(self._path(name, precision)),
+                    "signature": name,
+                    "inputs": {n: (spec.shape, str(spec.dtype)) for n, spec in unit.inputs.items()},
+                }
+                for name, unit in self.units.items()
+            }
+            for precision in self.precisions
+        }
+        try:
+            found = memory.measure(files)
+        except memory.MeasurementError as error:
+            raise compare.VerificationError(
+                f"the files do not run by themselves: {error}. Nothing was written."
+            ) from error
+        for precision in self.precisions:
+            for name, peak in found[precision].pop("units").items():
+                self.described[name].setdefault("peak_bytes", {})[precision] = peak
+                self.numbers[f"export.{name}.peak_bytes_{precision}"] = peak
+            for way, peak in found[precision].items():
+                self.numbers[f"export.peak_bytes_{way}_{precision}"] = peak
+        return found
+
     def _finish(self) -> None:
         """Writes the manifest last, and reads the whole bundle as its user will."""
         if "f32" not in self.precisions:
             for name in self.units:
                 self._path(name, "f32").unlink()
+        held = self._memory()
         manifest = {
             "schema": program.SCHEMA,
             "precisions": list(self.precisions),
             "backend": self.backend,
             "units": self.described,
+            "memory": held,
             "measured": self.numbers,
             "versions": versions(),
         }

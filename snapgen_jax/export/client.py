@@ -10,23 +10,27 @@ means, sampler.py runs it, noise.py draws what it begins with, and this one read
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
 if __package__:
     from snapgen_jax.diffusion.noise import draw_noise
-    from snapgen_jax.export.program import SCHEMA, BundleError, FeedForward, parse
+    from snapgen_jax.export.program import SCHEMA, BundleError, FeedForward, Flow, Tokenizer, parse
     from snapgen_jax.export.sampler import Sampler, Unit, with_options
 else:  # beside its own copies, in a bundle; each may be a link into a store of blobs, where Python would look
     sys.path.insert(0, str(pathlib.Path(__file__).absolute().parent))
     from noise import draw_noise  # type: ignore[import-not-found]
-    from program import SCHEMA, BundleError, FeedForward, parse  # type: ignore[import-not-found]
+    from program import SCHEMA, BundleError, FeedForward, Flow, Tokenizer, parse  # type: ignore[import-not-found]
     from sampler import Sampler, Unit, with_options  # type: ignore[import-not-found]
+
+
+Residency = Literal["together", "in turn"]
 
 
 class Bundle:
@@ -43,12 +47,13 @@ class Bundle:
         if missing := {"schema", "precisions", "units", "files"} - self.manifest.keys():
             raise BundleError(f"manifest.json lacks {', '.join(sorted(missing))}")
         self.schema = self.manifest["schema"]
-        if self.schema not in (1, SCHEMA):
-            raise BundleError(f"manifest.json has schema {self.schema!r}; this client knows 1 and {SCHEMA}")
+        if self.schema not in (1, 2, SCHEMA):
+            raise BundleError(f"manifest.json has schema {self.schema!r}; this client knows 1, 2 and {SCHEMA}")
         if self.schema == 1:
             self.program = parse(from_schema_1(self._json("scheduler.json")))
         else:
-            self.program = parse(self._json("program.json"))
+            data = self._json("program.json")
+            self.program = parse(from_schema_2(data) if self.schema == 2 else data)
 
     def file(self, name: str) -> pathlib.Path:
         """The path of a file that the manifest or a caller names. Raises `BundleError` where it leaves the folder."""
@@ -73,16 +78,22 @@ class Bundle:
         """One golden array, read without pickle."""
         return np.load(self.file(f"golden/{name}.npy"), allow_pickle=False)
 
-    def sampler(self, precision: str = "f32", num_threads: int | None = None) -> Sampler:
-        """Loads the units of one precision into LiteRT."""
+    def sampler(
+        self, precision: str = "f32", num_threads: int | None = None, *, residency: Residency = "together"
+    ) -> Sampler:
+        """The units of one precision on LiteRT: loaded "together" now, or "in turn", each when it is called and only
+        until another is, so that the largest unit is all that memory must hold."""
         if precision not in self.manifest["precisions"]:
             known = ", ".join(self.manifest["precisions"])
             raise BundleError(f"no precision {precision!r} in this bundle; it has {known}")
+        if residency not in ("together", "in turn"):
+            raise ValueError(f"units are loaded 'together' or 'in turn'; got {residency!r}")
         described = self.manifest["units"]
-        units = {
-            name: litert_unit(self.file(unit["files"][precision]), unit["signature"], num_threads)
+        load = {
+            name: functools.partial(litert_unit, self.file(unit["files"][precision]), unit["signature"], num_threads)
             for name, unit in described.items()
         }
+        units = in_turn(load) if residency == "in turn" else {name: make() for name, make in load.items()}
         shapes = {
             name: {tensor: details["shape"] for tensor, details in unit["inputs"].items()}
             for name, unit in described.items()
@@ -90,22 +101,32 @@ class Bundle:
         return Sampler(self.program, units, shapes)
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        """The inputs that the bundle's tokenizer makes of prompts, `{name: [N, L]}`."""
-        names = self.program.tokenizer
-        if names is None:
+        """The inputs that the bundle's tokenizers make of prompts, `{name: [N, L]}`."""
+        if not self.program.tokenizers:
             raise ValueError(f"this bundle takes no prompts; its inputs are {', '.join(self.program.inputs) or 'none'}")
-        null = self.program.inputs[names["tokens"]].null
-        tokens, mask = tokenize(self.file("tokenizer.json"), prompts, null)
-        return {names["tokens"]: tokens, names["mask"]: mask}
+        return token_inputs(self.program, prompts, self.file)
+
+
+def token_inputs(
+    program: Flow | FeedForward, prompts: Sequence[str], file: Callable[[str], pathlib.Path]
+) -> dict[str, np.ndarray]:
+    """What a program's tokenizers make of prompts, `{input: [N, L]}`; `file` is where the file of a name lies."""
+    made = {}
+    for entry in program.tokenizers:
+        (length,) = program.inputs[entry.tokens].shape
+        made[entry.tokens], mask = tokenize(file(entry.file), prompts, entry, length)
+        if entry.mask:
+            made[entry.mask] = mask
+    return made
 
 
 def tokenize(
-    tokenizer_json: str | pathlib.Path, prompts: Sequence[str], null_tokens: Sequence[int]
+    tokenizer_json: str | pathlib.Path, prompts: Sequence[str], frame: Tokenizer, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token ids int32 `[N, L]` and mask float32 `[N, L]` of prompts. Needs the `tokenizers` library.
 
-    A prompt is framed as the empty one is, whose `null_tokens` `[L]` program.json holds: BOS, ids, EOS, padding; the
-    mask is 1 up to EOS. One that is too long loses its end, not its EOS.
+    The frame, an entry of program.json, says what stands around the ids: begin, ids, end, padding; the mask is 1 up to
+    the end. A prompt that is too long loses its last ids, not the end.
 
     Raises:
         ValueError: a prompt holds half of a character, as a command line does that is not UTF-8.
@@ -118,11 +139,11 @@ def tokenize(
     except ImportError as error:
         raise ImportError("prompts need the tokenizers library (pip install tokenizers); token ids do not") from error
     model = tokenizers.Tokenizer.from_file(str(tokenizer_json))
-    length, (bos, eos) = len(null_tokens), null_tokens[:2]
-    tokens = np.full((len(prompts), length), null_tokens[-1], np.int32)
+    room = length - len(frame.begin) - len(frame.end)
+    tokens = np.full((len(prompts), length), frame.pad, np.int32)
     mask = np.zeros((len(prompts), length), np.float32)
     for row, prompt in enumerate(prompts):
-        ids = [bos, *model.encode(prompt, add_special_tokens=False).ids[: length - 2], eos]
+        ids = [*frame.begin, *model.encode(prompt, add_special_tokens=False).ids[:room], *frame.end]
         tokens[row, : len(ids)] = ids
         mask[row, : len(ids)] = 1
     return tokens, mask
@@ -135,6 +156,19 @@ def litert_unit(path: pathlib.Path, signature: str, num_threads: int | None = No
     return Interpreter(model_path=str(path), num_threads=num_threads).get_signature_runner(signature)
 
 
+def in_turn(load: Mapping[str, Callable[[], Unit]]) -> dict[str, Unit]:
+    """Units that are loaded when they are called, and freed when another is."""
+    held: dict[str, Unit] = {}
+
+    def call(name: str, **arrays: np.ndarray) -> Mapping[str, np.ndarray]:
+        if name not in held:
+            held.clear()  # first: two at once would be what this avoids
+            held[name] = load[name]()
+        return held[name](**arrays)
+
+    return {name: functools.partial(call, name) for name in load}
+
+
 class LiteRTGenerator:
     """A bundle on LiteRT; with prompts, it has the interface of the JAX generator.
 
@@ -142,12 +176,21 @@ class LiteRTGenerator:
         bundle: the folder.
         precision: "f32" or "f16", where the bundle has it.
         num_threads: of LiteRT's CPU kernels; None leaves the choice to it.
+        residency: whether all units are in memory "together", or are loaded and freed "in turn"; manifest.json says
+            how much memory either takes.
     """
 
-    def __init__(self, bundle: str | pathlib.Path, *, precision: str = "f32", num_threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: str | pathlib.Path,
+        *,
+        precision: str = "f32",
+        num_threads: int | None = None,
+        residency: Residency = "together",
+    ) -> None:
         self.bundle = Bundle(bundle)
         self.program = self.bundle.program
-        self.sampler = self.bundle.sampler(precision, num_threads)
+        self.sampler = self.bundle.sampler(precision, num_threads, residency=residency)
 
     def generate(
         self,
@@ -161,7 +204,7 @@ class LiteRTGenerator:
 
         Image n depends on (seed, indices[n], prompts[n]) alone, and is that of the JAX generator but for rounding.
         Indices default to 0..N-1; they and the seed are whole numbers from 0 to 2**32 - 1, see noise.py. `options` are
-        those of `sampler.with_options`: steps, guidance, method.
+        those of `sampler.with_options`: steps, guidance, method, guidance_interval.
 
         Raises:
             ValueError: the inputs do not fit together, or a seed or an index is out of bounds.
@@ -209,7 +252,7 @@ class LiteRTGenerator:
 
 
 def from_schema_1(data: Mapping[str, Any]) -> dict[str, Any]:
-    """scheduler.json, what bundles of one text encoder and one denoiser had before, as schema 2."""
+    """scheduler.json, what bundles of one text encoder and one denoiser had at first, as program.json."""
     names = ("kind", "prediction", "method", "times", "shift", "guidance", "latent_shape", "image_shape")
     if missing := [n for n in (*names, "time_features", "codec", "text", "units") if n not in data]:
         raise BundleError(f"scheduler.json lacks {', '.join(missing)}")
@@ -220,8 +263,8 @@ def from_schema_1(data: Mapping[str, Any]) -> dict[str, Any]:
         if "decoder" not in units:
             raise BundleError("scheduler.json: the codec is a network, and `units` names no decoder")
         codec = {**codec, "unit": units["decoder"]}
-    return {
-        "schema": SCHEMA,
+    program = {
+        "schema": 2,
         "kind": "flow",
         "inputs": {
             "tokens": {"shape": [text["length"]], "dtype": "int32", "null": text["null_tokens"]},
@@ -241,3 +284,20 @@ def from_schema_1(data: Mapping[str, Any]) -> dict[str, Any]:
         "contexts": {"text": [units["text_encoder"]]},
         "decoder": codec,
     }
+    return from_schema_2(program)
+
+
+def from_schema_2(data: Mapping[str, Any]) -> dict[str, Any]:
+    """program.json of schema 2, which had one tokenizer, framed as the null of its input, as schema 3."""
+    if data.get("schema") != 2:
+        raise BundleError(f"program.json has schema {data.get('schema')!r}, and the manifest 2")
+    program = {name: value for name, value in data.items() if name != "tokenizer"}
+    if names := data.get("tokenizer"):
+        try:
+            begin, end, *rest = data["inputs"][names["tokens"]]["null"]
+            pad = rest[-1] if rest else end
+        except (KeyError, TypeError, ValueError) as error:
+            raise BundleError("program.json: the tokenizer makes no input with a null of its own") from error
+        entry = {"file": "tokenizer.json", **names, "begin": [begin], "end": [end], "pad": pad}
+        program["tokenizers"] = [entry]
+    return {**program, "schema": SCHEMA}

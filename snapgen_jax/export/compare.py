@@ -46,8 +46,9 @@ def cpu_device() -> Any:
 
 
 def jax_unit(unit: ExportUnit, weights: Mapping[str, Any]) -> Unit:
-    """The unit's function in JAX on the CPU, numpy in and numpy out: the reference of its file."""
-    params = jax.device_put(unit.select(weights), cpu_device())
+    """The unit's function in JAX on the CPU, numpy in and numpy out: the reference of its file. `weights`: what
+    `unit.select` returned."""
+    params = jax.device_put(weights, cpu_device())
     compiled = jax.jit(unit.function)
 
     def run(**inputs: np.ndarray) -> Arrays:

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import pathlib
+import pickle
 import re
+import resource
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -17,6 +23,9 @@ BACKENDS: dict[Backend, tuple[str, str]] = {  # the library, and the extra of se
     "jax2tf": ("tensorflow", "export"),
     "litert": ("litert_converter", "export-litert"),
 }
+
+
+MOST_BYTES = 2**31 - 2**24  # of weights; the graph beside them is small
 
 
 class ConversionError(RuntimeError):
@@ -66,6 +75,11 @@ def to_tflite(
     for name, spec in inputs.items():
         if spec.dtype not in (np.float32, np.int32):
             raise ValueError(f"{signature}: input {name!r} is {spec.dtype}; a file takes float32 and int32 only")
+    if (size := sum(4 * np.size(leaf) for leaf in jax.tree.leaves(params))) > MOST_BYTES:
+        raise ValueError(
+            f"{signature}: its parameters are {size / 1e9:.2f} GB in float32, and a .tflite file ends at 2 GiB; split "
+            "it into consecutive units"
+        )
     require(backend)
     params = jax.tree.map(_float32, params)
     jax.eval_shape(function, params, **inputs)  # the function's own errors, before a converter dresses them up
@@ -75,6 +89,71 @@ def to_tflite(
     except Exception as error:  # both converters raise their own kinds, some private
         raise ConversionError(f"{signature}: the {backend!r} backend failed: {_brief(error)}") from error
     return path
+
+
+def to_tflite_apart(
+    function: Callable[..., dict[str, jax.Array]],
+    params: Any,
+    inputs: Mapping[str, jax.ShapeDtypeStruct],
+    signature: str,
+    path: str | pathlib.Path,
+    backend: Backend = "jax2tf",
+    float16: str | pathlib.Path | None = None,
+) -> int:
+    """`to_tflite` in a process of its own, which returns all memory when it ends; arguments and errors are the same.
+
+    Args:
+        float16: also casts the weights into this second file.
+
+    Returns:
+        The most memory that the process has held, in bytes.
+
+    Raises:
+        TypeError: the function does not pickle; one of a module, or a `functools.partial` of it, does.
+    """
+    path = pathlib.Path(path)
+    arrays = jax.tree.map(_float32, params)
+    rest = dict(inputs), signature, str(path), backend, None if float16 is None else str(float16)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".convert.") as folder:
+        job = pathlib.Path(folder) / "job.pickle"
+        try:
+            with job.open("wb") as file:
+                pickle.dump((function, arrays, *rest), file, protocol=5)
+        except (AttributeError, TypeError, pickle.PicklingError) as error:
+            raise TypeError(f"{signature}: its function does not travel to another process: {error}") from error
+        places = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "JAX_PLATFORMS": "cpu"}
+        done = subprocess.run(
+            [sys.executable, "-m", "snapgen_jax.export.convert", str(job)],
+            env={**os.environ, **places},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode:
+        said = "\n".join(done.stderr.strip().splitlines()[-5:]) or f"it ended with code {done.returncode}"
+        raise ConversionError(f"{signature}: the process that converts it failed: {_brief(ValueError(said))}")
+    return int(done.stdout.splitlines()[-1])
+
+
+def _apart(job: str) -> None:
+    """What that process does; prints its peak memory."""
+    from snapgen_jax.export.precision import cast_float16
+
+    with open(job, "rb") as file:
+        *conversion, float16 = pickle.load(file)
+    os.remove(job)
+    path = to_tflite(*conversion)
+    if float16:
+        cast_float16(path, float16)
+    print(_peak())
+
+
+def _peak() -> int:
+    """The most memory that this process has held, in bytes. On Linux `ru_maxrss` would begin with the parent's."""
+    if sys.platform != "linux":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = pathlib.Path("/proc/self/status").read_text()
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def _float32(leaf: Any) -> np.ndarray:
@@ -91,3 +170,7 @@ def _brief(error: Exception, limit: int = 1500) -> str:
     text = re.sub(r'module = ".*?", platforms', "module = ..., platforms", str(error), flags=re.DOTALL)
     text = "\n".join(line if len(line) < 400 else line[:400] + " ..." for line in text.splitlines() if line.strip())
     return text if len(text) <= limit else text[:limit] + " ..."
+
+
+if __name__ == "__main__":
+    _apart(sys.argv[1])

@@ -24,18 +24,21 @@ SAFETY = 2.0
 ROUNDING = 1e-6  # relative; what float32 alone loses over some tens of steps
 
 
-def begin(program: Program, given: GoldenInputs, tokenizer: pathlib.Path | None) -> tuple[Arrays, np.ndarray | None]:
+def begin(
+    program: Program, given: GoldenInputs, tokenizers: Mapping[str, pathlib.Path]
+) -> tuple[Arrays, np.ndarray | None]:
     """What the golden examples begin with: {input: `[N, ...]`}, and the noise `[N, *noise_shape]` of a flow.
+
+    `tokenizers`: where the program's files of that kind lie.
 
     Raises:
         ValueError: the program takes other inputs, or the examples are not all of one number.
     """
     found: Arrays = {name: np.asarray(array) for name, array in given.arrays.items()}
-    if names := program.tokenizer:
-        if tokenizer is None or not given.prompts:
+    if program.tokenizers:
+        if {entry.file for entry in program.tokenizers} - set(tokenizers) or not given.prompts:
             raise ValueError("the program takes prompts: its bundle needs a tokenizer and at least one golden prompt")
-        tokens, mask = client.tokenize(tokenizer, given.prompts, program.inputs[names["tokens"]].null)
-        found |= {names["tokens"]: tokens, names["mask"]: mask}
+        found |= client.token_inputs(program, given.prompts, lambda name: tokenizers[name])
     if set(found) != set(program.inputs):
         raise ValueError(f"the golden inputs are {sorted(found)}; the program takes {sorted(program.inputs)}")
     counts = {len(array) for array in found.values()} or {given.examples}

@@ -1,16 +1,18 @@
 """What program.json says: the calls that make one example, as plain data.
 
-This file is copied into every bundle, beside sampler.py, which does what it says. program.json, schema 2 (arithmetic is
+This file is copied into every bundle, beside sampler.py, which does what it says. program.json, schema 3 (arithmetic is
 float32; arrays are channels last and of one example; the client adds an axis of 1 where the file of a unit has one):
 
-    schema          2
+    schema          3
     kind            "flow" or "feed_forward"
     inputs          {name: {"shape", "dtype", "null"}}: what the caller gives. "uint8" is a picture, which the client
                     turns into x / 127.5 - 1. "null", optional, is what guidance leads away from: a number, an array, or
                     "keep" for the caller's own
     outputs         {name: {"shape", "dtype"}}: what comes out. "uint8": the unit gives pixels, about -1..1, which the
                     client rounds to grey levels
-    tokenizer       optional {"tokens": input, "mask": input}: tokenizer.json makes these of a prompt, see `tokenize`
+    tokenizers      optional [{"file", "tokens": input, "begin", "end", "pad"}]: what makes ids of a prompt, each by its
+                    file. The input is `begin`, the ids, `end`, and `pad` up to its length; see `tokenize`. "mask",
+                    optional, is an input that is 1 up to `end`. "kind", optional, names the file's model, as "BPE"
 
 Kind "feed_forward" has one more:
 
@@ -38,9 +40,13 @@ Kind "flow": x_t = (1 - t) x_0 + t noise, and the sampler follows v = dx/dt.
         context     optional: a name in `contexts`; the caller's inputs alone without it
         guidance    w of v = v_null + w (v - v_null), a number or an array that broadcasts to x (one w a channel, or a
                     frame). There is no null call where w is 1 throughout
+        guidance_interval  optional [t_low, t_high]: at other times there is no guidance, and no null call but for its
+                    state; all times
     steps           optional [S] or [S + 1]: what differs from `step` at each time. The last is asked by "heun" alone
     contexts        optional {name: [unit, ...]}: encoders, called in this order before the first step. Each takes what
                     it names among the inputs and earlier outputs. All that there is then is the context
+    null_contexts   optional {context: {name: {"shape", "dtype", "null"}}}: what the null calls are given in place of
+                    what the encoders of that context make; these are not called for them then
     state           optional {name: {"shape", "dtype", "initial": "zeros"}}: a unit's input of that name is given it,
                     its output of that name rewrites it. The null calls and the decoder each have a state of their own
     decoder         null: the output is {"latent": x}. {"kind": "identity" | "patch", ...}: see `decode`.
@@ -56,13 +62,16 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-SCHEMA = 2
+SCHEMA = 3
 RULES = ("euler", "heun", "renoise")
 DTYPES = ("float32", "int32", "uint8")
 PREDICTIONS = {"velocity": (), "x_0": ("t_min",), "linear": ("x", "out")}
 TIMES = {"features": ("dim", "scale", "max_period", "order"), "index": ("size",), "values": ("values",)}
 DECODERS = ("identity", "patch", "network")
-NEEDED, OPTIONAL = ("unit", "rule", "prediction", "guidance"), ("time", "native", "arrays", "scale", "context")
+NEEDED, OPTIONAL = (
+    ("unit", "rule", "prediction", "guidance"),
+    ("time", "native", "arrays", "scale", "context", "guidance_interval"),
+)
 RESERVED = ("latent", "time", "prediction")
 
 
@@ -117,6 +126,34 @@ class Array:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """What makes the ids of one input, and how they stand in it."""
+
+    file: str
+    tokens: str
+    begin: tuple[int, ...]
+    end: tuple[int, ...]
+    pad: int
+    mask: str | None = None
+    kind: str = ""
+
+    @classmethod
+    def read(cls, where: str, entry: Any, inputs: Mapping[str, Array]) -> Tokenizer:
+        """Checks one entry against the inputs."""
+        _known(where, entry, ("file", "tokens", "begin", "end", "pad"), ("mask", "kind"))
+        found = cls(**{**entry, "begin": tuple(entry["begin"]), "end": tuple(entry["end"])})
+        for name, dtype in ((found.tokens, "int32"), *([(found.mask, "float32")] if found.mask else [])):
+            if name not in inputs or inputs[name].dtype != dtype or len(inputs[name].shape) != 1:
+                _refuse(f"{where} makes {name!r}, which is no input of {dtype} [L]")
+        (length,) = inputs[found.tokens].shape
+        if found.mask and inputs[found.mask].shape != (length,):
+            _refuse(f"{where}: {found.tokens!r} has {length} tokens and {found.mask!r} {inputs[found.mask].shape[0]}")
+        if len(found.begin) + len(found.end) >= length:
+            _refuse(f"{where}: between {found.begin} and {found.end} no token fits into {length}")
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
 class Step:
     """How the denoiser is asked at one time, and what follows."""
 
@@ -129,6 +166,7 @@ class Step:
     arrays: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     scale: float = 1.0
     context: str | None = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
 
     @classmethod
     def read(cls, where: str, entry: Mapping[str, Any]) -> Step:
@@ -140,12 +178,26 @@ class Step:
             _kind(f"{where}: time", time, TIMES)
             if time.get("order", "cos,sin") != "cos,sin":
                 _refuse(f"{where}: time features in the order {time['order']!r}; 'cos,sin'")
-        arrays = {name: _numbers(f"{where}: arrays.{name}", value) for name, value in entry.get("arrays", {}).items()}
-        return cls(**{**entry, "guidance": _numbers(f"{where}: guidance", entry["guidance"]), "arrays": arrays})
+        made: dict[str, Any] = {"guidance": _numbers(f"{where}: guidance", entry["guidance"])}
+        made["arrays"] = {
+            name: _numbers(f"{where}: arrays.{name}", value) for name, value in entry.get("arrays", {}).items()
+        }
+        if "guidance_interval" in entry:
+            interval = _numbers(f"{where}: guidance_interval", entry["guidance_interval"])
+            if interval.shape != (2,):
+                _refuse(f"{where}: guidance_interval is {entry['guidance_interval']}; two times")
+            made["guidance_interval"] = tuple(interval.tolist())
+        return cls(**{**entry, **made})
 
     @property
     def guided(self) -> bool:
+        """Whether it is guided at some time."""
         return bool((self.guidance != 1).any())
+
+    def guided_at(self, t: np.float32) -> bool:
+        """Whether a call at time t is guided."""
+        low, high = np.asarray(self.guidance_interval, np.float32)
+        return self.guided and bool(low <= t <= high)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,13 +207,12 @@ class FeedForward:
     unit: str
     inputs: Mapping[str, Array]
     outputs: Mapping[str, Array]
-    tokenizer: Mapping[str, str] | None = None
+    tokenizers: tuple[Tokenizer, ...] = ()
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> FeedForward:
-        _known("", data, ("schema", "kind", "unit", "inputs", "outputs"), ("tokenizer",))
-        inputs, outputs, tokenizer = _ends(data)
-        return cls(data["unit"], inputs, outputs, tokenizer)
+        _known("", data, ("schema", "kind", "unit", "inputs", "outputs"), ("tokenizers",))
+        return cls(data["unit"], *_ends(data))
 
     def units(self) -> set[str]:
         """The names of all units that are called."""
@@ -174,7 +225,7 @@ class Flow:
 
     inputs: Mapping[str, Array]
     outputs: Mapping[str, Array]
-    tokenizer: Mapping[str, str] | None
+    tokenizers: tuple[Tokenizer, ...]
     latent_shape: tuple[int, ...]
     times: np.ndarray
     initial_scale: float
@@ -182,14 +233,16 @@ class Flow:
     steps: tuple[Step, ...]
     alike: bool
     contexts: Mapping[str, Sequence[str]]
+    null_contexts: Mapping[str, Mapping[str, Array]]
     state: Mapping[str, Array]
     decoder: Mapping[str, Any] | None
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> Flow:
         needed = ("schema", "kind", "inputs", "outputs", "latent_shape", "times", "step", "decoder")
-        _known("", data, needed, ("tokenizer", "initial_scale", "shift", "steps", "contexts", "state"))
-        inputs, outputs, tokenizer = _ends(data)
+        optional = ("tokenizers", "initial_scale", "shift", "steps", "contexts", "null_contexts", "state")
+        _known("", data, needed, optional)
+        inputs, outputs, tokenizers = _ends(data)
         times = np.asarray(data["times"], np.float32)
         if len(times) < 2:
             _refuse("`times` needs two entries at least")
@@ -208,9 +261,16 @@ class Flow:
             _one_of(f"state.{name}: dtype", entry["dtype"], ("float32",))
             if name in inputs or name in RESERVED:
                 _refuse(f"the state {name!r} has the name of an input; give it another")
+        contexts, nulls = data.get("contexts", {}), data.get("null_contexts", {})
+        if unknown := [name for name in nulls if name not in contexts]:
+            _refuse(f"null_contexts has {unknown[0]!r}; the contexts are {list(contexts)}")
+        nulls = {name: Array.read(f"null_contexts.{name}", arrays, ("null",)) for name, arrays in nulls.items()}
+        for name, arrays in nulls.items():
+            if without := [array.name for array in arrays.values() if array.null is None or array.keeps]:
+                _refuse(f"null_contexts.{name}.{without[0]} needs a `null`, a number or an array")
         flow = cls(
-            inputs, outputs, tokenizer, tuple(data["latent_shape"]), times, float(data.get("initial_scale", 1.0)),
-            data.get("shift"), tuple(steps), differ is None, data.get("contexts", {}), state, data["decoder"],
+            inputs, outputs, tokenizers, tuple(data["latent_shape"]), times, float(data.get("initial_scale", 1.0)),
+            data.get("shift"), tuple(steps), differ is None, contexts, nulls, state, data["decoder"],
         )  # fmt: skip
         flow._check_decoder()
         return flow.checked()
@@ -251,8 +311,16 @@ class Flow:
                 n not in (1, size) for n, size in zip(step.guidance.shape[::-1], self.latent_shape[::-1], strict=False)
             ):
                 _refuse(f"guidance {step.guidance.shape} does not fit x, {self.latent_shape}")
-            if step.guided and (without := [name for name, array in self.inputs.items() if array.null is None]):
+            low, high = step.guidance_interval
+            if not 0 <= low <= high <= 1:
+                _refuse(f"guidance_interval is {[low, high]}; two times from 0 to 1, the lower one first")
+            fixed = step.context in self.null_contexts
+            without = [name for name, array in self.inputs.items() if array.null is None]
+            if step.guided and without and not fixed:
                 _refuse(f"guidance needs the `null` of the inputs {', '.join(without)}")
+        asked = list(zip(self.steps, self.times[:-1], strict=False))
+        if any(step.guided for step, _ in asked) and not any(step.guided_at(t) for step, t in asked):
+            _refuse(f"guidance_interval holds none of the times {', '.join(f'{t:.3g}' for t in self.times[:-1])}")
         return self
 
     def _check_decoder(self) -> None:
@@ -283,18 +351,13 @@ def parse(data: Mapping[str, Any]) -> Program:
     return kinds[data["kind"]](data)
 
 
-def _ends(data: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Array], Mapping[str, str] | None]:
-    """Inputs, outputs and tokenizer."""
+def _ends(data: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Array], tuple[Tokenizer, ...]]:
+    """Inputs, outputs and tokenizers."""
     inputs, outputs = Array.read("inputs", data["inputs"], ("null",)), Array.read("outputs", data["outputs"])
     if taken := [name for name in inputs if name in RESERVED]:
         _refuse(f"the input {taken[0]!r} has the name of what the sampler gives; rename it")
-    tokenizer = data.get("tokenizer")
-    if tokenizer is not None:
-        _known("tokenizer", tokenizer, ("tokens", "mask"))
-        for name in tokenizer.values():
-            if name not in inputs or inputs[name].null is None or inputs[name].keeps:
-                _refuse(f"the tokenizer makes {name!r}, which is no input with a null of its own")
-    return inputs, outputs, tokenizer
+    entries = enumerate(data.get("tokenizers", ()))
+    return inputs, outputs, tuple(Tokenizer.read(f"tokenizers[{i}]", entry, inputs) for i, entry in entries)
 
 
 def _refuse(why: str, cause: Exception | None = None) -> NoReturn:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from snapgen_jax.export.program import Flow, Program
+from snapgen_jax.export.program import Flow, Program, Step
 
 PAGE = """\
 # Export bundle
@@ -15,7 +15,9 @@ PAGE = """\
 Check it: `pip install numpy ai-edge-litert`, then `python verify.py`. Run it: `client.py` is a complete client in
 numpy. The first lines of `program.py` define `program.json`, and `sampler.py` holds the formulas, short enough to port.
 
-{story}
+{story}{tokenizers}
+
+{memory}
 
 {units}
 `golden/` holds `.npy` arrays (little-endian, C order): `inputs/` and `outputs/` by name{flow}. Their first axis counts
@@ -35,6 +37,19 @@ follows its first lines draws the pictures that JAX draws from them. `golden/noi
 
 CALL = "An example is one call: {inputs} -> **{unit}** -> {outputs}."
 
+TOKENIZERS = """
+
+Token ids, each int32 of its input's length: the ids before, those of the prompt by the file (of the `tokenizers`
+library), the ids after, and padding. A prompt that is too long loses its last ids, not those after.
+
+| file | kind | ids | mask | length | before | after | padding |
+|---|---|---|---|---|---|---|---|
+{rows}"""
+
+MEMORY = """\
+Memory: a process that loads and frees one unit after the other peaks at {in_turn}, one that holds all at {together},
+of which Python, numpy and LiteRT are {process:.0f} MB (measured where the bundle was made, on the CPU)."""
+
 UNIT = """\
 ## {name}
 
@@ -53,7 +68,27 @@ def readme(manifest: Mapping[str, Any], program: Program) -> str:
         ", `noise`, `contexts/`, `null_contexts/`, and `latents` after each step" if isinstance(program, Flow) else ""
     )
     units = "\n".join(_unit(name, unit) for name, unit in manifest["units"].items())
-    return PAGE.format(story=_story(program), units=units, flow=flow)
+    return PAGE.format(
+        story=_story(program), tokenizers=_tokenizers(program), memory=_memory(manifest), units=units, flow=flow
+    )
+
+
+def _tokenizers(program: Program) -> str:
+    rows = [
+        f"| `{one.file}` | {one.kind} | `{one.tokens}` | {f'`{one.mask}`' if one.mask else ''} "
+        f"| {program.inputs[one.tokens].shape[0]} | {list(one.begin)} | {list(one.end)} | {one.pad} |"
+        for one in program.tokenizers
+    ]
+    return TOKENIZERS.format(rows="\n".join(rows)) if rows else ""
+
+
+def _memory(manifest: Mapping[str, Any]) -> str:
+    held = manifest["memory"]
+
+    def of(way: str) -> str:
+        return ", ".join(f"{held[precision][way] / 1e6:.0f} MB ({precision})" for precision in manifest["precisions"])
+
+    return MEMORY.format(in_turn=of("in_turn"), together=of("together"), process=held["process"] / 1e6)
 
 
 def _story(program: Program) -> str:
@@ -73,8 +108,14 @@ def _story(program: Program) -> str:
         denoisers=" and ".join(f"**{unit}**" for unit in dict.fromkeys(step.unit for step in steps)),
         decoder=f"**{program.decoder['unit']}** -> " if program.decoder and network else "",
         outputs=outputs,
-        guidance=scales.pop() if len(scales) == 1 else "by step",
+        guidance=(scales.pop() if len(scales) == 1 else "by step") + _where_guided(steps),
     )
+
+
+def _where_guided(steps: Sequence[Step]) -> str:
+    """The times of guidance, where those are not all."""
+    bands = dict.fromkeys(step.guidance_interval for step in steps if step.guided)
+    return "".join(f", where t is from {low:g} to {high:g}" for low, high in bands if (low, high) != (0, 1))
 
 
 def _unit(name: str, unit: Mapping[str, Any]) -> str:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import pathlib
 import tempfile
+from collections.abc import Sequence
 
 from etils import epath
 
 from snapgen_jax.export.bundle import GPUCheck, export_bundle, generator_of
 from snapgen_jax.export.convert import Backend, require
-from snapgen_jax.generation import load
+from snapgen_jax.export.latents import Carried, load_latents, save_tokenizers
+from snapgen_jax.export.precision import PRECISIONS, Precision
+from snapgen_jax.generation import load_weights, with_adapters
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.files import on_object_store
 
@@ -20,6 +25,9 @@ def export_run(
     backend: Backend = "jax2tf",
     decoder: epath.PathLike | None = None,
     gpu_check: GPUCheck = "check",
+    carried: Carried | None = None,
+    precisions: Sequence[Precision] = PRECISIONS,
+    adapters: str | os.PathLike[str] | None = None,
 ) -> dict[str, float]:
     """Exports a trained run as a bundle for phones, checked against JAX on the way.
 
@@ -27,8 +35,12 @@ def export_run(
         workdir: the run.
         out: the bundle's folder.
         backend: which converter.
-        decoder: a run of a tiny decoder that takes the place of the codec's decoder.
+        decoder: a run of a tiny decoder that takes the place of the codec's decoder; for a run on latents also a run or
+            a folder of an autoencoder.
         gpu_check: see `export_bundle`.
+        carried: the published text encoders of a run on latents; its decoder is `decoder`.
+        precisions: see `export_bundle`.
+        adapters: folder of peft's files, which are merged; see `generation.with_adapters`.
 
     Returns:
         What was measured, `export.*`.
@@ -42,19 +54,24 @@ def export_run(
         require(backend)
     except ImportError as error:
         raise ConfigError(str(error)) from error
-    generator = load(workdir, platform="cpu", decoder=decoder)
-    recipe, params, frozen = generator.recipe, generator.params, generator.frozen
+    carried = dataclasses.replace(carried or Carried(), decoder="" if decoder is None else str(decoder))
+    recipe = load_latents(workdir, carried)
+    params = load_weights(workdir, recipe)
     try:
         recipe.exports()
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    frozen = recipe.load_frozen(None, "generate")
+    if adapters is not None:
+        params, frozen = with_adapters(recipe, params, frozen, pathlib.Path(adapters))
     with tempfile.TemporaryDirectory() as scratch:
-        tokenizer = None
-        if recipe.tokenizers():
-            tokenizer = pathlib.Path(scratch) / "tokenizer.json"
-            tokenizer.write_bytes((epath.Path(workdir) / "tokenizer.json").read_bytes())
+        tokenizers = save_tokenizers(recipe, pathlib.Path(scratch))
+        if any(spec.kind == "trained" for spec in recipe.tokenizers().values()):
+            tokenizers["tokenizer.json"] = pathlib.Path(scratch) / "tokenizer.json"
+            tokenizers["tokenizer.json"].write_bytes((epath.Path(workdir) / "tokenizer.json").read_bytes())
         reference = generator_of(recipe, params, frozen)
         report = export_bundle(
-            recipe, params, frozen, tokenizer, str(out), backend=backend, reference=reference, gpu_check=gpu_check
-        )
+            recipe, params, frozen, tokenizers, str(out),
+            backend=backend, reference=reference, gpu_check=gpu_check, precisions=precisions,
+        )  # fmt: skip
     return report.numbers

@@ -109,17 +109,25 @@ def time_input(step: Step, t: np.float32, position: int) -> Arrays:
 
 
 def with_options(
-    flow: Flow, steps: int | None = None, guidance: Any = None, method: str | None = None, **others: Any
+    flow: Flow,
+    steps: int | None = None,
+    guidance: Any = None,
+    method: str | None = None,
+    guidance_interval: Sequence[float] | None = None,
+    **others: Any,
 ) -> Flow:
     """The flow with another number of steps, another guidance or rule; None leaves what is.
 
-    The guidance is that of all steps, or of those that have one where only some do.
+    The guidance is that of all steps, or of those that have one where only some do; the interval of times is that of
+    all steps.
 
     Raises:
         ValueError: the program does not allow it, or there is no such thing.
     """
     if others:
-        raise ValueError(f"a bundle has no option {', '.join(others)}; it takes steps, guidance and method")
+        raise ValueError(
+            f"a bundle has no option {', '.join(others)}; it takes steps, guidance, method, guidance_interval"
+        )
     intervals, made = len(flow.times) - 1, list(flow.steps)
     if method is not None and {step.rule for step in made[:intervals]} != {method}:
         if method not in RULES:
@@ -133,6 +141,11 @@ def with_options(
             raise ValueError(f"the guidance of this bundle has the shape {other.pop()}; got {scale.shape}")
         every = not any(step.guided for step in made)
         made = [dataclasses.replace(step, guidance=scale) if step.guided or every else step for step in made]
+    if guidance_interval is not None:
+        if np.shape(guidance_interval) != (2,):
+            raise ValueError(f"guidance_interval is {guidance_interval}; give two times, T_LOW,T_HIGH")
+        low, high = map(float, guidance_interval)
+        made = [dataclasses.replace(step, guidance_interval=(low, high)) for step in made]
     times = flow.times
     if steps is not None and steps != intervals:
         if steps < 1:
@@ -166,7 +179,7 @@ class Sampler:
     def run(self, inputs: Mapping[str, Any], noise: np.ndarray | None = None, **options: Any) -> Arrays:
         """The outputs of one example from the caller's named inputs; a flow also takes noise of `noise_shape`.
 
-        `options`, of a flow alone, are those of `with_options`: steps, guidance, method.
+        `options`, of a flow alone, are those of `with_options`.
         """
         given = self.given(inputs)
         if isinstance(self.program, FeedForward):
@@ -203,10 +216,17 @@ class Sampler:
         return taken
 
     def contexts(self, given: Arrays) -> Contexts:
-        """All contexts of one example, from its inputs or from those of the null calls."""
+        """All contexts of one example, from its inputs."""
+        return self._contexts(given, null=False)
+
+    def _contexts(self, given: Arrays, *, null: bool) -> Contexts:
+        flow = self._flow()
         made: Contexts = {None: given}
-        for name, units in self._flow().contexts.items():
+        for name, units in flow.contexts.items():
             made[name] = dict(given)
+            if null and name in flow.null_contexts:
+                made[name] |= {n: array.null_of(np.zeros(()))[None] for n, array in flow.null_contexts[name].items()}
+                continue
             for unit in units:
                 made[name] |= self.call(unit, made[name])
         return made
@@ -215,7 +235,8 @@ class Sampler:
         """The contexts of the null calls; made once, unless they hold something of the caller's own."""
         if self._null:
             return self._null
-        made = self.contexts({name: array.null_of(given[name]) for name, array in self.program.inputs.items()})
+        arrays = {name: array for name, array in self.program.inputs.items() if array.null is not None}
+        made = self._contexts({name: array.null_of(given[name]) for name, array in arrays.items()}, null=True)
         if not any(array.keeps for array in self.program.inputs.values()):
             self._null.update(made)
         return made
@@ -243,11 +264,12 @@ class Sampler:
             return as_velocity(out["prediction"].reshape(x.shape), x, t, step.prediction)
 
         def velocity(i: int, x: np.ndarray, t: np.float32) -> np.ndarray:
-            v = ask(i, x, t, contexts, states[0])
-            if not flow.steps[i].guided:
+            v, step = ask(i, x, t, contexts, states[0]), flow.steps[i]
+            guided = step.guided_at(t)
+            if not guided and not (step.guided and flow.state):  # a state of the null calls goes on at all times
                 return v
             v_null = ask(i, x, t, null, states[1])
-            return v_null + flow.steps[i].guidance * (v - v_null)
+            return v_null + step.guidance * (v - v_null) if guided else v
 
         first, later = (noise[0], noise[1:]) if expected != flow.latent_shape else (noise, noise[:0])
         x = first if flow.initial_scale == 1 else np.float32(flow.initial_scale) * first

@@ -77,6 +77,15 @@ class Encodings:
         length, width = clip_l.tokens + language.tokens, self.network.config.width
         return (length, width), (length,), (clip_l.pooled + clip_g.pooled,)
 
+    def nothing(self, encoder: str, rows: int) -> TextContext:
+        """What stands in the place of an encoder that is not there, `[B, ...]` with `rows` examples: masked zeros."""
+        shape = self.shapes[encoder]
+        return TextContext(
+            jnp.zeros((rows, shape.tokens, shape.width)),
+            jnp.zeros((rows, shape.tokens)),
+            jnp.zeros((rows, shape.pooled)),
+        )
+
 
 class OfEncodings:
     """The part of an `Inputs` that these kinds share. `draw_condition` is their own, and ends in `told`.

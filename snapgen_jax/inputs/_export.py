@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -61,18 +63,22 @@ def decoder_unit(config: CodecConfig, latent_shape: tuple[int, ...]) -> ExportUn
         config: of the codec.
         latent_shape: `(h, w, c)`.
     """
-    codec = build_codec(
-        dataclasses.replace(
-            config,
-            autoencoder=dataclasses.replace(config.autoencoder, dtype="float32"),
-            tiny_decoder=dataclasses.replace(config.tiny_decoder, dtype="float32", depthwise="grouped"),
-        )
+    config = dataclasses.replace(
+        config,
+        autoencoder=dataclasses.replace(config.autoencoder, dtype="float32"),
+        tiny_decoder=dataclasses.replace(config.tiny_decoder, dtype="float32", depthwise="grouped"),
     )
-    tiny = config.decoder == "tiny"
-    role = "codec/decoder" if tiny else "codec"
+    role = "codec/decoder" if config.decoder == "tiny" else "codec"
+    latent = jax.ShapeDtypeStruct((1, *latent_shape), jnp.float32)
+    part = _without_encoder if role == "codec" else None
+    return ExportUnit("decoder", functools.partial(_decode, role, config), (role,), {"latent": latent}, part=part)
 
-    def decode(weights: Tree, *, latent: Any) -> dict[str, jax.Array]:
-        params = {"decoder": weights[role]} if tiny else weights[role]
-        return {"image": codec.bind(params).decode(latent)}
 
-    return ExportUnit("decoder", decode, (role,), {"latent": jax.ShapeDtypeStruct((1, *latent_shape), jnp.float32)})
+def _without_encoder(weights: Mapping[str, Tree]) -> dict[str, Tree]:
+    return {role: {name: tree for name, tree in held.items() if name != "encoder"} for role, held in weights.items()}
+
+
+def _decode(role: str, config: CodecConfig, weights: Mapping[str, Tree], *, latent: Any) -> dict[str, jax.Array]:
+    codec = build_codec(config)
+    held = {"decoder": weights[role]} if role == "codec/decoder" else {**codec.spec(), **weights[role]}
+    return {"image": codec.bind(held).decode(latent)}

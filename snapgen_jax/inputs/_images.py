@@ -82,9 +82,9 @@ class ImageCodec:
         """How a client makes pictures of latents, as plain JSON."""
         return self.codec.describe()
 
-    def export_units(self) -> dict[str, ExportUnit]:
+    def export_unit(self) -> ExportUnit | None:
         """The decoder, where the codec is a network."""
-        return {"decoder": decoder_unit(self.config, self.latent_shape())} if self.networks() else {}
+        return decoder_unit(self.config, self.latent_shape()) if self.networks() else None
 
     def check_run(self, workdir: str, inputs: Mapping[str, Any]) -> None:
         """Compares the latents with those of an earlier run, of which `inputs` is that section of its config.

@@ -14,7 +14,6 @@ from snapgen_jax.inputs._images import Size, bucket_name
 from snapgen_jax.inputs.interfaces import Networks, TokenizerSpec, Tree
 from snapgen_jax.networks.codec import Codec
 from snapgen_jax.training.exits import ConfigError
-from snapgen_jax.training.exports import InputsExport
 
 LATENT = "latent"
 
@@ -110,14 +109,3 @@ class OfLatents:
     def check_batch(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Nothing: every value has a meaning."""
         del arrays
-
-    def exports(self) -> InputsExport:
-        """None of a bundle's parts but the network are here.
-
-        Raises:
-            ConfigError: always, with what to do instead.
-        """
-        raise ConfigError(
-            "a run on stored latents holds no text encoder and no decoder, which a bundle needs; export a run whose "
-            "inputs are 'captions', or warm-start one from this"
-        )

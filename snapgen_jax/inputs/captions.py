@@ -149,8 +149,15 @@ class Captions(OfImages):
 
     def exports(self) -> InputsExport:
         """The text encoder, the tokenizer's arrays and, where the codec is a network, the decoder."""
-        units = {"text_encoder": text_unit(TEXT, self.config.text), **self.images.export_units()}
-        return InputsExport(units, self._null(), {name: name for name in self.conditions()}, self.images.describe())
+        text = self.config.text
+        frame = {"begin": [text.bos_id], "end": [text.eos_id], "pad": text.pad_id}
+        return InputsExport(
+            [text_unit(TEXT, text)],
+            self._null(),
+            self.images.describe(),
+            self.images.export_unit(),
+            tokenizers=[{"file": "tokenizer.json", **{name: name for name in self.conditions()}, **frame}],
+        )
 
 
 def same_tokens(*workdirs: epath.PathLike) -> bool:

@@ -127,7 +127,11 @@ class ClassLabels(OfImages):
 
     def exports(self) -> InputsExport:
         """The embedding, which takes the place of a text encoder, and the decoder where the codec is a network."""
-        units = {"text_encoder": label_unit(LABEL, self.config.label), **self.images.export_units()}
         classes = self.config.label.classes
-        null, golden = {"label": np.asarray(classes, np.int32)}, {"label": np.arange(min(2, classes), dtype=np.int32)}
-        return InputsExport(units, null, {}, self.images.describe(), golden)
+        return InputsExport(
+            [label_unit(LABEL, self.config.label)],
+            {"label": np.asarray(classes, np.int32)},
+            self.images.describe(),
+            self.images.export_unit(),
+            golden={"label": np.arange(min(2, classes), dtype=np.int32)},
+        )

@@ -9,15 +9,17 @@ dtype in which they compute, and split over the `fsdp` axis of the mesh.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from snapgen_jax.bounds import SHARE, at_least, check
 from snapgen_jax.inputs._encodings import CONDITIONER, DropRates, Encoding, Encodings, OfEncodings
 from snapgen_jax.inputs._images import ImageCodec, OfImages, Size, image_specs
+from snapgen_jax.inputs._published_export import published_export
 from snapgen_jax.inputs._text_encoders import TextEncoder, TextEncoders
 from snapgen_jax.inputs.interfaces import Networks, TokenizerSpec, Tree
 from snapgen_jax.networks.autoencoder import AutoencoderConfig
@@ -26,7 +28,6 @@ from snapgen_jax.networks.codec import CodecConfig
 from snapgen_jax.networks.context import ENCODERS, ConditionerConfig
 from snapgen_jax.networks.gemma2 import Gemma2Config
 from snapgen_jax.networks.module import Network, Platform
-from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.exports import InputsExport
 
 
@@ -68,8 +69,8 @@ class FrozenConfig:
         }
         return {**shapes, "language": Encoding(self.language_tokens, self.language.width)}
 
-    def text(self, platform: Platform) -> TextEncoders:
-        """The text encoders."""
+    def text(self, platform: Platform, use: Sequence[str] = ENCODERS) -> TextEncoders:
+        """The text encoders, or those in `use`."""
         encoders = {
             "clip_l": TextEncoder(
                 self.clip_l, "clip_l", self.clip_l_folder, self.clip_l_tokenizer, self.clip_l.max_tokens
@@ -86,7 +87,7 @@ class FrozenConfig:
                 masked=True,
             ),
         }
-        return TextEncoders(encoders, self.stand_ins, platform)
+        return TextEncoders({name: encoders[name] for name in ENCODERS if name in use}, self.stand_ins, platform)
 
     def named(self) -> bool:
         """Whether all weights and tokenizers are at hand: folders are named, or stand-ins asked for."""
@@ -100,6 +101,8 @@ class EncodersConfig(FrozenConfig):
 
     Attributes:
         image_sizes: (height, width) of each aspect bucket, in pixels.
+        use: which of the encoders there are. The others are left out of every example, as `encoder_dropout` leaves them
+            out of some: so a network that was trained with all of them draws where only these are at hand.
         conditioner: joins what they say.
         encoder_dropout: share of examples from which an encoder is left out, each independently: one number, or those
             of CLIP-L, CLIP-bigG and the language model.
@@ -108,6 +111,7 @@ class EncodersConfig(FrozenConfig):
 
     kind: Literal["encoders"] = "encoders"
     image_sizes: tuple[Size, ...] = ((256, 256),)
+    use: tuple[str, ...] = ENCODERS
     conditioner: ConditionerConfig = ConditionerConfig.preset("t2i")
     encoder_dropout: DropRates = 0.464
     caption_dropout: float | None = None
@@ -115,6 +119,8 @@ class EncodersConfig(FrozenConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self, image_sizes=at_least(1), encoder_dropout=SHARE, caption_dropout=SHARE)
+        if not self.use or set(self.use) - set(ENCODERS):
+            raise ValueError(f"EncodersConfig.use is {self.use}; name at least one of {', '.join(ENCODERS)}")
 
     def build(self, batch_size: int, platform: Platform) -> Encoders:
         """Raises `ValueError` where the widths of the networks do not fit each other, or an image size the codec."""
@@ -131,7 +137,8 @@ class Encoders(OfImages, OfEncodings):
             )
         self.config, self.batch_size = config, batch_size
         self.images = ImageCodec(config.codec, platform, config.image_sizes)
-        self.text = config.text(platform)
+        self.use = tuple(name for name in ENCODERS if name in config.use)
+        self.text = config.text(platform, self.use)
         self.encodings = Encodings(
             config.conditioner, config.encodings(), config.encoder_dropout, config.caption_dropout, platform
         )
@@ -145,7 +152,7 @@ class Encoders(OfImages, OfEncodings):
 
     def conditions(self) -> tuple[str, ...]:
         """The token ids of each encoder, and the mask of the language model's."""
-        return (*ENCODERS, "language_mask")
+        return (*self.use, *(["language_mask"] if "language" in self.use else []))
 
     def networks(self) -> dict[str, Network]:
         """The text encoders, "codec", and "conditioner"."""
@@ -153,7 +160,7 @@ class Encoders(OfImages, OfEncodings):
 
     def pretrained(self) -> tuple[str, ...]:
         """All but the conditioner."""
-        return (*ENCODERS, *self.images.networks())
+        return (*self.use, *self.images.networks())
 
     def load(self, roles: tuple[str, ...], mesh: Mesh | None) -> dict[str, Tree]:
         """Reads the encoders and the autoencoder onto the mesh, slice by slice; or draws all of them as stand-ins."""
@@ -168,17 +175,27 @@ class Encoders(OfImages, OfEncodings):
     def draw_condition(self, networks: Networks, batch: Tree, key: jax.Array, kept: Mapping[str, jax.Array]) -> Tree:
         """What the encoders make of the captions, and which of them each example keeps."""
         del key
-        return self.told(self.text.encode(networks, batch), kept)
+        encoded, rows = self.text.encode(networks, batch), batch[self.use[0]].shape[0]
+        if self.use == ENCODERS:
+            return self.told(encoded, kept)
+        missing = {name: self.encodings.nothing(name, rows) for name in ENCODERS if name not in self.use}
+        told = self.told({**encoded, **missing}, kept)
+        everything, nothing = jnp.ones(rows), jnp.zeros(rows)
+        left = {name: told.get("kept", {}).get(name, everything) if name in encoded else nothing for name in ENCODERS}
+        return {**told, "kept": left}
 
     # --- out again ---
 
     def exports(self) -> InputsExport:
-        """A phone does not hold encoders of this size.
+        """The text encoders in `use`, the conditioner and the decoder.
 
         Raises:
-            ConfigError: always, with what to do instead.
+            ValueError: an encoder is too large for a bundle.
         """
-        raise ConfigError(
-            "the text encoders of this run are too large for a bundle; export a run whose inputs are 'captions', which "
-            "trains a small one"
+        return published_export(
+            {name: network.config for name, network in self.text.networks().items()},
+            {name: spec.length for name, spec in self.tokenizers().items()},
+            (CONDITIONER, self.encodings.network.config),
+            {name: (shape.tokens, shape.width, shape.pooled) for name, shape in self.encodings.shapes.items()},
+            self.images,
         )

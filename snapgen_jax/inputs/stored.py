@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from snapgen_jax.bounds import SHARE, at_least, check
@@ -34,6 +35,8 @@ from snapgen_jax.inputs.sd3_encoders import (
 from snapgen_jax.networks.context import sd3_context
 from snapgen_jax.networks.module import Network, Platform
 from snapgen_jax.networks.text import TextContext
+from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.training.exports import InputsExport
 
 CONTEXT = ("sequence", "mask", "pooled")
 
@@ -203,3 +206,28 @@ class Stored(OfLatents):
             made |= latent_sizes(config.encoders.codec)
             stored |= {"reduction": config.reduction, "latent_channels": config.latent_channels}
         check_made("teacher.inputs" if config.prefix else "inputs", stored, made)
+
+    # --- out again ---
+
+    def exports(self) -> InputsExport:
+        """The text states are the bundle's inputs, since a run does not say which encoders made them; its output is the
+        latent, until a decoder is put behind it.
+
+        Raises:
+            ConfigError: token ids are stored, and T5-XXL runs inside the step.
+        """
+        if self.text is not None:
+            raise ConfigError(
+                "this run reads token ids by the encoders of Stable Diffusion 3.5, and T5-XXL is too large for one; "
+                "export a run that was trained on inputs.kind='stored_encodings'"
+            )
+        config, random = self.config, np.random.default_rng(0)
+        null = {
+            "sequence": np.zeros((config.context_tokens, config.context_width), np.float32),
+            "mask": np.zeros(config.context_tokens, np.float32),
+            "pooled": np.zeros(config.pooled_width, np.float32),
+        }
+        golden = {name: random.standard_normal((2, *x.shape), np.float32) for name, x in null.items()}
+        position = np.arange(config.context_tokens)
+        golden["mask"] = np.stack([np.ones(position.shape), position % 2]).astype(np.float32)
+        return InputsExport([], null, None, golden=golden)

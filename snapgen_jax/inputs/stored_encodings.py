@@ -26,6 +26,8 @@ from snapgen_jax.inputs.interfaces import Networks, TokenizerSpec, Tree
 from snapgen_jax.networks.context import ENCODERS, ConditionerConfig
 from snapgen_jax.networks.module import Network, Platform
 from snapgen_jax.networks.text import TextContext
+from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.training.exports import InputsExport
 
 CLIPS = ("clip_l", "clip_g")
 
@@ -157,6 +159,20 @@ class StoredEncodings(OfLatents, OfEncodings):
             return TextContext(states, batch[f"{name}_mask"], zero_pooled(states))
 
         return self.told({name: encoding(name) for name in ENCODERS}, kept)
+
+    # --- out again ---
+
+    def exports(self) -> InputsExport:
+        """The encoders and the decoder are not here.
+
+        Raises:
+            ConfigError: always, with what to do instead.
+        """
+        raise ConfigError(
+            "a run on stored encodings holds no text encoder and no decoder, which a bundle needs; name them: snapgen "
+            "export --clip_l=FOLDER --clip_g=FOLDER --language=FOLDER --decoder=WORKDIR_OR_FOLDER; an encoder that is "
+            "not named is left out"
+        )
 
     # --- how they are made ---
 

@@ -45,6 +45,8 @@ class AutoencoderConfig(Preset):
         latent_channels: channels of a latent.
         groups: groups of every GroupNorm.
         scale, shift: latents are `(mean - shift) * scale`, which gives them about zero mean and unit variance.
+        quantisation: a 1x1 convolution follows the encoder and another precedes the decoder ("convolutions"), as in the
+            autoencoders of Stable Diffusion before the third; or there are none.
         normalisation: "constant" for that; "measured" for mean and deviation of each channel, parameters that whoever
             trains the autoencoder measures and no gradient moves (as in FLUX.2).
         tile: side of the largest latent that is decoded whole; larger ones are decoded in tiles of this side.
@@ -60,6 +62,7 @@ class AutoencoderConfig(Preset):
     groups: int = 32
     scale: float = 1.5305
     shift: float = 0.0609
+    quantisation: Literal["none", "convolutions"] = "none"
     normalisation: Literal["constant", "measured"] = "constant"
     tile: int = 128
     tile_overlap: int = 32
@@ -98,6 +101,7 @@ class AutoencoderConfig(Preset):
             "groups": 16,
             "normalisation": "measured",
         },
+        "sd1": {"latent_channels": 4, "scale": 0.18215, "shift": 0.0, "quantisation": "convolutions"},
         "sd3": {},
     }
 
@@ -206,13 +210,17 @@ class Encoder(nnx.Module):
         self.middle = Middle(config, rngs)
         self.norm_out = GroupNorm(width, config.groups, epsilon=EPSILON, dtype=dtype)
         self.conv_out = Conv(width, 2 * config.latent_channels, dtype=dtype, rngs=rngs)
+        self.quantisation = _quantisation(config, 2 * config.latent_channels, rngs)
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """`[B, H, W, 3]` -> mean and log variance, each `[B, h, w, c]` float32."""
         x = self.conv_in(shard(images, "image"))
         for stage in self.stages:
             x = stage(x)
-        moments = self.conv_out(jax.nn.silu(self.norm_out(self.middle(x)))).astype(jnp.float32)
+        moments = self.conv_out(jax.nn.silu(self.norm_out(self.middle(x))))
+        if self.quantisation is not None:
+            moments = self.quantisation(moments)
+        moments = moments.astype(jnp.float32)
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
@@ -222,6 +230,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: AutoencoderConfig, rngs: nnx.Rngs):
         dtype, channels = compute_dtype(config), config.channels[::-1]
+        self.quantisation = _quantisation(config, config.latent_channels, rngs)
         self.conv_in = Conv(config.latent_channels, channels[0], dtype=dtype, rngs=rngs)
         self.middle = Middle(config, rngs)
         self.stages, width = nnx.List(), channels[0]
@@ -234,10 +243,18 @@ class Decoder(nnx.Module):
 
     def __call__(self, z: jax.Array) -> jax.Array:
         """`[B, h, w, c]` -> `[B, H, W, 3]` float32."""
-        x = self.middle(self.conv_in(shard(z, "image")))
+        z = shard(z, "image")
+        x = self.middle(self.conv_in(z if self.quantisation is None else self.quantisation(z)))
         for stage in self.stages:
             x = stage(x)
         return self.conv_out(jax.nn.silu(self.norm_out(x))).astype(jnp.float32)
+
+
+def _quantisation(config: AutoencoderConfig, width: int, rngs: nnx.Rngs) -> Conv | None:
+    """The 1x1 convolution of one side, which is left of the codebook that the first such autoencoders had."""
+    if config.quantisation == "none":
+        return None
+    return Conv(width, width, 1, dtype=compute_dtype(config), rngs=rngs)
 
 
 class Statistics(nnx.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -150,8 +151,39 @@ class ClipLayer(nnx.Module):
     def __call__(self, x: jax.Array, bias: jax.Array | None) -> jax.Array:
         x = x + self.attention(self.norm_1(x), bias=bias)
         h = self.inner(self.norm_2(x))
-        h = h * jax.nn.sigmoid(1.702 * h) if self.activation == "quick_gelu" else jax.nn.gelu(h, approximate=False)
+        h = h * jax.nn.sigmoid(1.702 * h) if self.activation == "quick_gelu" else gelu(h)
         return x + self.outer(h)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """`x (1 + erf(x / sqrt(2))) / 2`, `[...] -> [...]`.
+
+    `jax.nn.gelu` computes it with erfc, whose branches no mobile GPU runs, and `jax.lax.erf` lowers to an operation
+    that TensorFlow does not read. This erf is the rational function of XLA and Eigen, right to 4e-7.
+    """
+    y = x.astype(jnp.float32)  # bfloat16 would lose the left tail to the sum
+    z = jnp.clip(y * 0.5**0.5, -_ERF_ONE, _ERF_ONE)
+    square = z * z
+    erf = z * _polynomial(_ERF_ABOVE, square) / _polynomial(_ERF_BELOW, square)
+    return (0.5 * y * (1 + erf)).astype(x.dtype)
+
+
+_ERF_ONE = 3.7439211627767994  # erf is one from here on, in float32
+_ERF_ABOVE = (
+    2.2905065861350646e-4, 3.4082910107109506e-3, 5.0955695062380861e-2, 1.8520832239976145e-1, 1.128379143519084,
+)  # fmt: skip
+_ERF_BELOW = (
+    -1.1791602954361697e-7, 2.3547966471313185e-5, 1.0179625278914885e-3, 1.4070470171167667e-2, 1.1098505178285362e-1,
+    4.9746925110067538e-1, 1.0,
+)  # fmt: skip
+
+
+def _polynomial(coefficients: Sequence[float], x: jax.Array) -> jax.Array:
+    """From the highest power to the constant."""
+    y = jnp.full_like(x, coefficients[0])
+    for c in coefficients[1:]:
+        y = y * x + c
+    return y
 
 
 class Neighbours(nnx.Module):
@@ -204,23 +236,44 @@ class ClipText(nnx.Module):
         Raises:
             ValueError: the text is longer than `max_tokens`.
         """
+        return self.part(tokens, mask, None, 0, self.config.layers)
+
+    def part(self, tokens: jax.Array, mask: jax.Array, x: jax.Array | None, first: int, last: int) -> Any:
+        """Runs the layers `first` up to `last`, for an encoder that is exported in several files.
+
+        Args:
+            tokens, mask: of the text, as for the whole encoder.
+            x: states `[B, L, width]` before layer `first`; None where that is 0.
+            first, last: of all the layers.
+
+        Returns:
+            The states before layer `last`; the `TextContext` where `last` is the number of layers.
+
+        Raises:
+            ValueError: the text is longer than `max_tokens`.
+        """
         config, length = self.config, tokens.shape[1]
         if length > config.max_tokens:
             raise ValueError(f"ClipText: {length} tokens given, but max_tokens={config.max_tokens}; truncate the text")
+        x = self._embed(tokens, mask) if x is None else x
+        bias, penultimate = causal_bias(length) if config.attention == "causal" else mask_bias(mask), x
+        for layer in self.layers[first:last]:
+            penultimate, x = x, layer(x, bias)
+        return x if last < config.layers else self._read(x, penultimate, tokens, mask)
+
+    def _embed(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         # "clip" spares the export nine operators that would only handle ids outside the table.
         x = self.token_embedding[...].at[tokens].get(mode="clip")
         if self.neighbours is not None:
             x = self.neighbours(x, mask)
-        x = x + self.position_embedding[:length]
-        x = shard(x.astype(compute_dtype(config)), "tokens")
-        bias, penultimate = causal_bias(length) if config.attention == "causal" else mask_bias(mask), x
-        for layer in self.layers:
-            penultimate, x = x, layer(x, bias)
-        last = self.norm(x)
+        x = x + self.position_embedding[: tokens.shape[1]]
+        return shard(x.astype(compute_dtype(self.config)), "tokens")
 
+    def _read(self, x: jax.Array, penultimate: jax.Array, tokens: jax.Array, mask: jax.Array) -> TextContext:
+        config, last = self.config, self.norm(x)
         ends = tokens if config.pooling == "argmax" else (tokens == config.eos_id).astype(jnp.float32)
         # A product with a one-hot row: a gather would not run on mobile GPUs.
-        one_hot = jax.nn.one_hot(jnp.argmax(ends, axis=-1), length, dtype=last.dtype)
+        one_hot = jax.nn.one_hot(jnp.argmax(ends, axis=-1), tokens.shape[1], dtype=last.dtype)
         pooled = jnp.einsum("bl,bld->bd", one_hot, last)
         if self.projection is not None:
             pooled = self.projection(pooled)

@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from snapgen_jax.networks.attention import MASKED, attend, causal_bias, mask_bias, rotate
 from snapgen_jax.networks.depth import scan, stack
 from snapgen_jax.networks.layers import Linear
-from snapgen_jax.networks.module import Preset, Rules, compute_dtype, draw, shard
+from snapgen_jax.networks.module import Preset, Rules, compute_dtype, draw, shard, take_apart
 from snapgen_jax.networks.text import TextContext
 
 # Kernels are split along their output, which a checkpoint stores as whole rows: each host reads one run of bytes. What
@@ -186,12 +186,7 @@ class Gemma2(nnx.Module):
         self, tokens: jax.Array, mask: jax.Array | None = None, *, taps: Sequence[int] = ()
     ) -> tuple[jax.Array, dict[int, jax.Array]]:
         """Last states `[B, L, width]` after the final norm, and those after each layer in `taps` before any norm."""
-        config, length = self.config, tokens.shape[1]
-        # The residual stream is float32: it grows into the thousands, where bfloat16 has steps of eight.
-        x = self.token_embedding[...].at[tokens].get(mode="clip").astype(jnp.float32) * config.width**0.5
-        rope = rope_table(length, config.head_dim, config.rope_theta)
-        padding = 0.0 if mask is None else mask_bias(mask)
-        full, sliding = causal_bias(length) + padding, window_bias(length, config.window) + padding
+        x, rope, full, sliding = self._embed(tokens), *self._positions(tokens.shape[1], mask)
 
         def body(layer: Gemma2Layer, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             x, index = carry
@@ -200,3 +195,37 @@ class Gemma2(nnx.Module):
         carry = (shard(x), jnp.int32(0))
         (x, _), found = scan(body, self.blocks, carry, taps=taps, feature=lambda carry: carry[0])
         return self.norm(x).astype(jnp.float32), found
+
+    def part(self, tokens: jax.Array, mask: jax.Array, x: jax.Array | None, first: int, last: int) -> Any:
+        """Runs the layers `first` up to `last`, one after the other and without a loop in the program, for an encoder
+        that is exported. `blocks` holds these layers alone.
+
+        Args:
+            tokens, mask: of the text, as for the whole encoder; `tokens` are read where `first` is 0.
+            x: states `[B, L, width]` before layer `first`; None where that is 0.
+            first, last: of all the layers.
+
+        Returns:
+            The states before layer `last`; where that is the number of layers a `TextContext` of the last states, whose
+            pooled vector is empty.
+        """
+        states = self._embed(tokens) if x is None else x
+        rope, full, sliding = self._positions(states.shape[1], mask)
+        join, stacked = take_apart(self.blocks)
+        for i in range(first, last):
+            layer: Any = join(jax.tree.map(lambda p, i=i: p[i - first], stacked))
+            states = layer(states, full if i % 2 else sliding, rope)
+        if last < self.config.layers:
+            return states
+        return TextContext(self.norm(states).astype(jnp.float32), mask.astype(jnp.float32), states[:, 0, :0])
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        # The residual stream is float32: it grows into the thousands, where bfloat16 has steps of eight.
+        x = self.token_embedding[...].at[tokens].get(mode="clip")
+        return x.astype(jnp.float32) * self.config.width**0.5
+
+    def _positions(self, length: int, mask: jax.Array | None) -> tuple[Any, jax.Array, jax.Array]:
+        """Rotary positions, and the biases of the layers that see all and of those with a sliding window."""
+        config, padding = self.config, 0.0 if mask is None else mask_bias(mask)
+        rope = rope_table(length, config.head_dim, config.rope_theta)
+        return rope, causal_bias(length) + padding, window_bias(length, config.window) + padding

@@ -11,6 +11,7 @@ to a shard by a hash of its id, and shards are sorted by that hash, so that a ru
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -24,7 +25,16 @@ from etils import epath
 
 from snapgen_jax.data.errors import DataError
 from snapgen_jax.data.records import pack, unpack
-from snapgen_jax.data.shards import MANIFEST, Manifest, Shard, StoredArray, shard_name, write_shard
+from snapgen_jax.data.shards import (
+    MANIFEST,
+    Manifest,
+    Shard,
+    StoredArray,
+    check_files,
+    read_manifest,
+    shard_name,
+    write_shard,
+)
 from snapgen_jax.preparation.collect_config import CollectConfig
 from snapgen_jax.preparation.extra import require
 from snapgen_jax.preparation.inspection import (
@@ -36,7 +46,7 @@ from snapgen_jax.preparation.inspection import (
     inspect_unit,
 )
 from snapgen_jax.preparation.near import first_neighbours, parts
-from snapgen_jax.preparation.places import Place, PlaceReader
+from snapgen_jax.preparation.places import Place, PlaceReader, writing
 from snapgen_jax.preparation.report import report
 from snapgen_jax.preparation.sources.interfaces import ImageSource, Unit, build_source
 from snapgen_jax.training.files import write_whole
@@ -77,20 +87,20 @@ class Outcome:
 
 
 def collect(config: CollectConfig, out: epath.PathLike, beam_options: Sequence[str] = ()) -> Outcome:
-    """Collects a source into a folder of shards.
+    """Collects a source into a folder of shards; reads nothing again where they are there already, of this config.
 
     Args:
         config: what is collected.
-        out: a folder without a manifest; made where it is missing.
+        out: a folder without the shards of another collection; made where it is missing.
         beam_options: Beam's own, such as "--runner=DataflowRunner"; none runs in this process.
 
     Raises:
-        DataError: the folder holds a collection, the source cannot be used, nothing is kept, or the disk is full. No
-            manifest is written.
+        DataError: the folder holds another collection, the source cannot be used, nothing is kept, or the disk is full.
+            No manifest is written.
     """
     folder = epath.Path(out).expanduser()
     if (folder / MANIFEST).exists():
-        raise DataError(f"{folder} holds a collection, with its {MANIFEST}; name another folder, or remove this one")
+        return _collected(folder, config)
     require("apache_beam")
     source = build_source(config)
     units = source.units()
@@ -101,8 +111,9 @@ def collect(config: CollectConfig, out: epath.PathLike, beam_options: Sequence[s
         raise DataError(f"{config.path or config.name} holds no image; looked at {len(units)} parts of it")
     if not outcome.kept:
         raise DataError(f"none of {sum(outcome.counts.values())} images is kept: {listed(outcome.rejected)}")
-    write_whole(folder / "report.html", report(config, outcome))
-    _manifest(config, outcome).write(folder)
+    with writing(folder):
+        write_whole(folder / "report.html", report(config, outcome))
+        _manifest(config, outcome).write(folder)
     (folder / WORK).rmtree(missing_ok=True)
     return outcome
 
@@ -116,18 +127,15 @@ def _begin(folder: epath.Path, config: CollectConfig) -> epath.Path:
     """The folder of the work of just this config, without what an earlier run left that was stopped."""
     asked = json.dumps([_VERSION, dataclasses.asdict(config)], sort_keys=True)
     work = folder / WORK / hashlib.blake2b(asked.encode(), digest_size=10).hexdigest()
-    try:
+    with writing(folder):
+        if (folder / WORK).exists():  # so that these files are ours
+            for left in [other for other in (folder / WORK).iterdir() if other != work]:
+                left.rmtree()
+            for left in [*folder.glob("images-*-of-*.array_record"), folder / "report.html", work / _OUTCOME]:
+                left.unlink(missing_ok=True)
+            for left in [*folder.glob(".writing-*"), *work.glob(".writing-*")]:
+                left.rmtree()
         work.mkdir(parents=True, exist_ok=True)
-        for other in (folder / WORK).iterdir():
-            if other != work:
-                other.rmtree()
-        (work / _OUTCOME).unlink(missing_ok=True)
-        for left in [*folder.glob("images-*-of-*.array_record"), *folder.glob("report.html")]:
-            left.unlink()
-        for left in [*folder.glob(".writing-*"), *work.glob(".writing-*")]:
-            left.rmtree()
-    except OSError as error:
-        raise DataError(f"{folder} cannot be written: {error}; name another folder") from error
     return work
 
 
@@ -145,12 +153,14 @@ def _run(
         pipeline = beam.Pipeline(options=options)
     except ValueError as error:
         raise DataError(f"Beam's options {' '.join(beam_options)} cannot be used: {error}") from error
-    _build(pipeline, units, source, config, str(folder), str(work))
+    with _outside_of_notebooks():
+        _build(pipeline, units, source, config, str(folder), str(work))
     log = logging.getLogger("apache_beam.runners.common")
     level = log.level
     log.setLevel(logging.CRITICAL)  # it would print the traceback of an error that is raised here anyway
     try:
-        pipeline.run().wait_until_finish()
+        with _outside_of_notebooks():
+            pipeline.run().wait_until_finish()
     except Exception as error:
         # A runner adds which step failed, and may hand on what its workers said as text alone.
         text = f"errors.DataError: {error}" if isinstance(error, DataError) else str(error)
@@ -160,6 +170,19 @@ def _run(
         raise DataError(said[-1]) from error
     finally:
         log.setLevel(level)
+
+
+@contextlib.contextmanager
+def _outside_of_notebooks() -> Iterator[None]:
+    """Keeps Beam from naming steps after the cells of a notebook: the part of it that does so needs an older pandas."""
+    from apache_beam.utils import interactive_utils
+
+    before = interactive_utils.is_in_ipython
+    interactive_utils.is_in_ipython = lambda: False
+    try:
+        yield
+    finally:
+        interactive_utils.is_in_ipython = before
 
 
 def _build(
@@ -332,18 +355,15 @@ def _number(value: float | str | None) -> float:
 
 
 def _keep_outcome(work: str, counts: Any, examples: Any, sizes: Any, captions: int, shards: Any) -> None:
-    write_whole(
-        epath.Path(work) / _OUTCOME,
-        pack(
-            {
-                "counts": counts,
-                "examples": {reason: [dataclasses.asdict(c) for c in found] for reason, found in examples.items()},
-                "sizes": {str(size): count for size, count in sizes.items()},
-                "captions": captions,
-                "shards": [dataclasses.asdict(shard) for shard in shards],
-            }
-        ),
-    )
+    values = {
+        "counts": counts,
+        "examples": {reason: [dataclasses.asdict(c) for c in found] for reason, found in examples.items()},
+        "sizes": {str(size): count for size, count in sizes.items()},
+        "captions": captions,
+        "shards": [dataclasses.asdict(shard) for shard in shards],
+    }
+    with writing(epath.Path(work)):
+        write_whole(epath.Path(work) / _OUTCOME, pack(values))
 
 
 # --- the end ---------------------------------------------------------------------------------------------------------
@@ -359,6 +379,22 @@ def _outcome(packed: bytes) -> Outcome:
         values["captions"],
         tuple(sorted(shards, key=lambda shard: shard.file)),
     )
+
+
+def _collected(folder: epath.Path, config: CollectConfig) -> Outcome:
+    """What a folder holds that is done.
+
+    Raises:
+        DataError: it is no collection, one of another config, or a shard of it is missing or cut.
+    """
+    manifest = read_manifest(folder)
+    asked = json.loads(json.dumps(dataclasses.asdict(config)))
+    if manifest.kind != "images" or manifest.facts.get("config") != asked:
+        raise DataError(f"{folder} holds another collection; name another folder, or remove this one")
+    check_files(folder, manifest)
+    facts = manifest.facts
+    sizes = {int(size): count for size, count in facts["sizes"].items()}
+    return Outcome({"": facts["kept"], **facts["rejected"]}, {}, sizes, facts["captions"], manifest.shards)
 
 
 def _manifest(config: CollectConfig, outcome: Outcome) -> Manifest:

@@ -68,7 +68,8 @@ class CollectConfig:
         split: "tfds", and "huggingface" where the folder holds several.
         image: column of the image; empty takes the source's convention. In a Parquet file it holds the bytes, or a
             struct with `bytes`, or the path of a file below `images`.
-        images: "parquet": folder that paths of images start from; empty means the folder of the Parquet file.
+        images: "parquet", "huggingface": folder that paths of images start from; empty means that of the file or of
+            the data set.
         captions: {column of captions: weight}; empty takes the source's convention. Training draws a caption by its
             weight; a column that holds a list shares its weight among them.
         class_names: "tfds": text file with one class name a line, where the data set's own names are codes.

@@ -12,12 +12,12 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from snapgen_jax.data.errors import DataError, UnreadableExampleError
+from snapgen_jax.data.errors import UnreadableExampleError
 from snapgen_jax.data.images import decode, format_of, header_size
 from snapgen_jax.data.records import pack, unpack
 from snapgen_jax.preparation.collect_config import CollectConfig, FilterConfig
 from snapgen_jax.preparation.extra import require
-from snapgen_jax.preparation.places import Place, spool
+from snapgen_jax.preparation.places import Place, spool, writing
 from snapgen_jax.preparation.sources.interfaces import Caption, ImageSource, RawExample, Unit
 from snapgen_jax.training.files import write_whole
 
@@ -96,10 +96,8 @@ def inspect_unit(unit: Unit, source: ImageSource, config: CollectConfig, folder:
                 if candidate.reason and shown[candidate.reason] <= config.examples_shown and raw.image is not None:
                     candidate = dataclasses.replace(candidate, thumbnail=thumbnail(raw.image))
                 found.append(candidate)
-        try:
+        with writing(done):
             write_whole(done, pack({"candidates": [dataclasses.asdict(candidate) for candidate in found]}))
-        except OSError as error:
-            raise DataError(f"{done} cannot be written: {error}; make room, then start again, which goes on") from error
     for values in unpack(done.read_bytes())["candidates"]:
         yield candidate_of(values)
 
@@ -124,15 +122,17 @@ def inspect(raw: RawExample, config: CollectConfig, keep: Callable[[bytes], Plac
             raise UnreadableExampleError(raw.problem)
         data, encoding = raw.image, format_of(raw.image)
         height, width = header_size(data)
-        if wrong := _misshapen(height, width, filters):
+        if height and (wrong := _misshapen(height, width, filters)):  # told without decoding
             return dataclasses.replace(candidate, reason=wrong[0], detail=wrong[1], height=height, width=width)
         pixels = decode(data)
     except UnreadableExampleError as error:
         return dataclasses.replace(candidate, reason=UNREADABLE, detail=str(error))
+    height, width = pixels.shape[:2]
+    if wrong := _misshapen(height, width, filters):
+        return dataclasses.replace(candidate, reason=wrong[0], detail=wrong[1], height=height, width=width)
     place = raw.place
     if encoding not in KEPT_AS_THEY_ARE:
         data, place = _png(pixels), None
-    height, width = pixels.shape[:2]
     return dataclasses.replace(
         candidate,
         place=place or keep(data),
@@ -189,8 +189,6 @@ def _out_of_bounds(raw: RawExample, filters: FilterConfig) -> tuple[str, str] | 
 
 
 def _misshapen(height: int, width: int, filters: FilterConfig) -> tuple[str, str] | None:
-    if not height or not width:
-        return None  # decoding says why
     if min(height, width) < filters.least_side:
         return SMALL, f"{width} x {height}"
     aspect = max(height, width) / min(height, width)

@@ -69,7 +69,7 @@ def spool(path: epath.Path) -> Iterator[Callable[[bytes], Place]]:
         A function that keeps some bytes, and says where they will be. It raises `DataError` where the disk is full.
     """
     end = 0
-    with _explained(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = tempfile.TemporaryDirectory(
             prefix=".writing-", dir=None if on_object_store(path) else str(path.parent), ignore_cleanup_errors=True
@@ -80,7 +80,7 @@ def spool(path: epath.Path) -> Iterator[Callable[[bytes], Place]]:
 
             def add(data: bytes) -> Place:
                 nonlocal end
-                with _explained(path):
+                with writing(path):
                     if stream.write(data) != len(data):
                         raise OSError("the disk took a part of it")
                 place, end = Place(str(path), end, len(data)), end + len(data)
@@ -89,7 +89,7 @@ def spool(path: epath.Path) -> Iterator[Callable[[bytes], Place]]:
             yield add
         if not end:
             return
-        with _explained(path):
+        with writing(path):
             if on_object_store(path):
                 epath.Path(local).copy(path, overwrite=True)
             else:
@@ -97,7 +97,8 @@ def spool(path: epath.Path) -> Iterator[Callable[[bytes], Place]]:
 
 
 @contextlib.contextmanager
-def _explained(path: epath.Path) -> Iterator[None]:
+def writing(path: epath.Path) -> Iterator[None]:
+    """Within it, a disk that is full or refuses is a `DataError` that names the path."""
     try:
         yield
     except OSError as error:

@@ -183,13 +183,15 @@ def tokenizer_digests(tokenizer: CaptionTokenizer, lengths: Mapping[str, int]) -
 
 
 def check_tokenizers(manifest: Manifest, tokenizer: CaptionTokenizer, lengths: Mapping[str, int], folder: str) -> None:
-    """Compares tokenizers with those that made a folder.
+    """Compares tokenizers with those that made a folder. There may be others, such as those of a teacher's captions.
 
     Raises:
         DataError: one is another; names it.
     """
     made = manifest.facts.get("tokenizers", {})
-    given = tokenizer_digests(tokenizer, {name: n for name, n in lengths.items() if name in made})
+    given = tokenizer_digests(
+        tokenizer, {name: n for name, n in lengths.items() if name in made and name in tokenizer.names}
+    )
     if other := [name for name, digest in given.items() if digest != made[name]]:
         raise DataError(
             f"{folder} was made with other tokenizers than this config names, of {', '.join(other)}; name those that "

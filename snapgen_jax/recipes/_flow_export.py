@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from snapgen_jax.diffusion.guidance import ALL_TIMES
 from snapgen_jax.diffusion.path import T_MIN
 from snapgen_jax.networks.module import apply, build
 from snapgen_jax.networks.text import TextContext
@@ -55,19 +58,19 @@ def flow_plan(
         raise ConfigError(
             f"a bundle knows the predictions 'velocity' and 'x_0', and this network predicts {prediction!r}"
         )
-    units, null, codec = inputs.units, inputs.null, inputs.codec
-    unit = _denoiser_unit(denoiser_role, network_config, latent_shape, context)
-    text, decoder = units.get("text_encoder"), units.get("decoder")
+    codec, decoder, text = inputs.codec, inputs.decoder, [unit.name for unit in inputs.encoders]
+    unit = denoiser_unit(denoiser_role, network_config, latent_shape, context)
+    whole = sampling.guidance_interval == ALL_TIMES
     if codec is None:
         outputs = {"latent": {"shape": list(latent_shape), "dtype": "float32"}}
     else:
         outputs = {"image": {"shape": list(image_shape), "dtype": "uint8"}}
     program = {
-        "schema": 2,
+        "schema": 3,
         "kind": "flow",
         "inputs": {
-            key: {"shape": list(array.shape), "dtype": str(array.dtype), "null": array.tolist()}
-            for key, array in null.items()
+            name: _array(array) if inputs.null_context else {**_array(array), "null": array.tolist()}
+            for name, array in inputs.null.items()
         },
         "outputs": outputs,
         "latent_shape": list(latent_shape),
@@ -85,23 +88,34 @@ def flow_plan(
             },
             "prediction": {"kind": "velocity"} if prediction == "velocity" else {"kind": "x_0", "t_min": T_MIN},
             "guidance": sampling.guidance,
+            **({} if whole else {"guidance_interval": list(sampling.guidance_interval)}),
             **({"context": "text"} if text else {}),
         },
         "decoder": None if codec is None else {**codec, **({"unit": decoder.name} if decoder else {})},
-        **({"tokenizer": dict(inputs.tokenizer)} if inputs.tokenizer else {}),
-        **({"contexts": {"text": [text.name]}} if text else {}),
+        **({"tokenizers": [dict(entry) for entry in inputs.tokenizers]} if inputs.tokenizers else {}),
+        **({"contexts": {"text": text}} if text else {}),
     }
-    return ExportPlan([unit, *units.values()], program, golden)
+    if inputs.null_context:
+        nulls = {name: {**_array(array), "null": array.item(0)} for name, array in inputs.null_context.items()}
+        program["null_contexts"] = {"text": nulls}
+    return ExportPlan([unit, *inputs.encoders, *([decoder] if decoder else [])], program, golden)
 
 
-def _denoiser_unit(role: str, config: Any, latent_shape: tuple[int, ...], context: TextContext) -> ExportUnit:
+def _array(array: np.ndarray) -> dict[str, Any]:
+    return {"shape": list(array.shape), "dtype": str(array.dtype)}
+
+
+def denoiser_unit(role: str, config: Any, latent_shape: tuple[int, ...], context: TextContext) -> ExportUnit:
+    """A denoiser: latent, time features `[1, T]` and context to prediction, in the shape of the latent.
+
+    Args:
+        role: whose weights it has.
+        config: of the network.
+        latent_shape: `(h, w, c)`.
+        context: ShapeDtypeStructs `[1, ...]` of what it attends to.
+    """
     form = {"depthwise": "grouped"} if "depthwise" in {field.name for field in dataclasses.fields(config)} else {}
-    network, _ = build(dataclasses.replace(config, dtype="float32", **form))
-
-    def denoise(weights: Tree, *, latent: Any, time: Any, sequence: Any, mask: Any, pooled: Any) -> dict[str, Any]:
-        out, _ = apply(network, weights[role], latent, time, TextContext(sequence, mask, pooled))
-        return {"prediction": out}
-
+    config = dataclasses.replace(config, dtype="float32", **form)
     shapes = {
         "latent": (1, *latent_shape),
         "time": (1, config.time_width),
@@ -110,4 +124,11 @@ def _denoiser_unit(role: str, config: Any, latent_shape: tuple[int, ...], contex
         "pooled": context.pooled.shape,
     }
     inputs = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
-    return ExportUnit(role.replace("/", "_"), denoise, (role,), inputs)
+    return ExportUnit(role.replace("/", "_"), functools.partial(_denoise, role, config), (role,), inputs)
+
+
+def _denoise(
+    role: str, config: Any, weights: Tree, *, latent: Any, time: Any, sequence: Any, mask: Any, pooled: Any
+) -> dict[str, Any]:
+    out, _ = apply(build(config)[0], weights[role], latent, time, TextContext(sequence, mask, pooled))
+    return {"prediction": out}

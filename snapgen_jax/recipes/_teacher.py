@@ -32,6 +32,7 @@ from snapgen_jax.recipes._assembly import Specs, merged_specs, merged_tokenizers
 from snapgen_jax.recipes._sampling import SamplingConfig, sampling_grid
 from snapgen_jax.systems.denoiser import Denoiser, Prediction
 from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.weights.folder import is_weights_folder
 from snapgen_jax.weights.frozen import draw_stand_ins, load_mmdit, load_run
 
 Tree = Any
@@ -47,7 +48,8 @@ class TeacherConfig:
 
     Attributes:
         workdir: a trained run, of which the averaged weights are taken.
-        weights: in place of a run, the folder `transformer/` of a published Stable Diffusion 3.5.
+        weights: in place of a run, the folder `transformer/` of a published Stable Diffusion 3.5, or one that `snapgen
+            weights export` made of a run.
         random: in place of either, networks as they are drawn: a run to try speed and memory with. They teach nothing.
         network, prediction, schedule: as for `flow_matching`; equal to those of the run.
         inputs: what the teacher is fed, where that differs from the student's: another text encoder, stored states of
@@ -110,6 +112,7 @@ class Teacher:
         Raises:
             ConfigError: the fields do not fit each other.
         """
+        config = _of_run(config, name)
         self.config, self.student, self.name = config, student, name
         self.knows_levels = config.schedule == schedule
         self.role = config.network.kind
@@ -130,8 +133,6 @@ class Teacher:
 
     def _check(self) -> None:
         config, name = self.config, self.name
-        if bool(config.workdir) + bool(config.weights) + config.random > 1:
-            raise ConfigError(f"{name}.workdir, {name}.weights and {name}.random each name a teacher; give one of them")
         if config.weights and self.role != "mmdit":
             raise ConfigError(f"{name}.weights holds an MMDiT; set {name}.network.kind to 'mmdit'")
         if config.weights and self.inputs is not None and trained_roles(self.inputs):
@@ -390,6 +391,19 @@ class Teacher:
             times = jnp.linspace(1.0, 0.0, config.rollout_steps + 1)
             _, v = sample(slope, x_t, times, carry=jnp.zeros_like(v))
         return jax.lax.stop_gradient((v, features))
+
+
+def _of_run(config: TeacherConfig, name: str) -> TeacherConfig:
+    """The config, in which a folder of a run's weights stands where a run does.
+
+    Raises:
+        ConfigError: it names several teachers.
+    """
+    if bool(config.workdir) + bool(config.weights) + config.random > 1:
+        raise ConfigError(f"{name}.workdir, {name}.weights and {name}.random each name a teacher; give one of them")
+    if config.weights and is_weights_folder(config.weights):
+        return dataclasses.replace(config, workdir=config.weights, weights="")
+    return config
 
 
 def run_config(workdir: epath.PathLike) -> dict[str, Any]:

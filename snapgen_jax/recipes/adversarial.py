@@ -24,6 +24,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from snapgen_jax.diffusion.path import expand_like, interpolate, x0_from_velocity
 from snapgen_jax.diffusion.schedules import Level
+from snapgen_jax.evaluation.interfaces import EvaluatorSpec
 from snapgen_jax.inputs.interfaces import TokenizerSpec, prefixed
 from snapgen_jax.losses.distillation import TASK
 from snapgen_jax.losses.flow_matching import flow_matching_loss
@@ -387,6 +388,11 @@ class Adversarial(Distillation):
         found = {name: jax.lax.map(distance, (levels, x)) for name, x in (("noised", noised), ("own", own))}
         times = [f"t={t:.2f}" for t in self.levels.t.tolist()]
         return {f"{name}/{time}": rows[i] for name, rows in found.items() for i, time in enumerate(times)}
+
+    def evaluators(self) -> Sequence[EvaluatorSpec]:
+        """Also "exposure" where there is a teacher, when it is asked for."""
+        has = [self.config.evaluation.spec("exposure", function=self.exposure)] if self.has_teacher else []
+        return [*(spec for spec in super().evaluators() if spec.name != "exposure"), *has]
 
     def parts(self) -> Mapping[str, Part]:
         """Also the steps of the players, each without the others': "discriminator", "critic" and "generator"."""

@@ -179,7 +179,7 @@ class Contrastive:
         return {"loss": loss, "accuracy": nearest.astype(jnp.float32)}
 
     def update(self, state: TrainState, frozen: Tree, batch: Tree, key: jax.Array) -> tuple[TrainState, Metrics]:
-        """One AdamW step on the contrastive loss. Nothing in it is random."""
+        """One optimizer step on the contrastive loss. Nothing in it is random."""
         del key
         player = state.players["model"]
 

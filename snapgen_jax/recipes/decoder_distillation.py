@@ -104,7 +104,7 @@ class DecoderDistillation(Reconstruction):
             raise ConfigError(
                 "a generated latent has no image that it came from; with generator_workdir set target='large'"
             )
-        if (kind := config.generator.inputs.kind) in ("stored", "stored_encodings"):
+        if (kind := config.generator.inputs.kind) in ("stored", "stored_clip_captions", "stored_encodings"):
             raise ConfigError(f"the generator draws from conditions of the batch; its inputs cannot be {kind!r}")
         if not 0 < self.generated <= config.batch_size:
             raise ConfigError(

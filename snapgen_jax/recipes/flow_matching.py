@@ -69,8 +69,8 @@ class FlowMatchingConfig:
         microbatches: the global batch is computed in this many parts.
         train_steps: updates in the run; where a decaying learning rate ends.
         network: which network learns, told apart by `kind`: the SnapGen "unet", or the "mmdit" of Stable Diffusion 3.
-        inputs: what it is fed, told apart by `kind`: "captions", "encoders", "stored", "stored_encodings" or
-            "class_labels".
+        inputs: what it is fed, told apart by `kind`: "captions", "clip_captions", "encoders",
+            "stored", "stored_clip_captions", "stored_encodings" or "class_labels".
         prediction: what the network's output stands for: the velocity, or the image ("x_0"), from which the velocity
             follows as `(x_t - x_0) / t`; "eps", "v" or "F" under another schedule. Where a latent has more channels
             than the image has degrees of freedom, as with large patches of pixels, the image is the easier target: the
@@ -274,7 +274,7 @@ class FlowMatching:
         return extra, {}
 
     def update(self, state: TrainState, frozen: Tree, batch: Tree, key: jax.Array) -> tuple[TrainState, Metrics]:
-        """One AdamW step on the loss."""
+        """One optimizer step on the loss."""
         return self.learn(state, frozen, self.draw(self.current(state, frozen), batch, key, state.step))
 
     def current(self, state: TrainState, frozen: Tree) -> dict[str, Tree]:
@@ -405,7 +405,7 @@ class FlowMatching:
         return [when.spec(name, **parts.get(name, {})) for name in when.names]
 
     def exports(self) -> ExportPlan:
-        """The network and the inputs' own units (text encoder, decoder), at the first image size."""
+        """The network and the inputs' own units (text encoders, decoder), at the first image size."""
         brought = self.inputs.exports()
         told = {name: jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for name, x in brought.null.items()}
         networks = {role: build(network.config)[1] for role, network in self.networks().items()}
@@ -417,11 +417,11 @@ class FlowMatching:
             denoiser=self.denoiser,
             sampling=self.options,
             latent_shape=self.inputs.latent_shape(),
-            image_shape=decoded["image"].shape[1:],
-            context=jax.eval_shape(self.inputs.condition, networks, told),
+            image_shape=decoded["image"].shape[1:] if decoded else (),
+            context=brought.context or jax.eval_shape(self.inputs.condition, networks, told),
             inputs=brought,
             golden=GoldenInputs(
-                prompts=(self.config.sample_prompts[:2] or ("",)) if brought.tokenizer else (), arrays=brought.golden
+                prompts=(self.config.sample_prompts[:2] or ("",)) if brought.tokenizers else (), arrays=brought.golden
             ),
         )
 

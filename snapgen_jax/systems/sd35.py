@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from snapgen_jax.bounds import FINITE, above, at_least, check
-from snapgen_jax.diffusion.guidance import with_guidance
+from snapgen_jax.diffusion.guidance import ALL_TIMES, check_interval, guided_times, with_guidance
 from snapgen_jax.diffusion.noise import draw_noise
 from snapgen_jax.diffusion.samplers import sample
 from snapgen_jax.diffusion.timesteps import shift_time
@@ -75,6 +75,7 @@ class SD35Config:
         size: which of the published ones; the weights of another size are refused.
         image_size: (height, width) in pixels.
         steps, guidance, shift: of the sampler (Euler). Guidance of 1 or less is none.
+        guidance_interval: (t_low, t_high): the times at which to guide; (0, 1) for all.
         t5_tokens: length of the texts for T5.
         dtype: of the parameters and the arithmetic; "auto" is bfloat16 on accelerators and float32 on CPU.
         mesh: how the parameters are split.
@@ -85,6 +86,7 @@ class SD35Config:
     image_size: tuple[int, int] = (1024, 1024)
     steps: int = 28
     guidance: float = 3.5
+    guidance_interval: tuple[float, float] = ALL_TIMES
     shift: float = 3.0
     t5_tokens: int = 256
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -92,6 +94,7 @@ class SD35Config:
 
     def __post_init__(self) -> None:
         check(self, image_size=at_least(1), steps=at_least(1), guidance=FINITE, shift=above(0), t5_tokens=at_least(1))
+        check_interval(self.guidance_interval)
 
 
 NetworkConfigs = dict[str, Any]
@@ -270,8 +273,10 @@ class SD35:
         # As in the reference, where a scale of 1 or less means no guidance.
         scale = config.guidance if config.guidance > 1 else 1
         null_context = self.encode_text(params, null) if scale != 1 else context
-        guided = with_guidance(denoise, context, null_context, scale)
-        latent, _ = sample(guided, noise, reference_times(config.steps, config.shift))
+        times = reference_times(config.steps, config.shift)
+        when = None if scale == 1 else guided_times(times, config.guidance_interval)
+        guided = with_guidance(denoise, context, null_context, scale, when)
+        latent, _ = sample(guided, noise, times)
         pixels = self.codec(params).decode(latent)
         return {"image": to_uint8(pixels), "pixels": pixels, "latent": latent}
 

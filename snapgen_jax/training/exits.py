@@ -28,7 +28,7 @@ class ConfigError(RunError, ValueError):
 
 
 class DamagedError(ConfigError):
-    """A checkpoint is not what was saved."""
+    """A file of a workdir, such as a checkpoint, is not what was saved."""
 
 
 class DivergedError(RunError):

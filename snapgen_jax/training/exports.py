@@ -40,6 +40,8 @@ class ExportUnit:
         storage: `{path: Stored}`, path being "role/module/kernel": weights that take few values. The exporter checks
             that they are those values, and the manifest lists them. The `.tflite` file holds them as floats all the
             same.
+        part: `part(weights)`: what `function` reads of its roles, where that is less than all of them, such as some
+            layers of an encoder that is split.
     """
 
     name: str
@@ -47,9 +49,10 @@ class ExportUnit:
     roles: tuple[str, ...]
     inputs: Mapping[str, jax.ShapeDtypeStruct]
     storage: Mapping[str, Stored] = dataclasses.field(default_factory=dict)
+    part: Callable[[Mapping[str, Tree]], dict[str, Tree]] | None = None
 
     def select(self, weights: Mapping[str, Tree]) -> dict[str, Tree]:
-        """The roles that `function` takes.
+        """The weights that `function` takes.
 
         Raises:
             ValueError: a role is not among the weights.
@@ -59,7 +62,8 @@ class ExportUnit:
                 f"the export unit {self.name!r} needs the weights {', '.join(missing)}; the recipe has "
                 f"{', '.join(sorted(weights))}. Load them among the frozen networks, or change the unit's roles"
             )
-        return {role: weights[role] for role in self.roles}
+        held = {role: weights[role] for role in self.roles}
+        return held if self.part is None else self.part(held)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,17 +88,27 @@ class InputsExport:
     """What a kind of example brings to a plan.
 
     Attributes:
-        units: "text_encoder", which makes what the denoiser attends to, and "decoder", where there are such.
-        null: `{input of the program: array of one example}`, those of the empty condition.
-        tokenizer: `{array: what the bundle's tokenizer makes}`; empty where the program reads no text.
+        encoders: the units that make what the denoiser attends to, in the order of their calls.
+        null: `{input of the program: array of one example}`, those of the empty condition; shape and dtype alone count
+            where there is a `null_context`.
         codec: `Codec.describe()`, how latents become pictures; None leaves latents to the caller.
+        decoder: the unit that decodes, where the codec is a network.
+        tokenizers: the program's `tokenizers`, see `export/program.py`; empty where it reads no text. An entry without
+            "begin" is framed as its file says.
+        null_context: `{array that the denoiser attends to: its value}` in the calls without a condition, where no
+            encoder makes it.
+        context: ShapeDtypeStructs `[1, ...]` of what the denoiser attends to; None where `Inputs.condition` makes it of
+            `null`.
         golden: `{input of the program: [N, ...]}` that the golden examples take, of inputs that no tokenizer makes.
     """
 
-    units: Mapping[str, ExportUnit]
+    encoders: Sequence[ExportUnit]
     null: Mapping[str, np.ndarray]
-    tokenizer: Mapping[str, str]
     codec: Mapping[str, Any] | None
+    decoder: ExportUnit | None = None
+    tokenizers: Sequence[Mapping[str, Any]] = ()
+    null_context: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    context: Any = None
     golden: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 

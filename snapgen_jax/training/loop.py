@@ -31,6 +31,7 @@ from snapgen_jax.training.fingerprint import fingerprint
 from snapgen_jax.training.keys import key
 from snapgen_jax.training.lifetime import Lifetime
 from snapgen_jax.training.metrics import MetricWriter, evaluated
+from snapgen_jax.training.mirrors import NO_MIRROR, MirrorConfig
 from snapgen_jax.training.profile import Profiler
 from snapgen_jax.training.ravel import leaf_by_leaf
 from snapgen_jax.training.recipe import Metrics, Recipe
@@ -51,6 +52,7 @@ class LoopConfig:
         max_skipped_steps: this many discarded updates in a row end the run.
         microbatches: gradient accumulation, for the check that the batch divides.
         tensorboard: mirror the JSON lines as TensorBoard event files.
+        mirror: a service that shows them too.
         stall_seconds: a phase (one update, one wait for data, one evaluation) that lasts longer is reported with the
             stacks of all threads; 0 reports none.
         profile_steps: "100:110" traces updates 100 to 109 into `profiles/` of the workdir; "" none.
@@ -62,6 +64,7 @@ class LoopConfig:
     max_skipped_steps: int = 20
     microbatches: int = 1
     tensorboard: bool = True
+    mirror: MirrorConfig = NO_MIRROR
     stall_seconds: float = 600.0
     profile_steps: str = ""
     mesh: MeshConfig = MeshConfig()
@@ -132,6 +135,8 @@ class Run:
                 check_batch(jax.tree.leaves(spec)[0].shape[0], config.microbatches, mesh)
             except ValueError as error:
                 raise ConfigError(str(error)) from error
+        if workdir is not None:
+            config.mirror.check_installed()
         self.checkpointer = None if workdir is None else Checkpointer(workdir, config.checkpoint)
         goodput = None if workdir is None else workdir / "metrics" / "goodput.json"
         self.life = Lifetime(goodput, self.wait_for_save, stall_seconds=config.stall_seconds, began=began)
@@ -251,7 +256,7 @@ class Run:
         self._on_record = (step, evaluated(self.workdir, step))
         if self.first:
             self.life.charge_lost_work(step)
-            self.writer = MetricWriter(self.workdir, step, self.config.tensorboard)
+            self.writer = MetricWriter(self.workdir, step, self.config.tensorboard, self.config.mirror)
             write_whole(self.workdir / "parameters.txt", explain(state) + "\n")
 
     # --- the parts of a step ---

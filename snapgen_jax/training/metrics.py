@@ -1,11 +1,13 @@
-"""What a run writes down: JSON lines as the record, TensorBoard as a mirror of them.
+"""What a run writes down: JSON lines as the record, and mirrors of them.
 
 `train.jsonl` holds deterministic values only, one line a step, so that two runs can be compared byte for byte;
-`perf.jsonl` holds times; `evaluation.jsonl` holds the numbers of evaluators.
+`perf.jsonl` holds times; `evaluation.jsonl` holds the numbers of evaluators. In an object store each is a row of
+segments, see `appended`; `read_lines` reads either form.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -15,7 +17,8 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from snapgen_jax.training.files import on_object_store, write_whole
+from snapgen_jax.training.appended import AppendedFile, read_appended
+from snapgen_jax.training.mirrors import NO_MIRROR, Mirror, MirrorConfig, TensorBoard, service
 
 
 def _line(record: Mapping[str, Any]) -> str:
@@ -25,12 +28,17 @@ def _line(record: Mapping[str, Any]) -> str:
     )
 
 
-def read_lines(path: epath.Path) -> list[dict[str, Any]]:
-    """The records of a JSON lines file; a last line that a crash cut short is left out."""
-    if not path.exists():
-        return []
-    text = path.read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+def _whole_lines(data: bytes) -> bytes:
+    return data[: data.rfind(b"\n") + 1]
+
+
+def read_lines(path: epath.PathLike) -> list[dict[str, Any]]:
+    """The records of a JSON lines file, on a disk or in an object store, without a last line that a crash cut short.
+
+    Raises:
+        DamagedError: a segment is missing.
+    """
+    return [json.loads(line) for line in _whole_lines(read_appended(path)).splitlines()]
 
 
 def evaluated(workdir: epath.PathLike, step: int) -> set[str]:
@@ -42,47 +50,50 @@ def evaluated(workdir: epath.PathLike, step: int) -> set[str]:
 class MetricWriter:
     """Writes the metrics of a workdir. `start_step` is the step restored: later lines belong to work that was lost."""
 
-    def __init__(self, workdir: epath.PathLike, start_step: int, tensorboard: bool = True):
-        self.workdir = epath.Path(workdir)
-        self._metrics = self.workdir / "metrics"
-        self._metrics.mkdir(parents=True, exist_ok=True)
-        for name in ("train", "evaluation"):
-            self._cut_back(self._metrics / f"{name}.jsonl", start_step)
-        self._board = None
-        if tensorboard and not on_object_store(self.workdir):
-            from tensorboardX import SummaryWriter
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        start_step: int,
+        tensorboard: bool = True,
+        mirror: MirrorConfig = NO_MIRROR,
+    ):
+        """Cuts `train.jsonl` and `evaluation.jsonl` back to `start_step`.
 
-            self._board = SummaryWriter(str(self.workdir / "tensorboard"), purge_step=start_step + 1)
+        Raises:
+            DamagedError: a segment of a file is missing.
+            ConfigError: the mirror's package is not installed.
+        """
+        self.workdir = epath.Path(workdir)
+        folder = self.workdir / "metrics"
+        self._files = {name: AppendedFile(folder / f"{name}.jsonl") for name in ("train", "perf", "evaluation")}
+        for name in ("train", "evaluation"):
+            self._cut_back(self._files[name], start_step)
+        self._mirrors: list[Mirror] = [TensorBoard(self.workdir, start_step)] if tensorboard else []
+        if mirror.kind != "none":
+            self._mirrors.append(service(mirror, self.workdir))
 
     @staticmethod
-    def _cut_back(path: epath.Path, step: int) -> None:
-        records = read_lines(path)
-        if path.exists():
-            write_whole(path, "".join(_line(r) for r in records if r["step"] <= step))
-
-    def _append(self, name: str, lines: str) -> None:
-        path = self._metrics / f"{name}.jsonl"
-        if on_object_store(path):  # where nothing can be appended
-            path.write_text((path.read_text() if path.exists() else "") + lines)
-        else:
-            with path.open("a") as file:
-                file.write(lines)
+    def _cut_back(file: AppendedFile, step: int) -> None:
+        lines = _whole_lines(read_appended(file.path)).splitlines(keepends=True)
+        file.cut(sum(len(line) for line in itertools.takewhile(lambda line: json.loads(line)["step"] <= step, lines)))
 
     def train(self, records: list[dict[str, Any]]) -> None:
-        """Appends one record a step to `train.jsonl`, and their mean to TensorBoard."""
-        self._append("train", "".join(map(_line, records)))
-        if self._board is not None and records:
-            for key in records[-1].keys() - {"step"}:
-                values = [r[key] for r in records if isinstance(r.get(key), float) and math.isfinite(r[key])]
-                if values:
-                    self._board.add_scalar(f"train/{key}", float(np.mean(values)), records[-1]["step"])
+        """Appends one record a step to `train.jsonl`, and their mean to the mirrors."""
+        self._files["train"].append("".join(map(_line, records)).encode())
+        means = {}
+        for key in (records[-1].keys() - {"step"}) if records else ():
+            values = [r[key] for r in records if isinstance(r.get(key), float) and math.isfinite(r[key])]
+            if values:
+                means[f"train/{key}"] = float(np.mean(values))
+        if means:
+            self._mirror(records[-1]["step"], means)
 
     def perf(self, record: dict[str, Any]) -> None:
-        """Appends to `perf.jsonl`."""
-        self._append("perf", _line(record))
-        if self._board is not None:
-            for key in record.keys() - {"step"}:
-                self._board.add_scalar(f"perf/{key}", record[key], record["step"])
+        """Appends to `perf.jsonl`, and ends an interval: what the mirrors were given is shown."""
+        self._files["perf"].append(_line(record).encode())
+        self._mirror(record["step"], {f"perf/{key}": value for key, value in record.items() if key != "step"})
+        for mirror in self._mirrors:
+            mirror.flush()
 
     def evaluation(
         self, step: int, name: str, numbers: Mapping[str, float], pictures: Mapping[str, np.ndarray]
@@ -93,14 +104,17 @@ class MetricWriter:
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / f"{title}_{step:08d}.png").open("wb") as file:
                 Image.fromarray(picture).save(file, format="PNG")
-            if self._board is not None:
-                self._board.add_image(title, picture, step, dataformats="HWC")
-        self._append("evaluation", _line({"step": step, "evaluator": name, **numbers}))
-        if self._board is not None:
-            for key, value in numbers.items():
-                self._board.add_scalar(f"evaluation/{key}", value, step)
+        self._files["evaluation"].append(_line({"step": step, "evaluator": name, **numbers}).encode())
+        self._mirror(step, {f"evaluation/{key}": value for key, value in numbers.items()})
+        for mirror in self._mirrors:
+            mirror.pictures(step, pictures)
+            mirror.flush()
+
+    def _mirror(self, step: int, values: Mapping[str, float]) -> None:
+        for mirror in self._mirrors:
+            mirror.scalars(step, values)
 
     def close(self) -> None:
-        """Flushes the mirror."""
-        if self._board is not None:
-            self._board.close()
+        """Ends the mirrors."""
+        for mirror in self._mirrors:
+            mirror.close()

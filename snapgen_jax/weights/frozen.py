@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +19,8 @@ from snapgen_jax.networks.module import Network, flatten, frozen_spec, init, sta
 from snapgen_jax.parallel.sharding import Rules, tree_shardings
 from snapgen_jax.training.checkpoint import Checkpointer
 from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.weights.checkpoint import Tensor, WeightsError
+from snapgen_jax.weights.folder import held, is_weights_folder, read_manifest, read_weights, tensor_name
 from snapgen_jax.weights.loader import load
 from snapgen_jax.weights.maps import clip as clip_map
 from snapgen_jax.weights.maps import gemma2 as gemma2_map
@@ -46,7 +49,7 @@ def load_run(
     """Weights of a trained run, the averaged ones where it keeps an average, in the dtypes that are asked for.
 
     Args:
-        workdir: of the run.
+        workdir: of the run, or a folder of its weights (`weights.folder`).
         spec: nested dict of `ShapeDtypeStruct`: which of the player's weights are wanted; the others are left out.
         player: whose.
         step: which checkpoint; the newest by default.
@@ -56,27 +59,85 @@ def load_run(
     Raises:
         ConfigError: there is no checkpoint, or it does not hold these weights; names those that differ.
     """
-    checkpointer = Checkpointer(workdir)
-    try:
-        found = checkpointer.latest_step() if step is None else step
-        if found is None:
-            raise ConfigError(
-                f"{str(workdir)!r} is no trained run: it has no complete checkpoint; train it first, or name another"
-            )
+    wanted, places = flatten(spec), _places(spec, mesh, rules)
+    if is_weights_folder(workdir):
+        with _told():
+            of_player = _by_path({player: spec}, _held_at(workdir, step))
+            check_weights(f"the folder {str(workdir)!r}", flatten({player: spec}), of_player)
+            return read_weights(workdir, {player: spec}, {player: places})[player]
+    with _checkpoints(workdir, step) as (checkpointer, found):
         saved = {
             tuple(name.split("/")[1:]): jax.ShapeDtypeStruct(shape, np.dtype(dtype))
             for name, (shape, dtype) in checkpointer.meta(found)["shapes"].items()
             if name.startswith("ema/")
         }
-        wanted = flatten(spec)
-        check_weights(
-            f"the run {str(workdir)!r}", wanted, {path[1:]: leaf for path, leaf in saved.items() if path[0] == player}
-        )
-        held = flatten(checkpointer.restore_weights(unflatten(saved), found))
+        of_player = {path[1:]: leaf for path, leaf in saved.items() if path[0] == player}
+        check_weights(f"the run {str(workdir)!r}", wanted, of_player)
+        read = flatten(checkpointer.restore_weights(unflatten(saved), found))
+    weights = {path: np.asarray(read[player, *path]).astype(leaf.dtype) for path, leaf in wanted.items()}
+    return jax.device_put(unflatten(weights), places)
+
+
+def load_players(workdir: epath.PathLike, spec: Tree, step: int | None = None) -> Tree:
+    """All weights of a trained run on the first device: averaged ones where it keeps an average.
+
+    Args:
+        workdir: of the run, or a folder of its weights (`weights.folder`).
+        spec: `{player: tree of ShapeDtypeStruct}`, all that the run has.
+        step: which checkpoint; the newest by default.
+
+    Raises:
+        ConfigError: there is no checkpoint, or it holds other weights.
+    """
+    if is_weights_folder(workdir):
+        with _told():
+            tensors, known = _held_at(workdir, step), {tensor_name(path) for path in flatten(spec)}
+            check_weights(f"the folder {str(workdir)!r}", flatten(spec), _by_path(spec, tensors))
+            if surplus := sorted(tensors.keys() - known):
+                raise ConfigError(
+                    f"the folder {str(workdir)!r} holds what its config.json does not describe: "
+                    f"{', '.join(surplus[:10])}; fetch it again"
+                )
+            return read_weights(workdir, spec, _places(spec, None, ()))
+    with _checkpoints(workdir, step) as (checkpointer, found):
+        return checkpointer.restore_weights(spec, found)
+
+
+@contextlib.contextmanager
+def _checkpoints(workdir: epath.PathLike, step: int | None) -> Iterator[tuple[Checkpointer, int]]:
+    """The checkpoints of a run, and which of them is meant."""
+    checkpointer = Checkpointer(workdir)
+    try:
+        found = checkpointer.latest_step() if step is None else step
+        if found is None:
+            raise ConfigError(
+                f"{str(workdir)!r} is no trained run: it has no complete checkpoint yet; train it with `snapgen train "
+                f"--workdir={workdir}`, or name another"
+            )
+        yield checkpointer, found
     finally:
         checkpointer.close()
-    weights = {path: np.asarray(held[player, *path]).astype(leaf.dtype) for path, leaf in wanted.items()}
-    return jax.device_put(unflatten(weights), _places(spec, mesh, rules))
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What is wrong with weights, as an error for the user."""
+    try:
+        yield
+    except WeightsError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _by_path(spec: Tree, tensors: Mapping[str, Tensor]) -> dict[Path, Tensor]:
+    return {path: tensors[tensor_name(path)] for path in flatten(spec) if tensor_name(path) in tensors}
+
+
+def _held_at(folder: epath.PathLike, step: int | None) -> dict[str, Tensor]:
+    """The tensors of a folder of weights, which must be those of `step` where that is asked for."""
+    has = read_manifest(folder).step
+    if step not in (None, has):
+        raise ConfigError(f"{str(folder)!r} holds the weights of step {has} alone, not of {step}; leave the step out")
+    return held(folder)
 
 
 def check_weights(who: str, wanted: Mapping[Path, Any], held: Mapping[Path, Any]) -> None:
@@ -124,16 +185,17 @@ def load_codec(config: CodecConfig, codec: Codec, mesh: Mesh | None = None) -> T
 
 
 def _load_autoencoder(config: CodecConfig, spec: Tree, mesh: Mesh | None) -> Tree:
+    name = "sd3_vae" if config.autoencoder.quantisation == "none" else "sd1_vae"
     if not config.workdir:
         raise ConfigError(
             "the autoencoder has no weights: set codec.workdir to a run of the recipe 'autoencoder', or to a folder of "
-            f"published weights.\n{source('sd3_vae').advice}"
+            f"published weights.\n{source(name).advice}"
         )
     folder = epath.Path(config.workdir)
-    if not _is_published(folder):
+    if not is_published(folder):
         held = load_run(folder, {"autoencoder": spec}, mesh=mesh, rules=config.autoencoder.rules())
         return held["autoencoder"]
-    return _load_published("sd3_vae", folder, sd3_autoencoder, config.autoencoder, spec, mesh)
+    return _load_published(name, folder, sd3_autoencoder, config.autoencoder, spec, mesh)
 
 
 def load_mmdit(folder: epath.PathLike, config: MMDiTConfig, spec: Tree, mesh: Mesh | None = None) -> Tree:
@@ -222,7 +284,7 @@ def _load_published(name: str, folder: epath.PathLike, maps: Any, config: Any, s
         raise ConfigError(str(error)) from error
 
 
-def _is_published(folder: epath.Path) -> bool:
+def is_published(folder: epath.Path) -> bool:
     """A folder with a network's `config.json`, and not the workdir of a run, whose config names a recipe."""
     path = folder / "config.json"
     try:

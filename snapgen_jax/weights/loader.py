@@ -32,7 +32,7 @@ def load(
     spec: Tree,
     shardings: Tree,
     *,
-    dtype: DTypeLike = jnp.bfloat16,
+    dtype: DTypeLike | None = jnp.bfloat16,
     source: Source | None = None,
 ) -> Tree:
     """Loads the weights in a folder as the parameters of a network.
@@ -43,7 +43,7 @@ def load(
         spec: the network's parameters, nested dict of `ShapeDtypeStruct`, as `networks.module.build` gives it.
         shardings: where each parameter goes: a tree like `spec` of `jax.sharding.Sharding`, as
             `parallel.sharding.tree_shardings` makes it from path rules, or one sharding for all.
-        dtype: of the loaded parameters, whatever the file's.
+        dtype: of the loaded parameters, whatever the file's; None for those of `spec`.
         source: where the weights are published; quoted by the errors.
 
     Returns:
@@ -61,13 +61,12 @@ def load(
     except WeightsError as error:
         raise WeightsError(f"{folder}: {error}" + (f"\n{source.advice}" if source else "")) from None
     rules = {tuple(rule.path.split("/")): rule for rule in weight_map.rules}
+    parameters = {}
     with Reader(tensors) as reader:
-        return unflatten(
-            {
-                path: _load_parameter(reader, names, rules[path], tuple(leaf.shape), places[path], np.dtype(dtype))
-                for path, leaf in flat.items()
-            }
-        )
+        for path, leaf in flat.items():
+            kind = np.dtype(leaf.dtype if dtype is None else dtype)
+            parameters[path] = _load_parameter(reader, names, rules[path], tuple(leaf.shape), places[path], kind)
+    return unflatten(parameters)
 
 
 def match(tensors: Mapping[str, Tensor], weight_map: WeightMap, expected: Mapping[str, Shape]) -> dict[str, str]:
@@ -139,8 +138,8 @@ def _read_block(reader: Reader, names: Mapping[str, str], rule: Rule, ranges: Ra
     targets = block if rule.stack else block[None]
     permutation = PERMUTATIONS[rule.transform] or tuple(range(len(inner)))
     index = tuple(slice(*inner[permutation.index(axis)]) for axis in range(len(inner)))
-    for target, name in zip(targets, items, strict=True):
-        _copy(target, reader.read(names[name], index).astype(dtype, copy=False).transpose(permutation))
+    for i, name in enumerate(items):
+        _copy(targets[i, ...], reader.read(names[name], index).astype(dtype, copy=False).transpose(permutation))
     return block
 
 

@@ -20,6 +20,8 @@ import re
 from collections.abc import Iterable
 from typing import Any, Literal
 
+import numpy as np
+
 from snapgen_jax.networks.module import flatten
 
 Tree = Any
@@ -172,3 +174,20 @@ def reference_shapes(weight_map: WeightMap, spec: Tree) -> dict[str, Shape]:
 def count_reference(weight_map: WeightMap, spec: Tree) -> int:
     """Number of scalars in the checkpoint that a network expects, tied tensors once."""
     return sum(math.prod(shape) for shape in reference_shapes(weight_map, spec).values())
+
+
+def to_reference(weight_map: WeightMap, params: Tree) -> dict[str, np.ndarray]:
+    """The checkpoint that parameters make, `{tensor name: array}`: what `loader.load` reads back as they were.
+
+    Raises:
+        ValueError: the map does not fit the parameters.
+    """
+    reference_shapes(weight_map, params)
+    flat = {"/".join(path): leaf for path, leaf in flatten(params).items()}
+    tensors: dict[str, np.ndarray] = {}
+    for rule in weight_map.rules:
+        array = np.asarray(flat[rule.path])
+        for name, part in zip(rule.names, array if rule.stack else [array], strict=True):
+            permutation = PERMUTATIONS[rule.transform]
+            tensors[name] = part if permutation is None else part.transpose(np.argsort(permutation))
+    return tensors

@@ -46,6 +46,9 @@ SOURCES: dict[str, Source] = {
     ),
     "sd35_medium": Source("Stable Diffusion 3.5 Medium", f"{_SD35}-medium", "transformer", _STABILITY, gated=True),
     "sd3_vae": Source("Stable Diffusion 3.5 autoencoder", f"{_SD35}-large", "vae", _STABILITY, gated=True),
+    "sd1_vae": Source(
+        "the autoencoder of Stable Diffusion 1 and 2, its decoder fine-tuned", "stabilityai/sd-vae-ft-mse", "", "MIT"
+    ),
     "clip_l": Source("CLIP ViT-L/14", "openai/clip-vit-large-patch14", "", "MIT, as the code it was published with"),
     "clip_g": Source("OpenCLIP ViT-bigG/14", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", "", "MIT"),
     "t5_xxl": Source(

@@ -293,3 +293,16 @@ def test_images_without_captions_are_taken_where_none_is_needed(tmp_path) -> Non
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no image"):
         build_source(DataConfig(source="folder", path=str(tmp_path / "empty"), captions="none"))
+
+
+def test_a_folder_of_its_own_takes_the_place_of_a_held_out_share(tmp_path):
+    for name in ("train/a.png", "train/b.png", "apart/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        _image(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text(pathlib.Path(name).name)
+    apart = str(tmp_path / "apart")
+    train, validation = (_folder(tmp_path / "train", s, validation_path=apart) for s in ("train", "validation"))
+    assert (set(_captions(train)), set(_captions(validation))) == ({"a.png", "b.png"}, {"c.png"})
+    assert validation.held_out
+    with pytest.raises(DataError, match=r"data.validation_path: there is no folder"):
+        _folder(tmp_path / "train", "validation", validation_path=str(tmp_path / "nowhere"))

@@ -99,13 +99,22 @@ def test_a_missing_and_a_truncated_shard_are_named(folder):
         shards.check_files(folder, manifest)
 
 
-def test_a_shard_that_fails_half_way_leaves_nothing(tmp_path):
+def test_a_shard_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
     def failing():
         yield _example(0)
-        raise OSError(28, "No space left on device")
+        raise RuntimeError("this example has a fault of its own")
 
-    with pytest.raises(DataError, match="No space left"):
+    with pytest.raises(RuntimeError, match="of its own"):
         shards.write_shard(tmp_path, "x.array_record", failing())
+    assert list(tmp_path.iterdir()) == []
+
+    class Full(shards.ArrayRecordWriter):
+        def write(self, record):
+            raise RuntimeError("No space left on device")
+
+    monkeypatch.setattr(shards, "ArrayRecordWriter", Full)
+    with pytest.raises(DataError, match="No space left on device"):
+        shards.write_shard(tmp_path, "x.array_record", map(_example, range(2)))
     assert list(tmp_path.iterdir()) == []
 
 

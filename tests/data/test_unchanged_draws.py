@@ -71,11 +71,11 @@ def test_digits_are_cropped_and_mirrored_as_before(size, options, expected: str)
 
 
 def test_a_folder_is_cropped_mirrored_and_said_as_before(folder: DataConfig) -> None:
-    assert _fingerprint(folder, {"32x32": specs(4, 32, 32, 24)}, 8) == "af613e82b2baadc8"
+    assert _fingerprint(folder, {"32x32": specs(4, 32, 32, 24)}, 8) == "dfb08ea1a231d1fa"  # of Pillow 12
 
 
 def test_pictures_without_captions_are_cropped_and_mirrored_as_before(folder: DataConfig) -> None:
-    assert _fingerprint(folder, {"32x32": {"image": specs(4, 32, 32)["image"]}}, 8) == "070f364fecced60b"
+    assert _fingerprint(folder, {"32x32": {"image": specs(4, 32, 32)["image"]}}, 8) == "a3d9d64691231829"
 
 
 def test_the_buckets_of_a_folder_come_in_the_same_order(folder: DataConfig) -> None:

@@ -1,4 +1,4 @@
-"""Classifier-free guidance: its identities, its closed form on Gaussians, and one fused call a step."""
+"""Classifier-free guidance: its identities, its closed form on Gaussians, one fused call a step, its band of times."""
 
 import dataclasses
 import re
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from snapgen_jax.diffusion.guidance import draw_kept, guided, keep, with_guidance
+from snapgen_jax.diffusion.guidance import check_interval, draw_kept, guided, guided_times, keep, with_guidance
 from snapgen_jax.diffusion.path import expand_like
 from snapgen_jax.diffusion.samplers import sample
 from snapgen_jax.diffusion.timesteps import time_grid
@@ -127,6 +127,97 @@ def test_guidance_moves_the_mean_of_a_gaussian_in_proportion_to_its_scale(gaussi
     x, _ = sample(guided_denoise, eps, time_grid(200), method="heun")
     extrapolated = dataclasses.replace(gaussian, mean=gaussian.mean + 3.0 * np.asarray(offsets))
     np.testing.assert_allclose(x, extrapolated.endpoint(eps), atol=5e-3)
+
+
+# --- a band of times -------------------------------------------------------------------------------------------------
+
+BAND = (0.3, 0.75)  # of the times 1, 3/4, 1/2, 1/4, 0
+
+
+def test_the_times_of_a_band_are_those_between_its_ends_which_belong_to_it():
+    times = time_grid(4)
+    np.testing.assert_array_equal(guided_times(times, BAND), [False, True, True, False, False])
+    np.testing.assert_array_equal(guided_times(times, (0.25, 0.5)), [False, False, True, True, False])
+    assert guided_times(times, (0.0, 1.0)).all()
+    tenths = time_grid(10)  # 0.1 is another number in float32, and the same time
+    assert guided_times(tenths, (0.1, 0.8)).tolist() == [0.05 < t < 0.85 for t in tenths]
+
+
+@pytest.mark.parametrize("interval", [(0.8, 0.1), (-0.1, 0.5), (0.5, 1.1), (float("nan"), 1.0)])
+def test_what_is_no_band_of_times_is_refused(interval):
+    with pytest.raises(ValueError, match=r"give .t_low, t_high. with 0 <= t_low <= t_high <= 1"):
+        check_interval(interval)
+
+
+def test_a_band_without_a_time_of_the_grid_is_refused_with_its_times():
+    with pytest.raises(ValueError, match=r"none of the times that are sampled at: 1, 0.75, 0.5, 0.25; widen it"):
+        guided_times(time_grid(4), (0.0, 0.2))
+
+
+@pytest.mark.parametrize("method", ["euler", "heun"])
+@pytest.mark.parametrize("w", [3.0, jnp.array([0.0, 1.0, 3.5])], ids=["3", "each"])
+def test_outside_its_band_the_velocity_is_the_conditional_one(w, method):
+    eps, condition = jax.random.normal(jax.random.key(0), (3, 2, 2, 3)), contexts(3)
+
+    def by_hand(x_t, t, i, carry):
+        null = jax.tree.map(lambda n, c: jnp.broadcast_to(n, c.shape), NULL, condition)
+        v_null, v_cond = network(x_t, t, i, 0, null)[0], network(x_t, t, i, 0, condition)[0]
+        inside = expand_like((t >= BAND[0]) & (t <= BAND[1]), x_t)
+        return jnp.where(inside, guided(v_null, v_cond, w), v_cond), carry
+
+    def plain(x_t, t, i, carry, condition):
+        return network(x_t, t, i, 0, condition)[0], carry
+
+    times = time_grid(4)
+    expected, _ = sample(by_hand, eps, times, method=method)
+    banded = with_guidance(plain, condition, NULL, w, guided_times(times, BAND))
+    x, _ = jax.jit(lambda eps: sample(banded, eps, times, method=method))(eps)
+    np.testing.assert_allclose(x, expected, atol=1e-5)
+    everywhere, _ = sample(with_guidance(plain, condition, NULL, w), eps, times, method=method)
+    assert np.abs(everywhere - x).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("method", "rows"),
+    [("euler", [3, 6, 6, 3]), ("heun", [3, 6, 6, 6, 6, 3, 3, 3]), ("renoise", [3, 6, 6, 3])],
+)
+def test_outside_its_band_the_network_is_run_on_the_conditional_half_alone(method, rows):
+    """Counted while the compiled program runs: what a branch holds and does not run costs nothing."""
+    ran = []
+
+    def denoise(x_t, t, i, carry, condition):
+        jax.debug.callback(lambda v: ran.append(len(v)), x_t, ordered=True)
+        return network(x_t, t, i, 0, condition)[0], carry
+
+    eps, times = jnp.ones((3, 2, 2, 3)), time_grid(4)
+    banded = with_guidance(denoise, contexts(3), NULL, 3.0, guided_times(times, BAND))
+    noise = jnp.ones((4, *eps.shape)) if method == "renoise" else None
+    jax.jit(lambda eps: sample(banded, eps, times, method=method, noise=noise)[0])(eps).block_until_ready()
+    jax.effects_barrier()
+    assert ran == rows
+
+
+def test_activations_of_both_halves_go_on_outside_the_band():
+    eps, condition = jax.random.normal(jax.random.key(0), (3, 4, 4, 2)), contexts(3)
+    null = jax.tree.map(lambda n, c: jnp.broadcast_to(n, c.shape), NULL, condition)
+
+    def cached(x_t, t, i, carry, condition):
+        v, _ = network(x_t, t, i, 0, condition)
+        return v + 0.5 * carry["v"], {"v": v}
+
+    def separately(x_t, t, i, carry):
+        v_null, left = cached(x_t, t, i, carry[0], null)
+        v_cond, right = cached(x_t, t, i, carry[1], condition)
+        inside = expand_like((t >= BAND[0]) & (t <= BAND[1]), x_t)
+        return jnp.where(inside, guided(v_null, v_cond, 3.0), v_cond), (left, right)
+
+    start, times = {"v": jnp.zeros_like(eps)}, time_grid(4)
+    expected, carries = sample(separately, eps, times, (start, start))
+    banded = with_guidance(cached, condition, NULL, 3.0, guided_times(times, BAND))
+    x, carry = sample(banded, eps, times, {"v": jnp.zeros((6, 4, 4, 2))})
+    np.testing.assert_allclose(x, expected, rtol=1e-4, atol=1e-4)
+    for half in (0, 1):
+        np.testing.assert_allclose(carry["v"][half::2], carries[half]["v"], rtol=1e-4, atol=1e-4)
 
 
 def test_guiding_a_batch_that_is_split_over_devices_moves_nothing_between_them():

@@ -8,6 +8,8 @@ from snapgen_jax.evaluation.interfaces import EvaluatorSpec
 from snapgen_jax.evaluation.registry import EVALUATORS, create
 from snapgen_jax.evaluation.sample_grid import SampleGrid
 
+OF_RECIPES = ("validation_loss", "reconstruction", "exposure")  # what they measure is a function of the recipe
+
 
 def loss(params, frozen, batch, key):
     return {}
@@ -15,13 +17,13 @@ def loss(params, frozen, batch, key):
 
 @pytest.mark.parametrize("name", EVALUATORS)
 def test_every_registered_evaluator_is_made_from_its_name(name):
-    function = loss if name in ("validation_loss", "reconstruction") else None
+    function = loss if name in OF_RECIPES else None
     assert callable(create(EvaluatorSpec(name, function=function)))
 
 
 @pytest.mark.parametrize("name", EVALUATORS)
 def test_the_defaults_of_an_evaluator_may_be_given_as_options(name):
-    function = loss if name in ("validation_loss", "reconstruction") else None
+    function = loss if name in OF_RECIPES else None
     evaluator = create(EvaluatorSpec(name, function=function))
     defaults = {field.name: getattr(evaluator, field.name) for field in dataclasses.fields(evaluator)}
     defaults.pop("function", None)
@@ -54,7 +56,7 @@ def test_mistakes_are_named(spec, message):
         create(spec)
 
 
-@pytest.mark.parametrize("name", [name for name in EVALUATORS if name not in ("validation_loss", "reconstruction")])
+@pytest.mark.parametrize("name", [name for name in EVALUATORS if name not in OF_RECIPES])
 def test_every_evaluator_that_draws_names_the_output_that_it_reads(name):
     assert create(EvaluatorSpec(name)).output == "image"
     assert create(EvaluatorSpec(name, options={"output": "edited"})).output == "edited"

@@ -32,6 +32,7 @@ from .toys import ClipRecipe, SketchRecipe
 
 # The converter without TensorFlow is published for Linux only.
 QUICK = "litert" if importlib.util.find_spec("litert_converter") else "jax2tf"
+FRAME = {"file": "tokenizer.json", "begin": [1], "end": [2], "pad": 0}
 PROMPTS = ("a red circle left of a blue square", "two green stars")
 
 
@@ -87,14 +88,14 @@ class ToyRecipe:
         tokens = {"tokens": array(1, self.LENGTH, dtype=jnp.int32), "mask": array(1, self.LENGTH)}
         length = [self.LENGTH]
         program = {
-            "schema": 2,
+            "schema": 3,
             "kind": "flow",
             "inputs": {
                 "tokens": {"shape": length, "dtype": "int32", "null": [1, 2, 0, 0, 0, 0]},
                 "mask": {"shape": length, "dtype": "float32", "null": [1, 1, 0, 0, 0, 0]},
             },
             "outputs": {"image": {"shape": [4, 4, 3], "dtype": "uint8"}},
-            "tokenizer": {"tokens": "tokens", "mask": "mask"},
+            "tokenizers": [{"tokens": "tokens", "mask": "mask", **FRAME}],
             "latent_shape": [4, 4, 3],
             "times": time_grid(self.STEPS).tolist(),
             "shift": 1.0,

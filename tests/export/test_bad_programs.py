@@ -45,6 +45,7 @@ def test_a_grid_of_its_own_allows_another_method_but_no_other_number():
         with_options(program, steps=3)
 
 
+IDS = {"file": "tokenizer.json", "tokens": "ids", "begin": [1], "end": [], "pad": 0}
 STATE = {"shape": [1], "dtype": "float32", "initial": "zeros"}
 FEATURES = {"kind": "features", "dim": 4, "scale": 1.0, "max_period": 9.0, "order": "sin,cos"}
 
@@ -52,12 +53,15 @@ FEATURES = {"kind": "features", "dim": 4, "scale": 1.0, "max_period": 9.0, "orde
 @pytest.mark.parametrize(
     "data, message",
     [
-        (flow(schema=3), "schema is 3; this client knows 2"),
+        (flow(schema=4), "schema is 4; this client knows 3"),
         (flow(kind="ddpm"), "kind is 'ddpm'; this client knows flow, feed_forward"),
         (flow(sampler="euler"), "has sampler; this client knows schema, kind"),
         (flow(times=[1.0]), "`times` needs two entries"),
         (flow({"rule": "rk4"}), "step: rule is 'rk4'; this client knows euler, heun, renoise"),
         (flow({"guidanse": 2}), "step has guidanse"),
+        (flow({"guidance_interval": [0.5]}), r"guidance_interval is \[0.5\]; two times"),
+        (flow({"guidance_interval": [0.8, 0.1]}), "two times from 0 to 1, the lower one first"),
+        (flow({"guidance": 2.0, "guidance_interval": [0.6, 0.9]}), "guidance_interval holds none of the times 1, 0.5"),
         (flow({"guidance": "strong"}), "step: guidance is 'strong'; numbers were expected"),
         (flow({"arrays": {"gates": [[1], [1, 2]]}}), "step: arrays.gates is .*; numbers were expected"),
         (flow({"prediction": {"kind": "eps"}}), "step: prediction is 'eps'"),
@@ -81,7 +85,11 @@ FEATURES = {"kind": "features", "dim": 4, "scale": 1.0, "max_period": 9.0, "orde
             flow(inputs={"label": {**ONE, "null": [1, 2]}}),
             r"inputs.label: the null \[1, 2\] is neither 'keep' nor fits",
         ),
-        (flow(inputs={"ids": ONE}, tokenizer={"tokens": "ids", "mask": "m"}), "the tokenizer makes 'ids', which is no"),
+        (flow(inputs={"ids": ONE}, tokenizers=[IDS]), r"tokenizers\[0\] makes 'ids', which is no input of int32"),
+        (flow(inputs={"ids": {**ONE, "dtype": "int32"}}, tokenizers=[IDS]), "no token fits into 1"),
+        (flow(inputs={"ids": ONE}, tokenizers=[{"tokens": "ids"}]), r"tokenizers\[0\] lacks file, begin, end, pad"),
+        (flow(null_contexts={"text": {}}), "null_contexts has 'text'; the contexts are"),
+        (flow(contexts={"text": []}, null_contexts={"text": {"x": ONE}}), "null_contexts.text.x needs a `null`"),
         (flow(inputs={"cache": ONE}, state={"cache": STATE}), "the state 'cache' has the name of an input"),
         (flow(state={"cache": ONE}), "state.cache: initial is None; this client knows zeros"),
         (flow(outputs={"image": ONE}), "without a decoder the outputs are"),
@@ -89,7 +97,7 @@ FEATURES = {"kind": "features", "dim": 4, "scale": 1.0, "max_period": 9.0, "orde
         (flow(decoder={"kind": "network"}), "the decoder is a network, and names no `unit`"),
         (flow(decoder={"kind": "network", "unit": "d", "chunk": 3}), "the decoder's chunk 3 does not divide 2"),
         (flow(decoder={"kind": "patch"}), "a decoder without a unit gives 'image'; outputs are"),
-        ({"schema": 2, "kind": "feed_forward", "inputs": {}, "outputs": {}}, "lacks unit"),
+        ({"schema": 3, "kind": "feed_forward", "inputs": {}, "outputs": {}}, "lacks unit"),
     ],
 )
 def test_a_program_that_does_not_fit_together_is_refused(data, message):

@@ -14,6 +14,7 @@ from snapgen_jax.diffusion.path import T_MIN, velocity_from_x0
 from snapgen_jax.diffusion.samplers import sample
 from snapgen_jax.diffusion.timesteps import time_grid
 from snapgen_jax.export import client, sampler
+from snapgen_jax.export import program as programs
 from snapgen_jax.export.client import Bundle, LiteRTGenerator
 from snapgen_jax.export.program import BundleError, parse
 from snapgen_jax.export.verify import grey_levels
@@ -21,7 +22,9 @@ from snapgen_jax.generation import Generator
 from snapgen_jax.networks.codec import CodecConfig, build_codec, to_uint8
 from snapgen_jax.networks.time_features import time_features
 
-from .conftest import PROMPTS, ToyRecipe
+from .conftest import FRAME, PROMPTS, ToyRecipe
+
+FRAMED = programs.Tokenizer(tokens="tokens", mask="mask", **FRAME), ToyRecipe.LENGTH
 
 
 def program(step=None, **changes):
@@ -104,16 +107,15 @@ def test_codecs_decode_as_the_library_does(config):
 
 def test_prompts_get_the_ids_of_training(tokenizer_json):
     prompts = [*PROMPTS, "", "Two GREEN stars", "a red circle " * 20, "naïve ★ 星"]
-    null = ToyRecipe().exports().program["inputs"]["tokens"]["null"]
-    tokens, mask = client.tokenize(tokenizer_json, prompts, null)
-    expected_tokens, expected_mask = Tokenizer.load(tokenizer_json).encode(prompts, len(null))
+    tokens, mask = client.tokenize(tokenizer_json, prompts, *FRAMED)
+    expected_tokens, expected_mask = Tokenizer.load(tokenizer_json).encode(prompts, FRAMED[1])
     np.testing.assert_array_equal(tokens, expected_tokens)
     np.testing.assert_array_equal(mask, expected_mask)
 
 
 def test_half_a_character_is_named(tokenizer_json):
     with pytest.raises(ValueError, match=r"the prompt 'a \\udcff star' is no text: it was not UTF-8"):
-        client.tokenize(tokenizer_json, ["a star", "a \udcff star"], [1, 2, 0, 0])
+        client.tokenize(tokenizer_json, ["a star", "a \udcff star"], *FRAMED)
 
 
 def test_an_image_depends_on_its_seed_index_and_prompt_alone(toy):
@@ -125,7 +127,11 @@ def test_an_image_depends_on_its_seed_index_and_prompt_alone(toy):
     assert (generator.generate(PROMPTS, seed=4) != images).any()
 
 
-@pytest.mark.parametrize("options", [{}, {"method": "renoise"}], ids=["euler", "renoise"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"method": "renoise"}, {"guidance_interval": (0.3, 0.9), "guidance": 4.0}],
+    ids=["euler", "renoise", "interval"],
+)
 def test_a_bundle_draws_the_picture_of_its_run_from_the_same_seed_index_and_prompt(smoke, tokenizer_json, options):
     run = Generator(smoke.recipe, smoke.params, {}, Tokenizer.load(tokenizer_json))
     bundle = LiteRTGenerator(smoke.folder)
@@ -163,7 +169,7 @@ def test_options_replace_the_bundles_own(toy):
     generator = LiteRTGenerator(toy.folder, precision="f16")
     default = generator.generate(PROMPTS[:1])
     np.testing.assert_array_equal(generator.generate(PROMPTS[:1], steps=3, guidance=2.0, method="euler"), default)
-    for options in ({"steps": 9}, {"guidance": 1.0}, {"method": "heun"}):
+    for options in ({"steps": 9}, {"guidance": 1.0}, {"method": "heun"}, {"guidance_interval": (0.3, 0.9)}):
         assert (generator.generate(PROMPTS[:1], **options) != default).any(), options
     with pytest.raises(ValueError, match="unknown sampling method 'ddim'; expected one of euler, heun"):
         generator.generate(PROMPTS[:1], method="ddim")

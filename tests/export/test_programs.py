@@ -1,5 +1,6 @@
 """One program of plain data says every order of calls: one call, several denoisers, a state, chunks, any guidance."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -170,6 +171,64 @@ def test_either_half_of_guidance_has_its_own_state_which_begins_anew_with_each_e
     assert seen == [*once, *once]
 
 
+@pytest.mark.parametrize(
+    ("rule", "asked"),
+    [
+        ("euler", [(5, 1.0), (5, 0.5), (-1, 0.5), (5, 0.25)]),
+        ("heun", [(5, 1), (5, 0.5), (-1, 0.5), (5, 0.5), (-1, 0.5), (5, 0.25), (5, 0.25), (5, 0)]),
+    ],
+)
+def test_outside_its_interval_of_times_guidance_makes_no_null_call(rule, asked):
+    seen = []
+
+    def unit(*, latent, label, time):
+        seen.append((float(label[0, 0]), float(np.arccos(time[0, 0]))))
+        return {"prediction": np.broadcast_to(label, latent.shape)}
+
+    data = flow(
+        {
+            "guidance": 2.0,
+            "guidance_interval": [0.3, 0.75],
+            "rule": rule,
+            "time": {"kind": "features", "dim": 2, "scale": 1.0, "max_period": 9.0, "order": "cos,sin"},
+        },
+        inputs={"label": {"shape": [1], "dtype": "float32", "null": -1}},
+        times=[1.0, 0.5, 0.25, 0.0],
+        steps=[{}] * 4,
+    )
+    out = run(data, unit, {"label": np.float32([5])}, label=(1, 1), time=(1, 2))
+    np.testing.assert_allclose(seen, asked, atol=1e-3)
+    moved = [5.0, 11.0, 5.0] if rule == "euler" else [8.0, 8.0, 5.0]  # 11 = -1 + 2 (5 - -1)
+    np.testing.assert_allclose(out["latent"], 1 - np.dot(moved, [0.5, 0.25, 0.25]), rtol=1e-6)
+
+
+def test_the_state_of_the_null_calls_goes_on_outside_the_interval():
+    """As the activations of both halves do in JAX."""
+    seen = []
+
+    def unit(*, latent, label, count):
+        seen.append((float(label[0, 0]), float(count[0, 0])))
+        return {"prediction": 0 * latent, "count": count + 1}
+
+    data = flow(
+        {"guidance": 2.0, "guidance_interval": [0.0, 0.5]},
+        inputs={"label": {"shape": [1], "dtype": "float32", "null": -1}},
+        state={"count": {"shape": [1], "dtype": "float32", "initial": "zeros"}},
+    )
+    run(data, unit, {"label": np.float32([5])}, label=(1, 1), count=(1, 1))
+    assert seen == [(5, 0), (-1, 0), (5, 1), (-1, 1)]
+
+
+def test_an_interval_of_guidance_leaves_a_run_as_a_field_of_its_steps_and_all_times_as_none():
+    def step(**changes):
+        sampling = SamplingConfig(steps=4, guidance=2.0, **changes)
+        recipe = FlowMatching(dataclasses.replace(FlowMatchingConfig(), sampling=sampling), "cpu")
+        return recipe.exports().program["step"]
+
+    assert "guidance_interval" not in step()
+    assert step(guidance_interval=(0.1, 0.8))["guidance_interval"] == [0.1, 0.8]
+
+
 def test_guidance_of_one_leaves_a_channel_to_the_condition():
     def unit(*, latent, label):
         return {"prediction": np.broadcast_to(label, latent.shape)}
@@ -270,6 +329,17 @@ def test_a_bundle_of_schema_1_draws_what_it_drew(toy, tmp_path):
         list(verify.checks(folder))
 
 
+def test_a_bundle_of_schema_2_draws_what_it_drew(toy, tmp_path):
+    folder = pathlib.Path(shutil.copytree(toy.folder, tmp_path / "bundle"))
+    data = json.loads((folder / "program.json").read_text())
+    del data["tokenizers"]
+    before = {**data, "schema": 2, "tokenizer": {"tokens": "tokens", "mask": "mask"}}
+    (folder / "program.json").write_text(json.dumps(before))
+    (folder / "manifest.json").write_text(json.dumps({**manifest(toy), "schema": 2}))
+    images = LiteRTGenerator(folder).generate(PROMPTS, seed=3)
+    np.testing.assert_array_equal(images, LiteRTGenerator(toy.folder).generate(PROMPTS, seed=3))
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -302,11 +372,11 @@ def test_without_a_text_encoder_the_caller_gives_the_text_states():
         latent_shape=(8, 8, config.latent_channels),
         image_shape=(16, 16, 3),
         context=TextContext(**specs),
-        inputs=InputsExport({}, null, {}, None),
+        inputs=InputsExport([], null, None),
         golden=GoldenInputs(arrays={name: np.ones((1, *x.shape), "f") for name, x in null.items()}),
     )
     program = parse(json.loads(json.dumps(plan.program)))
-    assert set(program.inputs) == set(null) and program.tokenizer is None and not program.contexts
+    assert set(program.inputs) == set(null) and not program.tokenizers and not program.contexts
     assert program.units() == {"teacher_unet"} and list(program.outputs) == ["latent"]
     assert plan.units[0].roles == ("teacher/unet",) and set(null) < set(plan.units[0].inputs)
 

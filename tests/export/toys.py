@@ -27,7 +27,7 @@ def flow(step=None, **changes):
     """A program of one denoiser "net" over x of one number, without conditions; changed."""
     plain = {"unit": "net", "rule": "euler", "prediction": {"kind": "velocity"}, "guidance": 1.0}
     return {
-        "schema": 2,
+        "schema": 3,
         "kind": "flow",
         "inputs": {},
         "outputs": {"latent": {"shape": [2], "dtype": "float32"}},
@@ -60,7 +60,7 @@ class SketchRecipe:
     def exports(self):
         picture = {"shape": [8, 8, 3], "dtype": "uint8"}
         program = {
-            "schema": 2,
+            "schema": 3,
             "kind": "feed_forward",
             "unit": "translator",
             "inputs": {"image": picture},
@@ -122,7 +122,7 @@ class ClipRecipe:
         latent = [self.FRAMES, 4, 4, 3]
         kinds = [{"unit": "full", "time": {"kind": "index", "size": 5}}, {"unit": "reuse"}]
         program = {
-            "schema": 2,
+            "schema": 3,
             "kind": "flow",
             "inputs": {"label": {"shape": [2], "dtype": "float32", "null": 0}},
             "outputs": {"image": {"shape": latent, "dtype": "uint8"}},

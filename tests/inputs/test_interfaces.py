@@ -10,12 +10,14 @@ import pytest
 from snapgen_jax.inputs._encodings import Encoding
 from snapgen_jax.inputs.captions import CaptionsConfig
 from snapgen_jax.inputs.class_labels import ClassLabelsConfig
+from snapgen_jax.inputs.clip_captions import ClipCaptionsConfig, ClipFrozenConfig
 from snapgen_jax.inputs.encoders import EncodersConfig, FrozenConfig
 from snapgen_jax.inputs.images import ImagesConfig
 from snapgen_jax.inputs.interfaces import Inputs, StoredInputs, is_kept, prefixed, subtree
 from snapgen_jax.inputs.registry import InputsConfig
 from snapgen_jax.inputs.sd3_encoders import SD3EncodersConfig, SD3FrozenConfig
 from snapgen_jax.inputs.stored import StoredConfig
+from snapgen_jax.inputs.stored_clip_captions import StoredClipCaptionsConfig
 from snapgen_jax.inputs.stored_encodings import StoredEncodingsConfig
 from snapgen_jax.networks.autoencoder import AutoencoderConfig
 from snapgen_jax.networks.clip import ClipTextConfig
@@ -45,6 +47,8 @@ SMALL = (
     ),
     SD3EncodersConfig(image_sizes=((32, 32),), prefix="teacher_", **SD3),
     StoredConfig(image_sizes=((32, 32),), context_width=16, pooled_width=16),
+    StoredClipCaptionsConfig(image_sizes=((32, 32),), encoders=ClipFrozenConfig(clip_l=ClipTextConfig.preset("smoke"))),
+    ClipCaptionsConfig(image_sizes=((32, 32),), codec=AUTOENCODER, clip_l=ClipTextConfig.preset("smoke")),
     StoredEncodingsConfig(
         image_sizes=((32, 32),),
         clip_l=Encoding(tokens=7, width=6, pooled=6),

@@ -140,8 +140,8 @@ def test_nothing_is_dropped_where_nothing_is_said():
     jax.tree.map(np.testing.assert_array_equal, told, {name: batch(0)[name] for name in CONTEXT})
 
 
-def test_it_has_no_codec_and_no_bundle_and_says_what_to_do():
+def test_it_has_no_codec_and_says_what_to_do_and_its_bundle_takes_the_text_states():
     with pytest.raises(ConfigError, match="name the autoencoder that made them"):
         stored().codec({})
-    with pytest.raises(ConfigError, match="export a run whose inputs are 'captions'"):
-        stored().exports()
+    brought = stored().exports()
+    assert tuple(brought.null) == CONTEXT and brought.codec is None and not brought.encoders

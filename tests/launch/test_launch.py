@@ -31,6 +31,10 @@ CASES = {
         tpu_vm,
         ["create", "--topology=2*v6e:16x16", "--reserved", BUCKET, *RUN, *CLOUD, "--config.mesh.slices=2"],
     ),
+    "tpu_vm_create_encoding": (
+        tpu_vm,
+        ["create", "--topology=v5e:4x4", "--images=/mnt/bucket/images", "--workdir=gs://bucket/shards", *RUN, *CLOUD],
+    ),
     "tpu_vm_create_mounted": (
         tpu_vm,
         [

@@ -1,14 +1,16 @@
-"""The autoencoder is that of Stable Diffusion 3, and a codec."""
+"""The autoencoder is that of Stable Diffusion 3, or of those before it, and a codec."""
 
 import dataclasses
 import gzip
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from snapgen_jax.networks.autoencoder import AutoencoderCodec, AutoencoderConfig
 from snapgen_jax.networks.module import apply, build, count_parameters, flatten, unflatten
@@ -53,10 +55,34 @@ def codec():
     return load_codec(GOLDENS / "autoencoder")
 
 
-@pytest.mark.parametrize(("case", "dtype"), [("wide", "float32"), ("tall", "float32"), ("wide", "bfloat16")])
-def test_moments_latents_and_images_equal_what_diffusers_computed(case, dtype):
-    codec = load_codec(GOLDENS / "autoencoder", dtype=dtype)
-    assert_equals_reference(codec, np.load(GOLDENS / "autoencoder" / f"{case}.npz"), TOLERANCE[dtype])
+@pytest.mark.parametrize(
+    ("kind", "case", "dtype"),
+    [
+        ("autoencoder", "wide", "float32"),
+        ("autoencoder", "tall", "float32"),
+        ("autoencoder", "wide", "bfloat16"),
+        ("autoencoder_sd1", "tall", "float32"),
+    ],
+)
+def test_moments_latents_and_images_equal_what_diffusers_computed(kind, case, dtype):
+    codec = load_codec(GOLDENS / kind, dtype=dtype)
+    assert_equals_reference(codec, np.load(GOLDENS / kind / f"{case}.npz"), TOLERANCE[dtype])
+
+
+def test_a_file_with_the_earlier_names_of_the_attention_holds_the_same_network(tmp_path):
+    """As the published files of Stable Diffusion 1 and 2 do."""
+    shutil.copy(GOLDENS / "autoencoder_sd1" / "config.json", tmp_path)
+    name = "diffusion_pytorch_model.safetensors"
+    tensors, earlier = load_file(GOLDENS / "autoencoder_sd1" / name), {}
+    now_then = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    for key, tensor in tensors.items():
+        for now, then in now_then.items():
+            key = key.replace(f"attentions.0.{now}.", f"attentions.0.{then}.")
+        earlier[key] = tensor
+    assert len(earlier.keys() - tensors.keys()) == 16
+    save_file(earlier, tmp_path / name)
+    given, expected = (load_codec(folder).params for folder in (tmp_path, GOLDENS / "autoencoder_sd1"))
+    jax.tree.map(np.testing.assert_array_equal, given, expected)
 
 
 @pytest.mark.oracle
@@ -65,6 +91,7 @@ def test_moments_latents_and_images_equal_what_diffusers_computed(case, dtype):
     [
         ({"layers_per_block": 1}, (1, 20, 8)),
         ({"block_out_channels": (8, 16, 16, 24), "latent_channels": 3}, (2, 8, 32)),
+        ({"use_quant_conv": True, "use_post_quant_conv": True, "shift_factor": 0.0}, (1, 20, 8)),
     ],
 )
 def test_live_checkpoints_of_diffusers_load_and_run_alike(changes, sizes, tmp_path):
@@ -89,9 +116,17 @@ def test_the_full_size_network_expects_the_published_tensors():
     assert reference_shapes(weight_map(config), spec) == {key: tuple(shape) for key, shape in published.items()}
 
 
-def test_a_checkpoint_with_quantisation_convolutions_is_refused():
+def test_that_of_stable_diffusion_1_has_the_published_number_of_parameters():
+    config = AutoencoderConfig.preset("sd1")
+    _, spec = build(config)
+    assert count_parameters(spec) == 83_653_863
+    shapes = reference_shapes(weight_map(config), spec)
+    assert shapes["quant_conv.weight"] == (8, 8, 1, 1) and shapes["post_quant_conv.weight"] == (4, 4, 1, 1)
+
+
+def test_a_checkpoint_with_a_quantisation_convolution_on_one_side_is_refused():
     values = json.loads((GOLDENS / "autoencoder" / "config.json").read_text())
-    with pytest.raises(ValueError, match="use_quant_conv = True; Autoencoder can only read False"):
+    with pytest.raises(ValueError, match="use_post_quant_conv = False; Autoencoder can only read True"):
         read_config({**values, "use_quant_conv": True})
 
 

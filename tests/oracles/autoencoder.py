@@ -1,4 +1,4 @@
-"""A tiny autoencoder of Stable Diffusion 3's kind, made, run and saved by diffusers."""
+"""Tiny autoencoders of Stable Diffusion 3's kind and of its predecessors', made, run and saved by diffusers."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ COMMON = {
     "use_quant_conv": False,
     "use_post_quant_conv": False,
 }
+EARLIER = {"use_quant_conv": True, "use_post_quant_conv": True, "scaling_factor": 0.18215, "shift_factor": 0.0}
+KINDS = {"autoencoder": {}, "autoencoder_sd1": EARLIER}
 CASES = {"wide": (2, 16, 24), "tall": (1, 28, 12)}  # (batch, height, width) of the images
 
 
@@ -56,14 +58,15 @@ def run(model: AutoencoderKL, batch: int, height: int, width: int, seed: int = 1
 
 
 def write_goldens(folder: pathlib.Path) -> None:
-    """`<folder>/autoencoder/`: what diffusers saves, in bfloat16, and the arrays of each case."""
-    folder = folder / "autoencoder"
-    model = make()
-    arrays = {case: run(model, *sizes) for case, sizes in CASES.items()}
-    model.to(torch.bfloat16).save_pretrained(folder)
-    drop_versions(folder / "config.json")
-    for case in CASES:
-        np.savez_compressed(folder / f"{case}.npz", **arrays[case])
+    """`<folder>/autoencoder/` and `<folder>/autoencoder_sd1/`: what diffusers saves, in bfloat16, and the arrays of
+    each case."""
+    for kind, changes in KINDS.items():
+        model = make(**changes)
+        arrays = {case: run(model, *sizes) for case, sizes in CASES.items()}
+        model.to(torch.bfloat16).save_pretrained(folder / kind)
+        drop_versions(folder / kind / "config.json")
+        for case in CASES:
+            np.savez_compressed(folder / kind / f"{case}.npz", **arrays[case])
 
 
 def _to_torch(images: np.ndarray) -> torch.Tensor:

@@ -11,8 +11,10 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from tests import tiny_tokenizers
+from tests.oracles import gemma2
 from tests.oracles.randomise import randomise
 from tests.oracles.saving import drop_versions
+from tests.oracles.text import write_checkpoint
 
 PROMPT = "a photo of two red circles left of a green star"
 SIZE = (48, 64)  # pixels
@@ -99,6 +101,12 @@ def make(folder: pathlib.Path, seed: int = 0, with_t5: bool = True) -> StableDif
     )
 
 
+def make_language_model(folder: pathlib.Path, seed: int = 6) -> None:
+    """Writes the language model that SnapGen reads beside the two CLIPs, with its tokenizer, as `google/gemma-2-2b`."""
+    vocab = len(AutoTokenizer.from_pretrained(tiny_tokenizers.write_gemma(folder)))
+    write_checkpoint(folder, gemma2.make(seed, vocab_size=vocab, num_hidden_layers=2), {})
+
+
 def noise(seed: int = 9) -> np.ndarray:
     """Initial noise `[1, h, w, c]` of an image of `SIZE`."""
     height, width = (side // 2 for side in SIZE)
@@ -122,7 +130,9 @@ def run(pipeline: StableDiffusion3Pipeline, steps: int, guidance: float) -> np.n
 
 
 def write_goldens(folder: pathlib.Path) -> None:
-    """`<folder>/pipeline/`: the pipeline in its layout, and `images.npz` with the noise and the image of each case."""
+    """`<folder>/pipeline/`: the pipeline in its layout with `gemma/` beside it, and `images.npz` with the noise and the
+    image of each case."""
     pipeline = make(folder / "pipeline")
+    make_language_model(folder / "pipeline" / "gemma")
     images = {name: run(pipeline, *case) for name, case in CASES.items()}
     np.savez_compressed(folder / "pipeline" / "images.npz", noise=noise(), **images)

@@ -127,8 +127,19 @@ def test_another_parallelism_gives_the_same_bytes(collected, folder, tmp_path, c
     assert main([*command, *beam]) == 0
     assert contents(tmp_path) == contents(collected[0])
     assert f"kept {len(KEPT)} of {len(KEPT) + 10} images" in capsys.readouterr().out
-    assert main(command) == 78  # it is there
-    assert "holds a collection" in capsys.readouterr().err
+    before = contents(tmp_path)
+    assert main(command) == 0 and contents(tmp_path) == before  # it is there
+    assert f"kept {len(KEPT)} of {len(KEPT) + 10} images" in capsys.readouterr().out
+    assert main([*command, "--config.shards=4"]) == 78
+    assert "holds another collection" in capsys.readouterr().err and contents(tmp_path) == before
+
+
+def test_a_notebook_collects_as_a_terminal_does(folder, tmp_path, monkeypatch):
+    from apache_beam.utils import interactive_utils
+
+    monkeypatch.setattr(interactive_utils, "is_in_ipython", lambda: True)
+    assert collection.collect(CollectConfig(path=str(folder), captions={"short": 1.0}), tmp_path).kept
+    assert interactive_utils.is_in_ipython()
 
 
 class Page(html.parser.HTMLParser):
@@ -221,6 +232,7 @@ def test_a_full_disk_is_one_error_and_leaves_nothing_half_written(one, tmp_path)
     assert "while running" not in str(error.value)
     assert [path.name for path in out.iterdir()] == [".collecting"]
     assert not [path for path in out.rglob("*") if path.is_file()]
+    (out / "report.html").write_text("of a run that was stopped")
     collection.collect(CollectConfig(path=str(one)), out)
     np.testing.assert_array_equal(decode(records_of(out)["noise.bmp"]["image"]), decode(str(one / "noise.bmp")))
 
@@ -229,6 +241,15 @@ def test_images_without_captions_are_kept_where_none_is_asked_for(one, tmp_path)
     (one / "noise.txt").unlink()
     collection.collect(CollectConfig(path=str(one), filters=FilterConfig(least_characters=0)), tmp_path / "out")
     assert records_of(tmp_path / "out")["noise.bmp"]["captions"] == [""]
+
+
+def test_a_first_start_removes_nothing(one, tmp_path, monkeypatch):
+    report = tmp_path / "report.html"
+    report.write_text("mine")
+    monkeypatch.setattr(collection, "_run", lambda *arguments: None)
+    with pytest.raises(FileNotFoundError):
+        collection.collect(CollectConfig(path=str(one)), tmp_path)
+    assert report.read_text() == "mine"
 
 
 def test_a_source_that_changes_meanwhile_is_an_error(one, tmp_path, monkeypatch):

@@ -160,6 +160,33 @@ def test_a_column_that_is_not_numeric_is_refused(kind, rows, tmp_path):
         list(source.read(source.units()[0]))
 
 
+def test_what_is_damaged_in_a_tar_is_told_of_its_example_alone(rows, tmp_path):
+    """An empty tar before it, a member that is not text, JSON that is none, and half of a character."""
+    with tarfile.open(tmp_path / "0.tar", "w"):
+        pass
+    jsons = [b'{"text": "half \\ud83d"}', b"{", b"[" * 100_000, b'["no", "object"]']
+    with tarfile.open(tmp_path / "1.tar", "w") as tar:
+        for number, (row, text) in enumerate(zip(rows, jsons, strict=False)):
+            for extension, data in (("jpg", row["image"]), ("json", text), ("npy", b"numbers")):
+                member = tarfile.TarInfo(f"{number}\udcff.{extension}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    source = build_source(CollectConfig(source="tar", path=str(tmp_path)))
+    examples = [example for unit in source.units() for example in source.read(unit)]
+    assert [example.id for example in examples] == [f"1.tar/{number}\\xff" for number in range(4)]
+    assert [example.image is None for example in examples] == [False, True, True, False]
+    assert all("JSON cannot be read" in example.problem for example in examples[1:3])
+    assert examples[0].captions == (("half ?", 1.0),) and examples[3].captions == ()
+
+
+def test_a_tar_without_images_is_refused_with_what_it_has(tmp_path):
+    with tarfile.open(tmp_path / "1.tar", "w") as tar:
+        for extension in ("mp4", "txt"):
+            tar.addfile(tarfile.TarInfo(f"1.{extension}"))
+    with pytest.raises(DataError, match=r"holds no image .*its members are mp4, txt"):
+        build_source(CollectConfig(source="tar", path=str(tmp_path)))
+
+
 @pytest.mark.parametrize("source", ["folder", "tar", "parquet", "huggingface", "shards"])
 def test_a_folder_without_images_is_refused(source, tmp_path):
     with pytest.raises(DataError, match=r"holds no|is no Hugging Face data set"):

@@ -212,6 +212,14 @@ def test_a_codec_that_does_not_fit_the_network_is_refused():
         fed(codec=CodecConfig(patch=4))
 
 
+def test_guidance_that_no_step_would_ask_for_is_refused_before_the_training():
+    with pytest.raises(ValueError, match=r"sampling: guidance_interval=\(0.8, 0.9\) holds none of the times"):
+        recipe(sampling=SamplingConfig(steps=3, guidance_interval=(0.8, 0.9)))
+    recipe(sampling=SamplingConfig(steps=3, guidance=1.0, guidance_interval=(0.8, 0.9)))  # there is no guidance
+    with pytest.raises(ValueError, match="t_low <= t_high"):
+        SamplingConfig(guidance_interval=(0.9, 0.8))
+
+
 def test_sampling_that_the_schedule_does_not_have_is_refused_before_the_training():
     with pytest.raises(ValueError, match=r"sampling: shift = 3\.0: a schedule of kind 'vp' has none"):
         recipe(schedule=VPSchedule(), prediction="eps", sampling=SamplingConfig(shift=3.0))

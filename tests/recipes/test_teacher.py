@@ -371,6 +371,7 @@ def test_the_configs_of_few_steps_ask_each_teacher_what_it_knows():
 
 def test_the_four_step_config_runs_locally(tmp_path):
     spec = f"{CONFIGS}/fewstep/t2i_1024_4step.py:runlocal"
-    resolved = load_experiment(spec, ["train_steps=3", "log_every_steps=1", "tensorboard=False"])
+    overrides = ["train_steps=3", "log_every_steps=1", "tensorboard=False", "data.source=synthetic"]
+    resolved = load_experiment(spec, overrides)
     state = Experiment(resolved, tmp_path).train()
     assert int(state.step) == 3 and int(state.skipped) == 0

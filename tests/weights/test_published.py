@@ -49,7 +49,7 @@ def test_an_entry_that_is_null_is_one_that_is_left_out(kind):
     [
         ({"latents_mean": [0.0] * 4}, r"latents_mean = \[0.0, 0.0, 0.0, 0.0\]; Autoencoder can only read None"),
         ({"latents_std": [1.0] * 4}, "latents_std = .*; Autoencoder can only read None"),
-        ({"use_quant_conv": True}, "use_quant_conv = True; Autoencoder can only read False"),
+        ({"use_quant_conv": True}, "use_post_quant_conv = False; Autoencoder can only read True"),
         ({"block_out_channels": None}, "lacks 'block_out_channels'; is it that of the right network?"),
         ({"block_out_channels": 7}, "'int' object is not iterable"),
     ],

@@ -113,7 +113,7 @@ def texts_of(value: Any, where: str) -> list[str]:
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
     if value is None or isinstance(value, str):
-        return [" ".join((value or "").split())]
+        return [" ".join(_whole(value or "").split())]
     if isinstance(value, Iterable) and not isinstance(value, Mapping):
         return [text for item in value for text in texts_of(item, where)]
     raise DataError(f"{where}: a caption is {value!r:.80}; expected text, or a list of texts; name another column")
@@ -146,7 +146,12 @@ def _number(value: Any, where: str) -> float | None:
 def _text(value: Any) -> str | None:
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
-    return None if value is None else str(value)
+    return None if value is None else _whole(str(value))
+
+
+def _whole(text: str) -> str:
+    """The text with "?" for each half of a character, which JSON may hold and UTF-8 does not."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def refuse_missing(asked: Iterable[str], known: Iterable[str], what: str, where: str) -> None:

@@ -35,6 +35,7 @@ from snapgen_jax.preparation.sources.interfaces import (
 )
 
 _SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+_TEXTS = ("txt", "cls", "json")
 _CAPTION_COLUMNS = ("txt", "caption", "text")
 _LOOKED_AT = 100  # examples of the first file, for the names of columns
 _BLOCK = 512  # bytes of tar
@@ -45,17 +46,19 @@ class TarImages:
 
     def __init__(self, config: CollectConfig):
         self._config, self._files = config, files_of(config.path, _SUFFIXES, "tar file")
-        first = [self._fields(members) for _, members in itertools.islice(self._examples(*self._files[0]), _LOOKED_AT)]
-        known = dict.fromkeys(column for _, columns in first for column in columns)
-        where = f"{self._files[0][1]}, in its first examples,"
+        examples = itertools.chain.from_iterable(self._examples(*file) for file in self._files)
+        members = [members for _, members in itertools.islice(examples, _LOOKED_AT)]
+        first = [self._fields(found) for found in members]
+        known = dict.fromkeys(column for _, columns, _ in first for column in columns)
+        where = f"{config.path}, in its first examples,"
         asked = config.captions or [column for column in _CAPTION_COLUMNS if column in known][:1]
         if not asked and config.filters.least_characters and first:
             refuse_missing(_CAPTION_COLUMNS[:1], known, "caption", where)
         refuse_missing(asked, known, "caption column", where)
         refuse_missing([*config.all_numbers(), *config.texts], known, "column", where)
-        if first and not any(image for image, _ in first):
-            extensions = sorted({key for image, columns in first for key in columns})
-            raise DataError(f"{where} holds no image {config.image!r}; its members are {', '.join(extensions)}")
+        if members and not any(image for image, _, _ in first):
+            extensions = sorted({extension for found in members for extension in found})
+            raise DataError(f"{where} holds no image {config.image}; its members are {', '.join(extensions)}")
         self._captions = tuple(asked)
 
     def units(self) -> list[Unit]:
@@ -72,34 +75,36 @@ class TarImages:
                     f"{unit.work} holds {key} twice, apart from each other; an example's members stand together"
                 )
             seen.add(id)
-            try:
-                image, columns = self._fields(members)
-            except ValueError as error:
-                yield RawExample(id, None, (), columns_of({}, self._config, id), problem=f"its JSON: {error}")
-                continue
+            image, columns, problem = self._fields(members)
             if image is None:
                 continue
-            data, place = image
+            data, place = (None, None) if problem else image
             texts = {column: texts_of(columns.get(column), id) for column in self._captions}
             captions = weighted(texts, self._config.captions)
-            yield RawExample(id, data, captions, columns_of(columns, self._config, id), place)
+            yield RawExample(id, data, captions, columns_of(columns, self._config, id), place, problem)
 
-    def _fields(self, members: Mapping[str, Any]) -> tuple[tuple[bytes, Place | None] | None, dict[str, Any]]:
-        """The image and the columns of an example."""
+    def _fields(self, members: Mapping[str, Any]) -> tuple[tuple[bytes, Place | None] | None, dict[str, Any], str]:
+        """The image and the columns of an example, and what is wrong with it."""
         images = [self._config.image] if self._config.image else [e for e in members if f".{e.lower()}" in EXTENSIONS]
         image = next((members[name] for name in images if name in members), None)
         columns: dict[str, Any] = {}
+        problem = ""
         for extension, (data, _) in members.items():
             if extension == "json":
-                value = json.loads(data)
+                try:
+                    value = json.loads(data)
+                except (ValueError, RecursionError) as error:
+                    problem = f"its JSON cannot be read: {error}"
+                    continue
                 columns |= value if isinstance(value, dict) else {}
             elif extension in ("txt", "cls"):
                 columns[extension] = data.decode("utf-8", "replace").strip()
-        return image, columns
+        return image, columns, problem
 
     def _examples(self, name: str, file: epath.Path) -> Iterator[tuple[str, dict[str, tuple[bytes, Place | None]]]]:
         """(key, {extension: (bytes, place)}) of members that stand together."""
-        for key, members in itertools.groupby(_members(name, file), key=lambda member: member[0]):
+        members_of_all = _members(name, file, self._config.image)
+        for key, members in itertools.groupby(members_of_all, key=lambda member: member[0]):
             yield key, {extension: (data, place) for _, extension, data, place in members}
 
 
@@ -112,10 +117,18 @@ def build(config: CollectConfig) -> TarImages:
     return TarImages(config)
 
 
-def _members(name: str, file: epath.Path) -> Iterator[tuple[str, str, bytes, Place | None]]:
-    """(key, extension, bytes, place) of the files in a tar. A place is told where the tar is not compressed."""
+def _members(name: str, file: epath.Path, image: str) -> Iterator[tuple[str, str, bytes, Place | None]]:
+    """(key, extension, bytes, place) of the files in a tar; of other than images and texts there are no bytes.
+
+    A place is told where the tar is not compressed.
+    """
     plain = name.endswith(".tar")
-    with _whole(file), file.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:" if plain else "r:*") as tar:
+    mode = "r:" if plain else "r:*"
+    with (
+        _whole(file),
+        file.open("rb") as stream,
+        tarfile.open(fileobj=stream, mode=mode, errors="backslashreplace") as tar,
+    ):
         for member in tar:
             path = pathlib.PurePosixPath(member.name)
             if path.is_absolute() or ".." in path.parts:
@@ -126,7 +139,8 @@ def _members(name: str, file: epath.Path) -> Iterator[tuple[str, str, bytes, Pla
             content = tar.extractfile(member) if member.isfile() and base and extension else None
             if content is not None:
                 place = Place(str(file), member.offset_data, member.size) if plain and not member.issparse() else None
-                yield str(path.parent / base), extension, content.read(), place
+                read = extension in (*_TEXTS, image) or f".{extension.lower()}" in EXTENSIONS
+                yield str(path.parent / base), extension, content.read() if read else b"", place
             tar.members = []  # which it would keep for ever  # type: ignore[attr-defined]
         _check_end(tar)
 

@@ -3,12 +3,17 @@ whole models they come from, `openai/clip-vit-large-patch14` and `laion/CLIP-ViT
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.weights.mapping import Rule, WeightMap, linear, norm, one
 from snapgen_jax.weights.published import given
+
+Tree = Any
 
 
 def read_config(values: Mapping[str, Any], **changes: Any) -> ClipTextConfig:
@@ -50,6 +55,48 @@ def read_config(values: Mapping[str, Any], **changes: Any) -> ClipTextConfig:
         "key_bias": True,
     }
     return ClipTextConfig(**{**fields, **changes})
+
+
+def write_config(config: ClipTextConfig) -> dict[str, Any]:
+    """The `config.json` that transformers reads of an encoder: what `read_config` reads back.
+
+    To transformers `eos_token_id = 2` says that the pooled state is that of the largest id. An encoder that pools at an
+    end token with the id 2 needs another id there (`move_end`).
+
+    Raises:
+        ValueError: transformers has no such encoder.
+    """
+    if config.attention != "causal" or config.neighbours:
+        raise ValueError(
+            f"its attention is {config.attention!r} with {config.neighbours} neighbours; that of transformers' CLIP is "
+            "causal, with none"
+        )
+    if config.pooling == "eos" and config.eos_id == 2:
+        raise ValueError("its end token has the id 2, which transformers takes for the largest id")
+    return {
+        "architectures": ["CLIPTextModelWithProjection" if config.projection else "CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": 4 * config.width,
+        "projection_dim": config.projection or config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "max_position_embeddings": config.max_tokens,
+        "hidden_act": config.activation,
+        "layer_norm_eps": 1e-5,
+        "bos_token_id": config.bos_id,
+        "eos_token_id": 2 if config.pooling == "argmax" else config.eos_id,
+        "pad_token_id": config.pad_id,
+        "torch_dtype": "float32",
+    }
+
+
+def move_end(config: ClipTextConfig, params: Tree) -> tuple[ClipTextConfig, Tree]:
+    """The same encoder, in which the end token has changed ids with the last one of the vocabulary."""
+    table, last = np.array(params["token_embedding"]), config.vocab_size - 1
+    table[[config.eos_id, last]] = table[[last, config.eos_id]]
+    return dataclasses.replace(config, eos_id=last), {**params, "token_embedding": table}
 
 
 def weight_map(config: ClipTextConfig) -> WeightMap:

@@ -1,4 +1,8 @@
-"""Stable Diffusion 3's autoencoder in diffusers' layout, `vae/`, -> `networks.autoencoder.Autoencoder`."""
+"""Stable Diffusion's autoencoder in diffusers' layout, `vae/`, -> `networks.autoencoder.Autoencoder`.
+
+Of Stable Diffusion 3, and of those before it, which have two quantisation convolutions more, and in whose files the
+attention may have the names that diffusers gave it then.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +20,12 @@ def read_config(values: Mapping[str, Any], **changes: Any) -> AutoencoderConfig:
     What is left out or null has diffusers' default: quantisation convolutions, a scale of 0.18215, and no shift.
 
     Raises:
-        ValueError: the checkpoint is of a kind that `Autoencoder` does not have (with quantisation convolutions, as
-            before Stable Diffusion 3, say).
+        ValueError: the checkpoint is of a kind that `Autoencoder` does not have (without attention, say).
     """
     values = given(values)
+    quantised = values.get("use_quant_conv", True)
     for key, default, expected in (
-        ("use_quant_conv", True, False),
-        ("use_post_quant_conv", True, False),
+        ("use_post_quant_conv", True, quantised),
         ("mid_block_add_attention", True, True),
         ("act_fn", "silu", "silu"),
         ("in_channels", 3, 3),
@@ -39,13 +42,47 @@ def read_config(values: Mapping[str, Any], **changes: Any) -> AutoencoderConfig:
         "groups": values["norm_num_groups"],
         "scale": values.get("scaling_factor", 0.18215),
         "shift": values.get("shift_factor", 0.0),
+        "quantisation": "convolutions" if quantised else "none",
     }
     return AutoencoderConfig(**{**fields, **changes})
 
 
+def write_config(config: AutoencoderConfig) -> dict[str, Any]:
+    """The `config.json` that diffusers reads of an autoencoder of constant normalisation: what `read_config` reads
+    back. With a measured one, its users add `latents_mean` and `latents_std` and leave scale and shift out."""
+    stages, quantised = len(config.channels), config.quantisation == "convolutions"
+    return {
+        "_class_name": "AutoencoderKL",
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ["DownEncoderBlock2D"] * stages,
+        "up_block_types": ["UpDecoderBlock2D"] * stages,
+        "block_out_channels": list(config.channels),
+        "layers_per_block": config.layers,
+        "act_fn": "silu",
+        "latent_channels": config.latent_channels,
+        "norm_num_groups": config.groups,
+        "scaling_factor": config.scale,
+        "shift_factor": config.shift,
+        "use_quant_conv": quantised,
+        "use_post_quant_conv": quantised,
+        "mid_block_add_attention": True,
+        "force_upcast": False,
+    }
+
+
 def weight_map(config: AutoencoderConfig) -> WeightMap:
     """Every tensor of the checkpoint."""
-    return WeightMap((*_coder(config, "encoder"), *_coder(config, "decoder")))
+    rules = (*_coder(config, "encoder"), *_coder(config, "decoder"))
+    if config.quantisation == "convolutions":
+        rules += (*conv("encoder/quantisation", "quant_conv"), *conv("decoder/quantisation", "post_quant_conv"))
+    earlier = [
+        (f"{coder}.mid_block.attentions.0.{before}.{part}", f"{coder}.mid_block.attentions.0.{now}.{part}")
+        for coder in ("encoder", "decoder")
+        for now, before in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn"))
+        for part in ("weight", "bias")
+    ]
+    return WeightMap(rules, aliases=tuple(earlier))
 
 
 def _coder(config: AutoencoderConfig, coder: str) -> tuple[Rule, ...]:

@@ -290,7 +290,7 @@ class ClipAdapter:
         roles = ("mixer", "head") if self.config.base_workdir else ("mixer",)
         unit = ExportUnit("adapter", run, roles, {"clip": jax.ShapeDtypeStruct(shape, jnp.float32)})
         program = {
-            "schema": 2,
+            "schema": 3,
             "kind": "feed_forward",
             "unit": "adapter",
             "inputs": {"clip": {"shape": list(shape), "dtype": "uint8"}},

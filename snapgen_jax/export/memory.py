@@ -1,0 +1,101 @@
+"""How much memory a bundle's files take on this machine: the peak of a process that loads and runs them.
+
+Run as a script, so that the process holds Python, numpy and LiteRT alone; each measurement is a child of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+# {unit: {"path", "signature", "inputs": {name: (shape, dtype)}}}
+Files = Mapping[str, Mapping[str, Any]]
+
+
+class MeasurementError(RuntimeError):
+    """A file could not be loaded or run."""
+
+
+def measure(files: Mapping[str, Files]) -> dict[str, Any]:
+    """The peaks, in bytes, of the files of each precision.
+
+    Args:
+        files: `{precision: {unit: {"path", "signature", "inputs": {name: (shape, dtype)}}}}`.
+
+    Returns:
+        "process": what Python, numpy and LiteRT take by themselves; and for each precision `{"units": {unit: peak},
+        "in_turn", "together"}`, the last two of a process that loads, runs and frees one unit after the other, and of
+        one that holds all.
+
+    Raises:
+        MeasurementError: a file could not be run.
+    """
+    done = subprocess.run(
+        [sys.executable, __file__], input=json.dumps(files), capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise MeasurementError((done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"])[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _measure(files: Mapping[str, Files]) -> dict[str, Any]:
+    from ai_edge_litert.interpreter import Interpreter
+
+    def load(unit: Mapping[str, Any]) -> Callable[[], Any]:
+        run = Interpreter(model_path=unit["path"]).get_signature_runner(unit["signature"])
+        given = {name: np.zeros(shape, dtype) for name, (shape, dtype) in unit["inputs"].items()}
+        return lambda: run(**given)
+
+    def in_turn(units: Files) -> None:
+        for unit in units.values():
+            load(unit)()
+
+    def together(units: Files) -> None:
+        loaded = [load(unit) for unit in units.values()]
+        for run in loaded:
+            run()
+
+    found: dict[str, Any] = {"process": _peak(lambda: None)}
+    for precision, units in files.items():
+        found[precision] = {
+            "units": {name: _peak(lambda unit=unit: load(unit)()) for name, unit in units.items()},
+            "in_turn": _peak(lambda units=units: in_turn(units)),
+            "together": _peak(lambda units=units: together(units)),
+        }
+    return found
+
+
+def _peak(work: Callable[[], Any]) -> int:
+    """The most memory, in bytes, of a child process that does some work."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            os.close(read)
+            work()
+            most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            os.write(write, str(most if sys.platform == "darwin" else most * 1024).encode())  # Linux counts in KiB
+            status = 0
+        except Exception as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(status)
+    os.close(write)
+    with open(read, "rb") as pipe:
+        said = pipe.read()
+    os.waitpid(child, 0)
+    if not said:
+        raise SystemExit(1)  # the child has said why
+    return int(said)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(_measure(json.load(sys.stdin))) + "\n")

@@ -1,0 +1,225 @@
+"""Adapters: a trained network learns something new from a few images, through small matrices beside its weights.
+
+    W' = W + s B A,   L = E_new ||v - v_target||^2 + w E_prior ||v - v_target||^2
+
+W is frozen and comes from a trained run or from published weights; A and B are the only parameters (Hu et al. 2021,
+"LoRA"). The second term is DreamBooth's prior preservation (Ruiz et al. 2022, eq. 2): examples of what the network
+drew before, or data that it was trained on, keep it from forgetting. They are a source of `data.mixture`, and w is its
+weight over that of the new examples.
+
+The loss, the sampling and the export are those of `flow_matching`, asked with the merged weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from etils import epath
+from jax.sharding import Mesh, PartitionSpec
+
+from snapgen_jax.inputs.interfaces import Inputs, TokenizerSpec
+from snapgen_jax.networks.lora import A, B, LoraConfig, adapted, init_adapters, merge
+from snapgen_jax.networks.mmdit import MMDiTConfig
+from snapgen_jax.networks.module import Platform, build
+from snapgen_jax.networks.rules import rules_of
+from snapgen_jax.recipes._assembly import Specs, specs_of, taken_from, trained_roles
+from snapgen_jax.recipes._sampling import SamplingConfig
+from snapgen_jax.recipes._teacher import run_config
+from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig
+from snapgen_jax.training.accumulate import accumulate_gradients
+from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.training.exports import ExportPlan
+from snapgen_jax.training.optimizer import learning_rate_schedule, make_optimizer, new_player, step_player
+from snapgen_jax.training.recipe import Metrics, Part, Use
+from snapgen_jax.training.state import Player, TrainState
+from snapgen_jax.weights.frozen import is_published, load_mmdit, load_run
+
+Tree = Any
+ROLE = "adapters"
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptersConfig(FlowMatchingConfig):
+    """Adapters of a trained network. The other fields are those of `flow_matching`: `network`, `prediction`, `schedule`
+    and `inputs` are the trained run's, and the rest may differ.
+
+    Attributes:
+        base: the trained run whose averaged weights are adapted; or the folder `transformer/` of a published Stable
+            Diffusion 3.5. A text encoder that was trained in that run is read from there too.
+        lora: which weights, and how.
+    """
+
+    base: str = ""
+    lora: LoraConfig = LoraConfig()
+
+
+class Adapters:
+    """See the top of this file. Implements `training.recipe.Recipe`; holds the recipe whose loss it takes."""
+
+    Config = AdaptersConfig
+
+    def __init__(self, config: AdaptersConfig, platform: Platform):
+        """`platform` is the one compiled for.
+
+        Raises:
+            ValueError: the network does not fit what it is fed, or a target of the adapters finds nothing.
+        """
+        self.config: Any = config
+        self.method = FlowMatching(config, platform)
+        self.inputs: Inputs = self.method.inputs
+        self.options: Any = self.method.options
+        self.trains: Mapping[str, tuple[str, ...]] = {"model": (ROLE,)}
+        self.optimizer: optax.GradientTransformation = make_optimizer(config.optimizer, config.train_steps)
+        self.learning_rate = learning_rate_schedule(config.optimizer, config.train_steps)
+        self._shapes = {role: build(network.config)[1] for role, network in self.method.networks().items()}
+        adapted(config.lora, self._shapes)
+
+    # --- networks ---
+
+    def weights(self, params: Tree, frozen: Tree) -> dict[str, Tree]:
+        """The networks with the adapters merged, and the adapters."""
+        adapters = params["model"][ROLE]
+        return {**merge(frozen, adapters, self.config.lora.scale), ROLE: adapters}
+
+    def init(self, key: jax.Array) -> TrainState:
+        """Draws adapters that change nothing yet."""
+        player = self._new_player({ROLE: init_adapters(self.config.lora, self._shapes, key)})
+        return TrainState(jnp.int32(0), jnp.int32(0), {"model": player}, {})
+
+    def warm_start(self, state: TrainState, earlier: Tree) -> TrainState:
+        """Starts from the adapters of an earlier run of this recipe."""
+        params = taken_from(state.players["model"].params, earlier.get("model", {}))
+        return state.replace(players={"model": self._new_player(params)})
+
+    def _new_player(self, params: Tree) -> Player:
+        return new_player(params, self.optimizer, ema=self.config.ema_decay > 0)
+
+    def frozen_spec(self) -> Tree:
+        """`{role: shapes}` of all networks."""
+        networks = self.method.networks()
+        return specs_of(networks, networks)
+
+    def load_frozen(self, mesh: Mesh | None, use: Use = "train") -> Tree:
+        """Reads the network from `base`, and what the inputs bring from where they say.
+
+        Raises:
+            ConfigError: there is no base, or it is not what the config says.
+        """
+        del use
+        config, networks = self.config, self.method.networks()
+        if not config.base:
+            raise ConfigError("there is no network to adapt: set base to a trained run, or to published weights")
+        brought = self.inputs.load(self.inputs.pretrained(), mesh)
+        own = {role: network for role, network in networks.items() if role not in brought}
+        if is_published(epath.Path(config.base)):
+            if not isinstance(config.network, MMDiTConfig) or len(own) > 1:
+                raise ConfigError(
+                    f"{config.base} holds an MMDiT alone: set network.kind to 'mmdit', and inputs whose text encoders "
+                    "are published or of a run"
+                )
+            spec = specs_of(own, own)[self.method.role]
+            return {self.method.role: load_mmdit(config.base, config.network, spec, mesh), **brought}
+        self._check_run(run_config(config.base))
+        return {**load_run(config.base, specs_of(own, own), mesh=mesh, rules=rules_of(own)), **brought}
+
+    def _check_run(self, run: Mapping[str, Any]) -> None:
+        """Raises where the base run, of which `run` is the config, is not what the config here says of it."""
+        config = self.config
+        for name, said, was in (
+            ("prediction", config.prediction, run.get("prediction")),
+            ("schedule.kind", config.schedule.kind, run.get("schedule", {}).get("kind")),
+        ):
+            if was not in (None, said):
+                raise ConfigError(f"the run {config.base!r} has {name}={was!r}, and the config says {said!r}; set it")
+        if isinstance(inputs := run.get("inputs"), Mapping):
+            # A text encoder that comes from the run itself fits it.
+            parts = ("latent",) if trained_roles(self.inputs) else ("latent", "condition")
+            self.inputs.check_run(config.base, inputs, parts)
+
+    def rules(self) -> Sequence[tuple[str, PartitionSpec]]:
+        """Adapters are replicated; the networks lie as they say."""
+        return [(f"/({A}|{B})$", PartitionSpec()), *self.method.rules()]
+
+    # --- shapes ---
+
+    def batch_specs(self) -> Specs:
+        """Those of the inputs."""
+        return self.method.batch_specs()
+
+    def tokenizers(self) -> Mapping[str, TokenizerSpec]:
+        """Those of the inputs; where the base run trained one, that."""
+        return {
+            name: dataclasses.replace(spec, workdir=self.config.base)
+            if spec.kind == "trained" and not spec.workdir
+            else spec
+            for name, spec in self.method.tokenizers().items()
+        }
+
+    def conditions(self) -> tuple[str, ...]:
+        """Those of the inputs."""
+        return self.method.conditions()
+
+    # --- training ---
+
+    def update(self, state: TrainState, frozen: Tree, batch: Tree, key: jax.Array) -> tuple[TrainState, Metrics]:
+        """One step of the adapters."""
+        config, player = self.config, state.players["model"]
+        drawn = self._draw(state, frozen, batch, key)
+        grads, loss, _ = accumulate_gradients(
+            lambda params, drawn: self.method.loss(self.weights({"model": params}, frozen), drawn, {}),
+            player.params,
+            drawn,
+            config.microbatches,
+        )
+        clip, decay = config.optimizer.clip_norm, config.ema_decay
+        player, norm = step_player(player, grads, self.optimizer, state.step, clip_norm=clip, ema_decay=decay)
+        rate = jnp.asarray(self.learning_rate(state.step))
+        metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate}
+        return state.replace(players={"model": player}), metrics
+
+    def _draw(self, state: TrainState, frozen: Tree, batch: Tree, key: jax.Array) -> Tree:
+        networks = self.weights({"model": state.players["model"].params}, frozen)
+        return self.method.draw(networks, batch, key, state.step)
+
+    def parts(self) -> Mapping[str, Part]:
+        """ "draw", all that comes before the loss."""
+        return {"draw": self._draw}
+
+    # --- use ---
+
+    def generate(
+        self, params: Tree, frozen: Tree, conditions: Tree, keys: jax.Array, options: SamplingConfig
+    ) -> dict[str, jax.Array]:
+        """As `flow_matching`, by the merged weights."""
+        return self.method.generate(*self._merged(params, frozen), conditions, keys, options)
+
+    def validation_loss(self, params: Tree, frozen: Tree, batch: Tree, key: jax.Array) -> dict[str, jax.Array]:
+        """As `flow_matching`, by the merged weights."""
+        return self.method.validation_loss(*self._merged(params, frozen), batch, key)
+
+    def codec(self, params: Tree, frozen: Tree) -> Any:
+        """That of the inputs."""
+        return self.method.codec(*self._merged(params, frozen))
+
+    def _merged(self, params: Tree, frozen: Tree) -> tuple[Tree, Tree]:
+        """The arguments `params` and `frozen` of the method: nothing trained, and all networks frozen."""
+        return {"model": {}}, self.weights(params, frozen)
+
+    def evaluators(self) -> Sequence[Any]:
+        """Those that `config.evaluation` names."""
+        return [
+            spec if spec.function is None else dataclasses.replace(spec, function=self.validation_loss)
+            for spec in self.method.evaluators()
+        ]
+
+    def exports(self) -> ExportPlan:
+        """That of `flow_matching`; its weights are the merged ones."""
+        return self.method.exports()
+
+
+RECIPE = Adapters
