@@ -182,10 +182,10 @@ def _training(facts: Facts) -> Iterator[tuple[str, str]]:
 
 def _counterparts(facts: Facts) -> str:
     lines = [
-        f"- `{part.folder}/` is {_code(part.role)} for {part.library}: "
+        f"- `{part.folder}/` is {_code(part.role)} for {part.reader}: "
         f'`{part.loader}.from_pretrained("FOLDER/{part.folder}")`' + (f" ({part.note})" if part.note else "")
         if part.folder
-        else f"- {_code(part.role)} has no counterpart in {part.library}: {_text(part.note)}"
+        else f"- {_code(part.role)} has no counterpart in {part.reader}: {_text(part.note)}"
         for part in facts.counterparts
     ]
     return "\n".join(["## In other libraries\n", *lines, ""]) if lines else ""

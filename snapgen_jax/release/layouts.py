@@ -29,14 +29,14 @@ class Counterpart:
 
     Attributes:
         role: the network, "player/role".
-        library: "transformers" or "diffusers".
+        reader: the library that loads it, "transformers" or "diffusers".
         loader: its class there.
         folder: where it was written, in the folder of weights; "" where it could not be.
         note: why it could not be, or what its user must know.
     """
 
     role: str
-    library: str
+    reader: str
     loader: str
     folder: str = ""
     note: str = ""

@@ -237,7 +237,7 @@ def losses(given, workdir, updates=3):
     return losses, flatten(state.players["model"].params)
 
 
-READING = (*EXACT, "data.crop=centre", "optimizer.learning_rate=0.01", "optimizer.warmup_steps=0")
+READING = (*EXACT, "data.crop=centre", "optimizer.learning_rate=0.001", "optimizer.warmup_steps=0")
 
 
 @pytest.fixture(scope="module")
