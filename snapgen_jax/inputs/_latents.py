@@ -1,4 +1,5 @@
-"""What the kinds of example share whose latents were stored beforehand: their shapes, and that nothing here decodes."""
+"""What the kinds of example share whose latents were stored beforehand: their shapes, the text encoders that may run
+inside the step all the same, and that nothing here decodes."""
 
 from __future__ import annotations
 
@@ -11,8 +12,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from snapgen_jax.inputs._images import Size, bucket_name
+from snapgen_jax.inputs._text_encoders import TextEncoders
 from snapgen_jax.inputs.interfaces import Networks, TokenizerSpec, Tree
 from snapgen_jax.networks.codec import Codec
+from snapgen_jax.networks.module import Network
 from snapgen_jax.training.exits import ConfigError
 
 LATENT = "latent"
@@ -61,26 +64,31 @@ class OfLatents:
 
     Attributes:
         latents: the shapes.
+        text: the text encoders, where token ids are stored and these run inside the step; None where states are.
     """
 
     latents: StoredLatents
+    text: TextEncoders | None
 
     def latent_shape(self, size: Size | None = None) -> tuple[int, ...]:
         """`(h, w, c)` of the latent of an image size."""
         return self.latents.shape(size)
 
+    def text_networks(self) -> dict[str, Network]:
+        """The text encoders, where they run inside the step."""
+        return {} if self.text is None else self.text.networks()
+
     def pretrained(self) -> tuple[str, ...]:
-        """None."""
-        return ()
+        """The text encoders, where they run inside the step."""
+        return tuple(self.text_networks())
 
     def load(self, roles: tuple[str, ...], mesh: Mesh | None) -> dict[str, Tree]:
-        """Nothing."""
-        del roles, mesh
-        return {}
+        """Reads the text encoders onto the mesh, where they run inside the step; or draws them as stand-ins."""
+        return {} if self.text is None else self.text.load(roles, None, mesh)
 
     def tokenizers(self) -> dict[str, TokenizerSpec]:
-        """None: no text is read."""
-        return {}
+        """Those of the text encoders, where they run inside the step."""
+        return {} if self.text is None else self.text.tokenizers()
 
     def integer_bounds(self) -> dict[str, int]:
         """None: there are no integers."""

@@ -39,6 +39,19 @@ class TextEncoder:
     masked: bool = False
 
 
+def text_encoder(config: Any, name: str, published: str, tokens: int, masked: bool = False) -> TextEncoder:
+    """The text encoder that a config describes by the fields `<name>`, `<name>_folder` and `<name>_tokenizer`."""
+    folder, tokenizer = (getattr(config, f"{name}_{what}") for what in ("folder", "tokenizer"))
+    return TextEncoder(getattr(config, name), published, folder, tokenizer, tokens, masked)
+
+
+def all_named(config: Any, names: Sequence[str]) -> bool:
+    """Whether the weights of a config's autoencoder, and weights and tokenizers of its text encoders, are at hand:
+    folders are named, or stand-ins asked for."""
+    folders = [getattr(config, f"{name}_{what}") for name in names for what in ("folder", "tokenizer")]
+    return config.stand_ins or all([config.codec.workdir, *folders])
+
+
 class TextEncoders:
     """Some text encoders and their networks, by role.
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from snapgen_jax.bounds import SHARE, at_least, check
 from snapgen_jax.diffusion.guidance import draw_kept, keep
 from snapgen_jax.inputs._images import ImageCodec, OfImages, Size, image_specs
-from snapgen_jax.inputs._text_encoders import TextEncoder, TextEncoders
+from snapgen_jax.inputs._text_encoders import TextEncoders, all_named, text_encoder
 from snapgen_jax.inputs.interfaces import Networks, TokenizerSpec, Tree, is_kept
 from snapgen_jax.networks.autoencoder import AutoencoderConfig
 from snapgen_jax.networks.clip import ClipTextConfig
@@ -53,13 +53,12 @@ class ClipFrozenConfig:
 
     def text(self, platform: Platform) -> TextEncoders:
         """The text encoder."""
-        tokens = self.clip_l.max_tokens
-        clip = TextEncoder(self.clip_l, CLIP, self.clip_l_folder, self.clip_l_tokenizer, tokens)
+        clip = text_encoder(self, CLIP, "clip_l", self.clip_l.max_tokens)
         return TextEncoders({CLIP: clip}, self.stand_ins, platform)
 
     def named(self) -> bool:
         """Whether all weights and the tokenizer are at hand: folders are named, or stand-ins asked for."""
-        return self.stand_ins or all((self.codec.workdir, self.clip_l_folder, self.clip_l_tokenizer))
+        return all_named(self, (CLIP,))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from snapgen_jax.bounds import SHARE, at_least, check
 from snapgen_jax.inputs._encodings import CONDITIONER, DropRates, Encoding, Encodings, OfEncodings
 from snapgen_jax.inputs._images import ImageCodec, OfImages, Size, image_specs
 from snapgen_jax.inputs._published_export import published_export
-from snapgen_jax.inputs._text_encoders import TextEncoder, TextEncoders
+from snapgen_jax.inputs._text_encoders import TextEncoders, all_named, text_encoder
 from snapgen_jax.inputs.interfaces import Networks, TokenizerSpec, Tree
 from snapgen_jax.networks.autoencoder import AutoencoderConfig
 from snapgen_jax.networks.clip import ClipTextConfig
@@ -72,27 +72,15 @@ class FrozenConfig:
     def text(self, platform: Platform, use: Sequence[str] = ENCODERS) -> TextEncoders:
         """The text encoders, or those in `use`."""
         encoders = {
-            "clip_l": TextEncoder(
-                self.clip_l, "clip_l", self.clip_l_folder, self.clip_l_tokenizer, self.clip_l.max_tokens
-            ),
-            "clip_g": TextEncoder(
-                self.clip_g, "clip_g", self.clip_g_folder, self.clip_g_tokenizer, self.clip_g.max_tokens
-            ),
-            "language": TextEncoder(
-                self.language,
-                "gemma2_2b",
-                self.language_folder,
-                self.language_tokenizer,
-                self.language_tokens,
-                masked=True,
-            ),
+            "clip_l": text_encoder(self, "clip_l", "clip_l", self.clip_l.max_tokens),
+            "clip_g": text_encoder(self, "clip_g", "clip_g", self.clip_g.max_tokens),
+            "language": text_encoder(self, "language", "gemma2_2b", self.language_tokens, masked=True),
         }
         return TextEncoders({name: encoders[name] for name in ENCODERS if name in use}, self.stand_ins, platform)
 
     def named(self) -> bool:
         """Whether all weights and tokenizers are at hand: folders are named, or stand-ins asked for."""
-        folders = [getattr(self, f"{name}_{what}") for name in ENCODERS for what in ("folder", "tokenizer")]
-        return self.stand_ins or all([self.codec.workdir, *folders])
+        return all_named(self, ENCODERS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from snapgen_jax.bounds import SHARE, at_least, check
 from snapgen_jax.diffusion.guidance import draw_kept, keep
 from snapgen_jax.inputs._images import ImageCodec, OfImages, Size, image_specs
-from snapgen_jax.inputs._text_encoders import TextEncoder, TextEncoders
+from snapgen_jax.inputs._text_encoders import TextEncoders, all_named, text_encoder
 from snapgen_jax.inputs.interfaces import Networks, TokenizerSpec, Tree, is_kept
 from snapgen_jax.networks.autoencoder import AutoencoderConfig
 from snapgen_jax.networks.clip import ClipTextConfig
@@ -75,24 +75,16 @@ class SD3FrozenConfig:
 
     def text(self, platform: Platform, prefix: str) -> TextEncoders:
         """The text encoders. T5 attends to its padding, as in the reference."""
-        published = {"clip_l": "clip_l", "clip_g": "clip_g", "t5": "t5_xxl"}
-        lengths = {"clip_l": self.clip_l.max_tokens, "clip_g": self.clip_g.max_tokens, "t5": self.t5_tokens}
         encoders = {
-            name: TextEncoder(
-                getattr(self, name),
-                published[name],
-                getattr(self, f"{name}_folder"),
-                getattr(self, f"{name}_tokenizer"),
-                lengths[name],
-            )
-            for name in SD3_TEXTS
+            "clip_l": text_encoder(self, "clip_l", "clip_l", self.clip_l.max_tokens),
+            "clip_g": text_encoder(self, "clip_g", "clip_g", self.clip_g.max_tokens),
+            "t5": text_encoder(self, "t5", "t5_xxl", self.t5_tokens),
         }
         return TextEncoders(encoders, self.stand_ins, platform, prefix)
 
     def named(self) -> bool:
         """Whether all weights and tokenizers are at hand: folders are named, or stand-ins asked for."""
-        folders = [getattr(self, f"{name}_{what}") for name in SD3_TEXTS for what in ("folder", "tokenizer")]
-        return self.stand_ins or all([self.codec.workdir, *folders])
+        return all_named(self, SD3_TEXTS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,15 +15,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from snapgen_jax.bounds import SHARE, at_least, check
 from snapgen_jax.diffusion.guidance import draw_kept
 from snapgen_jax.inputs._frozen import FrozenEncoders, StoredDtype, TextForm, check_made, latent_sizes
 from snapgen_jax.inputs._images import ImageCodec, Size
 from snapgen_jax.inputs._latents import LATENT, OfLatents, StoredLatents
-from snapgen_jax.inputs._text_encoders import TextEncoders
-from snapgen_jax.inputs.interfaces import Networks, TokenizerSpec, Tree
+from snapgen_jax.inputs.interfaces import Networks, Tree
 from snapgen_jax.inputs.sd3_encoders import (
     SD3_TEXTS,
     SD3EncodersConfig,
@@ -97,7 +95,7 @@ class Stored(OfLatents):
         self.config, self.batch_size = config, batch_size
         self.platform: Platform = platform
         self.latents = StoredLatents(config.image_sizes, config.reduction, config.latent_channels)
-        self.text: TextEncoders | None = None
+        self.text = None
         if config.text == "tokens":
             self._check_made()
             self.text = config.encoders.text(platform, config.prefix)
@@ -131,19 +129,7 @@ class Stored(OfLatents):
 
     def networks(self) -> dict[str, Network]:
         """The text encoders, where they run inside the step."""
-        return {} if self.text is None else self.text.networks()
-
-    def pretrained(self) -> tuple[str, ...]:
-        """All."""
-        return tuple(self.networks())
-
-    def load(self, roles: tuple[str, ...], mesh: Mesh | None) -> dict[str, Tree]:
-        """Reads the text encoders onto the mesh, where they run inside the step; or draws them as stand-ins."""
-        return {} if self.text is None else self.text.load(roles, None, mesh)
-
-    def tokenizers(self) -> dict[str, TokenizerSpec]:
-        """Those of the text encoders, where they run inside the step."""
-        return {} if self.text is None else self.text.tokenizers()
+        return self.text_networks()
 
     # --- examples and conditions ---
 

@@ -11,7 +11,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from snapgen_jax.bounds import SHARE, at_least, check
 from snapgen_jax.inputs._frozen import FrozenEncoders, StoredDtype, check_made, latent_sizes
@@ -76,15 +75,7 @@ class StoredClipCaptions(OfClip, OfLatents):
 
     def networks(self) -> dict[str, Network]:
         """ "clip_l"; the autoencoder ran beforehand."""
-        return self.text.networks()
-
-    def pretrained(self) -> tuple[str, ...]:
-        """The text encoder."""
-        return tuple(self.networks())
-
-    def load(self, roles: tuple[str, ...], mesh: Mesh | None) -> dict[str, Tree]:
-        """Reads the text encoder onto the mesh; or draws it as a stand-in."""
-        return self.text.load(roles, None, mesh)
+        return self.text_networks()
 
     def clean(self, networks: Networks, batch: Tree) -> jax.Array:
         """The stored latents."""

@@ -13,16 +13,14 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from snapgen_jax.bounds import at_least, check
 from snapgen_jax.inputs._encodings import CONDITIONER, DropRates, Encoding, Encodings, OfEncodings, clip_mask
 from snapgen_jax.inputs._frozen import FrozenEncoders, StoredDtype, TextForm, check_made, latent_sizes, zero_pooled
 from snapgen_jax.inputs._images import ImageCodec, Size
 from snapgen_jax.inputs._latents import LATENT, OfLatents, StoredLatents
-from snapgen_jax.inputs._text_encoders import TextEncoders
 from snapgen_jax.inputs.encoders import EncodersConfig, FrozenConfig
-from snapgen_jax.inputs.interfaces import Networks, TokenizerSpec, Tree
+from snapgen_jax.inputs.interfaces import Networks, Tree
 from snapgen_jax.networks.context import ENCODERS, ConditionerConfig
 from snapgen_jax.networks.module import Network, Platform
 from snapgen_jax.networks.text import TextContext
@@ -91,7 +89,7 @@ class StoredEncodings(OfLatents, OfEncodings):
         made = config.encoders.encodings()
         shapes = {name: getattr(config, name) or made[name] for name in ENCODERS}
         self.encodings = Encodings(config.conditioner, shapes, config.encoder_dropout, config.caption_dropout, platform)
-        self.text: TextEncoders | None = None
+        self.text = None
         if config.text == "tokens":
             self._check_made()
             self.text = config.encoders.text(platform)
@@ -125,19 +123,7 @@ class StoredEncodings(OfLatents, OfEncodings):
 
     def networks(self) -> dict[str, Network]:
         """ "conditioner"; and for tokens the text encoders."""
-        return {**({} if self.text is None else self.text.networks()), CONDITIONER: self.encodings.network}
-
-    def pretrained(self) -> tuple[str, ...]:
-        """The text encoders, where they run inside the step."""
-        return () if self.text is None else ENCODERS
-
-    def load(self, roles: tuple[str, ...], mesh: Mesh | None) -> dict[str, Tree]:
-        """Reads the text encoders onto the mesh, where they run inside the step; or draws them as stand-ins."""
-        return {} if self.text is None else self.text.load(roles, None, mesh)
-
-    def tokenizers(self) -> dict[str, TokenizerSpec]:
-        """Those of the text encoders, where they run inside the step."""
-        return {} if self.text is None else self.text.tokenizers()
+        return {**self.text_networks(), CONDITIONER: self.encodings.network}
 
     # --- examples and conditions ---
 
