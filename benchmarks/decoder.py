@@ -32,6 +32,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from benchmarks.measuring import by_turns, machine
+from benchmarks.memory import memory
 from snapgen_jax.config import load_experiment
 from snapgen_jax.experiment import Experiment
 from snapgen_jax.export.client import litert_unit
@@ -150,15 +151,9 @@ def measure(path: str, pixels: int) -> None:
     import ai_edge_litert.interpreter  # noqa: F401  # its own size is not the decoder's
 
     x = np.zeros(latent(pixels).shape, np.float32)
-    before = _high_water()
+    before = memory("VmHWM")
     litert_unit(pathlib.Path(path), "decoder", 1)(latent=x)
-    print(_high_water() - before)
-
-
-def _high_water() -> float:
-    """Megabytes, the most that this process has held. Linux only: `ru_maxrss` would begin with the parent's."""
-    status = pathlib.Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1e3
+    print((memory("VmHWM") - before) / 1e6)
 
 
 # --- what they learn -------------------------------------------------------------------------------------------------

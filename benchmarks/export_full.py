@@ -29,6 +29,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
 
+from benchmarks.memory import memory
+
 STAGES = ("f32", "f16", "reference", "run_f32", "run_f16")
 CONTEXT_TOKENS = 205  # 77 of the CLIPs and 128 of Gemma
 MOST = 15.0  # GB that a conversion may take
@@ -113,7 +115,7 @@ def stage(name: str, which: str, folder: pathlib.Path, backend: Any, runs: int, 
     f32, f16 = folder / "f32.tflite", folder / "f16.tflite"
     start = time.perf_counter()
     if which.startswith("run"):
-        return {**_run(f32 if which == "run_f32" else f16, folder, runs, threads), "peak_gb": peak()}
+        return {**_run(f32 if which == "run_f32" else f16, folder, runs, threads), "peak_gb": memory("VmHWM") / 1e9}
     if which == "f16":
         from snapgen_jax.export.precision import cast_float16
 
@@ -122,18 +124,18 @@ def stage(name: str, which: str, folder: pathlib.Path, backend: Any, runs: int, 
             "seconds": time.perf_counter() - start,
             "cpu_seconds": time.process_time(),
             "bytes": f16.stat().st_size,
-            "peak_gb": peak(),
+            "peak_gb": memory("VmHWM") / 1e9,
         }
     unit, spec = units()[name]()
     if which == "f32":
-        return {**_convert(unit, weights(unit, spec), f32, backend), "peak_gb": peak()}
+        return {**_convert(unit, weights(unit, spec), f32, backend), "peak_gb": memory("VmHWM") / 1e9}
     import jax
 
     given: Any = inputs(unit)
     np.savez(folder / "inputs.npz", **given)
     expected: Any = jax.device_get(jax.jit(unit.function)(weights(unit, spec), **given))
     np.savez(folder / "expected.npz", **expected)
-    return {"peak_gb": peak()}
+    return {"peak_gb": memory("VmHWM") / 1e9}
 
 
 def _convert(unit: Any, params: Any, path: pathlib.Path, backend: Any) -> dict[str, Any]:
@@ -179,12 +181,6 @@ def _run(path: pathlib.Path, folder: pathlib.Path, runs: int, threads: int) -> d
     return {"first_call_s": first, "ms": ms, "cpu_ms": cpu_ms, "rel_l2": float(max(errors))}
 
 
-def peak() -> float:
-    """The most memory that this process has held, in GB."""
-    status = pathlib.Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
-
-
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """All stages of a unit, each in a process of its own; "error" in place of a stage that failed ends it."""
     found: dict[str, Any] = {"unit": name, "backend": options.backend, "threads": options.threads}
@@ -219,16 +215,11 @@ def main() -> None:
         folder = pathlib.Path(options.folder)
         print(json.dumps(stage(options.units, options.stage, folder, options.backend, options.runs, options.threads)))
         return
-    from benchmarks.measuring import commit, machine
+    from benchmarks.measuring import append, commit, machine
 
     place = {"machine": machine(), "commit": commit(), "python": platform.python_version()}
     for name in options.units.split(",") if options.units else units():
-        line = json.dumps({**measure(name, options), **place})
-        print(line, flush=True)
-        if options.save:
-            path = pathlib.Path(__file__).parent / "results" / f"export_full-{options.save}.jsonl"
-            with path.open("a") as file:
-                file.write(line + "\n")
+        append({**measure(name, options), **place}, "export_full", options.save)
 
 
 if __name__ == "__main__":

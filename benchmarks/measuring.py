@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import platform
@@ -34,6 +35,15 @@ def commit() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip()
+
+
+def append(result: Mapping[str, Any], name: str, save: str) -> None:
+    """Prints a result as a line of JSON, and adds it to `results/NAME-SAVE.jsonl` where there is a `save`."""
+    line = json.dumps(result)
+    print(line, flush=True)
+    if save:
+        with (pathlib.Path(__file__).parent / "results" / f"{name}-{save}.jsonl").open("a") as file:
+            file.write(line + "\n")
 
 
 def by_turns(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:

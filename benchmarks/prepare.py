@@ -21,18 +21,19 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.measuring import commit, machine
+from benchmarks.measuring import append, commit, machine
 from snapgen_jax.data.shapes import render
 from snapgen_jax.data.shapes_grammar import sample_scene
 
 # A process of its own, whose greatest memory is that of the collection alone.
 _COLLECT = """
-import json, resource, sys, time
+import json, sys, time
+from benchmarks.memory import memory
 from snapgen_jax.cli import main
 begin, cpu = time.perf_counter(), time.process_time()
 code = main(["prepare", "collect", "--source=tar", *sys.argv[1:]])
 print(json.dumps({"code": code, "seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - cpu,
-    "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}))
+    "peak_mb": memory("VmHWM") / 1e6}))
 """
 
 
@@ -87,12 +88,7 @@ def main() -> None:
     parser.add_argument("--save", default="", help="name of the machine, for benchmarks/results/")
     options, others = parser.parse_known_args()  # what else is given goes to `snapgen prepare collect`
     result = {**measure(options.images, options.side, others), "machine": machine(), "load": os.getloadavg()[0]}
-    line = json.dumps({**result, "commit": commit()})
-    print(line, flush=True)
-    if options.save:
-        path = pathlib.Path(__file__).parent / "results" / f"prepare-{options.save}.jsonl"
-        with path.open("a") as file:
-            file.write(line + "\n")
+    append({**result, "commit": commit()}, "prepare", options.save)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import pathlib
-import resource
 import tempfile
 import threading
 import time
@@ -21,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks.measuring import machine
+from benchmarks.memory import memory
 from snapgen_jax.data import shards
 from snapgen_jax.data.config import DataConfig, DomainConfig
 from snapgen_jax.data.pipeline import Pipeline
@@ -69,7 +69,7 @@ def write(folder: pathlib.Path, form: str, size: int, count: int) -> pathlib.Pat
 def read(config: DataConfig, form: str, size: int, seconds: float) -> dict[str, Any]:
     """Examples a second once the pipeline runs, with the threads of the process and the memory it has gained."""
     specs = {n: SimpleNamespace(shape=(BATCH, *s), dtype=d) for n, (s, d) in arrays(form, size).items()}
-    before = resident()
+    before = memory("VmRSS")
     batches = Pipeline(config, {f"{size}x{size}": specs}).batches()
     next(batches)
     count, start = 0, time.perf_counter()
@@ -81,7 +81,7 @@ def read(config: DataConfig, form: str, size: int, seconds: float) -> dict[str, 
         "megabytes_per_second": round(count * BATCH * example_bytes(form, size) / elapsed / 1e6),
         "threads": len(os.listdir("/proc/self/task")),
         "python_threads": threading.active_count(),
-        "megabytes_gained": round((resident() - before) / 1e6),
+        "megabytes_gained": round((memory("VmRSS") - before) / 1e6),
     }
     batches.close()
     return found
@@ -90,12 +90,6 @@ def read(config: DataConfig, form: str, size: int, seconds: float) -> dict[str, 
 def example_bytes(form: str, size: int) -> int:
     """Of the arrays of one example with one caption."""
     return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in arrays(form, size).values())
-
-
-def resident() -> int:
-    """Bytes of memory that this process holds."""
-    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
 
 
 def main() -> None:

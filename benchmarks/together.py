@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import json
 import os
 import pathlib
 import tempfile
@@ -24,15 +23,13 @@ from typing import Any
 import jax
 
 from benchmarks.claims.runs import fix_platform
-from benchmarks.measuring import machine, random_like
+from benchmarks.measuring import append, machine, random_like
 from snapgen_jax.config import load_config, resolve
 from snapgen_jax.process import prepare
 from snapgen_jax.training.keys import key
 from snapgen_jax.training.recipe import Recipe
 from snapgen_jax.training.step import make_step
 from snapgen_jax.training.together import Together
-
-RESULTS = pathlib.Path(__file__).parent / "results"
 
 
 def recipe_of(name: str, depthwise: str, dtype: str) -> Recipe:
@@ -84,11 +81,8 @@ def main() -> None:
     for runs in options.runs:
         asked = {name: getattr(options, name) for name in ("config", "depthwise", "dtype")}
         found = measure(recipe, runs, options.updates)
-        line = json.dumps({**asked, "runs": runs, **found, "machine": machine(), "load": os.getloadavg()[0]})
-        print(line, flush=True)
-        if options.save:
-            with (RESULTS / f"together-{options.save}.jsonl").open("a") as lines:
-                lines.write(line + "\n")
+        row = {**asked, "runs": runs, **found, "machine": machine(), "load": os.getloadavg()[0]}
+        append(row, "together", options.save)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import pathlib
-import re
 import tempfile
 import time
 
@@ -26,7 +25,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from benchmarks.measuring import machine
+from benchmarks.measuring import append, machine
+from benchmarks.memory import memory
 from snapgen_jax.networks import t5
 from snapgen_jax.networks.module import build, count_parameters
 from snapgen_jax.parallel.mesh import MeshConfig, make_mesh
@@ -58,12 +58,6 @@ def write(folder: pathlib.Path, config: t5.T5Config, files: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
 
 
-def memory(field: str) -> float:
-    """`VmRSS` or `VmHWM` (its peak) of this process, in megabytes; Linux only."""
-    status = pathlib.Path("/proc/self/status").read_text()
-    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024 / MB  # type: ignore[index]
-
-
 def measure(folder: pathlib.Path, config: t5.T5Config) -> dict[str, float | int | str]:
     """Loads the folder fully sharded over all devices."""
     _, spec = build(config)
@@ -71,9 +65,9 @@ def measure(folder: pathlib.Path, config: t5.T5Config) -> dict[str, float | int 
     shardings = tree_shardings(spec, config.rules(), mesh)
     jax.block_until_ready(jax.device_put(jnp.zeros(8), jax.devices()[-1]))
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before, start = memory("VmRSS"), time.perf_counter()
+    before, start = memory("VmRSS") / MB, time.perf_counter()
     params = load(folder, weight_map(config), spec, shardings)
-    seconds, peak = time.perf_counter() - start, memory("VmHWM")
+    seconds, peak = time.perf_counter() - start, memory("VmHWM") / MB
     leaves = jax.tree.leaves(params)
     arrays = sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards) / MB
     largest = max(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards) / MB
@@ -98,13 +92,7 @@ def main() -> None:
     config = config_of(arguments.megabytes)
     with tempfile.TemporaryDirectory() as folder:
         write(pathlib.Path(folder), config, arguments.files)
-        line = json.dumps(measure(pathlib.Path(folder), config))
-    print(line)
-    if arguments.save:
-        path = pathlib.Path(__file__).parent / "results" / f"weights_load-{arguments.save}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        with path.open("a") as file:
-            file.write(line + "\n")
+        append(measure(pathlib.Path(folder), config), "weights_load", arguments.save)
 
 
 if __name__ == "__main__":
