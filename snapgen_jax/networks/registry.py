@@ -19,11 +19,12 @@ from snapgen_jax.networks.mmdit import MMDiTConfig
 from snapgen_jax.networks.module import Preset
 from snapgen_jax.networks.patch_discriminator import PatchDiscriminatorConfig
 from snapgen_jax.networks.projector import ProjectorConfig
+from snapgen_jax.networks.sd_unet import SDUNetConfig
 from snapgen_jax.networks.t5 import T5Config
 from snapgen_jax.networks.tiny_decoder import TinyDecoderConfig
 from snapgen_jax.networks.unet import UNetConfig
 
-DenoiserConfig = UNetConfig | MMDiTConfig
+DenoiserConfig = UNetConfig | MMDiTConfig | SDUNetConfig
 """Of networks from a noisy latent, time features and a `TextContext` to a velocity and taps."""
 
 TextEncoderConfig = ClipTextConfig | T5Config | Gemma2Config
