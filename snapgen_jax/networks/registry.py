@@ -20,6 +20,7 @@ from snapgen_jax.networks.module import Preset
 from snapgen_jax.networks.patch_discriminator import PatchDiscriminatorConfig
 from snapgen_jax.networks.projector import ProjectorConfig
 from snapgen_jax.networks.sd_unet import SDUNetConfig
+from snapgen_jax.networks.svd_unet import SVDUNetConfig
 from snapgen_jax.networks.t5 import T5Config
 from snapgen_jax.networks.tiny_decoder import TinyDecoderConfig
 from snapgen_jax.networks.unet import UNetConfig
@@ -33,6 +34,7 @@ TextEncoderConfig = ClipTextConfig | T5Config | Gemma2Config
 CONFIGS: tuple[type[Preset], ...] = (
     *typing.get_args(DenoiserConfig),
     *typing.get_args(TextEncoderConfig),
+    SVDUNetConfig,
     ConditionerConfig,
     LabelEmbeddingConfig,
     ClipVisionConfig,

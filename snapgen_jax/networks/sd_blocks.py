@@ -47,11 +47,13 @@ class Conditions:
         embedding: `[B, E]` of the time and what is pooled, activated.
         states: `[B, L, D]` text states.
         bias: `[B, 1, 1, L]` float32 to add to the scores of cross-attention; None where all text is attended to.
+        frames: of a clip, which are folded into the batch: B is clips times frames.
     """
 
     embedding: jax.Array
     states: jax.Array
     bias: jax.Array | None = None
+    frames: int = dataclasses.field(default=1, metadata={"static": True})
 
 
 class ResidualBlock(nnx.Module):

@@ -12,92 +12,39 @@ give a stage to each of several outputs. The network can be entered in parts, to
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 
 from snapgen_jax.networks.attention import mask_bias
 from snapgen_jax.networks.layers import Conv, GroupNorm
-from snapgen_jax.networks.long_attention import AttentionKernel
-from snapgen_jax.networks.module import Preset, Rules, compute_dtype, shard
+from snapgen_jax.networks.module import compute_dtype, shard
 from snapgen_jax.networks.sd_blocks import Conditions, Downsample, ResidualBlock, Transformer, Upsample
+from snapgen_jax.networks.sd_unet_config import WITH, WITHOUT, SDUNetArchitecture
 from snapgen_jax.networks.taps import Reuse, Taps
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.unet_blocks import EmbeddingMLP
 
 __all__ = ["Control", "SDUNet", "SDUNetConfig"]
 
-# First match wins. Kernels are split over their outputs, or over their inputs where the outputs are the residual
-# stream; vectors are small and stay whole.
-_RULES: Rules = [
-    (r"conv_out/kernel$", PartitionSpec(None, None, "fsdp", None)),
-    (r"(conv|conv_in|conv_1|conv_2|skip)/kernel$", PartitionSpec(None, None, None, "fsdp")),
-    (r"project_(in|out)/kernel$", PartitionSpec(None, None, None, "fsdp")),  # where it is a convolution
-    (r"(key|value|query|inner|embedding|project_in)/kernel$", PartitionSpec("fsdp", "tensor")),
-    (r"(out|outer|project_out)/kernel$", PartitionSpec("tensor", "fsdp")),
-]
-Stages = tuple[tuple[str, ...], ...]
-_WITH, _WITHOUT = ("ra", "ra"), ("r", "r")
+Way = Literal["down", "mid", "up"]
 
 
 @dataclasses.dataclass(frozen=True)
-class SDUNetConfig(Preset):
-    """Architecture of an `SDUNet`. The defaults are those of Stable Diffusion 1.5.
-
-    Attributes:
-        latent_channels: of the input.
-        out_channels: of the output.
-        channels: width of each stage; stage 0 has the highest resolution, and each further one half of it.
-        down: for each stage its layers on the way down, each a string of blocks: "r" a residual block, "a" a
-            transformer. A layer begins with an "r"; what leaves it is a skip of the way up.
-        mid: the blocks of the lowest resolution between both ways.
-        up: for each stage its layers on the way up, one more than on the way down; each takes a skip.
-        heads: of the attention of each stage.
-        depth: transformer blocks in a transformer of each stage; the middle has those of the last.
-        context_width: of the text states.
-        pooled_width: of the pooled vector, which Stable Diffusion XL adds to the time's embedding; 0 for none.
-        time_width: of the time features.
-        groups: of the group normalisation.
-        projection: form of the projections around a transformer's blocks; the published weights have either.
-        exact_gelu: as the published weights; without, the approximation that phones have an operator for.
-        text_mask: "attend" leaves out what the mask says is padding; "ignore" attends to it, as the reference does.
-        attention, attention_chunk: see `long_attention.attend_long`.
-        remat: "blocks" keeps only what enters each block for the backward pass.
-        dtype: platform choice, fixed by `module.for_platform`.
-    """
+class SDUNetConfig(SDUNetArchitecture):
+    """Architecture of an `SDUNet`; `sd_unet_config.SDUNetArchitecture` says what each field is."""
 
     kind: Literal["sd_unet"] = "sd_unet"
-    latent_channels: int = 4
-    out_channels: int = 4
-    channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    down: Stages = (_WITH, _WITH, _WITH, _WITHOUT)
-    mid: str = "rar"
-    up: Stages = (("ra",) * 3, ("ra",) * 3, ("ra",) * 3, ("r",) * 3)
-    heads: tuple[int, ...] = (8, 8, 8, 8)
-    depth: tuple[int, ...] = (1, 1, 1, 1)
-    context_width: int = 768
-    pooled_width: int = 0
-    time_width: int = 320
-    groups: int = 32
-    projection: Literal["conv", "linear"] = "conv"
-    exact_gelu: bool = True
-    text_mask: Literal["attend", "ignore"] = "ignore"
-    attention: AttentionKernel = "whole"
-    attention_chunk: int = 512
-    remat: Literal["none", "blocks"] = "none"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "sd15": {},
         "sd21": {"context_width": 1024, "heads": (5, 10, 20, 20), "projection": "linear"},
         "sdxl": {
             "channels": (320, 640, 1280),
-            "down": (_WITHOUT, _WITH, _WITH),
+            "down": (WITHOUT, WITH, WITH),
             "up": (("r",) * 3, ("ra",) * 3, ("ra",) * 3),
             "heads": (5, 10, 20),
             "depth": (1, 2, 10),
@@ -129,50 +76,9 @@ class SDUNetConfig(Preset):
         },
     }
 
-    def __post_init__(self) -> None:
-        stages = len(self.channels)
-        for name in ("down", "up", "heads", "depth"):
-            if len(getattr(self, name)) != stages:
-                raise ValueError(f"SDUNetConfig: {name} has {len(getattr(self, name))} stages and channels {stages}")
-        for name in ("down", "up"):
-            for layer in (layer for stage in getattr(self, name) for layer in stage):
-                if not re.fullmatch("r[ra]*", layer):
-                    raise ValueError(
-                        f"SDUNetConfig: the layer {layer!r} of {name} is no residual block 'r' followed by blocks 'r' "
-                        "and transformers 'a'"
-                    )
-        if not re.fullmatch("[ra]*", self.mid):
-            raise ValueError(f"SDUNetConfig: mid={self.mid!r} is not made of 'r' and 'a'")
-        for i, (down, up) in enumerate(zip(self.down, self.up, strict=True)):
-            if len(up) != len(down) + 1:
-                raise ValueError(
-                    f"SDUNetConfig: stage {i} has {len(down)} layers on the way down and {len(up)} on the way up; the "
-                    "way up takes a skip in each of its layers, and needs one layer more"
-                )
-        for heads, width in zip(self.heads, self.channels, strict=True):
-            if width % heads or width % self.groups:
-                raise ValueError(
-                    f"SDUNetConfig: a stage of {width} channels with {heads} heads and {self.groups} groups; both must "
-                    "divide the channels"
-                )
-
-    @property
-    def embedding_width(self) -> int:
-        """Width of the embedding of the time."""
-        return 4 * self.channels[0]
-
-    @property
-    def reduction(self) -> int:
-        """Sides of a latent are multiples of this."""
-        return 2 ** (len(self.channels) - 1)
-
     def module(self, rngs: nnx.Rngs) -> nnx.Module:
         """Creates the UNet with freshly drawn parameters."""
         return SDUNet(self, rngs)
-
-    def rules(self) -> Rules:
-        """How its parameters are split over a mesh; the first match wins."""
-        return _RULES
 
     def input_spec(
         self, batch: int = 1, height: int = 64, width: int = 64, tokens: int = 77
@@ -187,34 +93,6 @@ class SDUNetConfig(Preset):
             array(batch, tokens, self.context_width), array(batch, tokens), array(batch, self.pooled_width)
         )
         return array(batch, height, width, self.latent_channels), array(batch, self.time_width), context
-
-    def block_names(self) -> tuple[str, ...]:
-        """Of every block, in the order in which they run: `down_1_0_2` is block 2 of layer 0 of stage 1, `mid_0` the
-        first of the middle."""
-        return tuple(name for name in self.tap_names() if re.fullmatch(r"(down|up)_\d+_\d+_\d+|mid_\d+", name))
-
-    def tap_names(self) -> tuple[str, ...]:
-        """Names of the intermediates in the order in which they are computed.
-
-        Beside the blocks (`block_names`): `down_1_0` is the output of layer 0 of stage 1 on the way down, `down_1` that
-        of its last layer; stage 0 has the highest resolution on both ways.
-        """
-        names, last = ["conv_in"], len(self.channels) - 1
-        for stage, layers in enumerate(self.down):
-            names += [*_layer_names("down", stage, layers), f"down_{stage}"]
-            names += [f"downsample_{stage}"] if stage < last else []
-        names += [*(f"mid_{i}" for i in range(len(self.mid))), "mid"]
-        for stage, layers in reversed([*enumerate(self.up)]):
-            names += [*_layer_names("up", stage, layers), f"up_{stage}"]
-            names += [f"upsample_{stage}"] if stage else []
-        return tuple(names)
-
-
-def _layer_names(way: str, stage: int, layers: Sequence[str]) -> list[str]:
-    names = []
-    for i, layer in enumerate(layers):
-        names += [*(f"{way}_{stage}_{i}_{j}" for j in range(len(layer))), f"{way}_{stage}_{i}"]
-    return names
 
 
 @jax.tree_util.register_dataclass
@@ -235,7 +113,7 @@ class SDUNet(nnx.Module):
     """What a diffusion model predicts of a noisy latent, given its time and a text. Build it through
     `networks.module.build`."""
 
-    def __init__(self, config: SDUNetConfig, rngs: nnx.Rngs):
+    def __init__(self, config: SDUNetArchitecture, rngs: nnx.Rngs):
         dtype, channels = compute_dtype(config), config.channels
         self.config = config
         self.time = EmbeddingMLP(config.time_width, config.embedding_width, dtype=dtype, rngs=rngs)
@@ -251,7 +129,7 @@ class SDUNet(nnx.Module):
         for stage, layers in enumerate(config.down):
             stack = nnx.List()
             for layer in layers:
-                stack.append(self._layer(layer, stage, width, rngs))
+                stack.append(self._layer(layer, "down", stage, width, rngs))
                 width = channels[stage]
                 skips.append(width)
             self.down.append(stack)
@@ -259,7 +137,7 @@ class SDUNet(nnx.Module):
                 self.downsamplers.append(Downsample(width, dtype, rngs))
                 skips.append(width)
 
-        self.mid = self._layer(config.mid, len(channels) - 1, width, rngs)
+        self.mid = self._layer(config.mid, "mid", len(channels) - 1, width, rngs)
 
         # Lists are indexed by stage, so the way up is built and stored from the highest resolution like the way down.
         up: list[nnx.List] = []
@@ -267,7 +145,7 @@ class SDUNet(nnx.Module):
         for stage in reversed(range(len(channels))):
             stack = nnx.List()
             for layer in config.up[stage]:
-                stack.append(self._layer(layer, stage, width + skips.pop(), rngs))
+                stack.append(self._layer(layer, "up", stage, width + skips.pop(), rngs))
                 width = channels[stage]
             up.insert(0, stack)
             if stage:
@@ -277,20 +155,27 @@ class SDUNet(nnx.Module):
         self.norm_out = GroupNorm(width, config.groups, dtype=dtype)
         self.conv_out = Conv(width, config.out_channels, init="zeros", dtype=dtype, rngs=rngs)
 
-    def _layer(self, layer: str, stage: int, in_width: int, rngs: nnx.Rngs) -> nnx.List:
-        config, width, blocks = self.config, self.config.channels[stage], nnx.List()
+    def _layer(self, layer: str, way: Way, stage: int, in_width: int, rngs: nnx.Rngs) -> nnx.List:
+        blocks, width = nnx.List(), self.config.channels[stage]
         for block in layer:
             if block == "r":
-                blocks.append(
-                    ResidualBlock(
-                        in_width, width, config.embedding_width, groups=config.groups, dtype=compute_dtype(config),
-                        rngs=rngs,
-                    )
-                )  # fmt: skip
+                blocks.append(self._residual(in_width, width, way, "a" in layer, rngs))
                 in_width = width
             else:
-                blocks.append(Transformer(config, width, config.heads[stage], config.depth[stage], rngs))
+                blocks.append(self._transformer(stage, rngs))
         return blocks
+
+    def _residual(self, in_width: int, width: int, way: Way, attends: bool, rngs: nnx.Rngs) -> nnx.Module:
+        """A residual block; `attends`: whether its layer has a transformer."""
+        del way, attends
+        config = self.config
+        return ResidualBlock(
+            in_width, width, config.embedding_width, groups=config.groups, dtype=compute_dtype(config), rngs=rngs
+        )
+
+    def _transformer(self, stage: int, rngs: nnx.Rngs) -> nnx.Module:
+        config = self.config
+        return Transformer(config, config.channels[stage], config.heads[stage], config.depth[stage], rngs)
 
     def __call__(
         self,
@@ -319,9 +204,12 @@ class SDUNet(nnx.Module):
         Raises:
             ValueError: a shape does not fit the config, a name is unknown, or the control has another number of skips.
         """
-        _check_inputs(self.config, x, time, context)
-        tap = Taps(self.config.tap_names(), taps, reuse)
-        conditions = self.condition(time, context)
+        check_inputs(self.config, x, time, context)
+        return self._predict(x, self.condition(time, context), Taps(self.config.tap_names(), taps, reuse), control)
+
+    def _predict(
+        self, x: jax.Array, conditions: Conditions, tap: Taps, control: Control | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         h, skips = self.way_down(tap.module("conv_in", self.enter, x), conditions, tap=tap)
         h = tap.module("mid", self.middle, h, conditions, tap)
         if control is not None:
@@ -417,16 +305,17 @@ class SDUNet(nnx.Module):
         return h
 
 
-def _no_taps(config: SDUNetConfig) -> Taps:
+def _no_taps(config: SDUNetArchitecture) -> Taps:
     return Taps(config.tap_names(), (), None)
 
 
-def _check_inputs(config: SDUNetConfig, x: jax.Array, time: jax.Array, context: TextContext) -> None:
-    _, h, w, _ = x.shape
+def check_inputs(config: SDUNetArchitecture, x: jax.Array, time: jax.Array, context: TextContext) -> None:
+    """Raises ValueError where the inputs of a UNet, `x` `[..., H, W, C]`, do not fit its config."""
+    h, w = x.shape[-3:-1]
     if h % config.reduction or w % config.reduction:
         raise ValueError(
-            f"SDUNet: a latent of {h} x {w} does not divide by {config.reduction}, as {len(config.channels)} stages "
-            "need; change the image size"
+            f"{type(config).__name__}: a latent of {h} x {w} does not divide by {config.reduction}, as "
+            f"{len(config.channels)} stages need; change the image size"
         )
     for name, given, expected in (
         ("latent channels", x.shape[-1], config.latent_channels),
@@ -435,4 +324,4 @@ def _check_inputs(config: SDUNetConfig, x: jax.Array, time: jax.Array, context: 
         ("pooled text width", context.pooled.shape[-1] if config.pooled_width else 0, config.pooled_width),
     ):
         if given != expected:
-            raise ValueError(f"SDUNet: {name} {given} given, but the config says {expected}")
+            raise ValueError(f"{type(config).__name__}: {name} {given} given, but the config says {expected}")

@@ -26,13 +26,14 @@ from snapgen_jax.networks.module import flatten
 
 Tree = Any
 Shape = tuple[int, ...]
-Transform = Literal["copy", "linear", "conv"]
+Transform = Literal["copy", "linear", "conv", "conv3d"]
 
 # Position k of our array's axes is position PERMUTATIONS[transform][k] of the reference tensor's axes.
 PERMUTATIONS: dict[str, tuple[int, ...] | None] = {
     "copy": None,  # the same axes
     "linear": (1, 0),  # [out, in] -> [in, out]
     "conv": (2, 3, 1, 0),  # [out, in, h, w] -> [h, w, in, out]
+    "conv3d": (2, 3, 4, 1, 0),  # [out, in, f, h, w] -> [f, h, w, in, out]
 }
 
 
@@ -76,6 +77,11 @@ def linear(path: str, name: str, *, bias: bool = True) -> tuple[Rule, ...]:
 def conv(path: str, name: str) -> tuple[Rule, ...]:
     """The rules of an `nnx.Conv` with bias at `path` from a torch convolution called `name`."""
     return one(f"{path}/kernel", f"{name}.weight", "conv"), one(f"{path}/bias", f"{name}.bias")
+
+
+def conv3d(path: str, name: str) -> tuple[Rule, ...]:
+    """The rules of a `svd_blocks.TemporalConv` at `path` from a torch convolution over frames called `name`."""
+    return one(f"{path}/kernel", f"{name}.weight", "conv3d"), one(f"{path}/bias", f"{name}.bias")
 
 
 def norm(path: str, name: str, *, bias: bool = True) -> tuple[Rule, ...]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from snapgen_jax.networks.sd_unet import SDUNetConfig
+from snapgen_jax.networks.sd_unet_config import SDUNetArchitecture
 from snapgen_jax.weights.mapping import Rule, WeightMap, conv, linear, norm
 from snapgen_jax.weights.published import given
-
-_DOWN = {"CrossAttnDownBlock2D": "ra", "DownBlock2D": "r"}
-_UP = {"CrossAttnUpBlock2D": "ra", "UpBlock2D": "r"}
 
 
 def read_config(values: Mapping[str, Any], **changes: Any) -> SDUNetConfig:
@@ -22,13 +20,7 @@ def read_config(values: Mapping[str, Any], **changes: Any) -> SDUNetConfig:
         ValueError: the checkpoint is of a kind that `SDUNet` does not have.
     """
     values = given(values)
-    channels = tuple(values.get("block_out_channels", (320, 640, 1280, 1280)))
-    stages, pooled = len(channels), values.get("addition_embed_type") == "text_time"
-    down = values.get("down_block_types", ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",))
-    up = values.get("up_block_types", ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
-    unknown = [name for name, known in (*((d, _DOWN) for d in down), *((u, _UP) for u in up)) if name not in known]
-    if unknown:
-        raise ValueError(f"this UNet has the block {unknown[0]!r}; SDUNet has {', '.join([*_DOWN, *_UP])}")
+    pooled = values.get("addition_embed_type") == "text_time"
     for key, default, expected in (
         ("mid_block_type", "UNetMidBlock2DCrossAttn", "UNetMidBlock2DCrossAttn"),
         ("act_fn", "silu", "silu"),
@@ -50,23 +42,46 @@ def read_config(values: Mapping[str, Any], **changes: Any) -> SDUNetConfig:
     ):
         if (found := values.get(key, default)) != expected:
             raise ValueError(f"this UNet has {key} = {found!r}; SDUNet can only read {expected!r}")
-    layers = _by_stage(values.get("layers_per_block", 2), stages)
     heads = values["num_attention_heads"] if "num_attention_heads" in values else values.get("attention_head_dim", 8)
+    stages = read_stages(values, "2D", layers=2, heads=heads)
     fields = {
+        **stages,
         "latent_channels": values.get("in_channels", 4),
         "out_channels": values.get("out_channels", 4),
-        "channels": channels,
-        "down": tuple((_DOWN[kind],) * count for kind, count in zip(down, layers, strict=True)),
-        "up": tuple((_UP[kind],) * (count + 1) for kind, count in zip(reversed(up), layers, strict=True)),
-        "heads": _by_stage(heads, stages),
-        "depth": _by_stage(values.get("transformer_layers_per_block", 1), stages),
         "context_width": values.get("cross_attention_dim", 1280),
         "pooled_width": values["projection_class_embeddings_input_dim"] if pooled else 0,
-        "time_width": channels[0],
         "groups": values.get("norm_num_groups", 32),
         "projection": "linear" if values.get("use_linear_projection", False) else "conv",
     }
     return SDUNetConfig(**{**fields, **changes})
+
+
+def read_stages(values: Mapping[str, Any], suffix: str, *, layers: int, heads: Any) -> dict[str, Any]:
+    """What each stage is made of, from the values of a `config.json`; the names of the blocks end in `suffix`.
+
+    Raises:
+        ValueError: a block is of a kind that we do not have.
+    """
+    with_text, without = f"CrossAttn{{}}Block{suffix}", f"{{}}Block{suffix}"
+    blocks = {
+        (way, kind.format(way)): layer for way in ("Down", "Up") for kind, layer in ((with_text, "ra"), (without, "r"))
+    }
+    channels = tuple(values.get("block_out_channels", (320, 640, 1280, 1280)))
+    down = values.get("down_block_types", (with_text.format("Down"),) * 3 + (without.format("Down"),))
+    up = values.get("up_block_types", (without.format("Up"),) + (with_text.format("Up"),) * 3)
+    for way, kinds in (("Down", down), ("Up", up)):
+        if unknown := [kind for kind in kinds if (way, kind) not in blocks]:
+            known = ", ".join(kind for _, kind in blocks)
+            raise ValueError(f"this UNet has the block {unknown[0]!r}; ours has {known}")
+    counts = _by_stage(values.get("layers_per_block", layers), len(channels))
+    return {
+        "channels": channels,
+        "down": tuple((blocks["Down", kind],) * count for kind, count in zip(down, counts, strict=True)),
+        "up": tuple((blocks["Up", kind],) * (count + 1) for kind, count in zip(reversed(up), counts, strict=True)),
+        "heads": _by_stage(heads, len(channels)),
+        "depth": _by_stage(values.get("transformer_layers_per_block", 1), len(channels)),
+        "time_width": channels[0],
+    }
 
 
 def _by_stage(value: Any, stages: int) -> tuple[int, ...]:
@@ -74,13 +89,41 @@ def _by_stage(value: Any, stages: int) -> tuple[int, ...]:
 
 
 def weight_map(config: SDUNetConfig) -> WeightMap:
-    """Every tensor of the checkpoint. Blocks are numbered in diffusers' order: of several residual blocks, or of
-    several transformers, in one layer the layout knows nothing, so a config that has some is refused.
+    """Every tensor of the checkpoint.
 
     Raises:
-        ValueError: a layer has no published names.
+        ValueError: the published layout has no names for the blocks of a layer.
+    """
+
+    def transformer(path: str, name: str, stage: int) -> list[Rule]:
+        return _transformer(config, path, name, config.depth[stage])
+
+    return WeightMap(tuple(walk(config, residual, transformer)))
+
+
+def walk(
+    config: SDUNetArchitecture,
+    residual: Callable[[str, str, bool], list[Rule]],
+    transformer: Callable[[str, str, int], list[Rule]],
+) -> list[Rule]:
+    """The rules of a UNet, block by block in diffusers' numbers.
+
+    Args:
+        config: its architecture.
+        residual: (path, name, whether it has a skip convolution) -> rules.
+        transformer: (path, name, stage) -> rules.
+
+    Raises:
+        ValueError: several residual blocks, or several transformers, are one layer; the layout has no names for them.
     """
     last = len(config.channels) - 1
+
+    def layer(path: str, name: str, i: int, blocks: str, stage: int, skip: bool) -> list[Rule]:
+        if blocks not in ("r", "ra"):
+            raise ValueError(f"the published layout has layers 'r' and 'ra', and this config {blocks!r}")
+        rules = residual(f"{path}/block_00", f"{name}.resnets.{i}", skip)
+        return [*rules, *(transformer(f"{path}/block_01", f"{name}.attentions.{i}", stage) if "a" in blocks else [])]
+
     rules = [*linear("time/inner", "time_embedding.linear_1"), *linear("time/outer", "time_embedding.linear_2")]
     if config.pooled_width:
         rules += [*linear("pooled/inner", "add_embedding.linear_1"), *linear("pooled/outer", "add_embedding.linear_2")]
@@ -88,9 +131,9 @@ def weight_map(config: SDUNetConfig) -> WeightMap:
     width, skips = config.channels[0], [config.channels[0]]
     for stage, layers in enumerate(config.down):
         name = f"down_blocks.{stage}"
-        for i, layer in enumerate(layers):
+        for i, blocks in enumerate(layers):
             path = f"down/block_{stage:02d}/block_{i:02d}"
-            rules += _layer(config, path, name, i, layer, stage, skip=width != config.channels[stage])
+            rules += layer(path, name, i, blocks, stage, width != config.channels[stage])
             width = config.channels[stage]
             skips.append(width)
         if stage < last:
@@ -98,31 +141,22 @@ def weight_map(config: SDUNetConfig) -> WeightMap:
             skips.append(width)
     if config.mid != "rar":
         raise ValueError(f"the published layout has a middle 'rar', and this config {config.mid!r}")
-    rules += _residual("mid/block_00", "mid_block.resnets.0", skip=False)
-    rules += _transformer(config, "mid/block_01", "mid_block.attentions.0", config.depth[last])
-    rules += _residual("mid/block_02", "mid_block.resnets.1", skip=False)
+    rules += residual("mid/block_00", "mid_block.resnets.0", False)
+    rules += transformer("mid/block_01", "mid_block.attentions.0", last)
+    rules += residual("mid/block_02", "mid_block.resnets.1", False)
     for stage in reversed(range(last + 1)):
         name = f"up_blocks.{last - stage}"
-        for i, layer in enumerate(config.up[stage]):
+        for i, blocks in enumerate(config.up[stage]):
             path, joined = f"up/block_{stage:02d}/block_{i:02d}", width + skips.pop()
-            rules += _layer(config, path, name, i, layer, stage, skip=joined != config.channels[stage])
+            rules += layer(path, name, i, blocks, stage, joined != config.channels[stage])
             width = config.channels[stage]
         if stage:
             rules += conv(f"upsamplers/block_{stage - 1:02d}/conv", f"{name}.upsamplers.0.conv")
-    rules += [*norm("norm_out", "conv_norm_out"), *conv("conv_out", "conv_out")]
-    return WeightMap(tuple(rules))
+    return [*rules, *norm("norm_out", "conv_norm_out"), *conv("conv_out", "conv_out")]
 
 
-def _layer(config: SDUNetConfig, path: str, name: str, i: int, layer: str, stage: int, *, skip: bool) -> list[Rule]:
-    if layer not in ("r", "ra"):
-        raise ValueError(f"the published layout has layers 'r' and 'ra', and this config {layer!r}")
-    rules = _residual(f"{path}/block_00", f"{name}.resnets.{i}", skip=skip)
-    if layer == "ra":
-        rules += _transformer(config, f"{path}/block_01", f"{name}.attentions.{i}", config.depth[stage])
-    return rules
-
-
-def _residual(path: str, name: str, *, skip: bool) -> list[Rule]:
+def residual(path: str, name: str, skip: bool) -> list[Rule]:
+    """A residual block that is told the time."""
     rules = [*linear(f"{path}/embedding", f"{name}.time_emb_proj")]
     for i in (1, 2):
         rules += [*norm(f"{path}/norm_{i}", f"{name}.norm{i}"), *conv(f"{path}/conv_{i}", f"{name}.conv{i}")]
@@ -146,15 +180,20 @@ def transformer_block(path: str, name: str) -> list[Rule]:
     rules: list[Rule] = []
     for part, i in (("self", 1), ("cross", 2)):
         rules += norm(f"{path}/{part}_norm", f"{name}.norm{i}")
-        rules += [
-            rule
-            for ours, theirs in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"))
-            for rule in linear(f"{path}/{part}_attention/{ours}", f"{name}.attn{i}.{theirs}", bias=False)
-        ]
-        rules += linear(f"{path}/{part}_attention/out", f"{name}.attn{i}.to_out.0")
+        rules += attention(f"{path}/{part}_attention", f"{name}.attn{i}")
     return [
         *rules,
         *norm(f"{path}/ffn_norm", f"{name}.norm3"),
         *linear(f"{path}/ffn/inner", f"{name}.ff.net.0.proj"),
         *linear(f"{path}/ffn/outer", f"{name}.ff.net.2"),
     ]
+
+
+def attention(path: str, name: str, *, bias: bool = False) -> list[Rule]:
+    """Query, key and value with or without biases, and the output with one."""
+    rules = [
+        rule
+        for ours, theirs in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"))
+        for rule in linear(f"{path}/{ours}", f"{name}.{theirs}", bias=bias)
+    ]
+    return [*rules, *linear(f"{path}/out", f"{name}.to_out.0")]
