@@ -137,10 +137,11 @@ class TemporalTransformerBlock(nnx.Module):
         self.ffn_norm = LayerNorm(width, dtype=dtype)
         self.ffn = GEGLU(width, 4 * width, exact=config.exact_gelu, dtype=dtype, rngs=rngs)
 
-    def __call__(self, tokens: jax.Array, states: jax.Array, frames: int) -> jax.Array:
-        """`[B * F, L, width] -> [B * F, L, width]`; `states` `[B, M, D]`, one context for a whole clip."""
-        _, length, width = tokens.shape
-        clips = tokens.shape[0] // frames
+    def __call__(self, tokens: jax.Array, conditions: Conditions) -> jax.Array:
+        """`[B * F, L, width] -> [B * F, L, width]`. All frames of a clip attend to the context of its first one."""
+        rows, length, width = tokens.shape
+        frames, states = conditions.frames, conditions.states[:: conditions.frames]
+        clips = rows // frames
         x = tokens.reshape(clips, frames, length, width).swapaxes(1, 2).reshape(clips * length, frames, width)
         x = x + self.ffn_in(self.norm_in(x))
         x = x + self.self_attention(self.self_norm(x))
@@ -171,8 +172,7 @@ class SpaceTimeTransformer(nnx.Module):
         tokens = shard(self.project_in(self.norm(x).reshape(rows, h * w, c)), "tokens")
         position = self.frame_position(time_features(jnp.arange(frames), c, 1.0))
         position = jnp.tile(position, (rows // frames, 1))[:, None]
-        clip_states = conditions.states[::frames]
         for block, temporal in zip(self.blocks, self.temporal_blocks, strict=True):
             tokens = block(tokens, conditions.states, conditions.bias)
-            tokens = self.blend(tokens, temporal(tokens + position, clip_states, frames))
+            tokens = self.blend(tokens, temporal(tokens + position, conditions))
         return shard(x + self.project_out(tokens).reshape(rows, h, w, c), "image")
