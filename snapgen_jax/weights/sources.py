@@ -14,7 +14,7 @@ class Source:
     Attributes:
         title: what it is.
         repo: its repository on the Hugging Face hub.
-        folder: the folder in that repository which holds the tensors; "" for its root.
+        folder: the folder in that repository which holds the tensors; "" for its root, "*" for all of its folders.
         licence: name of the licence, as the publisher calls it.
         gated: whether the terms must be accepted on the repository's page, and the download needs a token.
     """
@@ -37,6 +37,7 @@ class Source:
 
 
 _STABILITY = "Stability AI Community License; free below USD 1M of yearly revenue"
+_RAIL = "CreativeML Open RAIL-M"
 _SD35 = "stabilityai/stable-diffusion-3.5"
 
 SOURCES: dict[str, Source] = {
@@ -45,6 +46,11 @@ SOURCES: dict[str, Source] = {
         "Stable Diffusion 3.5 Large Turbo", f"{_SD35}-large-turbo", "transformer", _STABILITY, gated=True
     ),
     "sd35_medium": Source("Stable Diffusion 3.5 Medium", f"{_SD35}-medium", "transformer", _STABILITY, gated=True),
+    "sd15": Source("Stable Diffusion 1.5", "stable-diffusion-v1-5/stable-diffusion-v1-5", "*", _RAIL),
+    "sd21": Source("Stable Diffusion 2.1", "stabilityai/stable-diffusion-2-1", "*", "CreativeML Open RAIL++-M"),
+    "sdxl": Source(
+        "Stable Diffusion XL base 1.0", "stabilityai/stable-diffusion-xl-base-1.0", "*", "CreativeML Open RAIL++-M"
+    ),
     "sd3_vae": Source("Stable Diffusion 3.5 autoencoder", f"{_SD35}-large", "vae", _STABILITY, gated=True),
     "sd1_vae": Source(
         "the autoencoder of Stable Diffusion 1 and 2, its decoder fine-tuned", "stabilityai/sd-vae-ft-mse", "", "MIT"
