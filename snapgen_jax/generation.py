@@ -465,7 +465,7 @@ def load_system(config: Config, folder: str | os.PathLike[str], platform: str | 
         )
     root, backend = pathlib.Path(folder), cast(Platform, platform or jax.default_backend())
     try:
-        of = system_class(config["system"])
+        of = system_class(str(config["system"]))
         system_config = build(of.Config, config)
         system = of.from_folder(system_config, root, backend)
         mesh = make_mesh(system_config.mesh) if jax.device_count() > 1 else None

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from snapgen_jax.bounds import FINITE, at_least, check
 from snapgen_jax.diffusion.guidance import ALL_TIMES, check_interval, guided_times, with_guidance
@@ -175,7 +176,7 @@ def read_training(folder: pathlib.Path) -> Training:
     kind = values.get("_class_name", "")
     if "alphas_cumprod" not in values and "beta_schedule" not in values:
         raise WeightsError(f"{file} says no beta_schedule ({kind}); Stable Diffusion 1, 2 and XL have one")
-    betas = {"squaredcos_cap_v2": "cosine"}.get(values["beta_schedule"], values["beta_schedule"])
+    betas: Any = {"squaredcos_cap_v2": "cosine"}.get(values["beta_schedule"], values["beta_schedule"])
     prediction = values.get("prediction_type", "epsilon")
     if prediction not in _PREDICTIONS or values.get("trained_betas") is not None:
         raise WeightsError(f"{file}: prediction_type is {prediction!r}; we have {', '.join(_PREDICTIONS)}")
@@ -289,7 +290,7 @@ class SD(System):
         # As in the reference, where a scale of 1 or less means no guidance.
         scale = config.guidance if config.guidance > 1 else 1
         null_context = self.null_context(params, null) if scale != 1 else context
-        when = None if scale == 1 else guided_times(grid.t, config.guidance_interval)
+        when = None if scale == 1 else guided_times(np.asarray(grid.t), config.guidance_interval)
         guided = with_guidance(denoise, context, null_context, scale, when)
         latent, _ = sample(guided, schedule.initial(noise, grid), grid.t)
         pixels = self.codec(params).decode(latent)
