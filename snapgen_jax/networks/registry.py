@@ -24,6 +24,7 @@ from snapgen_jax.networks.svd_unet import SVDUNetConfig
 from snapgen_jax.networks.t5 import T5Config
 from snapgen_jax.networks.tiny_decoder import TinyDecoderConfig
 from snapgen_jax.networks.unet import UNetConfig
+from snapgen_jax.networks.video_autoencoder import VideoAutoencoderConfig
 
 DenoiserConfig = UNetConfig | MMDiTConfig | SDUNetConfig
 """Of networks from a noisy latent, time features and a `TextContext` to a velocity and taps."""
@@ -39,6 +40,7 @@ CONFIGS: tuple[type[Preset], ...] = (
     LabelEmbeddingConfig,
     ClipVisionConfig,
     AutoencoderConfig,
+    VideoAutoencoderConfig,
     TinyDecoderConfig,
     LPIPSConfig,
     PatchDiscriminatorConfig,
