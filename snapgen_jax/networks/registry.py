@@ -12,6 +12,7 @@ from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.clip_vision import ClipVisionConfig
 from snapgen_jax.networks.context import ConditionerConfig
 from snapgen_jax.networks.discriminator import DiscriminatorConfig
+from snapgen_jax.networks.dit import DiTConfig
 from snapgen_jax.networks.gemma2 import Gemma2Config
 from snapgen_jax.networks.label import LabelEmbeddingConfig
 from snapgen_jax.networks.lpips import LPIPSConfig
@@ -23,7 +24,7 @@ from snapgen_jax.networks.t5 import T5Config
 from snapgen_jax.networks.tiny_decoder import TinyDecoderConfig
 from snapgen_jax.networks.unet import UNetConfig
 
-DenoiserConfig = UNetConfig | MMDiTConfig
+DenoiserConfig = UNetConfig | MMDiTConfig | DiTConfig
 """Of networks from a noisy latent, time features and a `TextContext` to a velocity and taps."""
 
 TextEncoderConfig = ClipTextConfig | T5Config | Gemma2Config
