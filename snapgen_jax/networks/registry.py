@@ -20,6 +20,7 @@ from snapgen_jax.networks.mmdit import MMDiTConfig
 from snapgen_jax.networks.module import Preset
 from snapgen_jax.networks.patch_discriminator import PatchDiscriminatorConfig
 from snapgen_jax.networks.projector import ProjectorConfig
+from snapgen_jax.networks.rewards import RewardConfig
 from snapgen_jax.networks.t5 import T5Config
 from snapgen_jax.networks.tiny_decoder import TinyDecoderConfig
 from snapgen_jax.networks.unet import UNetConfig
@@ -39,6 +40,7 @@ CONFIGS: tuple[type[Preset], ...] = (
     AutoencoderConfig,
     TinyDecoderConfig,
     LPIPSConfig,
+    RewardConfig,
     PatchDiscriminatorConfig,
     DiscriminatorConfig,
     ProjectorConfig,

@@ -128,7 +128,7 @@ def _front_matter(facts: Facts, licence: Licence) -> str:
     if facts.draws:
         values["pipeline_tag"] = "text-to-image"
     values["tags"] = ["jax", "snapgen", str(facts.config["recipe"])]
-    bases = sorted({source.repo for source in _published(facts.config)})
+    bases = sorted({source.repo for source in _published(facts.config) if source.host == "huggingface.co"})
     if bases:
         values["base_model"] = bases
     return "\n".join(["---", *(f"{name}: {json.dumps(value)}" for name, value in values.items()), "---\n"])
@@ -197,7 +197,7 @@ def _terms(facts: Facts, licence: Licence) -> str:
     sources = list(_published(facts.config))
     if sources:
         lines += ["The run used published weights, which are not part of this folder and whose terms may bind it:\n"]
-        lines += [f"- {source.title}: https://huggingface.co/{source.repo} ({source.licence})" for source in sources]
+        lines += [f"- {source.title}: {source.address} ({source.licence})" for source in sources]
         lines += [""]
     return "\n".join(lines)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from snapgen_jax.typed import closest
 
@@ -13,10 +14,12 @@ class Source:
 
     Attributes:
         title: what it is.
-        repo: its repository on the Hugging Face hub.
+        repo: its repository.
         folder: the folder in that repository which holds the tensors; "" for its root.
         licence: name of the licence, as the publisher calls it.
         gated: whether the terms must be accepted on the repository's page, and the download needs a token.
+        pickle: name of the file, where only a pickle is published.
+        host: where the repository is: the Hugging Face hub, or GitHub.
     """
 
     title: str
@@ -24,18 +27,31 @@ class Source:
     folder: str
     licence: str
     gated: bool = False
+    pickle: str = ""
+    host: Literal["huggingface.co", "github.com"] = "huggingface.co"
+
+    @property
+    def address(self) -> str:
+        """Where its page is."""
+        return f"https://{self.host}/{self.repo}"
 
     @property
     def advice(self) -> str:
-        """How to get the weights, in three lines."""
-        pattern = f"{self.folder}/*" if self.folder else "*.safetensors*"
-        lines = [f"{self.title}: https://huggingface.co/{self.repo} ({self.licence})"]
+        """How to get the weights, in a few lines."""
+        pattern = self.pickle or (f"{self.folder}/*" if self.folder else "*.safetensors*")
+        lines = [f"{self.title}: {self.address} ({self.licence})"]
         if self.gated:
             lines.append("The repository is gated: accept its terms there and log in first (hf auth login).")
-        lines.append(f"Fetch it with: hf download {self.repo} --include '{pattern}' --local-dir DIR")
+        if self.host == "github.com":
+            lines.append(f"Fetch it with: curl --location --remote-name '{self.address}/raw/main/{pattern}'")
+        else:
+            lines.append(f"Fetch it with: hf download {self.repo} --include '{pattern}' --local-dir DIR")
+        if self.pickle:
+            lines.append("It is a pickle: save its tensors as safetensors once (docs/networks.md).")
         return "\n".join(lines)
 
 
+_NOT_STATED = "none stated on its page"
 _STABILITY = "Stability AI Community License; free below USD 1M of yearly revenue"
 _SD35 = "stabilityai/stable-diffusion-3.5"
 
@@ -64,6 +80,19 @@ SOURCES: dict[str, Source] = {
         "timm/vgg16.tv_in1k",
         "",
         "BSD-3-Clause",
+    ),
+    "dit_xl_2": Source("DiT-XL/2 at 256 px", "facebook/DiT-XL-2-256", "transformer", "CC-BY-NC, non-commercial"),
+    "clip_h": Source("OpenCLIP ViT-H/14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "", "MIT"),
+    "clip_little_g": Source("OpenCLIP ViT-g/14", "laion/CLIP-ViT-g-14-laion2B-s12B-b42K", "", "MIT"),
+    "pickscore": Source("PickScore", "yuvalkirstain/PickScore_v1", "", _NOT_STATED),
+    "hpsv2": Source("HPSv2.1", "xswu/HPSv2", "", "Apache-2.0", pickle="HPS_v2.1_compressed.pt"),
+    "aesthetic": Source(
+        "LAION's improved aesthetic predictor",
+        "christophschuhmann/improved-aesthetic-predictor",
+        "",
+        _NOT_STATED,
+        pickle="sac+logos+ava1-l14-linearMSE.pth",
+        host="github.com",
     ),
     "gemma2_2b": Source("Gemma-2-2b", "google/gemma-2-2b", "", "Gemma Terms of Use", gated=True),
 }

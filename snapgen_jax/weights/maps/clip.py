@@ -33,7 +33,9 @@ def read_config(values: Mapping[str, Any], **changes: Any) -> ClipTextConfig:
         ValueError: the checkpoint is of a kind that `ClipText` does not have.
     """
     values = given(values)
-    values = given(values.get("text_config", values))  # a whole CLIP holds the configs of both halves
+    if "text_config" in values:  # a whole CLIP holds the configs of both halves, and one projection
+        projection = {"projection_dim": values["projection_dim"]} if "projection_dim" in values else {}
+        values = given({**values["text_config"], **projection})
     vocab, width = values["vocab_size"], values["hidden_size"]
     activation = values.get("hidden_act", "quick_gelu")
     for key, found, expected in (
