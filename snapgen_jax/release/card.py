@@ -16,7 +16,7 @@ from snapgen_jax.release.layouts import Counterpart
 from snapgen_jax.training.metrics import read_lines
 from snapgen_jax.weights.folder import Manifest
 from snapgen_jax.weights.frozen import is_published
-from snapgen_jax.weights.sources import SOURCES, Source
+from snapgen_jax.weights.sources import SOURCES, Source, autoencoder_name
 
 # Fields of a config that name published weights.
 PUBLISHED = {
@@ -215,7 +215,7 @@ def _published_names(section: Any) -> Iterator[str]:
         elif name in PUBLISHED and value and isinstance(value, str):
             yield PUBLISHED[name]
         elif name == "workdir" and value and "autoencoder" in section and is_published(epath.Path(value)):
-            yield "sd3_vae"
+            yield autoencoder_name(section["autoencoder"].get("scale", 0.0))
 
 
 def _table(title: str, header: Sequence[str], rows: Any) -> str:

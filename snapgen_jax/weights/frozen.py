@@ -29,7 +29,7 @@ from snapgen_jax.weights.maps import lpips as lpips_map
 from snapgen_jax.weights.maps import rewards, sd3_autoencoder, sd3_mmdit
 from snapgen_jax.weights.maps import t5 as t5_map
 from snapgen_jax.weights.published import read_json
-from snapgen_jax.weights.sources import source
+from snapgen_jax.weights.sources import autoencoder_name, source
 
 Tree = Any
 Path = tuple[str, ...]
@@ -186,7 +186,7 @@ def load_codec(config: CodecConfig, codec: Codec, mesh: Mesh | None = None) -> T
 
 
 def _load_autoencoder(config: CodecConfig, spec: Tree, mesh: Mesh | None) -> Tree:
-    name = "sd3_vae" if config.autoencoder.quantisation == "none" else "sd1_vae"
+    name = autoencoder_name(config.autoencoder.scale)
     if not config.workdir:
         raise ConfigError(
             "the autoencoder has no weights: set codec.workdir to a run of the recipe 'autoencoder', or to a folder of "

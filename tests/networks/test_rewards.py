@@ -185,7 +185,7 @@ def test_the_published_predictor_expects_its_tensors():
 @pytest.mark.parametrize(
     ("name", "folders", "message"),
     [
-        ("pickscore", ("", ""), r"yuvalkirstain/PickScore_v1 \(none stated on its page\)"),
+        ("pickscore", ("", ""), r"yuvalkirstain/PickScore_v1 \(its licence is not verified: see its page\)"),
         ("hpsv2", ("", ""), r"xswu/HPSv2 \(Apache-2.0\)\n.*HPS_v2.1_compressed.pt.*\nIt is a pickle"),
         ("aesthetic", ("", ""), "openai/clip-vit-large-patch14"),
         ("aesthetic", (str(FOLDER), ""), "https://github.com/christophschuhmann/improved-aesthetic-predictor"),
