@@ -51,7 +51,10 @@ def weight_map(config: VideoAutoencoderConfig) -> WeightMap:
     rules += norm("decoder/norm_out", "decoder.conv_norm_out")
     rules += conv("decoder/conv_out", "decoder.conv_out")
     rules += conv3d("decoder/conv_frames", "decoder.time_conv_out")
-    return WeightMap(tuple(rules))
+    unused = (
+        () if config.layers > 1 else (r"decoder\.mid_block\.attentions\.0\..*",)
+    )  # diffusers makes it, and leaves it out
+    return WeightMap(tuple(rules), ignored=unused)
 
 
 def _block(path: str, name: str, *, skip: bool) -> list[Rule]:
