@@ -53,6 +53,7 @@ class SDUNetArchitecture(Preset):
         dtype: platform choice, fixed by `module.for_platform`.
     """
 
+    kind: str = ""  # of the network, which each of them fixes
     latent_channels: int = 4
     out_channels: int = 4
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
