@@ -332,6 +332,8 @@ def _export(options: argparse.Namespace) -> None:
         carried=carried,
         precisions=precisions,
         adapters=options.adapters,
+        title=options.title,
+        licence=options.license,
     )
     print(json.dumps(report, indent=2))
 

@@ -116,6 +116,8 @@ def build_parser() -> argparse.ArgumentParser:
         "a run of an autoencoder, or a folder of a published one",
     )
     export.add_argument("--precisions", default="f32,f16", help="weights to write (default: %(default)s)")
+    export.add_argument("--title", default="", help="name of the model that apps show (default: the workdir's)")
+    export.add_argument("--license", default="", help="of the weights, as the hub calls it: apache-2.0, cc-by-4.0")
     export.add_argument(
         "--encoders",
         help="published text encoders that the bundle of a run on latents carries, of "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 import pathlib
 import tempfile
@@ -13,6 +15,7 @@ from etils import epath
 from snapgen_jax.export.bundle import GPUCheck, export_bundle, generator_of
 from snapgen_jax.export.convert import Backend, require
 from snapgen_jax.export.latents import Carried, load_latents, save_tokenizers
+from snapgen_jax.export.manifest import About
 from snapgen_jax.export.precision import PRECISIONS, Precision
 from snapgen_jax.generation import load_weights, with_adapters
 from snapgen_jax.training.exits import ConfigError
@@ -28,6 +31,8 @@ def export_run(
     carried: Carried | None = None,
     precisions: Sequence[Precision] = PRECISIONS,
     adapters: str | os.PathLike[str] | None = None,
+    title: str = "",
+    licence: str = "",
 ) -> dict[str, float]:
     """Exports a trained run as a bundle for phones, checked against JAX on the way.
 
@@ -41,6 +46,8 @@ def export_run(
         carried: the published text encoders of a run on latents; its decoder is `decoder`.
         precisions: see `export_bundle`.
         adapters: folder of peft's files, which are merged; see `generation.with_adapters`.
+        title: the model's name; the workdir's where none is given.
+        licence: of the weights, an identifier such as "apache-2.0".
 
     Returns:
         What was measured, `export.*`.
@@ -73,5 +80,17 @@ def export_run(
         report = export_bundle(
             recipe, params, frozen, tokenizers, str(out),
             backend=backend, reference=reference, gpu_check=gpu_check, precisions=precisions,
+            about=about_run(workdir, title, licence),
         )  # fmt: skip
     return report.numbers
+
+
+def about_run(workdir: epath.PathLike, title: str = "", licence: str = "") -> About:
+    """The name, licence and provenance of a run: the hash of its config, and the commit that it began at."""
+    workdir = epath.Path(workdir)
+    provenance: dict[str, str] = {}
+    if (config := workdir / "config.json").exists():
+        provenance["config_sha256"] = hashlib.sha256(config.read_bytes()).hexdigest()
+    if (record := workdir / "run.json").exists():
+        provenance["commit"] = json.loads(record.read_text()).get("commit", "")
+    return About(title or workdir.name, licence, provenance)

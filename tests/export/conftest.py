@@ -19,7 +19,7 @@ from snapgen_jax.diffusion.guidance import with_guidance
 from snapgen_jax.diffusion.samplers import sample
 from snapgen_jax.diffusion.timesteps import time_grid
 from snapgen_jax.export.bundle import BundleReport, export_bundle, generator_of
-from snapgen_jax.export.manifest import fingerprints
+from snapgen_jax.export.manifest import About, fingerprints
 from snapgen_jax.inputs.captions import CaptionsConfig
 from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.codec import CodecConfig, build_codec, to_uint8
@@ -36,6 +36,7 @@ from .toys import ClipRecipe, SketchRecipe
 # The converter without TensorFlow is published for Linux only.
 QUICK = "litert" if importlib.util.find_spec("litert_converter") else "jax2tf"
 FRAME = {"file": "tokenizer.json", "begin": [1], "end": [2], "pad": 0}
+ABOUT = About("Small quickstart", "apache-2.0", {"config_sha256": "0" * 64, "commit": "1a2b3c4"})
 PROMPTS = ("a red circle left of a blue square", "two green stars")
 
 
@@ -212,8 +213,8 @@ def small_bundle(tmp_path_factory) -> pathlib.Path:
             params, tokenizer_json = random_params(recipe), shared / "small_bundle" / "tokenizer.json"
             tokenizer_json.parent.mkdir(exist_ok=True)
             train(PROMPTS * 3, 512).save(tokenizer_json)
-            reference = generator_of(recipe, params, {})
-            export_bundle(recipe, params, {}, tokenizer_json, folder, backend=QUICK, reference=reference)
+            options = {"backend": QUICK, "reference": generator_of(recipe, params, {}), "about": ABOUT}
+            export_bundle(recipe, params, {}, tokenizer_json, folder, **options)
     return folder
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from snapgen_jax.export import convert, memory
-from snapgen_jax.export.client import from_schema_2, litert_unit
+from snapgen_jax.export.client import litert_unit
 from snapgen_jax.export.compat import Requirements, check
+from snapgen_jax.export.older import from_schema_2
 from snapgen_jax.export.program import SCHEMA, BundleError, parse
 from snapgen_jax.export.verify import relative_l2
 from snapgen_jax.inputs._published_export import UNIT_PARAMETERS, layer_ranges, text_units
