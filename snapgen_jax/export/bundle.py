@@ -9,6 +9,7 @@
                       conformance.json: small cases for a client in another language
     program.py, sampler.py, noise.py, older.py, client.py   what runs it: numpy and ai-edge-litert alone
     verify.py         checks all of this, with the same two libraries
+    SPEC.md, spec.json   what a client must do, for one who writes it in another language
     README.md         for the person who loads it
 
 A bundle is written beside its place under another name, verified there, and moved: it is whole or it is not there.
@@ -31,7 +32,7 @@ import jax
 import numpy as np
 
 from snapgen_jax.diffusion import noise as noise_module
-from snapgen_jax.export import client, compare, conformance, golden, gpu, memory, older, program, sampler, verify
+from snapgen_jax.export import client, compare, conformance, golden, gpu, memory, older, program, sampler, spec, verify
 from snapgen_jax.export.compat import Requirements, check, flex_operators
 from snapgen_jax.export.convert import Backend, to_tflite, to_tflite_apart
 from snapgen_jax.export.flatbuffer import Description, describe
@@ -228,6 +229,7 @@ class _Export:
         for module in (noise_module, program, sampler, older, client, verify):
             shutil.copyfile(str(module.__file__), self.folder / pathlib.Path(str(module.__file__)).name)
         write_json(self.folder / "program.json", self.plan.program)
+        spec.write(self.folder)
 
         jax_units = {name: compare.jax_unit(unit, self.weights[name]) for name, unit in self.units.items()}
         ranges, calls = Ranges(), golden.Calls()
