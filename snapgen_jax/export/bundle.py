@@ -5,8 +5,9 @@
     program.json      which calls make an example, as data; its schema stands at the top of program.py
     tokenizer.json    of the `tokenizers` library, where the program takes prompts; tokenizers/<encoder>.json where
                       several encoders read them
-    golden/           .npy arrays, whose names `golden.run` explains, and golden.json: prompts, tolerances
-    program.py, sampler.py, noise.py, client.py   what runs it: numpy and ai-edge-litert alone
+    golden/           .npy arrays, whose names `golden.run` explains, golden.json: prompts, tolerances, and
+                      conformance.json: small cases for a client in another language
+    program.py, sampler.py, noise.py, older.py, client.py   what runs it: numpy and ai-edge-litert alone
     verify.py         checks all of this, with the same two libraries
     README.md         for the person who loads it
 
@@ -30,13 +31,13 @@ import jax
 import numpy as np
 
 from snapgen_jax.diffusion import noise as noise_module
-from snapgen_jax.export import client, compare, golden, memory, program, sampler, verify
+from snapgen_jax.export import client, compare, conformance, golden, memory, older, program, sampler, verify
 from snapgen_jax.export.compat import Requirements, check, flex_operators
 from snapgen_jax.export.convert import Backend, to_tflite, to_tflite_apart
 from snapgen_jax.export.flatbuffer import Description
 from snapgen_jax.export.frames import framed
 from snapgen_jax.export.judging import LIMITS, Judge, Limits
-from snapgen_jax.export.manifest import Ranges, describe_unit, fingerprints, versions, write_json
+from snapgen_jax.export.manifest import About, Ranges, describe_unit, fingerprints, versions, write_json
 from snapgen_jax.export.mixed import BUDGET, Budget
 from snapgen_jax.export.precision import DEFAULT, QUANTISED, Precision, checked
 from snapgen_jax.export.program import Flow, Program
@@ -110,6 +111,7 @@ def export_bundle(
     judge: Judge | None = None,
     limits: Limits = LIMITS,
     budget: Budget = BUDGET,
+    about: About | None = None,
 ) -> BundleReport:
     """Exports a recipe's generator.
 
@@ -132,6 +134,7 @@ def export_bundle(
         judge: an exact score of the pictures, by which all but float32 are judged; without one, by decibels.
         limits: what they must hold.
         budget: of "mixed".
+        about: the model's name, licence and provenance, for the manifest.
 
     Raises:
         ValueError: the plan or its program does not fit together; names what is wrong.
@@ -153,7 +156,7 @@ def export_bundle(
         folder = pathlib.Path(scratch) / "bundle"
         plan, files = recipe.exports(), tokenizers or {}
         plan = dataclasses.replace(plan, program=framed(plan.program, files))
-        export = _Export(plan, weights, folder, wanted, backend, gpu_check)
+        export = _Export(plan, weights, folder, wanted, backend, gpu_check, about or About())
         report = export.run(files, golden_inputs, reference)
         if out_dir.exists():
             out_dir.rename(pathlib.Path(scratch) / "before")
@@ -209,6 +212,7 @@ class _Export:
         variants: Variants,
         backend: Backend,
         gpu_check: GPUCheck,
+        about: About,
     ) -> None:
         self.plan, self.program = plan, _parsed(plan)
         self.units = {unit.name: unit for unit in plan.units}
@@ -221,6 +225,7 @@ class _Export:
         self.folder, self.variants = folder, variants
         self.backend: Backend = backend
         self.gpu: GPUCheck = gpu_check
+        self.about = about
         self.files = UnitFiles(folder, gpu_check, storage)
         self.numbers, self.described = self.files.numbers, self.files.described
 
@@ -233,7 +238,7 @@ class _Export:
         for name in {entry.file for entry in self.program.tokenizers}:
             (self.folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(tokenizers[name], self.folder / name)
-        for module in (noise_module, program, sampler, client, verify):
+        for module in (noise_module, program, sampler, older, client, verify):
             shutil.copyfile(str(module.__file__), self.folder / pathlib.Path(str(module.__file__)).name)
         write_json(self.folder / "program.json", self.plan.program)
 
@@ -241,7 +246,7 @@ class _Export:
         ranges, calls = Ranges(), golden.Calls()
         watched = {name: calls.watch(name, ranges.watch(name, unit)) for name, unit in jax_units.items()}
         log.info("golden examples in JAX")
-        arrays = golden.run(Sampler(self.program, watched, self.shapes), begin, noise)
+        arrays = golden.run(Sampler(self.program, watched, self.shapes), begin, noise, golden.RECORDED)
 
         descriptions = {name: self._convert(unit) for name, unit in self.units.items()}
         for name in self.units:
@@ -262,13 +267,16 @@ class _Export:
             self.files.forget("f32")
             del tolerances["f32"]
 
-        for name, array in arrays.items():
+        for name, array in {**arrays, **golden.self_test(calls, jax_units)}.items():
             path = self.folder / "golden" / f"{name}.npy"
             path.parent.mkdir(parents=True, exist_ok=True)
             np.save(path, array, allow_pickle=False)
         count = len(next(iter(arrays.values())))
         facts = {"prompts": list(inputs.prompts), "seed": inputs.seed, "examples": count, "tolerances": tolerances}
+        facts["self_test"] = {precision: self._self_test(precision) for precision in self.variants.precisions}
         write_json(self.folder / "golden" / "golden.json", facts)
+        cases = conformance.conformance(self.program, lambda name: self.folder / name)
+        conformance.write(self.folder / "golden" / "conformance.json", cases)
         self._finish()
         operators = {name: description.histogram for name, description in descriptions.items()}
         return BundleReport(self.folder, self.numbers, operators, self.variants.refused)
@@ -387,6 +395,11 @@ class _Export:
                     "Nothing was written."
                 )
 
+    def _self_test(self, precision: Precision) -> float:
+        """How far a recorded call may be off on an accelerator for a client to use it: relative L2."""
+        worst = max(self.numbers[f"export.{name}.rel_l2_{precision}"] for name in self.units)
+        return 2 * worst + golden.SELF_TEST
+
     def _memory(self) -> dict[str, Any]:
         """The peak of a process that runs the files, for the manifest: unit by unit, in turn, and together."""
         files = {
@@ -410,6 +423,8 @@ class _Export:
             for name, peak in found[precision].pop("units").items():
                 self.described[name].setdefault("peak_bytes", {})[precision] = peak
                 self.numbers[f"export.{name}.peak_bytes_{precision}"] = peak
+            for name, held in found[precision].pop("loaded").items():
+                self.described[name].setdefault("load_bytes", {})[precision] = held
             for way, peak in found[precision].items():
                 self.numbers[f"export.peak_bytes_{way}_{precision}"] = peak
         return found
@@ -417,8 +432,14 @@ class _Export:
     def _finish(self) -> None:
         """Writes the manifest last, and reads the whole bundle as its user will."""
         held = self._memory()
+        for unit in self.described.values():
+            unit["accelerators_verified"] = {
+                "cpu": list(self.variants.precisions),
+                "gpu": [p for p in self.variants.precisions if unit["gpu"]["checked"] and p in unit["gpu"]["rel_l2"]],
+            }
         manifest = {
-            "schema": program.SCHEMA,
+            "schema": client.MANIFEST_SCHEMA,
+            **self.about.fields(),
             "precisions": list(self.variants.precisions),
             "variants": self.variants.described,
             "refused": self.variants.refused,

@@ -1,7 +1,8 @@
 """A client of an export bundle: from prompts or named arrays to images, with numpy and ai-edge-litert alone.
 
-Four files are copied into every bundle and import nothing of the library they lie in: program.py says what program.json
-means, sampler.py runs it, noise.py draws what it begins with, and this one reads the folder and calls LiteRT.
+The files that are copied into every bundle import nothing of the library they lie in: program.py says what program.json
+means, sampler.py runs it, noise.py draws what it begins with, older.py reads what older bundles say, and this one reads
+the folder and calls LiteRT.
 
     generator = LiteRTGenerator("bundle")
     images = generator.generate(["two red circles left of a blue square"])   # uint8 [1, H, W, 3]; needs `tokenizers`
@@ -21,15 +22,18 @@ import numpy as np
 
 if __package__:
     from snapgen_jax.diffusion.noise import draw_noise
-    from snapgen_jax.export.program import SCHEMA, BundleError, FeedForward, Flow, Tokenizer, parse
+    from snapgen_jax.export.older import from_schema_1, from_schema_2
+    from snapgen_jax.export.program import BundleError, FeedForward, Flow, Tokenizer, parse
     from snapgen_jax.export.sampler import Sampler, Unit, with_options
 else:  # beside its own copies, in a bundle; each may be a link into a store of blobs, where Python would look
     sys.path.insert(0, str(pathlib.Path(__file__).absolute().parent))
     from noise import draw_noise  # type: ignore[import-not-found]
-    from program import SCHEMA, BundleError, FeedForward, Flow, Tokenizer, parse  # type: ignore[import-not-found]
+    from older import from_schema_1, from_schema_2  # type: ignore[import-not-found]
+    from program import BundleError, FeedForward, Flow, Tokenizer, parse  # type: ignore[import-not-found]
     from sampler import Sampler, Unit, with_options  # type: ignore[import-not-found]
 
-
+# Of manifest.json. Schema 4 has the same program.json as 3; 2 had another, and 1 a scheduler.json.
+MANIFEST_SCHEMA = 4
 Residency = Literal["together", "in turn"]
 
 
@@ -47,8 +51,13 @@ class Bundle:
         if missing := {"schema", "precisions", "units", "files"} - self.manifest.keys():
             raise BundleError(f"manifest.json lacks {', '.join(sorted(missing))}")
         self.schema = self.manifest["schema"]
-        if self.schema not in (1, 2, SCHEMA):
-            raise BundleError(f"manifest.json has schema {self.schema!r}; this client knows 1, 2 and {SCHEMA}")
+        if type(self.schema) is not int or self.schema < 1:
+            raise BundleError(f"manifest.json has schema {self.schema!r}; a whole number from 1 was expected")
+        if self.schema > MANIFEST_SCHEMA:
+            raise BundleError(
+                f"this bundle is newer than its client: manifest.json has schema {self.schema}, and this client knows "
+                f"1 to {MANIFEST_SCHEMA}. Update snapgen-jax, or run the client.py that lies in the bundle"
+            )
         if self.schema == 1:
             self.program = parse(from_schema_1(self._json("scheduler.json")))
         else:
@@ -249,55 +258,3 @@ class LiteRTGenerator:
             return [None for _ in indices]
         shape = with_options(self.program, **options).noise_shape()
         return [draw_noise(seed, index, shape) for index in indices]
-
-
-def from_schema_1(data: Mapping[str, Any]) -> dict[str, Any]:
-    """scheduler.json, what bundles of one text encoder and one denoiser had at first, as program.json."""
-    names = ("kind", "prediction", "method", "times", "shift", "guidance", "latent_shape", "image_shape")
-    if missing := [n for n in (*names, "time_features", "codec", "text", "units") if n not in data]:
-        raise BundleError(f"scheduler.json lacks {', '.join(missing)}")
-    if (data.get("schema"), data["kind"]) != (1, "flow_matching"):
-        raise BundleError(f"scheduler.json is {data['kind']!r} of schema {data.get('schema')!r}; 'flow_matching' of 1")
-    text, units, codec = data["text"], data["units"], data["codec"]
-    if codec.get("kind") == "network":
-        if "decoder" not in units:
-            raise BundleError("scheduler.json: the codec is a network, and `units` names no decoder")
-        codec = {**codec, "unit": units["decoder"]}
-    program = {
-        "schema": 2,
-        "kind": "flow",
-        "inputs": {
-            "tokens": {"shape": [text["length"]], "dtype": "int32", "null": text["null_tokens"]},
-            "mask": {"shape": [text["length"]], "dtype": "float32", "null": text["null_mask"]},
-        },
-        "outputs": {"image": {"shape": data["image_shape"], "dtype": "uint8"}},
-        "tokenizer": {"tokens": "tokens", "mask": "mask"},
-        **{name: data[name] for name in ("latent_shape", "times", "shift")},
-        "step": {
-            "unit": units["denoiser"],
-            "rule": data["method"],
-            "time": {"kind": "features", **data["time_features"]},
-            "prediction": data["prediction"],
-            "context": "text",
-            "guidance": data["guidance"],
-        },
-        "contexts": {"text": [units["text_encoder"]]},
-        "decoder": codec,
-    }
-    return from_schema_2(program)
-
-
-def from_schema_2(data: Mapping[str, Any]) -> dict[str, Any]:
-    """program.json of schema 2, which had one tokenizer, framed as the null of its input, as schema 3."""
-    if data.get("schema") != 2:
-        raise BundleError(f"program.json has schema {data.get('schema')!r}, and the manifest 2")
-    program = {name: value for name, value in data.items() if name != "tokenizer"}
-    if names := data.get("tokenizer"):
-        try:
-            begin, end, *rest = data["inputs"][names["tokens"]]["null"]
-            pad = rest[-1] if rest else end
-        except (KeyError, TypeError, ValueError) as error:
-            raise BundleError("program.json: the tokenizer makes no input with a null of its own") from error
-        entry = {"file": "tokenizer.json", **names, "begin": [begin], "end": [end], "pad": pad}
-        program["tokenizers"] = [entry]
-    return {**program, "schema": SCHEMA}

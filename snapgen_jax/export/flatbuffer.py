@@ -91,9 +91,12 @@ class _Reader:
         inputs, outputs = {}, {}
         for i in range(self.model.SignatureDefsLength()):
             signature = self.model.SignatureDefs(i)
-            known, key = tensors[signature.SubgraphIndex()], signature.SignatureKey().decode()
-            inputs[key] = _mapped(signature.Inputs, signature.InputsLength(), known)
-            outputs[key] = _mapped(signature.Outputs, signature.OutputsLength(), known)
+            index, key = signature.SubgraphIndex(), signature.SignatureKey().decode()
+            graph, known = graphs[index], tensors[index]
+            order = [graph.Inputs(j) for j in range(graph.InputsLength())]
+            inputs[key] = _mapped(signature.Inputs, signature.InputsLength(), known, order)
+            order = [graph.Outputs(j) for j in range(graph.OutputsLength())]
+            outputs[key] = _mapped(signature.Outputs, signature.OutputsLength(), known, order)
         return Description(
             tuple(operators), tuple(t for known in tensors for t in known), inputs, outputs, tuple(orphans)
         )
@@ -125,8 +128,9 @@ def _used(graph) -> set[int]:
     return used | {graph.Outputs(j) for j in range(graph.OutputsLength())}
 
 
-def _mapped(item, length: int, tensors: list[Tensor]) -> dict[str, Tensor]:
-    entries = [item(i) for i in range(length)]
+def _mapped(item, length: int, tensors: list[Tensor], order: list[int]) -> dict[str, Tensor]:
+    """The named tensors of a signature in the order of its graph, by which LiteRT's CompiledModel counts buffers."""
+    entries = sorted((item(i) for i in range(length)), key=lambda entry: order.index(entry.TensorIndex()))
     return {entry.Name().decode(): tensors[entry.TensorIndex()] for entry in entries}
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 import pathlib
 import tempfile
@@ -15,8 +17,9 @@ from snapgen_jax.evaluation.compositional import PER_CATEGORY, fixed_prompts
 from snapgen_jax.evaluation.detector import detect
 from snapgen_jax.export.bundle import GPUCheck, export_bundle, generator_of
 from snapgen_jax.export.convert import Backend, require
-from snapgen_jax.export.judging import LIMITS, Judge, Limits
+from snapgen_jax.export.judging import LIMITS, Judge, Limits, VariantError
 from snapgen_jax.export.latents import Carried, load_latents, save_tokenizers
+from snapgen_jax.export.manifest import About
 from snapgen_jax.export.mixed import BUDGET, Budget
 from snapgen_jax.export.precision import Precision
 from snapgen_jax.generation import load_config, load_weights, with_adapters
@@ -35,6 +38,8 @@ def export_run(
     adapters: str | os.PathLike[str] | None = None,
     limits: Limits = LIMITS,
     budget: Budget = BUDGET,
+    title: str = "",
+    licence: str = "",
 ) -> dict[str, float]:
     """Exports a trained run as a bundle for phones, checked against JAX on the way.
 
@@ -48,12 +53,15 @@ def export_run(
         carried: the published text encoders of a run on latents; its decoder is `decoder`.
         precisions, limits, budget: see `export_bundle`.
         adapters: folder of peft's files, which are merged; see `generation.with_adapters`.
+        title: the model's name; the workdir's where none is given.
+        licence: of the weights, an identifier such as "apache-2.0".
 
     Returns:
         What was measured, `export.*`.
 
     Raises:
-        ConfigError: `out` is in an object store, the backend is not installed, or the run cannot be exported.
+        ConfigError: `out` is in an object store, the backend is not installed, the run cannot be exported, or a
+            precision that was given is not good enough.
     """
     if on_object_store(out):
         raise ConfigError(f"a bundle is made of local files, and {out} is not; give --out a local folder, and copy it")
@@ -77,12 +85,27 @@ def export_run(
             tokenizers["tokenizer.json"] = pathlib.Path(scratch) / "tokenizer.json"
             tokenizers["tokenizer.json"].write_bytes((epath.Path(workdir) / "tokenizer.json").read_bytes())
         reference = generator_of(recipe, params, frozen)
-        report = export_bundle(
-            recipe, params, frozen, tokenizers, str(out),
-            backend=backend, reference=reference, gpu_check=gpu_check, precisions=precisions,
-            judge=judge_of(recipe, load_config(workdir)), limits=limits, budget=budget,
-        )  # fmt: skip
+        try:
+            report = export_bundle(
+                recipe, params, frozen, tokenizers, str(out),
+                backend=backend, reference=reference, gpu_check=gpu_check, precisions=precisions,
+                judge=judge_of(recipe, load_config(workdir)), limits=limits, budget=budget,
+                about=about_run(workdir, title, licence),
+            )  # fmt: skip
+        except VariantError as error:
+            raise ConfigError(str(error)) from error
     return report.numbers
+
+
+def about_run(workdir: epath.PathLike, title: str = "", licence: str = "") -> About:
+    """The name, licence and provenance of a run: the hash of its config, and the commit that it began at."""
+    workdir = epath.Path(workdir)
+    provenance: dict[str, str] = {}
+    if (config := workdir / "config.json").exists():
+        provenance["config_sha256"] = hashlib.sha256(config.read_bytes()).hexdigest()
+    if (record := workdir / "run.json").exists():
+        provenance["commit"] = json.loads(record.read_text()).get("commit", "")
+    return About(title or workdir.name, licence, provenance)
 
 
 def judge_of(recipe: Any, config: Any) -> Judge | None:

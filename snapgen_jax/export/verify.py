@@ -18,14 +18,17 @@ from collections.abc import Generator, Iterator, Sequence
 import numpy as np
 
 if __package__:
-    from snapgen_jax.export.client import Bundle
-    from snapgen_jax.export.program import SCHEMA, BundleError, Flow
-    from snapgen_jax.export.sampler import Arrays, Sampler, Unit
+    from snapgen_jax.export.client import MANIFEST_SCHEMA, Bundle
+    from snapgen_jax.export.program import BundleError, Flow
+    from snapgen_jax.export.sampler import Arrays, Contexts, Sampler, Unit
 else:  # beside its own copy of the client, in a bundle; each may be a link into a store of blobs
     sys.path.insert(0, str(pathlib.Path(__file__).absolute().parent))
-    from client import Bundle  # type: ignore[import-not-found]
-    from program import SCHEMA, BundleError, Flow  # type: ignore[import-not-found]
-    from sampler import Arrays, Sampler, Unit  # type: ignore[import-not-found]
+    from client import MANIFEST_SCHEMA, Bundle  # type: ignore[import-not-found]
+    from program import BundleError, Flow  # type: ignore[import-not-found]
+    from sampler import Arrays, Contexts, Sampler, Unit  # type: ignore[import-not-found]
+
+# Relative L2 of latents that float32 arithmetic alone, in another order, may be off by.
+REPLAY = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +62,17 @@ def checks(
 ) -> Iterator[Check]:
     """Checks a bundle, one finding at a time; `precisions` default to all that it has."""
     bundle = Bundle(folder)
-    if bundle.schema != SCHEMA:
+    if bundle.schema != MANIFEST_SCHEMA:
         raise BundleError(f"this bundle is of schema {bundle.schema}; check it with the verify.py that lies in it")
     files = list(_files(bundle))
     yield from files
     if not all(check.passed for check in files):
         return  # nothing that a damaged file computes is worth looking at
     yield from _token_ids(bundle)
+    yield from _replays(bundle)
     for precision in precisions or bundle.manifest["precisions"]:
         yield from _signatures(bundle, precision)
+        yield from _self_test(bundle, precision, num_threads)
         yield from _golden(bundle, precision, num_threads)
 
 
@@ -95,6 +100,57 @@ def _token_ids(bundle: Bundle) -> Iterator[Check]:
         return
     same = all(np.array_equal(made, bundle.golden(f"inputs/{name}")) for name, made in bundle.tokenize(prompts).items())
     yield Check("tokenizer", f"{len(prompts)} prompts to the golden ids", same)
+
+
+def _replays(bundle: Bundle) -> Iterator[Check]:
+    """The sampler alone: the golden outputs of the denoiser lead to the golden latents."""
+    if not isinstance(bundle.program, Flow):
+        return
+    predictions = bundle.golden("predictions")
+    for i in range(len(predictions)):
+        name, expected = f"golden {i} replayed from the denoiser's outputs", bundle.golden("latents")[i]
+        try:
+            latents = _replay(bundle, bundle.program, i, predictions[i])
+            worst = max(relative_l2(*pair) for pair in zip(latents, expected, strict=True))
+        except (ValueError, IndexError) as error:  # the program takes other steps than those that are there
+            yield Check(name, str(error), False)
+            continue
+        yield _below(name, worst, REPLAY)
+
+
+def _replay(bundle: Bundle, flow: Flow, i: int, predictions: np.ndarray) -> np.ndarray:
+    """The latents of example i from what its denoiser gave, `[calls, 2, *latent_shape]`."""
+    asked: list[list[np.ndarray]] = [[]]
+
+    def denoiser(**_: np.ndarray) -> Arrays:
+        out = predictions[len(asked) - 1, len(asked[-1])]
+        asked[-1].append(out)
+        return {"prediction": out}
+
+    units = bundle.manifest["units"]
+    shapes = {name: {n: d["shape"] for n, d in unit["inputs"].items()} for name, unit in units.items()}
+    given = {name: bundle.golden(f"inputs/{name}")[i] for name in bundle.program.inputs}
+    sampler = Sampler(flow, {step.unit: denoiser for step in flow.steps}, shapes)
+    own = sampler.given(given)
+    contexts: Contexts = {None: own, **{name: {**own, **_encoded(bundle, name, i)} for name in flow.contexts}}
+    return sampler.trajectory(bundle.golden("noise")[i], contexts, contexts, on_call=lambda *_: asked.append([]))
+
+
+def _encoded(bundle: Bundle, context: str, i: int) -> Arrays:
+    """What the encoders of a context gave for example i."""
+    prefix = f"golden/contexts/{context}/"
+    names = [name[len(prefix) : -len(".npy")] for name in bundle.manifest["files"] if name.startswith(prefix)]
+    return {name: bundle.golden(f"contexts/{context}/{name}")[i] for name in names}
+
+
+def _self_test(bundle: Bundle, precision: str, num_threads: int | None) -> Iterator[Check]:
+    """One recorded call of each unit: what a client runs when it starts."""
+    limit, sampler = _facts(bundle)["self_test"][precision], bundle.sampler(precision, num_threads)
+    for name, unit in bundle.manifest["units"].items():
+        inputs = {n: bundle.golden(f"self_test/{name}/inputs/{n}") for n in unit["inputs"]}
+        outputs = sampler.units[name](**inputs)
+        errors = [relative_l2(outputs[n], bundle.golden(f"self_test/{name}/outputs/{n}")) for n in unit["outputs"]]
+        yield _below(f"{precision} {name} self-test", max(errors), limit)
 
 
 def _signatures(bundle: Bundle, precision: str) -> Iterator[Check]:
