@@ -22,6 +22,7 @@ from etils import epath
 from snapgen_jax.cli_adapters import run_adapters
 from snapgen_jax.cli_exit import run_to_exit_code
 from snapgen_jax.cli_parser import build_parser, generation_options, split_beam, split_overrides
+from snapgen_jax.cli_precisions import chosen_precisions
 from snapgen_jax.cli_prepare import run_prepare, start_cluster
 from snapgen_jax.process import began, prepare
 from snapgen_jax.training.exits import ConfigError
@@ -316,12 +317,9 @@ def _evaluator_options(assignments: Sequence[str], names: Sequence[str]) -> dict
 
 def _export(options: argparse.Namespace) -> None:
     from snapgen_jax.export.latents import Carried
-    from snapgen_jax.export.precision import PRECISIONS
     from snapgen_jax.export.run import export_run
 
-    precisions = options.precisions.split(",")
-    if set(precisions) - set(PRECISIONS):
-        raise ConfigError(f"--precisions={options.precisions}; give some of {', '.join(PRECISIONS)}, with commas")
+    precisions, limits, budget = chosen_precisions(options)
     names = ("clip_l", "clip_g", "language")
     carried = Carried(
         tuple(options.encoders.split(",")) if options.encoders else None,
@@ -338,6 +336,8 @@ def _export(options: argparse.Namespace) -> None:
         options.gpu,
         carried=carried,
         precisions=precisions,
+        limits=limits,
+        budget=budget,
         adapters=options.adapters,
         title=options.title,
         licence=options.license,
