@@ -65,6 +65,21 @@ def drivers() -> tuple[str, ...]:
     return tuple(found[:1] if found and "swiftshader" in found[0] else found)
 
 
+def environment(folder: pathlib.Path) -> dict[str, str]:
+    """The environment of a process in which LiteRT finds the driver; `folder` is empty, and outlives the process.
+
+    Raises:
+        NoGPUError: no Vulkan driver is found.
+    """
+    found = drivers()
+    if not found:
+        raise NoGPUError(f"no Vulkan driver was found ({HINT})")
+    shown = os.pathsep.join(found)
+    libraries = (os.environ.get("LD_LIBRARY_PATH"), str(_loader(found[0], folder)))
+    libraries = {"LD_LIBRARY_PATH": os.pathsep.join(name for name in libraries if name)}
+    return {**os.environ, "VK_ICD_FILENAMES": shown, "VK_DRIVER_FILES": shown, **libraries}
+
+
 def run(path: str | pathlib.Path, signature: str, cases: Sequence[Mapping[str, np.ndarray]]) -> Run:
     """Runs a file on the accelerator, in float32 arithmetic; operators that it does not take run on the CPU.
 
@@ -78,22 +93,16 @@ def run(path: str | pathlib.Path, signature: str, cases: Sequence[Mapping[str, n
         GPURunError: the process crashed or was not done in time.
         GPURefusedError: the accelerator refused the file.
     """
-    found = drivers()
-    if not found:
-        raise NoGPUError(f"no Vulkan driver was found ({HINT})")
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
+        variables = environment(folder)
+        shown = variables["VK_DRIVER_FILES"]
         for i, case in enumerate(cases):
             np.savez(folder / f"in_{i}.npz", **dict[str, Any](case))
-        shown = os.pathsep.join(found)
-        environment = {**os.environ, "VK_ICD_FILENAMES": shown, "VK_DRIVER_FILES": shown}
-        environment["LD_LIBRARY_PATH"] = os.pathsep.join(
-            name for name in (os.environ.get("LD_LIBRARY_PATH"), str(_loader(found[0], folder))) if name
-        )
         command = [sys.executable, "-c", _CHILD, json.dumps(sys.path), str(path), signature, scratch, str(len(cases))]
         try:
             done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False, errors="replace"
+                command, env=variables, capture_output=True, text=True, timeout=SECONDS, check=False, errors="replace"
             )
         except subprocess.TimeoutExpired as error:
             raise GPURunError(f"{path}: not done on the GPU after {SECONDS:g} seconds (driver {shown})") from error
