@@ -86,7 +86,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["snapgen_jax", "snapgen_jax.*"]),
-    package_data={"snapgen_jax": ["py.typed", "**/*.json", "**/*.jsonl", "**/*.txt", "**/*.html"]},
+    package_data={"snapgen_jax": ["py.typed", "**/*.json", "**/*.jsonl", "**/*.txt", "**/*.html", "export/*.md"]},
     install_requires=CORE,
     extras_require={
         "tpu": TPU,

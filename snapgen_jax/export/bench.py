@@ -6,25 +6,27 @@ is slower for minutes at a time, and then it is so for all of them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import platform
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from snapgen_jax.bounds import at_least, check
-from snapgen_jax.export import bench_process, gpu
+from snapgen_jax.export import bench_process
 from snapgen_jax.export.client import Bundle
 from snapgen_jax.export.compat import GPU_OPERATORS
 from snapgen_jax.export.flatbuffer import Operator, describe
 from snapgen_jax.export.manifest import versions
+from snapgen_jax.export.runtime import AcceleratorError, GPURunError, drivers, see_drivers
 
 Accelerator = Literal["cpu", "gpu"]
 SECONDS = 20.0  # no call of a measurement begins after so many
@@ -93,7 +95,7 @@ def bench(folder: str | pathlib.Path, asked: Asked, say: Callable[[str], None] |
             if "error" not in row:
                 try:
                     found.append(_measure(bundle, row, asked.runs))
-                except (gpu.NoGPUError, gpu.GPURunError) as error:
+                except AcceleratorError as error:
                     row["error"] = str(error)
         if say is not None:
             say(f"round {turn + 1} of {asked.rounds}")
@@ -124,7 +126,7 @@ def describe_file(bundle: Bundle, unit: str, precision: str) -> Numbers:
         row["nodes"] += 1
         row["macs"] += macs(operator) / max(total_macs, 1)
         row["written"] += _written(operator) / max(total_written, 1)
-    said = _process({"what": "undelegated", "path": str(path)}, None)
+    said = _process({"what": "undelegated", "path": str(path)})
     return {
         "unit": unit,
         "precision": precision,
@@ -182,8 +184,11 @@ def _measure(bundle: Bundle, row: Numbers, runs: int) -> Numbers:
             for name, tensor in unit["inputs"].items()
         },
     }
-    with tempfile.TemporaryDirectory() as scratch:
-        return _process(job, gpu.environment(pathlib.Path(scratch)) if row["accelerator"] == "gpu" else None)
+    with contextlib.ExitStack() as stack:
+        environment = dict(os.environ)
+        if row["accelerator"] == "gpu":
+            see_drivers(environment, drivers(software_first=False), stack)
+        return _process(job, environment)
 
 
 def _recorded(bundle: Bundle, unit: str, name: str) -> str | None:
@@ -192,7 +197,7 @@ def _recorded(bundle: Bundle, unit: str, name: str) -> str | None:
     return str(path) if path.is_file() else None
 
 
-def _process(job: Numbers, environment: dict[str, str] | None) -> Numbers:
+def _process(job: Numbers, environment: dict[str, str] | None = None) -> Numbers:
     done = subprocess.run(
         [sys.executable, str(bench_process.__file__)],
         input=json.dumps(job), env=environment, capture_output=True, text=True, check=False, errors="replace",
@@ -200,7 +205,7 @@ def _process(job: Numbers, environment: dict[str, str] | None) -> Numbers:
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         last = (done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"])[-1]
-        raise gpu.GPURunError(f"{job['path']}: {last[:300]}")
+        raise GPURunError(f"{job['path']}: {last[:300]}")
     return json.loads(lines[-1])
 
 

@@ -17,6 +17,7 @@ from snapgen_jax.evaluation.compositional import PER_CATEGORY, fixed_prompts
 from snapgen_jax.evaluation.detector import detect
 from snapgen_jax.export.bundle import GPUCheck, export_bundle, generator_of
 from snapgen_jax.export.convert import Backend, require
+from snapgen_jax.export.frames import spelled_out
 from snapgen_jax.export.judging import LIMITS, Judge, Limits, VariantError
 from snapgen_jax.export.latents import Carried, load_latents, save_tokenizers
 from snapgen_jax.export.manifest import About
@@ -83,7 +84,8 @@ def export_run(
         tokenizers = save_tokenizers(recipe, pathlib.Path(scratch))
         if any(spec.kind == "trained" for spec in recipe.tokenizers().values()):
             tokenizers["tokenizer.json"] = pathlib.Path(scratch) / "tokenizer.json"
-            tokenizers["tokenizer.json"].write_bytes((epath.Path(workdir) / "tokenizer.json").read_bytes())
+            text = (epath.Path(workdir) / "tokenizer.json").read_text()
+            tokenizers["tokenizer.json"].write_text(spelled_out(text), "utf-8")
         reference = generator_of(recipe, params, frozen)
         try:
             report = export_bundle(

@@ -71,7 +71,7 @@ def test_the_table_and_the_picture_have_a_line_for_each(measured):
 
 
 def test_without_a_driver_the_gpu_is_a_row_that_says_so(toy, monkeypatch):
-    monkeypatch.setattr("snapgen_jax.export.gpu.drivers", lambda: ())
+    monkeypatch.setattr("snapgen_jax.export.bench.drivers", lambda **_: ())
     found = bench(toy.folder, Asked(accelerators=("gpu",), threads=(1,), runs=1, rounds=1, units=["net"]))
     assert all("no Vulkan driver was found" in row["error"] for row in found["rows"])
 
