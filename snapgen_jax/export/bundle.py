@@ -96,7 +96,9 @@ class BundleReport:
             is a process of its own) and `.peak_bytes_<precision>` (of a process that runs it); over all units
             `export.bytes_<precision>`, `export.peak_bytes_in_turn_<precision>` and `_together_`, and
             `export.flex_ops`; of whole trajectories
-            `export.trajectory.rel_l2_<precision>` (the last latent); of each output `export.<output>.max_grey_f32` and,
+            `export.trajectory.rel_l2_<precision>` (the last latent); of what each precision draws beside float32
+            `export.median_db_<precision>`, and `export.paired.difference_<precision>` and `.low_<precision>` where the
+            run has an exact score (see `judging.paired`); of each output `export.<output>.max_grey_f32` and,
             against the recipe's own generator, `.max_grey_to_generator`. The last two are `.rel_l2_f32` and
             `.rel_l2_to_generator` for an output that is no picture.
         operators: {unit: {operator: nodes}} of the float32 files.
@@ -277,6 +279,7 @@ class _Export:
             with self.variants.refusing(precision, self.files.forget):
                 self._variant(precision, examples)
                 tolerances[precision] = self._trajectory(precision, arrays)
+                self.numbers |= self.variants.numbers(precision)
         if "f32" not in self.variants.precisions:
             self.files.forget("f32")
             del tolerances["f32"]

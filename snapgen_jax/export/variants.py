@@ -174,6 +174,16 @@ class Variants:
         if reason := judging.objection(found, self._limits):
             raise VariantError(f"{precision}: {reason}")
 
+    def numbers(self, precision: Precision) -> dict[str, float]:
+        """What a precision was judged by, for the report."""
+        found = self.described[precision]
+        numbers = {f"export.median_db_{precision}": found["median_db"]}
+        if "paired" in found:
+            score = found["paired"]
+            numbers[f"export.paired.difference_{precision}"] = score["variant"] - score["f32"]
+            numbers[f"export.paired.low_{precision}"] = score["low"]
+        return numbers
+
     def _pictures(self, sampler: Sampler, examples: Examples, count: int) -> np.ndarray:
         """What is drawn for the first prompts of the judge, `uint8 [count, H, W, 3]`, each from its own noise."""
         assert self._judge is not None and isinstance(examples.program, Flow)
