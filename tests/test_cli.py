@@ -12,7 +12,7 @@ from snapgen_jax.data.tokenizer import train
 from snapgen_jax.evaluation.frechet_score import DiversityScore, FrechetScore
 from snapgen_jax.evaluation.interfaces import EvaluatorSpec
 from snapgen_jax.evaluation.registry import create
-from snapgen_jax.export.client import from_schema_1
+from snapgen_jax.export.older import from_schema_1
 from snapgen_jax.export.program import parse
 from snapgen_jax.export.sampler import with_options
 from snapgen_jax.training.exits import ExitCode

@@ -15,7 +15,8 @@ OURS = "snapgen_jax"
 
 # What a number of a config may be: the standard library alone, and every room with a config knows it.
 EVERYWHERE = "bounds"
-ALONE = ("export.program", "export.sampler", "export.client", "export.verify")  # copied into every bundle
+# Copied into every bundle.
+ALONE = tuple(f"export.{name}" for name in ("program", "sampler", "runtime", "older", "client", "verify"))
 
 # A room, or one file of it -> what else of ours it may import. The longest name that fits a file is its rule, and its
 # own room is always allowed. "*" is everything.
@@ -97,8 +98,15 @@ MAY_IMPORT = {
     "coding": ["generation", "networks", "weights", "data.images", "training.exits"],
     "evaluation": ["generation", "data.shapes", "data.shapes_grammar", "data.prompts", "data.words", "page", "typed"],
     "evaluation.report": ["evaluation", "data.prompts", "page", "training.files", "training.metrics"],
-    "export": ["diffusion.noise", "training.exports"],
-    "export.run": ["export", "generation", "training.exits", "training.files"],
+    "export": ["bounds", "diffusion.noise", "training.exports"],
+    "export.run": [
+        "evaluation.compositional",
+        "evaluation.detector",
+        "export",
+        "generation",
+        "training.exits",
+        "training.files",
+    ],
     "release": ["config", "generation", "networks", "training", "weights"],
     "export.latents": [
         "generation",
@@ -112,8 +120,10 @@ MAY_IMPORT = {
     # copied into every bundle
     "export.program": [],
     "export.sampler": ["export.program"],
-    "export.client": ["diffusion.noise", "export.program", "export.sampler"],
-    "export.verify": ["export.program", "export.sampler", "export.client"],
+    "export.older": ["export.program"],
+    "export.runtime": [],
+    "export.client": ["diffusion.noise", "export.program", "export.sampler", "export.runtime", "export.older"],
+    "export.verify": ["export.program", "export.sampler", "export.runtime", "export.client"],
     # configs and workdirs
     "config": [
         "config_file",
@@ -166,7 +176,17 @@ MAY_IMPORT = {
     "chain_table": ["chain"],
     "cli": ["*"],
     "cli_adapters": ["adapters"],
-    "cli_parser": ["cli_adapters", "cli_prepare", "overrides", "training.exits", "typed"],
+    "cli_bench": ["export", "training.exits"],
+    "cli_parser": [
+        "cli_adapters",
+        "cli_bench",
+        "cli_precisions",
+        "cli_prepare",
+        "overrides",
+        "training.exits",
+        "typed",
+    ],
+    "cli_precisions": ["export", "training.exits"],
     "cli_prepare": ["*"],
     "cli_exit": ["data.errors", "parallel.hosts", "training.exits"],
     "__init__": ["*"],
@@ -183,8 +203,10 @@ LIBRARIES = {
     "diffusion.noise": {"numpy"},
     "export.program": {"numpy"},
     "export.sampler": {"numpy", "program"},
-    "export.client": {"numpy", "ai_edge_litert", "tokenizers", "noise", "program", "sampler"},
-    "export.verify": {"numpy", "ai_edge_litert", "program", "sampler", "client"},
+    "export.older": {"program"},
+    "export.client": {"numpy", "tokenizers", "noise", "program", "sampler", "runtime", "older"},
+    "export.runtime": {"numpy", "ai_edge_litert"},
+    "export.verify": {"numpy", "ai_edge_litert", "program", "sampler", "runtime", "client"},
 }
 
 # What brings TensorFlow in, and where it may be brought in: there only, and only when a function needs it.

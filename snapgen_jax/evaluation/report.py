@@ -33,9 +33,7 @@ REQUIRED = (
     *(f"score.{category}" for category in CATEGORIES),
     "score.chance",
     "export.unet.rel_l2_f32",
-    "export.unet.rel_l2_f16",
     "export.flex_ops",
-    "export.bytes_f16",
 )
 _MOST_PROGRESS_PICTURES = 4
 _FALLING = ("loss", "grad_norm")  # may fall by orders of magnitude

@@ -15,14 +15,15 @@ import pathlib
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor of the graph: `name`, static `shape`, `dtype` ("float32"), whether it is a stored constant, and whether
-    every dimension is fixed."""
+    """A tensor of the graph: `name`, static `shape`, `dtype` ("float32"), whether it is a stored constant, whether
+    every dimension is fixed, and the index of the `buffer` that holds a constant, which several may share."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     constant: bool
     static: bool
+    buffer: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +91,12 @@ class _Reader:
         inputs, outputs = {}, {}
         for i in range(self.model.SignatureDefsLength()):
             signature = self.model.SignatureDefs(i)
-            known, key = tensors[signature.SubgraphIndex()], signature.SignatureKey().decode()
-            inputs[key] = _mapped(signature.Inputs, signature.InputsLength(), known)
-            outputs[key] = _mapped(signature.Outputs, signature.OutputsLength(), known)
+            index, key = signature.SubgraphIndex(), signature.SignatureKey().decode()
+            graph, known = graphs[index], tensors[index]
+            order = [graph.Inputs(j) for j in range(graph.InputsLength())]
+            inputs[key] = _mapped(signature.Inputs, signature.InputsLength(), known, order)
+            order = [graph.Outputs(j) for j in range(graph.OutputsLength())]
+            outputs[key] = _mapped(signature.Outputs, signature.OutputsLength(), known, order)
         return Description(
             tuple(operators), tuple(t for known in tensors for t in known), inputs, outputs, tuple(orphans)
         )
@@ -103,9 +107,9 @@ class _Reader:
         constant = buffer.DataLength() > 0 or buffer.Size() > 0
         signature = [tensor.ShapeSignature(i) for i in range(tensor.ShapeSignatureLength())]
         shape = tuple(int(tensor.Shape(i)) for i in range(tensor.ShapeLength()))
-        return Tensor(
-            (tensor.Name() or b"").decode(), shape, self.types[tensor.Type()], constant, all(n >= 0 for n in signature)
-        )
+        static = all(n >= 0 for n in signature)
+        name, dtype = (tensor.Name() or b"").decode(), self.types[tensor.Type()]
+        return Tensor(name, shape, dtype, constant, static, tensor.Buffer())
 
     @functools.cache  # noqa: B019 (the reader lives for one file)
     def _operator_name(self, index: int) -> str:
@@ -124,8 +128,9 @@ def _used(graph) -> set[int]:
     return used | {graph.Outputs(j) for j in range(graph.OutputsLength())}
 
 
-def _mapped(item, length: int, tensors: list[Tensor]) -> dict[str, Tensor]:
-    entries = [item(i) for i in range(length)]
+def _mapped(item, length: int, tensors: list[Tensor], order: list[int]) -> dict[str, Tensor]:
+    """The named tensors of a signature in the order of its graph, by which LiteRT's CompiledModel counts buffers."""
+    entries = sorted((item(i) for i in range(length)), key=lambda entry: order.index(entry.TensorIndex()))
     return {entry.Name().decode(): tensors[entry.TensorIndex()] for entry in entries}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -26,6 +27,28 @@ LIBRARIES = (
     "ai-edge-litert",
     "ai-edge-quantizer",
 )
+# The oldest versions that a bundle's files are known to run on: of the Python package, of the Maven artefacts
+# com.google.ai.edge.litert:litert and :litert-gpu, and of the npm package @litertjs/core.
+MINIMUM_RUNTIME = {"ai-edge-litert": "2.3.0", "android": "2.3.0", "litert.js": "2.5.3"}
+
+
+@dataclasses.dataclass(frozen=True)
+class About:
+    """Whose a bundle is.
+
+    Attributes:
+        model: the name that an app shows.
+        licence: of the weights, an identifier such as "apache-2.0"; "" where none was chosen.
+        provenance: what made the weights, as plain JSON: "config_sha256" of the run's config.json, and "commit".
+    """
+
+    model: str = ""
+    licence: str = ""
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def fields(self) -> dict[str, Any]:
+        """Its part of manifest.json."""
+        return {**dataclasses.asdict(self), "minimum_runtime": MINIMUM_RUNTIME}
 
 
 class Ranges:
@@ -52,7 +75,8 @@ class Ranges:
 
 
 def describe_unit(name: str, description: Description, ranges: Ranges) -> dict[str, Any]:
-    """The signature of a unit: its named tensors with shape, dtype, layout and the range that they were seen in."""
+    """The signature of a unit: its named tensors with shape, dtype, layout and the range that they were seen in,
+    and the order in which the file itself has them."""
 
     def tensors(found: Mapping[str, Tensor]) -> dict[str, Any]:
         return {
@@ -69,6 +93,8 @@ def describe_unit(name: str, description: Description, ranges: Ranges) -> dict[s
         "signature": name,
         "inputs": tensors(description.inputs[name]),
         "outputs": tensors(description.outputs[name]),
+        "input_order": list(description.inputs[name]),
+        "output_order": list(description.outputs[name]),
         "max_rank": description.max_rank,
     }
 

@@ -31,8 +31,8 @@ def measure(files: Mapping[str, Files]) -> dict[str, Any]:
 
     Returns:
         "process": what Python, numpy and LiteRT take by themselves; and for each precision `{"units": {unit: peak},
-        "in_turn", "together"}`, the last two of a process that loads, runs and frees one unit after the other, and of
-        one that holds all.
+        "loaded": {unit: what it holds after its first call, the process left out}, "in_turn", "together"}`, the last
+        two of a process that loads, runs and frees one unit after the other, and of one that holds all.
 
     Raises:
         MeasurementError: a file could not be run.
@@ -62,34 +62,57 @@ def _measure(files: Mapping[str, Files]) -> dict[str, Any]:
         for run in loaded:
             run()
 
-    found: dict[str, Any] = {"process": _peak(lambda: None)}
+    def held(unit: Mapping[str, Any]) -> Any:
+        run = load(unit)
+        run()
+        return run
+
+    found: dict[str, Any] = {"process": _measured(lambda: None, _peak)}
+    empty = _measured(lambda: None, _resident)
     for precision, units in files.items():
         found[precision] = {
-            "units": {name: _peak(lambda unit=unit: load(unit)()) for name, unit in units.items()},
-            "in_turn": _peak(lambda units=units: in_turn(units)),
-            "together": _peak(lambda units=units: together(units)),
+            "units": {name: _measured(lambda unit=unit: held(unit), _peak) for name, unit in units.items()},
+            "loaded": {
+                name: max(0, _measured(lambda unit=unit: held(unit), _resident) - empty) for name, unit in units.items()
+            },
+            "in_turn": _measured(lambda units=units: in_turn(units), _peak),
+            "together": _measured(lambda units=units: together(units), _peak),
         }
     return found
 
 
-def _peak(work: Callable[[], Any]) -> int:
-    """The most memory, in bytes, of a child process that does some work."""
-    read, write = os.pipe()
+def _peak() -> int:
+    """The most memory, in bytes, that this process has held."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024  # Linux counts in KiB
+
+
+def _resident() -> int:
+    """The memory, in bytes, that this process holds now; the most so far where the system does not say."""
+    if not sys.platform.startswith("linux"):
+        return _peak()
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def _measured(work: Callable[[], Any], read: Callable[[], int]) -> int:
+    """What `read` finds in a child process after some work, whose result is still held."""
+    reader, writer = os.pipe()
     child = os.fork()
     if not child:
         status = 1
         try:
-            os.close(read)
-            work()
-            most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            os.write(write, str(most if sys.platform == "darwin" else most * 1024).encode())  # Linux counts in KiB
+            os.close(reader)
+            kept = work()
+            os.write(writer, str(read()).encode())
+            del kept
             status = 0
         except Exception as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         finally:
             os._exit(status)
-    os.close(write)
-    with open(read, "rb") as pipe:
+    os.close(writer)
+    with open(reader, "rb") as pipe:
         said = pipe.read()
     os.waitpid(child, 0)
     if not said:

@@ -21,6 +21,11 @@ Unit = Callable[..., Mapping[str, np.ndarray]]
 Arrays = dict[str, np.ndarray]
 # {context name: its arrays}; None is the caller's inputs alone.
 Contexts = dict[str | None, Arrays]
+# `on_step(step, latent)`, after each step of a trajectory, from step 0. What it raises ends the trajectory.
+OnStep = Callable[[int, np.ndarray], None]
+# `on_call(inputs, out, null_out)`, after each time at which the denoiser was asked: what it was given at first, what it
+# gave before guidance, and what it gave in the null call, None where there was none.
+OnCall = Callable[[Arrays, np.ndarray, np.ndarray | None], None]
 
 
 def time_features(t: np.ndarray, spec: Mapping[str, Any]) -> np.ndarray:
@@ -73,6 +78,18 @@ def decode(latents: np.ndarray, codec: Mapping[str, Any]) -> np.ndarray:
 def grey_levels(pixels: np.ndarray) -> np.ndarray:
     """Pixels in [-1, 1] to the nearest of 0..255, those outside clipped."""
     return np.round(np.clip(pixels * 127.5 + 127.5, 0, 255)).astype(np.uint8)
+
+
+def relative_l2(value: np.ndarray, reference: np.ndarray) -> float:
+    """`||value - reference|| / ||reference||`; 0 where both are zero, infinite where only the reference is.
+
+    Infinite, too, where either holds NaN or infinity: `max()` drops NaN, and no limit is below it.
+    """
+    if not (np.isfinite(value).all() and np.isfinite(reference).all()):
+        return float("inf")
+    difference = np.linalg.norm(np.asarray(value, np.float64) - reference)
+    norm = np.linalg.norm(np.asarray(reference, np.float64))
+    return float(difference / norm) if norm else (float("inf") if difference else 0.0)
 
 
 def _identity(latents: np.ndarray, codec: Mapping[str, Any]) -> np.ndarray:
@@ -176,7 +193,14 @@ class Sampler:
     shapes: Mapping[str, Mapping[str, Sequence[int]]]
     _null: Contexts = dataclasses.field(default_factory=dict, init=False, compare=False, repr=False)
 
-    def run(self, inputs: Mapping[str, Any], noise: np.ndarray | None = None, **options: Any) -> Arrays:
+    def run(
+        self,
+        inputs: Mapping[str, Any],
+        noise: np.ndarray | None = None,
+        *,
+        on_step: OnStep | None = None,
+        **options: Any,
+    ) -> Arrays:
         """The outputs of one example from the caller's named inputs; a flow also takes noise of `noise_shape`.
 
         `options`, of a flow alone, are those of `with_options`.
@@ -189,8 +213,9 @@ class Sampler:
         if noise is None:
             raise ValueError(f"this bundle needs noise of shape {self.program.noise_shape()}")
         flow = with_options(self.program, **options)
+        contexts = self.contexts(given)
         null = self.null_contexts(given) if any(step.guided for step in flow.steps) else {}
-        return self.decode(self.trajectory(noise, self.contexts(given), null, **options)[-1])
+        return self.decode(self.trajectory(noise, contexts, null, on_step=on_step, **options)[-1])
 
     def given(self, inputs: Mapping[str, Any]) -> Arrays:
         """The caller's arrays as units take them. Raises `ValueError` that names what is missing or does not fit."""
@@ -241,12 +266,22 @@ class Sampler:
             self._null.update(made)
         return made
 
-    def trajectory(self, noise: np.ndarray, contexts: Contexts, null: Contexts, **options: Any) -> np.ndarray:
+    def trajectory(
+        self,
+        noise: np.ndarray,
+        contexts: Contexts,
+        null: Contexts,
+        *,
+        on_step: OnStep | None = None,
+        on_call: OnCall | None = None,
+        **options: Any,
+    ) -> np.ndarray:
         """The latent after each step, `[S, *latent_shape]` float32.
 
         Args:
             noise: `noise_shape` float32, standard normal.
             contexts, null: of `contexts` and `null_contexts`; the second may be {} where guidance makes no call.
+            on_step, on_call: see `OnStep` and `OnCall`.
             options: see `run`.
         """
         flow = with_options(self._flow(), **options)
@@ -255,21 +290,28 @@ class Sampler:
             raise ValueError(f"the noise has shape {noise.shape}; these steps take {expected}")
         states = flow.initial_state(), flow.initial_state()
 
-        def ask(i: int, x: np.ndarray, t: np.float32, context: Contexts, state: Arrays) -> np.ndarray:
+        def ask(i: int, x: np.ndarray, t: np.float32, context: Contexts, state: Arrays) -> tuple[Arrays, np.ndarray]:
             step = flow.steps[i]
             latent = x if step.scale == 1 else np.float32(step.scale) * x
             named = {**context[step.context], **state, **step.arrays, "latent": latent, **time_input(step, t, i)}
             out = self.call(step.unit, named)
             _rewrite(state, out)
-            return as_velocity(out["prediction"].reshape(x.shape), x, t, step.prediction)
+            return named, out["prediction"].reshape(x.shape)
 
         def velocity(i: int, x: np.ndarray, t: np.float32) -> np.ndarray:
-            v, step = ask(i, x, t, contexts, states[0]), flow.steps[i]
+            step = flow.steps[i]
             guided = step.guided_at(t)
-            if not guided and not (step.guided and flow.state):  # a state of the null calls goes on at all times
+            named, out = ask(i, x, t, contexts, states[0])
+            null_out = None
+            if guided or (step.guided and flow.state):  # a state of the null calls goes on at all times
+                _, null_out = ask(i, x, t, null, states[1])
+            if on_call is not None:
+                on_call(named, out, null_out)
+            v = as_velocity(out, x, t, step.prediction)
+            if not guided or null_out is None:
                 return v
-            v_null = ask(i, x, t, null, states[1])
-            return v_null + step.guidance * (v - v_null) if guided else v
+            v_null = as_velocity(null_out, x, t, step.prediction)
+            return v_null + step.guidance * (v - v_null)
 
         first, later = (noise[0], noise[1:]) if expected != flow.latent_shape else (noise, noise[:0])
         x = first if flow.initial_scale == 1 else np.float32(flow.initial_scale) * first
@@ -278,6 +320,8 @@ class Sampler:
             fresh = later[i] if i < len(later) else None
             x = advance(lambda x, time, end, i=i: velocity(i + end, x, time), x, t, s, flow.steps[i].rule, fresh)
             latents.append(x)
+            if on_step is not None:
+                on_step(i, x)
         return np.stack(latents)
 
     def decode(self, latent: np.ndarray) -> Arrays:

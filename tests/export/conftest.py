@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -10,13 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from filelock import FileLock
 
+from snapgen_jax.config import load_experiment
 from snapgen_jax.data.tokenizer import train
 from snapgen_jax.diffusion.guidance import with_guidance
 from snapgen_jax.diffusion.samplers import sample
 from snapgen_jax.diffusion.timesteps import time_grid
 from snapgen_jax.export.bundle import BundleReport, export_bundle, generator_of
-from snapgen_jax.export.manifest import fingerprints
+from snapgen_jax.export.manifest import About, fingerprints
 from snapgen_jax.inputs.captions import CaptionsConfig
 from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.codec import CodecConfig, build_codec, to_uint8
@@ -33,6 +36,7 @@ from .toys import ClipRecipe, SketchRecipe
 # The converter without TensorFlow is published for Linux only.
 QUICK = "litert" if importlib.util.find_spec("litert_converter") else "jax2tf"
 FRAME = {"file": "tokenizer.json", "begin": [1], "end": [2], "pad": 0}
+ABOUT = About("Small quickstart", "apache-2.0", {"config_sha256": "0" * 64, "commit": "1a2b3c4"})
 PROMPTS = ("a red circle left of a blue square", "two green stars")
 
 
@@ -189,13 +193,36 @@ def smoke(tmp_path_factory, tokenizer_json) -> Exported:
         sample_prompts=PROMPTS,
     )
     recipe = FlowMatching(config, "cpu")
-    rng = np.random.default_rng(0)
-    networks = recipe.networks()
-    spec = {role: build(networks[role].config)[1] for role in recipe.trains["model"]}  # a fresh UNet's output is zero
-    params = {"model": jax.tree.map(lambda leaf: _draw(rng, leaf.shape), spec)}
+    params = random_params(recipe)
     folder = tmp_path_factory.mktemp("smoke") / "bundle"
     report = export_bundle(recipe, params, {}, tokenizer_json, folder, reference=generator_of(recipe, params, {}))
     return Exported(recipe, params, report)
+
+
+@pytest.fixture(scope="session")
+def small_bundle(tmp_path_factory) -> pathlib.Path:
+    """The folder of the quickstart's bundle with its smallest networks, random weights and four steps. All test
+    processes of a session share it: copy it before you change it."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    folder = shared / "small_bundle" / "bundle"
+    with FileLock(shared / "small_bundle.lock"):
+        if not folder.exists():
+            changes = ["sampling.steps=4", f"sample_prompts={PROMPTS!r}"]
+            recipe = load_experiment("configs/shapes/quickstart.py:runlocal", changes).build("cpu")
+            params, tokenizer_json = random_params(recipe), shared / "small_bundle" / "tokenizer.json"
+            tokenizer_json.parent.mkdir(exist_ok=True)
+            train(PROMPTS * 3, 512).save(tokenizer_json)
+            options = {"backend": QUICK, "reference": generator_of(recipe, params, {}), "about": ABOUT}
+            export_bundle(recipe, params, {}, tokenizer_json, folder, **options)
+    return folder
+
+
+def random_params(recipe) -> dict:
+    """Weights of a recipe of one player. (A fresh UNet's output is zero.)"""
+    rng, networks = np.random.default_rng(0), recipe.networks()
+    spec = {role: build(networks[role].config)[1] for role in recipe.trains["model"]}
+    return {"model": jax.tree.map(lambda leaf: _draw(rng, leaf.shape), spec)}
 
 
 def _draw(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:

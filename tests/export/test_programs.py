@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from snapgen_jax.export import verify
-from snapgen_jax.export.client import LiteRTGenerator, from_schema_1, litert_unit
+from snapgen_jax.export.client import LiteRTGenerator, litert_unit
 from snapgen_jax.export.convert import to_tflite
+from snapgen_jax.export.older import from_schema_1
 from snapgen_jax.export.program import BundleError, parse
 from snapgen_jax.export.sampler import Sampler
 from snapgen_jax.export.storage import describe_storage

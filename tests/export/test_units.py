@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from snapgen_jax.export import convert, memory
-from snapgen_jax.export.client import from_schema_2, litert_unit
+from snapgen_jax.export.client import litert_unit
 from snapgen_jax.export.compat import Requirements, check
+from snapgen_jax.export.older import from_schema_2
 from snapgen_jax.export.program import SCHEMA, BundleError, parse
 from snapgen_jax.export.verify import relative_l2
 from snapgen_jax.inputs._published_export import UNIT_PARAMETERS, layer_ranges, text_units
@@ -75,7 +76,9 @@ def test_a_unit_is_converted_in_a_process_of_its_own(tmp_path):
     f32, f16 = tmp_path / "f32.tflite", tmp_path / "f16.tflite"
     hidden = jax.jit(first.function)(first.select(weights), clip_g=arrays["clip_g"])
     given = {name: np.asarray({**arrays, **hidden}[name]) for name in second.inputs}
-    peak = convert.to_tflite_apart(second.function, second.select(weights), second.inputs, "s", f32, QUICK, f16)
+    peak = convert.to_tflite_apart(
+        second.function, second.select(weights), second.inputs, "s", f32, QUICK, {"f16": f16}
+    )
     assert 50e6 < peak < 4e9 and {path.name for path in tmp_path.iterdir()} == {"f32.tflite", "f16.tflite"}
     expected = jax.jit(second.function)(second.select(weights), **given)
     for path, limit in ((f32, 1e-5), (f16, 2e-3)):
