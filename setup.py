@@ -90,7 +90,9 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["snapgen_jax", "snapgen_jax.*"]),
-    package_data={"snapgen_jax": ["py.typed", "**/*.json", "**/*.jsonl", "**/*.txt", "**/*.html", *APPS]},
+    package_data={
+        "snapgen_jax": ["py.typed", "**/*.json", "**/*.jsonl", "**/*.txt", "**/*.html", "export/*.md", *APPS]
+    },
     install_requires=CORE,
     extras_require={
         "tpu": TPU,

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from snapgen_jax.export.apps import android
-from snapgen_jax.export.manifest import fingerprints
+from snapgen_jax.export.manifest import MINIMUM_RUNTIME, fingerprints
 
 from .kotlin_build import PROBE, STUBS
 
@@ -74,7 +74,7 @@ def test_the_project_names_the_versions_that_are_tested(tmp_path):
     assert "package com.google.ai.edge.litert" in (STUBS / "LiteRt.kt").read_text()
     setup = (android.TEMPLATE.parents[3] / "setup.py").read_text()
     (litert,) = re.findall(r'"ai-edge-litert==([\d.]+)"', setup)
-    assert f'litert = "{litert}"' in versions
+    assert f'litert = "{litert}"' in versions and litert == MINIMUM_RUNTIME["android"]
     for module in ("litert", "litert-gpu"):  # without the second everything runs on the CPU, in silence
         assert f'module = "com.google.ai.edge.litert:{module}"' in versions
         assert (
