@@ -88,7 +88,10 @@ setup(
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["snapgen_jax", "snapgen_jax.*"]),
     package_data={
-        "snapgen_jax": ["py.typed", "**/*.json", "**/*.jsonl", "**/*.txt", "**/*.html", "export/apps/web/**/*"],
+        "snapgen_jax": [
+            *("py.typed", "**/*.json", "**/*.jsonl", "**/*.txt", "**/*.html"),
+            *("export/*.md", "export/apps/web/**/*"),
+        ]
     },
     install_requires=CORE,
     extras_require={

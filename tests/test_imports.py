@@ -98,9 +98,16 @@ MAY_IMPORT = {
     "coding": ["generation", "networks", "weights", "data.images", "training.exits"],
     "evaluation": ["generation", "data.shapes", "data.shapes_grammar", "data.prompts", "data.words", "page", "typed"],
     "evaluation.report": ["evaluation", "data.prompts", "page", "training.files", "training.metrics"],
-    "export": ["diffusion.noise", "training.exports"],
+    "export": ["bounds", "diffusion.noise", "training.exports"],
     "export.apps": ["export", "training.exits"],
-    "export.run": ["export", "generation", "training.exits", "training.files"],
+    "export.run": [
+        "evaluation.compositional",
+        "evaluation.detector",
+        "export",
+        "generation",
+        "training.exits",
+        "training.files",
+    ],
     "release": ["config", "generation", "networks", "training", "weights"],
     "export.latents": [
         "generation",

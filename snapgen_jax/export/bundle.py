@@ -1,7 +1,7 @@
 """A trained recipe to a bundle: a folder that a phone's client needs nothing else to load, check and run.
 
     manifest.json     what is here: units, signatures, shapes, ranges, operators, errors, versions, SHA-256 of each file
-    <unit>_f32.tflite, <unit>_f16.tflite
+    <unit>_<precision>.tflite, of f32, f16, int8 and mixed
     program.json      which calls make an example, as data; its schema stands at the top of program.py
     tokenizer.json    of the `tokenizers` library, where the program takes prompts; tokenizers/<encoder>.json where
                       several encoders read them
@@ -9,6 +9,7 @@
                       conformance.json: small cases for a client in another language
     program.py, sampler.py, noise.py, older.py, client.py   what runs it: numpy and ai-edge-litert alone
     verify.py         checks all of this, with the same two libraries
+    SPEC.md, spec.json   what a client must do, for one who writes it in another language
     README.md         for the person who loads it
 
 A bundle is written beside its place under another name, verified there, and moved: it is whole or it is not there.
@@ -25,26 +26,29 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
 from snapgen_jax.diffusion import noise as noise_module
-from snapgen_jax.export import client, compare, conformance, golden, gpu, memory, older, program, sampler, verify
+from snapgen_jax.export import client, compare, conformance, golden, memory, older, program, sampler, spec, verify
 from snapgen_jax.export.compat import Requirements, check, flex_operators
 from snapgen_jax.export.convert import Backend, to_tflite, to_tflite_apart
-from snapgen_jax.export.flatbuffer import Description, describe
+from snapgen_jax.export.flatbuffer import Description
 from snapgen_jax.export.frames import framed
+from snapgen_jax.export.judging import LIMITS, Judge, Limits
 from snapgen_jax.export.manifest import About, Ranges, describe_unit, fingerprints, versions, write_json
-from snapgen_jax.export.precision import PRECISIONS, Precision, cast_float16
+from snapgen_jax.export.mixed import BUDGET, Budget
+from snapgen_jax.export.precision import DEFAULT, QUANTISED, Precision, checked
 from snapgen_jax.export.program import Flow, Program
 from snapgen_jax.export.readme import readme
-from snapgen_jax.export.sampler import Arrays, Sampler, Unit
+from snapgen_jax.export.sampler import Arrays, Sampler
 from snapgen_jax.export.storage import describe_storage
+from snapgen_jax.export.unit_files import GPUCheck, UnitFiles
+from snapgen_jax.export.variants import Examples, Variants
 from snapgen_jax.training.exports import ExportPlan, ExportUnit, GoldenInputs
 
-GPUCheck = Literal["check", "skip"]
 ACTIVATION_EXAMPLES = 24
 ACTIVATION_SECONDS = 30.0
 OWN_PROCESS = 50_000_000  # a unit of more parameters is converted in a process of its own: it takes 35 bytes for each
@@ -84,11 +88,13 @@ class BundleReport:
             against the recipe's own generator, `.max_grey_to_generator`. The last two are `.rel_l2_f32` and
             `.rel_l2_to_generator` for an output that is no picture.
         operators: {unit: {operator: nodes}} of the float32 files.
+        refused: {precision: why}, of those that are written as a rule and were not good enough.
     """
 
     folder: pathlib.Path
     numbers: dict[str, float]
     operators: dict[str, dict[str, int]]
+    refused: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def export_bundle(
@@ -98,11 +104,14 @@ def export_bundle(
     tokenizers: str | pathlib.Path | Mapping[str, pathlib.Path] | None,
     out_dir: str | pathlib.Path,
     *,
-    precisions: Sequence[Precision] = PRECISIONS,
+    precisions: Sequence[Precision] | None = None,
     backend: Backend = "jax2tf",
     golden_inputs: GoldenInputs | None = None,
     reference: Reference | None = None,
     gpu_check: GPUCheck = "check",
+    judge: Judge | None = None,
+    limits: Limits = LIMITS,
+    budget: Budget = BUDGET,
     about: About | None = None,
 ) -> BundleReport:
     """Exports a recipe's generator.
@@ -115,23 +124,29 @@ def export_bundle(
         tokenizers: the tokenizer.json that the recipe was trained with, or `{name in the bundle: file}` of several;
             None for a program without prompts.
         out_dir: the bundle's folder. One that holds a bundle is replaced; any other that is not empty is refused.
-        precisions: weights to write, of "f32" and "f16".
+        precisions: weights to write, of "f32", "f16", "int8" and "mixed": all of them, or an error. By default the
+            first three, without those that are not good enough.
         backend: see `to_tflite`.
         golden_inputs: what the golden examples begin with; the plan's own where none is given.
         reference: an independent sampler over the same weights; `generator_of(recipe, params, frozen)` is the recipe's
             own. Its pictures may differ by one grey level from those of the client's sampler.
         gpu_check: "check" runs every file on LiteRT's GPU accelerator, where a Vulkan driver is found, and refuses a
             file that is wrong there, or whose activations float16 would not hold; "skip" exports it nevertheless.
+        judge: an exact score of the pictures, by which all but float32 are judged; without one, by decibels.
+        limits: what they must hold.
+        budget: of "mixed".
         about: the model's name, licence and provenance, for the manifest.
 
     Raises:
         ValueError: the plan or its program does not fit together; names what is wrong.
         IncompatibleModelError: a file holds what a phone does not run.
-        VerificationError: a file does not compute what JAX computes. All leave `out_dir` as it was.
+        VerificationError: a file does not compute what JAX computes.
+        VariantError: a precision that was given is not good enough. All leave `out_dir` as it was.
     """
     out_dir = pathlib.Path(out_dir).absolute()
-    if not precisions or set(precisions) - set(PRECISIONS):
-        raise ValueError(f"precisions are some of {', '.join(PRECISIONS)}; got {list(precisions)}")
+    wanted = Variants(
+        DEFAULT if precisions is None else checked(precisions), precisions is not None, judge, limits, budget
+    )
     if out_dir.exists() and any(out_dir.iterdir()) and not (out_dir / "manifest.json").is_file():
         raise FileExistsError(f"{out_dir} holds files and is no bundle; name another folder, or empty this one")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +157,7 @@ def export_bundle(
         folder = pathlib.Path(scratch) / "bundle"
         plan, files = recipe.exports(), tokenizers or {}
         plan = dataclasses.replace(plan, program=framed(plan.program, files))
-        export = _Export(plan, weights, folder, tuple(precisions), backend, gpu_check, about or About())
+        export = _Export(plan, weights, folder, wanted, backend, gpu_check, about or About())
         report = export.run(files, golden_inputs, reference)
         if out_dir.exists():
             out_dir.rename(pathlib.Path(scratch) / "before")
@@ -195,7 +210,7 @@ class _Export:
         plan: ExportPlan,
         weights: Mapping[str, Any],
         folder: pathlib.Path,
-        precisions: tuple[Precision, ...],
+        variants: Variants,
         backend: Backend,
         gpu_check: GPUCheck,
         about: About,
@@ -203,18 +218,17 @@ class _Export:
         self.plan, self.program = plan, _parsed(plan)
         self.units = {unit.name: unit for unit in plan.units}
         self.weights = {name: unit.select(weights) for name, unit in self.units.items()}
-        self.storage = {name: describe_storage(unit, weights) for name, unit in self.units.items()}
+        storage = {name: describe_storage(unit, weights) for name, unit in self.units.items()}
         self.shapes = {
             name: {tensor: tuple(spec.shape) for tensor, spec in unit.inputs.items()}
             for name, unit in self.units.items()
         }
-        self.folder, self.precisions = folder, precisions
+        self.folder, self.variants = folder, variants
         self.backend: Backend = backend
-        self.numbers: dict[str, float] = {}
         self.gpu: GPUCheck = gpu_check
         self.about = about
-        self.described: dict[str, dict[str, Any]] = {}
-        self.activations: dict[str, compare.Activations] = {}
+        self.files = UnitFiles(folder, gpu_check, storage)
+        self.numbers, self.described = self.files.numbers, self.files.described
 
     def run(
         self, tokenizers: Mapping[str, pathlib.Path], inputs: GoldenInputs | None, reference: Reference | None
@@ -228,6 +242,7 @@ class _Export:
         for module in (noise_module, program, sampler, older, client, verify):
             shutil.copyfile(str(module.__file__), self.folder / pathlib.Path(str(module.__file__)).name)
         write_json(self.folder / "program.json", self.plan.program)
+        spec.write(self.folder)
 
         jax_units = {name: compare.jax_unit(unit, self.weights[name]) for name, unit in self.units.items()}
         ranges, calls = Ranges(), golden.Calls()
@@ -236,16 +251,23 @@ class _Export:
         arrays = golden.run(Sampler(self.program, watched, self.shapes), begin, noise, golden.RECORDED)
 
         descriptions = {name: self._convert(unit) for name, unit in self.units.items()}
-        for name, unit in self.units.items():
+        for name in self.units:
             free = golden.takes_any_time(self.program, name)
             exact = Sampler(self.program, jax_units, self.shapes)
             cases = golden.denoiser_cases(exact, arrays) if free else calls.cases(name)
-            self._compare(unit, jax_units[name], cases)
-            self.described[name] |= describe_unit(name, descriptions[name], ranges)
-        self._activations(inputs, tokenizers)
-        tolerances = self._trajectories(arrays)
+            self.files.begin(name, describe_unit(name, descriptions[name], ranges), jax_units[name], cases)
+            self.files.compare(name, "f32")
+        examples = self._activations(inputs, tokenizers)
+        tolerances = {"f32": self._trajectory("f32", arrays)}
         if reference is not None:
             self._outputs(reference, arrays)
+        for precision in self.variants.others():
+            with self.variants.refusing(precision, self.files.forget):
+                self._variant(precision, examples)
+                tolerances[precision] = self._trajectory(precision, arrays)
+        if "f32" not in self.variants.precisions:
+            self.files.forget("f32")
+            del tolerances["f32"]
 
         for name, array in {**arrays, **golden.self_test(calls, jax_units)}.items():
             path = self.folder / "golden" / f"{name}.npy"
@@ -253,43 +275,40 @@ class _Export:
             np.save(path, array, allow_pickle=False)
         count = len(next(iter(arrays.values())))
         facts = {"prompts": list(inputs.prompts), "seed": inputs.seed, "examples": count, "tolerances": tolerances}
-        facts["self_test"] = {precision: self._self_test(precision) for precision in self.precisions}
+        facts["self_test"] = {precision: self._self_test(precision) for precision in self.variants.precisions}
         write_json(self.folder / "golden" / "golden.json", facts)
         cases = conformance.conformance(self.program, lambda name: self.folder / name)
         conformance.write(self.folder / "golden" / "conformance.json", cases)
         self._finish()
         operators = {name: description.histogram for name, description in descriptions.items()}
-        return BundleReport(self.folder, self.numbers, operators)
-
-    def _path(self, name: str, precision: Precision) -> pathlib.Path:
-        return self.folder / f"{name}_{precision}.tflite"
+        return BundleReport(self.folder, self.numbers, operators, self.variants.refused)
 
     def _convert(self, unit: ExportUnit) -> Description:
-        """Writes every precision of a unit and holds each file to what phones take."""
-        wanted = Requirements(gpu=self._for_gpu(unit))
-        f32, f16 = self._path(unit.name, "f32"), self._path(unit.name, "f16")
+        """Writes a unit's float32 file and holds it to what phones take; of a large unit, its variants as well."""
+        f32 = self.files.path(unit.name, "f32")
         log.info("converting %s by %s", unit.name, self.backend)
         start, weights = time.perf_counter(), self.weights[unit.name]
         conversion = unit.function, weights, unit.inputs, unit.name, f32, self.backend
         if sum(np.size(leaf) for leaf in jax.tree.leaves(weights)) > OWN_PROCESS:
-            peak = to_tflite_apart(*conversion, float16=f16 if "f16" in self.precisions else None)
+            others = {precision: self.files.path(unit.name, precision) for precision in self.variants.at_once()}
+            peak = to_tflite_apart(*conversion, variants=others)
             self.numbers[f"export.{unit.name}.convert_peak_bytes"] = peak
         else:
             to_tflite(*conversion)
-            if "f16" in self.precisions:
-                cast_float16(f32, f16)
         self.numbers[f"export.{unit.name}.convert_seconds"] = time.perf_counter() - start
-        description = check(f32, wanted)
-        if "f16" in self.precisions:
-            check(f16, wanted)
+        description = check(f32, Requirements(gpu=self._for_gpu(unit)))
         flex = flex_operators(description)
         self.numbers["export.flex_ops"] = self.numbers.get("export.flex_ops", 0) + flex
-        for precision in self.precisions:
-            size = self._path(unit.name, precision).stat().st_size
-            self.numbers[f"export.{unit.name}.bytes_{precision}"] = size
-            total = f"export.bytes_{precision}"
-            self.numbers[total] = self.numbers.get(total, 0) + size
         return description
+
+    def _variant(self, precision: Precision, examples: Examples) -> None:
+        """Writes the files of a precision, and holds them to what phones take, to JAX, and to what float32 draws."""
+        sources, targets = ({name: self.files.path(name, p) for name in self.units} for p in ("f32", precision))
+        self.variants.write(precision, sources, targets, examples)
+        for name, unit in self.units.items():
+            check(targets[name], Requirements(gpu=self._for_gpu(unit)))
+            self.files.compare(name, precision)
+        self.variants.judge(precision, self._litert("f32"), self._litert(precision), examples)
 
     def _for_gpu(self, unit: ExportUnit) -> bool:
         """Whether a phone's GPU runs a unit. An embedding table is read by a gather, which none does: an encoder of
@@ -298,65 +317,23 @@ class _Export:
         ids = any(np.issubdtype(spec.dtype, np.integer) for spec in unit.inputs.values())
         return not (unit.name in encoders and ids)
 
-    def _compare(self, unit: ExportUnit, reference: Unit, cases: Mapping[str, Arrays]) -> None:
-        """LiteRT against JAX, and the size of the numbers on the way."""
-        errors = {}
-        for precision in self.precisions:
-            candidate = client.litert_unit(self._path(unit.name, precision), unit.name)
-            errors[precision] = compare.compare(reference, candidate, cases)
-            compare.hold(unit.name, precision, errors[precision])
-            self.numbers[f"export.{unit.name}.rel_l2_{precision}"] = max(errors[precision].values())
-        activations = self.activations[unit.name] = compare.Activations(self._path(unit.name, "f32"), unit.name)
-        for inputs in cases.values():
-            activations.look(inputs)
-        files = {precision: self._path(unit.name, precision) for precision in self.precisions}
-        self.described[unit.name] = {
-            "files": {precision: path.name for precision, path in files.items()},
-            "operators": {precision: describe(path).histogram for precision, path in files.items()},
-            "rel_l2": errors,
-            "gpu": self._on_gpu(unit.name, reference, cases),
-        }
-        if unit.storage:
-            self.described[unit.name]["storage"] = self.storage[unit.name]
-
-    def _on_gpu(self, name: str, reference: Unit, cases: Mapping[str, Arrays]) -> dict[str, Any]:
-        """A unit's files on LiteRT's GPU accelerator: for the manifest, what was found or why nothing was."""
-        if self.gpu == "skip":
-            return {"checked": False, "reason": "--gpu=skip"}
-        chosen = {case: cases[case] for case in list(cases)[:: max(1, len(cases) // 2)]}
-        expected = {case: reference(**inputs) for case, inputs in chosen.items()}
-        found: dict[str, Any] = {"checked": True, "fully_accelerated": {}, "rel_l2": {}}
-        for precision in self.precisions:
-            try:
-                run = gpu.run(self._path(name, precision), name, list(chosen.values()))
-            except (gpu.NoGPUError, gpu.GPURunError) as error:
-                log.warning("%s in %s was NOT checked on a GPU accelerator: %s", name, precision, error)
-                return {"checked": False, "reason": str(error)}
-            except gpu.GPURefusedError as error:
-                raise compare.VerificationError(
-                    f"{error}\n--gpu=skip exports it nevertheless. Nothing was written."
-                ) from error
-            outputs = dict(zip(chosen, run.outputs, strict=True))
-            errors = {case: compare.worst(expected[case], outputs[case]) for case in chosen}
-            compare.hold(name, precision, errors, "GPU")
-            found["fully_accelerated"][precision], found["rel_l2"][precision] = run.whole, errors
-            number = "rel_l2_gpu" if precision == "f32" else f"rel_l2_gpu_{precision}"
-            self.numbers[f"export.{name}.{number}"] = max(errors.values())
-        return found
-
-    def _activations(self, inputs: GoldenInputs, tokenizers: Mapping[str, pathlib.Path]) -> None:
-        """How large numbers grow over other prompts and noise, and all steps; as many as fit into the time."""
+    def _activations(self, inputs: GoldenInputs, tokenizers: Mapping[str, pathlib.Path]) -> Examples:
+        """How large numbers grow over other prompts and noise, and all steps; as many as fit into the time. Returns
+        those examples, with what float32 makes of them."""
         until = time.monotonic() + ACTIVATION_SECONDS
-        units = {name: client.litert_unit(self._path(name, "f32"), name) for name in self.units}
-        watched = {name: self.activations[name].watch(unit, until) for name, unit in units.items()}
+        units = {name: client.litert_unit(self.files.path(name, "f32"), name) for name in self.units}
+        watched = {name: self.files.activations[name].watch(unit, until) for name, unit in units.items()}
         varied = Sampler(self.program, watched, self.shapes)
         given, noise = golden.begin(self.program, golden.others(inputs, ACTIVATION_EXAMPLES), tokenizers)
+        made: list[Arrays] = []
         for i in range(ACTIVATION_EXAMPLES):
             if time.monotonic() > until:
                 log.info("largest activations are over %d of %d examples", i, ACTIVATION_EXAMPLES)
                 break
-            varied.run({name: array[i] for name, array in given.items()}, None if noise is None else noise[i])
-        for name, seen in self.activations.items():
+            made.append(
+                varied.run({name: array[i] for name, array in given.items()}, None if noise is None else noise[i])
+            )
+        for name, seen in self.files.activations.items():
             self.numbers[f"export.{name}.max_activation"] = seen.value
             self.described[name]["max_activation"] = {"value": seen.value, "tensor": seen.tensor, "calls": seen.calls}
             if self.gpu == "check" and self._for_gpu(self.units[name]):
@@ -366,24 +343,32 @@ class _Export:
                     "%s: |%s| reaches %.3g, and float16 ends at 65504: on a GPU, ask for float32 arithmetic",
                     name, seen.tensor, seen.value,
                 )  # fmt: skip
+        outputs = {name: np.stack([one[name] for one in made]) for name in made[0]}
+        return Examples(self.program, self.shapes, tokenizers, given, noise, outputs)
 
-    def _trajectories(self, arrays: Arrays) -> dict[str, Any]:
-        """The tolerances of the golden arrays, by precision, and how close LiteRT comes here."""
-        exact, inputs, noise = self._litert("f32"), golden.inputs_of(arrays), arrays.get("noise")
-        tolerances = {precision: golden.tolerances(exact, arrays, precision) for precision in self.precisions}
-        for precision in self.precisions:
-            found = golden.run(self._litert(precision), inputs, noise)
-            if noise is not None:
-                last = max(map(verify.relative_l2, found["latents"][:, -1], arrays["latents"][:, -1]))
-                self.numbers[f"export.trajectory.rel_l2_{precision}"] = last
-            if precision == "f32":
-                for name in self.program.outputs:
-                    kind, error = self._difference(name, found[f"outputs/{name}"], arrays)
-                    self.numbers[f"export.{name}.{kind}_f32"] = error
-        return tolerances
+    def _trajectory(self, precision: Precision, arrays: Arrays) -> dict[str, Any]:
+        """The tolerances of the golden arrays in a precision, and how close LiteRT comes here."""
+        inputs, noise = golden.inputs_of(arrays), arrays.get("noise")
+        found = golden.run(self._litert(precision), inputs, noise)
+        if noise is not None:
+            last = max(map(verify.relative_l2, found["latents"][:, -1], arrays["latents"][:, -1]))
+            self.numbers[f"export.trajectory.rel_l2_{precision}"] = last
+        if precision == "f32":
+            for name in self.program.outputs:
+                kind, error = self._difference(name, found[f"outputs/{name}"], arrays)
+                self.numbers[f"export.{name}.{kind}_f32"] = error
+        if precision not in QUANTISED:
+            return golden.tolerances(self._litert("f32"), arrays, precision)
+        with tempfile.TemporaryDirectory(dir=self.folder.parent) as scratch:
+            floats = self.variants.in_floats(
+                precision, {name: self.files.path(name, "f32") for name in self.units}, pathlib.Path(scratch)
+            )
+            units = {name: client.litert_unit(path, name) for name, path in floats.items()}
+            other = golden.run(Sampler(self.program, units, self.shapes), inputs, noise)
+        return golden.measured_tolerances(self.program, arrays, (found, other))
 
     def _litert(self, precision: Precision) -> Sampler:
-        units = {name: client.litert_unit(self._path(name, precision), name) for name in self.units}
+        units = {name: client.litert_unit(self.files.path(name, precision), name) for name in self.units}
         return Sampler(self.program, units, self.shapes)
 
     def _difference(self, name: str, made: np.ndarray, arrays: Arrays) -> tuple[str, float]:
@@ -422,13 +407,13 @@ class _Export:
         files = {
             precision: {
                 name: {
-                    "path": str(self._path(name, precision)),
+                    "path": str(self.files.path(name, precision)),
                     "signature": name,
                     "inputs": {n: (spec.shape, str(spec.dtype)) for n, spec in unit.inputs.items()},
                 }
                 for name, unit in self.units.items()
             }
-            for precision in self.precisions
+            for precision in self.variants.precisions
         }
         try:
             found = memory.measure(files)
@@ -436,7 +421,7 @@ class _Export:
             raise compare.VerificationError(
                 f"the files do not run by themselves: {error}. Nothing was written."
             ) from error
-        for precision in self.precisions:
+        for precision in self.variants.precisions:
             for name, peak in found[precision].pop("units").items():
                 self.described[name].setdefault("peak_bytes", {})[precision] = peak
                 self.numbers[f"export.{name}.peak_bytes_{precision}"] = peak
@@ -448,19 +433,18 @@ class _Export:
 
     def _finish(self) -> None:
         """Writes the manifest last, and reads the whole bundle as its user will."""
-        if "f32" not in self.precisions:
-            for name in self.units:
-                self._path(name, "f32").unlink()
         held = self._memory()
         for unit in self.described.values():
             unit["accelerators_verified"] = {
-                "cpu": list(self.precisions),
-                "gpu": [p for p in self.precisions if unit["gpu"]["checked"] and p in unit["gpu"]["rel_l2"]],
+                "cpu": list(self.variants.precisions),
+                "gpu": [p for p in self.variants.precisions if unit["gpu"]["checked"] and p in unit["gpu"]["rel_l2"]],
             }
         manifest = {
             "schema": client.MANIFEST_SCHEMA,
             **self.about.fields(),
-            "precisions": list(self.precisions),
+            "precisions": list(self.variants.precisions),
+            "variants": self.variants.described,
+            "refused": self.variants.refused,
             "backend": self.backend,
             "units": self.described,
             "memory": held,

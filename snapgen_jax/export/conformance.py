@@ -45,6 +45,7 @@ PROMPTS = (
     "دائرة حمراء", "лЁд И мОре", "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea\U0001f44d\U0001f3fd",
     "\U0001d4b3\U00010400", "a\u00a0b\u2003c\u3000d\u2028e\u0085f\u1680g", "zero\u200bwidth\ufeffjoined\u2060up",
     "tab\tline\nreturn\r\nend", "control\x00\x1c\x1f\x7fend", "a red circle and " * 60, "x" * 300,
+    "a <eos> b <|endoftext|><pad>",
 )  # fmt: skip
 
 

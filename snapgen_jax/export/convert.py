@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -13,10 +14,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
 import numpy as np
+
+from snapgen_jax.export.precision import Precision, QuantisationError, write_variant
 
 Backend = Literal["jax2tf", "litert"]
 BACKENDS: dict[Backend, tuple[str, str]] = {  # the library, and the extra of setup.py that installs it
@@ -98,12 +102,12 @@ def to_tflite_apart(
     signature: str,
     path: str | pathlib.Path,
     backend: Backend = "jax2tf",
-    float16: str | pathlib.Path | None = None,
+    variants: Mapping[Precision, str | pathlib.Path] = MappingProxyType({}),
 ) -> int:
     """`to_tflite` in a process of its own, which returns all memory when it ends; arguments and errors are the same.
 
     Args:
-        float16: also casts the weights into this second file.
+        variants: files of "f16" and "int8" to write as well.
 
     Returns:
         The most memory that the process has held, in bytes.
@@ -113,7 +117,7 @@ def to_tflite_apart(
     """
     path = pathlib.Path(path)
     arrays = jax.tree.map(_float32, params)
-    rest = dict(inputs), signature, str(path), backend, None if float16 is None else str(float16)
+    rest = dict(inputs), signature, str(path), backend, {name: str(target) for name, target in variants.items()}
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".convert.") as folder:
         job = pathlib.Path(folder) / "job.pickle"
         try:
@@ -137,14 +141,13 @@ def to_tflite_apart(
 
 def _apart(job: str) -> None:
     """What that process does; prints its peak memory."""
-    from snapgen_jax.export.precision import cast_float16
-
     with open(job, "rb") as file:
-        *conversion, float16 = pickle.load(file)
+        *conversion, variants = pickle.load(file)
     os.remove(job)
     path = to_tflite(*conversion)
-    if float16:
-        cast_float16(path, float16)
+    for precision, target in variants.items():
+        with contextlib.suppress(QuantisationError):  # who asks for the file tries again, and says why it cannot be had
+            write_variant(precision, path, target)
     print(_peak())
 
 

@@ -15,14 +15,15 @@ import pathlib
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor of the graph: `name`, static `shape`, `dtype` ("float32"), whether it is a stored constant, and whether
-    every dimension is fixed."""
+    """A tensor of the graph: `name`, static `shape`, `dtype` ("float32"), whether it is a stored constant, whether
+    every dimension is fixed, and the index of the `buffer` that holds a constant, which several may share."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     constant: bool
     static: bool
+    buffer: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,9 +107,9 @@ class _Reader:
         constant = buffer.DataLength() > 0 or buffer.Size() > 0
         signature = [tensor.ShapeSignature(i) for i in range(tensor.ShapeSignatureLength())]
         shape = tuple(int(tensor.Shape(i)) for i in range(tensor.ShapeLength()))
-        return Tensor(
-            (tensor.Name() or b"").decode(), shape, self.types[tensor.Type()], constant, all(n >= 0 for n in signature)
-        )
+        static = all(n >= 0 for n in signature)
+        name, dtype = (tensor.Name() or b"").decode(), self.types[tensor.Type()]
+        return Tensor(name, shape, dtype, constant, static, tensor.Buffer())
 
     @functools.cache  # noqa: B019 (the reader lives for one file)
     def _operator_name(self, index: int) -> str:

@@ -1,4 +1,4 @@
-"""How a tokenizer's file frames a text: what stands before its ids and after them, and what fills the rest."""
+"""How a tokenizer's file stands in a bundle: what it frames a text by, and what of a text it may take for its own."""
 
 from __future__ import annotations
 
@@ -48,3 +48,9 @@ def frame_of(path: pathlib.Path) -> dict[str, Any]:
         "pad": model.padding["pad_id"],
         "kind": json.loads(model.to_str())["model"]["type"],
     }
+
+
+def spelled_out(text: str) -> str:
+    """The contents of a run's own tokenizer.json for its bundle. The run reads a prompt that spells "<eos>" letter by
+    letter; so must every client, and it does where the file lists no special strings to look for."""
+    return json.dumps({**json.loads(text), "added_tokens": []}, ensure_ascii=False, indent=1) + "\n"

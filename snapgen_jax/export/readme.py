@@ -10,10 +10,12 @@ import numpy as np
 from snapgen_jax.export.program import Flow, Program, Step
 
 PAGE = """\
-# Export bundle
+# {title}
 
-Check it: `pip install numpy ai-edge-litert`, then `python verify.py`. Run it: `client.py` is a complete client in
-numpy. The first lines of `program.py` define `program.json`, and `sampler.py` holds the formulas, short enough to port.
+{whose}Check it: `pip install numpy ai-edge-litert`, then `python verify.py`. Run it: `client.py` is a complete client.
+
+To run it from another language, read `SPEC.md`: every formula, in words. `spec.json` has the same constants as data,
+and `golden/` the numbers that your client must reproduce. You need to read no Python.
 
 {story}{tokenizers}
 
@@ -22,18 +24,19 @@ numpy. The first lines of `program.py` define `program.json`, and `sampler.py` h
 {units}
 `golden/` holds `.npy` arrays (little-endian, C order): `inputs/` and `outputs/` by name{flow}. Their first axis counts
 examples. `golden/golden.json` says how close a client must come: what the accepted error of one call adds up to over
-all calls.
+all calls. `golden/conformance.json` has small cases of every formula, and `golden/self_test/` a call of each unit to
+try an accelerator with.
 
 In float16 files the weights are float16, and inputs and outputs stay float32. Float16 arithmetic ends at 65504; the
-largest number inside a unit is given above, so that a GPU driver's rounding can be judged.
+largest number inside a unit is given above, so that a GPU driver's rounding can be judged. A GPU that computes garbage
+may report success: call it once with `golden/self_test/` first.
 """
 
 FLOW = """\
 An example is: {inputs} -> {encoders}noise -> {steps} steps (rule {rules}) of {denoisers} -> {decoder}{outputs}. Every
 call is for one example. Guidance ({guidance}) is two calls, the second with the null inputs. The noise, the time
-features and the sampler loop are the client's, in float32. `noise.py` makes noise of a seed and an index: a port that
-follows its first lines draws the pictures that JAX draws from them. `golden/noise.npy` is the noise of the seed in
-`golden/golden.json` and of the indices 0, 1 ..."""
+features and the sampler loop are the client's, in float32. A port draws the pictures that JAX draws from a seed and an
+index. `golden/noise.npy` is the noise of the seed in `golden/golden.json` and of the indices 0, 1 ..."""
 
 CALL = "An example is one call: {inputs} -> **{unit}** -> {outputs}."
 
@@ -65,11 +68,20 @@ Files: {files}. Signature: `{signature}`. Largest number inside: {largest:.3g}. 
 def readme(manifest: Mapping[str, Any], program: Program) -> str:
     """Markdown from the contents of manifest.json and program.json."""
     flow = (
-        ", `noise`, `contexts/`, `null_contexts/`, and `latents` after each step" if isinstance(program, Flow) else ""
+        ", `noise`, `contexts/`, `null_contexts/`, `predictions` before guidance, and `latents` after each step"
+        if isinstance(program, Flow)
+        else ""
     )
     units = "\n".join(_unit(name, unit) for name, unit in manifest["units"].items())
+    licence = f"Licence of the weights: {manifest['licence']}. " if manifest["licence"] else ""
     return PAGE.format(
-        story=_story(program), tokenizers=_tokenizers(program), memory=_memory(manifest), units=units, flow=flow
+        title=manifest["model"] or "Export bundle",
+        whose=licence,
+        story=_story(program),
+        tokenizers=_tokenizers(program),
+        memory=_memory(manifest),
+        units=units,
+        flow=flow,
     )
 
 

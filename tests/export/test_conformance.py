@@ -7,10 +7,12 @@ import shutil
 import numpy as np
 import pytest
 
+from snapgen_jax.data.tokenizer import Tokenizer as OwnTokenizer
 from snapgen_jax.diffusion.noise import draw_noise
 from snapgen_jax.export import conformance, conformance_runs, verify
 from snapgen_jax.export import sampler as samplers
 from snapgen_jax.export.client import tokenize
+from snapgen_jax.export.frames import spelled_out
 from snapgen_jax.export.program import Flow, Tokenizer, parse
 from snapgen_jax.export.sampler import Sampler, with_options
 from snapgen_jax.export.verify import relative_l2
@@ -55,6 +57,18 @@ def test_tokenizer(cases, small_bundle):
     prompts = " ".join(case["prompt"] for case in cases["tokenizer"])
     for special in conformance.special_strings(small_bundle / "tokenizer.json"):
         assert special in prompts
+
+
+def test_a_bundle_spells_out_what_its_run_spells_out(small_bundle, tmp_path):
+    run, path = small_bundle / "tokenizer.json", tmp_path / "tokenizer.json"
+    path.write_text(spelled_out(run.read_text("utf-8")), "utf-8")
+    prompts = ["a <eos> b<pad>", "<bos>", *conformance.PROMPTS]
+    frame = Tokenizer("tokenizer.json", "tokens", (1,), (2,), 0, "mask")
+    for made, expected in zip(
+        tokenize(path, prompts, frame, 20), OwnTokenizer.load(run).encode(prompts, 20), strict=True
+    ):
+        np.testing.assert_array_equal(made, expected)
+    assert (tokenize(run, prompts, frame, 20)[0] != tokenize(path, prompts, frame, 20)[0]).any()
 
 
 def test_codec_and_rounding(cases):

@@ -76,7 +76,9 @@ def test_a_unit_is_converted_in_a_process_of_its_own(tmp_path):
     f32, f16 = tmp_path / "f32.tflite", tmp_path / "f16.tflite"
     hidden = jax.jit(first.function)(first.select(weights), clip_g=arrays["clip_g"])
     given = {name: np.asarray({**arrays, **hidden}[name]) for name in second.inputs}
-    peak = convert.to_tflite_apart(second.function, second.select(weights), second.inputs, "s", f32, QUICK, f16)
+    peak = convert.to_tflite_apart(
+        second.function, second.select(weights), second.inputs, "s", f32, QUICK, {"f16": f16}
+    )
     assert 50e6 < peak < 4e9 and {path.name for path in tmp_path.iterdir()} == {"f32.tflite", "f16.tflite"}
     expected = jax.jit(second.function)(second.select(weights), **given)
     for path, limit in ((f32, 1e-5), (f16, 2e-3)):

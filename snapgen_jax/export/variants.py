@@ -1,0 +1,189 @@
+"""The files beside float32: written, judged, and kept or refused."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from snapgen_jax.diffusion.noise import draw_noise
+from snapgen_jax.export import client, judging
+from snapgen_jax.export.compare import VerificationError
+from snapgen_jax.export.compat import IncompatibleModelError
+from snapgen_jax.export.flatbuffer import describe
+from snapgen_jax.export.judging import Judge, Limits, VariantError
+from snapgen_jax.export.mixed import Budget, BudgetError, search
+from snapgen_jax.export.precision import (
+    QUANTISED,
+    Layer,
+    Precision,
+    QuantisationError,
+    quantise,
+    weights_of,
+    write_variant,
+)
+from snapgen_jax.export.program import Flow, Program
+from snapgen_jax.export.sampler import Arrays, Sampler
+
+CALIBRATION = 8  # examples by which `mixed` is chosen
+# What says that one variant is no good; the bundle may well do without it.
+FAULTS = (QuantisationError, BudgetError, IncompatibleModelError, VerificationError, VariantError)
+SMALLER = {"float16", "int8", "int4"}
+Shapes = Mapping[str, Mapping[str, Any]]
+Files = Mapping[str, pathlib.Path]
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Examples that are not among the golden ones, with what the float32 files make of them.
+
+    Attributes:
+        program, shapes: of a sampler.
+        tokenizers: the program's files of that kind.
+        inputs: `{name: [N, ...]}`.
+        noise: `[N, *noise_shape]` of a flow.
+        outputs: `{name: [M, ...]}`, of the first M.
+    """
+
+    program: Program
+    shapes: Shapes
+    tokenizers: Files
+    inputs: Arrays
+    noise: np.ndarray | None
+    outputs: Arrays
+
+    def __len__(self) -> int:
+        return len(next(iter(self.outputs.values())))
+
+    def draw(self, units: Mapping[str, Any], count: int) -> Arrays:
+        """The outputs of the first examples by other units, `{name: [count, ...]}`."""
+        sampler = Sampler(self.program, units, self.shapes)
+        made = [
+            sampler.run({name: x[i] for name, x in self.inputs.items()}, None if self.noise is None else self.noise[i])
+            for i in range(count)
+        ]
+        return {name: np.stack([one[name] for one in made]) for name in made[0]}
+
+
+class Variants:
+    """The precisions of one export.
+
+    Attributes:
+        precisions: those that are wanted and were not refused, float32 first where it is among them.
+        refused: {precision: why}.
+        described: {precision: what it was judged by}, for the manifest.
+    """
+
+    def __init__(
+        self, precisions: tuple[Precision, ...], by_name: bool, judge: Judge | None, limits: Limits, budget: Budget
+    ) -> None:
+        self.precisions = precisions
+        self.refused: dict[str, str] = {}
+        self.described: dict[str, dict[str, Any]] = {}
+        self._by_name, self._judge, self._limits, self._budget = by_name, judge, limits, budget
+        self._four: dict[tuple[str, str], tuple[Layer, ...]] = {}  # of (precision, unit)
+        self._expected: np.ndarray | None = None
+
+    def others(self) -> list[Precision]:
+        """All but float32."""
+        return [precision for precision in self.precisions if precision != "f32"]
+
+    def at_once(self) -> list[Precision]:
+        """Those that the float32 file alone decides: a large unit writes them in the process that converts it."""
+        return [precision for precision in self.others() if precision != "mixed"]
+
+    @contextlib.contextmanager
+    def refusing(self, precision: Precision, forget: Callable[[Precision], None]) -> Iterator[None]:
+        """Refuses a precision where something inside finds a fault with it: an error where it was asked for by name,
+        and otherwise a warning, after which the bundle goes on without it.
+
+        Raises:
+            VariantError: it was asked for by name, or nothing would be left.
+        """
+        try:
+            yield
+        except FAULTS as error:
+            reason = str(error).removesuffix(" Nothing was written.")
+            if self._by_name or self.precisions == (precision,):
+                kind = type(error) if isinstance(error, VerificationError | IncompatibleModelError) else VariantError
+                raise kind(
+                    f"--precisions names {precision}, and it is refused: {reason}. Nothing was written."
+                ) from error
+            log.warning("the bundle goes without %s: %s", precision, reason)
+            forget(precision)
+            self.precisions = tuple(p for p in self.precisions if p != precision)
+            self.described.pop(precision, None)
+            self.refused[precision] = reason
+
+    def write(self, precision: Precision, sources: Files, targets: Files, examples: Examples) -> None:
+        """Writes the files of a precision that are not there yet, by the float32 ones.
+
+        Raises:
+            QuantisationError: the quantiser changes no weight of any of them, or refuses one.
+            BudgetError: no choice of layers keeps to the budget.
+        """
+        found = self.described[precision] = {}
+        if precision == "mixed":
+            count = min(CALIBRATION, len(examples))
+            floats = {name: client.litert_unit(path, name) for name, path in sources.items()}
+
+            def draw(files: Files, count: int) -> Arrays:
+                others = {name: client.litert_unit(path, name) for name, path in files.items()}
+                return examples.draw({**floats, **others}, count)
+
+            expected = {name: array[:count] for name, array in examples.outputs.items()}
+            choice = search(sources, targets, draw, expected, self._budget)
+            self._four |= {(precision, name): tuple(chosen) for name, chosen in choice.four.items()}
+            found["search"] = choice.describe(self._budget)
+        for name, source in sources.items():
+            if not targets[name].exists():
+                write_variant(precision, source, targets[name])
+        if not any(SMALLER & weights_of(describe(target)).keys() for target in targets.values()):
+            raise QuantisationError(f"{precision}: the quantiser finds no weight in any unit that it could change")
+
+    def in_floats(self, precision: Precision, sources: Files, folder: pathlib.Path) -> Files:
+        """The files of integer weights as a GPU computes with them: multiplied out, and in floating point."""
+        assert precision in QUANTISED
+        found = {name: folder / source.name for name, source in sources.items()}
+        for name, source in sources.items():
+            quantise(source, found[name], self._four.get((precision, name), ()), "float")
+        return found
+
+    def judge(self, precision: Precision, exact: Sampler, variant: Sampler, examples: Examples) -> None:
+        """Holds what a variant draws to what float32 draws.
+
+        Raises:
+            VariantError: it draws less well than the limits say; by which measure.
+        """
+        found = self.described[precision]
+        count = min(self._limits.prompts, len(self._judge.prompts)) if self._judge else 0
+        if self._judge and count:
+            if self._expected is None:
+                self._expected = self._pictures(exact, examples, count)
+            made = self._pictures(variant, examples, count)
+            found |= judging.describe_fidelity(judging.decibels(made, self._expected))
+            found["paired"] = judging.paired(self._judge, self._expected, made)
+        else:
+            made = examples.draw(variant.units, len(examples))
+            found |= judging.describe_fidelity(judging.fidelity(made, examples.outputs))
+        found["judged_by"] = judging.judged_by(found, self._limits)
+        if reason := judging.objection(found, self._limits):
+            raise VariantError(f"{precision}: {reason}")
+
+    def _pictures(self, sampler: Sampler, examples: Examples, count: int) -> np.ndarray:
+        """What is drawn for the first prompts of the judge, `uint8 [count, H, W, 3]`, each from its own noise."""
+        assert self._judge is not None and isinstance(examples.program, Flow)
+        flow, prompts = examples.program, self._judge.prompts[:count]
+        inputs = client.token_inputs(flow, prompts, lambda name: examples.tokenizers[name])
+        made = []
+        for i, index in enumerate(self._judge.indices[:count]):
+            noise = draw_noise(0, index, flow.noise_shape())
+            made.append(sampler.run({name: array[i] for name, array in inputs.items()}, noise)["image"])
+        return np.stack(made)
