@@ -6,8 +6,10 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from snapgen_jax.export.apps import android
+from snapgen_jax.cli import main
+from snapgen_jax.export.apps import android, write_app
 from snapgen_jax.export.manifest import MINIMUM_RUNTIME, fingerprints
+from snapgen_jax.training.exits import ConfigError, ExitCode
 
 from .kotlin_build import PROBE, STUBS
 
@@ -19,7 +21,8 @@ def bundle_in(folder, **manifest):
     (folder / "golden").mkdir(parents=True)
     (folder / "golden" / "noise.npy").write_bytes(b"noise")
     (folder / "unet_f16.tflite").write_bytes(b"TFL3" * 100)
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "files": fingerprints(folder)}))
+    written = {"schema": 4, "precisions": ["f16"], "units": {}, **manifest, "files": fingerprints(folder)}
+    (folder / "manifest.json").write_text(json.dumps(written))
     return folder
 
 
@@ -33,6 +36,22 @@ def test_the_project_holds_all_of_the_template_and_the_bundle(tmp_path):
     modules = re.findall(r"include\((.*)\)", (out / "settings.gradle.kts").read_text())
     for module in re.findall(r'":(\w+)"', " ".join(modules)):
         assert (out / module / "build.gradle.kts").is_file() and list((out / module).rglob("*.kt"))
+
+
+def test_the_command_writes_a_project_and_never_over_one_that_may_have_been_changed(tmp_path, capsys):
+    bundle, out = bundle_in(tmp_path / "bundle"), tmp_path / "phone"
+    command = ["export", "--app=android", f"--bundle={bundle}", f"--out={out}"]
+    assert main(command) == ExitCode.DONE
+    assert f"wrote the app to {out}; open it: open {out} in Android Studio" in capsys.readouterr().out
+    screen = next(out.rglob("StudioScreen.kt"))
+    screen.write_text("// mine")
+    assert main(command) == ExitCode.BAD_CONFIG
+    assert "never replaced: it may hold changes of yours. Name another folder, or move" in capsys.readouterr().err
+    assert screen.read_text() == "// mine"
+    (bundle / "unet_f16.tflite").unlink()
+    with pytest.raises(ConfigError, match=r"lists 'unet_f16\.tflite' and has no such file; export it again"):
+        write_app("android", bundle, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(

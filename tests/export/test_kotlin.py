@@ -15,6 +15,7 @@ from PIL import Image
 
 from snapgen_jax.data.pretrained_tokenizers import PretrainedTokenizer
 from snapgen_jax.diffusion.noise import draw_noise
+from snapgen_jax.export.apps import android, write_app
 from snapgen_jax.export.client import LiteRTGenerator
 
 from ..tiny_tokenizers import write_clip, write_gemma, write_t5
@@ -362,6 +363,14 @@ def test_the_desktop_program_draws_a_png_and_verifies(small_bundle, tmp_path):
 
 def test_the_android_shell_fits_our_stubs_of_android_and_litert():
     compiled("shell", [SOURCES["app"], STUBS], [project_jar()])
+
+
+def test_the_bundle_inside_a_written_project_opens(probe, small_bundle, tmp_path):
+    place = write_app("android", small_bundle, tmp_path / "phone") / android.ASSETS
+    opened = probe.ask("open", folder=place, digests=True)
+    assert opened == {"name": "Small quickstart", "precisions": precisions(small_bundle)}
+    name = (tmp_path / "phone" / "app/src/main/res/values/strings.xml").read_text("utf-8")
+    assert f">{opened['name']}<" in name
 
 
 # What the core may use of Java: it is all in Android 7 (API level 24), which has no java.nio.file. What
