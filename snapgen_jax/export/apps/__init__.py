@@ -25,7 +25,7 @@ def write_app(kind: Kind, bundle: str | pathlib.Path, out: str | pathlib.Path) -
     Args:
         kind: which app.
         bundle: the bundle's folder, which is copied.
-        out: the app's folder. One that holds a web app is replaced by a web app; any other that is not empty is refused.
+        out: the app's folder. A web app may replace a web app; any other folder that is not empty is refused.
 
     Returns:
         `out`, absolute.
