@@ -169,6 +169,8 @@ def _sample(options: argparse.Namespace) -> None:
         raise ConfigError("--adapters goes with --workdir: the run that they adapt")
     if options.precision and not options.bundle:
         raise ConfigError("--precision goes with --bundle; a run computes in the precision of its device")
+    if options.accelerator and not options.bundle:
+        raise ConfigError("--accelerator goes with --bundle; a run draws on the devices of JAX")
     if not (options.prompt or options.condition):
         raise ConfigError("there is nothing to draw; give --prompt, or --condition where the run takes no prompts")
     conditions, where = _conditions(options.condition), destination(options.out)
@@ -213,10 +215,15 @@ def _draw(options: argparse.Namespace, conditions: dict[str, Any]) -> Any:
     chosen = options.generation
     if options.bundle:
         from snapgen_jax.export.client import LiteRTGenerator
+        from snapgen_jax.export.runtime import AcceleratorError
         from snapgen_jax.typed import Written
 
-        precision = {"precision": options.precision} if options.precision else {}
-        generator: Any = LiteRTGenerator(options.bundle, **precision)
+        try:
+            generator: Any = LiteRTGenerator(
+                options.bundle, precision=options.precision or "f32", accelerator=options.accelerator
+            )
+        except AcceleratorError as error:
+            raise ConfigError(f"--accelerator={options.accelerator}: {error}") from error
         chosen = {name: value.literal if isinstance(value, Written) else value for name, value in chosen.items()}
         if conditions:
             return _draw_bundle(generator, options, conditions, chosen)

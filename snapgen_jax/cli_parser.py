@@ -62,6 +62,11 @@ def build_parser() -> argparse.ArgumentParser:
     _adapters(sample)
     sample.add_argument("--precision", help="of a bundle's networks: f32 (the default), f16, or another that it has")
     sample.add_argument(
+        "--accelerator",
+        choices=("cpu", "gpu", "auto"),
+        help="where a bundle's networks run on LiteRT's CompiledModel, as on phones; auto: the GPU, where it is right",
+    )
+    sample.add_argument(
         "--out",
         default="samples.png",
         help="one sheet of all images; or a folder, with / at its end, or a name with {index} or %%03d for one file an "

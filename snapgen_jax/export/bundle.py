@@ -7,7 +7,7 @@
                       several encoders read them
     golden/           .npy arrays, whose names `golden.run` explains, golden.json: prompts, tolerances, and
                       conformance.json: small cases for a client in another language
-    program.py, sampler.py, noise.py, older.py, client.py   what runs it: numpy and ai-edge-litert alone
+    client.py and program.py, sampler.py, noise.py, runtime.py, older.py   what runs it: numpy, ai-edge-litert alone
     verify.py         checks all of this, with the same two libraries
     SPEC.md, spec.json   what a client must do, for one who writes it in another language
     README.md         for the person who loads it
@@ -32,7 +32,19 @@ import jax
 import numpy as np
 
 from snapgen_jax.diffusion import noise as noise_module
-from snapgen_jax.export import client, compare, conformance, golden, memory, older, program, sampler, spec, verify
+from snapgen_jax.export import (
+    client,
+    compare,
+    conformance,
+    golden,
+    memory,
+    older,
+    program,
+    runtime,
+    sampler,
+    spec,
+    verify,
+)
 from snapgen_jax.export.compat import Requirements, check, flex_operators
 from snapgen_jax.export.convert import Backend, to_tflite, to_tflite_apart
 from snapgen_jax.export.flatbuffer import Description
@@ -239,7 +251,7 @@ class _Export:
         for name in {entry.file for entry in self.program.tokenizers}:
             (self.folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(tokenizers[name], self.folder / name)
-        for module in (noise_module, program, sampler, older, client, verify):
+        for module in (noise_module, program, sampler, runtime, older, client, verify):
             shutil.copyfile(str(module.__file__), self.folder / pathlib.Path(str(module.__file__)).name)
         write_json(self.folder / "program.json", self.plan.program)
         spec.write(self.folder)
@@ -276,6 +288,7 @@ class _Export:
         count = len(next(iter(arrays.values())))
         facts = {"prompts": list(inputs.prompts), "seed": inputs.seed, "examples": count, "tolerances": tolerances}
         facts["self_test"] = {precision: self._self_test(precision) for precision in self.variants.precisions}
+        facts["gpu_factor"] = {p: compare.GPU_LIMITS[p] / compare.LIMITS[p] for p in self.variants.precisions}
         write_json(self.folder / "golden" / "golden.json", facts)
         cases = conformance.conformance(self.program, lambda name: self.folder / name)
         conformance.write(self.folder / "golden" / "conformance.json", cases)

@@ -14,8 +14,8 @@ from snapgen_jax.export import client
 from snapgen_jax.export.compare import LIMITS
 from snapgen_jax.export.precision import Precision
 from snapgen_jax.export.program import Flow, Program
-from snapgen_jax.export.sampler import Arrays, Sampler, Unit, time_input
-from snapgen_jax.export.verify import grey_levels, relative_l2
+from snapgen_jax.export.sampler import Arrays, Sampler, Unit, relative_l2, time_input
+from snapgen_jax.export.verify import grey_levels
 from snapgen_jax.training.exports import GoldenInputs
 
 TIMES = (0.0, 0.25, 0.5, 0.75, 1.0)
