@@ -319,6 +319,13 @@ def test_a_file_that_no_processor_computes_rightly_is_refused(probe, copy):
     )
 
 
+def test_a_file_that_is_no_network_is_refused(probe, copy):
+    (copy / "unet_f32.tflite").write_bytes(b"TFL3" * 1000)
+    resign(copy)
+    said = probe.refusal("choose", folder=copy, precision="f32", prompt="a", fault="throws")
+    assert "the unit 'unet' runs nowhere here: GPU cannot run it: no OpenCL here; CPU cannot run it: LiteRT" in said
+
+
 def test_a_bundle_is_copied_once_whole_and_anew_when_it_changes(probe, small_bundle, copy, tmp_path):
     target = tmp_path / "phone" / "bundle"
     target.parent.mkdir()

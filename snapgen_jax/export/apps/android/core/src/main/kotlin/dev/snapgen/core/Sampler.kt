@@ -99,6 +99,7 @@ class Sampler(val program: Program, private val units: Units, private val shapes
 
     private inner class FlowRun(private val stored: Flow, private val flow: Flow, private val watcher: Watcher) {
         private val calls = Calls(watcher, total())
+        private val scales = HashMap<FloatTensor, FloatArray>()
 
         fun run(given: Map<String, Tensor>, noise: FloatTensor): Trace {
             if (noise.shape != flow.noiseShape()) {
@@ -175,9 +176,15 @@ class Sampler(val program: Program, private val units: Units, private val shapes
             if (!flow.asksNull(step, t)) return v
             val away = ask(i, x, t, nulls, states.second)
             if (!step.guidedAt(t)) return v
-            val scale = DoubleArray(step.guidance.size) { step.guidance.values[it].toDouble() }
-            val w = broadcast(step.guidance.shape, scale, flow.latentShape)!!
-            return FloatArray(x.size) { away[it] + w[it].toFloat() * (v[it] - away[it]) }
+            val w = guidance(step)
+            return FloatArray(x.size) { away[it] + w[it] * (v[it] - away[it]) }
+        }
+
+        /** w in the shape of x. Made once for each step's own array: most programs have one for all steps. */
+        private fun guidance(step: Step): FloatArray = scales.getOrPut(step.guidance) {
+            val w = DoubleArray(step.guidance.size) { step.guidance.values[it].toDouble() }
+            val wide = broadcast(step.guidance.shape, w, flow.latentShape)!!
+            FloatArray(wide.size) { wide[it].toFloat() }
         }
 
         private fun ask(

@@ -89,6 +89,8 @@ private class LiteRtNetwork(
     private val signatureIndex: Long
     private val inputs: Map<String, Buffer>
     private val outputs: Map<String, Buffer>
+    private val inputHandles: MemorySegment
+    private val outputHandles: MemorySegment
 
     init {
         lite.check("LiteRtSetOptionsHardwareAccelerators", options, CPU)
@@ -97,13 +99,15 @@ private class LiteRtNetwork(
         val signature = lite.made { lite.call("LiteRtGetModelSignature", model, signatureIndex, it) }
         inputs = buffers("Input", signature, unit.inputs.mapValues { it.value.shape })
         outputs = buffers("Output", signature, unit.outputs.mapValues { it.value.shape })
+        inputHandles = handles(inputs)
+        outputHandles = handles(outputs)
     }
 
     override fun run(inputs: Map<String, Tensor>): Map<String, FloatTensor> {
         this.inputs.forEach { (name, buffer) -> write(buffer, inputs.getValue(name)) }
         lite.check(
-            "LiteRtRunCompiledModel", compiled, signatureIndex, this.inputs.size.toLong(), handles(this.inputs),
-            outputs.size.toLong(), handles(outputs),
+            "LiteRtRunCompiledModel", compiled, signatureIndex, this.inputs.size.toLong(), inputHandles,
+            outputs.size.toLong(), outputHandles,
         )
         return outputs.mapValues { (_, buffer) -> read(buffer) }
     }
