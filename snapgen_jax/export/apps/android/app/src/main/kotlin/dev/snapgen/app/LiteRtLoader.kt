@@ -22,7 +22,7 @@ class LiteRtLoader(
 
     companion object {
         private val ON_GPU = listOf("f16", "f32")
-        private val ON_CPU = listOf("int8", "f16", "f32")
+        private val ON_CPU = listOf("mixed", "int8", "f16", "f32")
 
         /**
          * The GPU in half precision, the GPU in single precision, then the CPU.
