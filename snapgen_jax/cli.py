@@ -23,6 +23,7 @@ from snapgen_jax.cli_adapters import run_adapters
 from snapgen_jax.cli_apps import export_app
 from snapgen_jax.cli_exit import run_to_exit_code
 from snapgen_jax.cli_parser import build_parser, generation_options, split_beam, split_overrides
+from snapgen_jax.cli_precisions import chosen_precisions
 from snapgen_jax.cli_prepare import run_prepare, start_cluster
 from snapgen_jax.process import began, prepare
 from snapgen_jax.training.exits import ConfigError
@@ -326,12 +327,9 @@ def _export(options: argparse.Namespace) -> None:
 
 def _export_bundle(options: argparse.Namespace, out: str) -> dict[str, float]:
     from snapgen_jax.export.latents import Carried
-    from snapgen_jax.export.precision import PRECISIONS
     from snapgen_jax.export.run import export_run
 
-    precisions = options.precisions.split(",")
-    if set(precisions) - set(PRECISIONS):
-        raise ConfigError(f"--precisions={options.precisions}; give some of {', '.join(PRECISIONS)}, with commas")
+    precisions, limits, budget = chosen_precisions(options)
     names = ("clip_l", "clip_g", "language")
     carried = Carried(
         tuple(options.encoders.split(",")) if options.encoders else None,
@@ -347,6 +345,8 @@ def _export_bundle(options: argparse.Namespace, out: str) -> dict[str, float]:
         options.gpu,
         carried=carried,
         precisions=precisions,
+        limits=limits,
+        budget=budget,
         adapters=options.adapters,
         title=options.title,
         licence=options.license,

@@ -8,6 +8,7 @@ from typing import Any
 
 from snapgen_jax.cli_adapters import add_adapters
 from snapgen_jax.cli_apps import add_app
+from snapgen_jax.cli_precisions import add_precisions
 from snapgen_jax.cli_prepare import add_cluster, add_prepare
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.typed import Written
@@ -121,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="a run of a tiny decoder, in place of the run's own; of a run on latents also "
         "a run of an autoencoder, or a folder of a published one",
     )
-    export.add_argument("--precisions", default="f32,f16", help="weights to write (default: %(default)s)")
+    add_precisions(export)
     export.add_argument("--title", default="", help="name of the model that apps show (default: the workdir's)")
     export.add_argument("--license", default="", help="of the weights, as the hub calls it: apache-2.0, cc-by-4.0")
     export.add_argument(

@@ -32,7 +32,7 @@ from snapgen_jax.export.sampler import Arrays, Sampler
 
 CALIBRATION = 8  # examples by which `mixed` is chosen
 # What says that one variant is no good; the bundle may well do without it.
-FAULTS = (QuantisationError, BudgetError, IncompatibleModelError, VerificationError, VariantError)
+FAULTS = (QuantisationError, BudgetError, IncompatibleModelError, VerificationError)
 SMALLER = {"float16", "int8", "int4"}
 Shapes = Mapping[str, Mapping[str, Any]]
 Files = Mapping[str, pathlib.Path]
@@ -105,17 +105,14 @@ class Variants:
         and otherwise a warning, after which the bundle goes on without it.
 
         Raises:
-            VariantError: it was asked for by name, or nothing would be left.
+            VariantError: it was asked for by name.
         """
         try:
             yield
         except FAULTS as error:
-            reason = str(error).removesuffix(" Nothing was written.")
-            if self._by_name or self.precisions == (precision,):
-                kind = type(error) if isinstance(error, VerificationError | IncompatibleModelError) else VariantError
-                raise kind(
-                    f"--precisions names {precision}, and it is refused: {reason}. Nothing was written."
-                ) from error
+            reason = str(error).removesuffix(" Nothing was written.").removeprefix(f"{precision}: ")
+            if self._by_name:
+                raise VariantError(f"{precision} is refused: {reason.rstrip('.')}. Nothing was written.") from error
             log.warning("the bundle goes without %s: %s", precision, reason)
             forget(precision)
             self.precisions = tuple(p for p in self.precisions if p != precision)

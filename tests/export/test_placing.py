@@ -38,21 +38,17 @@ def test_a_compiled_model_on_the_cpu_draws_what_the_interpreter_draws(small_bund
     np.testing.assert_allclose(compiled(**inputs)["prediction"], plain(**inputs)["prediction"], rtol=1e-5, atol=1e-5)
 
 
-def test_a_gpu_draws_the_same(small_bundle, images, monkeypatch):
+def test_a_gpu_passes_the_golden_suite_and_auto_leaves_one_in_software_alone(small_bundle, monkeypatch):
     found = runtime.drivers(software_first=True)
     monkeypatch.setenv("VK_DRIVER_FILES", os.pathsep.join(found))
-    try:
-        generator = LiteRTGenerator(small_bundle, accelerator="gpu")
-    except runtime.NoGPUError as error:
-        pytest.skip(str(error))
-    assert grey_levels(generator.generate(PROMPTS), images).max() <= 1
-    assert set(generator.bundle.placed.values()) == {Placed("gpu")}
-    assert all(check.passed for check in verify.checks(small_bundle, ["f32"], accelerator="gpu"))
+    checks = list(verify.checks(small_bundle, ["f32"], accelerator="gpu"))
+    if "Vulkan" in checks[-1].finding:
+        pytest.skip(checks[-1].finding)
+    assert all(check.passed for check in checks), [check for check in checks if not check.passed]
+    assert sum("latent after step" in check.name or "self-test" in check.name for check in checks) == 4
     if "swiftshader" in found[0]:
         bundle = LiteRTGenerator(small_bundle, accelerator="auto").bundle
-        assert bundle.placed["unet"] == Placed(
-            "cpu", "the only GPU is a driver in software, which is slower than the CPU"
-        )
+        assert bundle.placed["unet"].reason.startswith("the only GPU is a driver in software")
 
 
 def test_without_a_gpu_auto_says_why_and_gpu_is_refused(small_bundle, images, monkeypatch, caplog, capsys, tmp_path):
