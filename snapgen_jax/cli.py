@@ -21,6 +21,7 @@ from etils import epath
 
 from snapgen_jax.cli_adapters import run_adapters
 from snapgen_jax.cli_apps import export_app
+from snapgen_jax.cli_bench import run_bench
 from snapgen_jax.cli_exit import run_to_exit_code
 from snapgen_jax.cli_parser import build_parser, generation_options, split_beam, split_overrides
 from snapgen_jax.cli_precisions import chosen_precisions
@@ -461,6 +462,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "draw": _draw_many,
     "evaluate": _evaluate,
     "export": _export,
+    "bench": run_bench,
     "adapters": run_adapters,
     "encode": _encode,
     "decode": _decode,

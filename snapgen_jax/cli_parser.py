@@ -8,6 +8,7 @@ from typing import Any
 
 from snapgen_jax.cli_adapters import add_adapters
 from snapgen_jax.cli_apps import add_app
+from snapgen_jax.cli_bench import add_bench
 from snapgen_jax.cli_precisions import add_precisions
 from snapgen_jax.cli_prepare import add_cluster, add_prepare
 from snapgen_jax.training.exits import ConfigError
@@ -134,6 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
         export.add_argument(f"--{name}", metavar="FOLDER", help="local folder of its weights, and of its tokenizer")
         export.add_argument(f"--{name}_tokenizer", metavar="FOLDER", help="of its tokenizer, where that is another")
     _adapters(export)
+    add_bench(commands)
     add_adapters(commands)
 
     encode = add("encode", "Image files to latents, by a trained run or by published weights.")

@@ -178,9 +178,11 @@ MAY_IMPORT = {
     "cli": ["*"],
     "cli_adapters": ["adapters"],
     "cli_apps": ["export.apps", "training.exits", "training.files"],
+    "cli_bench": ["export", "training.exits"],
     "cli_parser": [
         "cli_adapters",
         "cli_apps",
+        "cli_bench",
         "cli_precisions",
         "cli_prepare",
         "overrides",

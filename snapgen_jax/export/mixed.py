@@ -146,8 +146,8 @@ def search(
         low = _first(lambda k: size(k) <= budget.bytes, 0, len(order))
         if low > len(order):
             raise BudgetError(
-                f"mixed: the budget is {budget.bytes:.0f} bytes, and the files are {size(len(order))} with four bits in "
-                f"all {len(order)} layers that take them"
+                f"mixed: the budget is {budget.bytes:.0f} bytes, and the files are {size(len(order))} with four bits "
+                f"in all {len(order)} layers that take them"
             )
     if budget.decibels is not None:
         high = _first(lambda k: ratio(k) < budget.decibels, 0, len(order)) - 1

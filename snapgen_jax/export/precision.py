@@ -5,7 +5,7 @@ tables, such as frequencies, and the error of a denoiser then grows with the tim
 
 Integer weights are symmetric, with a scale for each output channel. A CPU computes with them in integers, for which it
 rounds activations on the fly ("dynamic range"); a GPU multiplies them out and computes in floating point. Inputs,
-outputs, biases, norms and tables that a gather reads stay float32.
+outputs, biases, norms, depthwise convolutions and tables that a gather reads stay float32.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ QUANTISED: tuple[Precision, ...] = ("int8", "mixed")
 # What a CPU does with integer weights: it computes in integers, or multiplies them out first, as a GPU does.
 Arithmetic = Literal["integer", "float"]
 
-# Operators whose weights become four bits; the quantiser takes eight for others, such as DEPTHWISE_CONV_2D.
+# Operators whose weights become integers. DEPTHWISE_CONV_2D is not among them: XNNPACK, the CPU's delegate, computes it
+# in floating point alone, and a network that leaves it at every block is slower than float32. Its weights are few.
+EIGHT_BITS = ("BATCH_MATMUL", "CONV_2D", "CONV_2D_TRANSPOSE", "EMBEDDING_LOOKUP", "FULLY_CONNECTED")
 FOUR_BITS = ("CONV_2D", "FULLY_CONNECTED")
 LEAST_WEIGHTS = 1024  # four bits of fewer save nothing
 
@@ -115,7 +117,7 @@ def cast_float16(source: str | pathlib.Path, target: str | pathlib.Path) -> path
     from ai_edge_quantizer import recipe_manager
 
     job = _job(source)
-    job.add_weight_only_config(**_all(16), algorithm_key=recipe_manager.AlgorithmName.FLOAT_CASTING)
+    job.add_weight_only_config(**_rule(16), algorithm_key=recipe_manager.AlgorithmName.FLOAT_CASTING)
     return _write(job, target)
 
 
@@ -145,10 +147,11 @@ def quantise(
     job = _job(source)
     add = job.add_dynamic_config if arithmetic == "integer" else job.add_weight_only_config
     if others == "int8":
-        add(**_all(8))
+        for operator in EIGHT_BITS:
+            add(**_rule(8, operator))
     for layer in four:
         for scope in layer.scopes:
-            add(**_all(4, f"^{re.escape(scope)}$"))
+            add(**_rule(4, layer.kind, f"^{re.escape(scope)}$"))
     path = _write(job, target)
     stored = weights_of(describe(path))
     wanted = sum(layer.size for layer in four)
@@ -190,14 +193,15 @@ def _job(source: str | pathlib.Path) -> Any:
     return quantizer.Quantizer(str(source))
 
 
-def _all(bits: int, scopes: str = ".*") -> Mapping[str, Any]:
+def _rule(bits: int, operator: str = "ALL_SUPPORTED", scopes: str = ".*") -> Mapping[str, Any]:
     from ai_edge_quantizer import qtyping
 
-    return {"regex": scopes, "operation_name": qtyping.TFLOperationName.ALL_SUPPORTED, "num_bits": bits}
+    return {"regex": scopes, "operation_name": qtyping.TFLOperationName[operator], "num_bits": bits}
 
 
 def _write(job: Any, target: str | pathlib.Path) -> pathlib.Path:
     target, silence = pathlib.Path(target), io.StringIO()  # it prints progress bars and a summary of sizes
+    target.unlink(missing_ok=True)  # it warns of a file that it overwrites
     try:
         with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
             job.quantize().export_model(str(target), overwrite=True)

@@ -81,6 +81,33 @@ def _found(patterns: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(str(path) for pattern in patterns for path in sorted(root.glob(pattern.lstrip("/"))))
 
 
+def see_drivers(environment: dict[str, str], found: tuple[str, ...], stack: contextlib.ExitStack) -> str:
+    """Lets a process find these Vulkan drivers, and the loader beside the first, as Chromium's has one.
+
+    Args:
+        environment: of the process, which is changed.
+        found: what `drivers` returned.
+        stack: is closed when the process has ended.
+
+    Returns:
+        The drivers, for messages.
+
+    Raises:
+        NoGPUError: there is none.
+    """
+    if not found:
+        raise NoGPUError(f"no Vulkan driver was found ({HINT})")
+    shown = os.pathsep.join(found)
+    environment |= {"VK_ICD_FILENAMES": shown, "VK_DRIVER_FILES": shown}
+    beside = pathlib.Path(found[0]).parent / "libvulkan.so.1"
+    if beside.is_file():
+        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        (folder / beside.name).symlink_to(beside)  # alone: Chromium's folder holds other libraries, too
+        before = environment.get("LD_LIBRARY_PATH")
+        environment["LD_LIBRARY_PATH"] = os.pathsep.join(name for name in (before, str(folder)) if name)
+    return f" (driver {shown})"
+
+
 class CompiledUnit:
     """The function of one file by LiteRT's CompiledModel, in a process of its own that ends with this object.
 
@@ -107,7 +134,7 @@ class CompiledUnit:
         self._stack = contextlib.ExitStack()
         self._driver, environment = "", dict(os.environ)
         if accelerator == "gpu":
-            self._driver = self._see_drivers(environment, drivers(software_first=software_first))
+            self._driver = see_drivers(environment, drivers(software_first=software_first), self._stack)
         self._log: IO[bytes] = self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 (`_end` closes it)
         self._process = subprocess.Popen(
             [*_COMMAND, str(path), signature, accelerator, str(num_threads or 0)],
@@ -117,20 +144,6 @@ class CompiledUnit:
         facts = json.loads(self._receive())
         self.whole: bool = facts["whole"]
         self.software = "adapterType=CPU" in self._said()
-
-    def _see_drivers(self, environment: dict[str, str], found: tuple[str, ...]) -> str:
-        """Lets a process find these Vulkan drivers, and the loader beside the first, as Chromium's has one."""
-        if not found:
-            raise NoGPUError(f"no Vulkan driver was found ({HINT})")
-        shown = os.pathsep.join(found)
-        environment |= {"VK_ICD_FILENAMES": shown, "VK_DRIVER_FILES": shown}
-        beside = pathlib.Path(found[0]).parent / "libvulkan.so.1"
-        if beside.is_file():
-            folder = pathlib.Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
-            (folder / beside.name).symlink_to(beside)  # alone: Chromium's folder holds other libraries, too
-            before = environment.get("LD_LIBRARY_PATH")
-            environment["LD_LIBRARY_PATH"] = os.pathsep.join(name for name in (before, str(folder)) if name)
-        return f" (driver {shown})"
 
     def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """The outputs of one call."""

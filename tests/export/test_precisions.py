@@ -11,6 +11,7 @@ import pytest
 from ai_edge_quantizer import qtyping, quantizer
 
 from snapgen_jax.export import compare, verify
+from snapgen_jax.export.bench_process import undelegated
 from snapgen_jax.export.bundle import export_bundle
 from snapgen_jax.export.client import LiteRTGenerator, litert_unit
 from snapgen_jax.export.convert import to_tflite
@@ -89,11 +90,18 @@ def test_the_reasons_are_those_of_this_quantiser_and_this_runtime(unet, inputs, 
 def test_eight_bits_are_all_weights_of_products(unet, inputs, tmp_path):
     count = quantise(unet, tmp_path / "int8.tflite")
     before, after = weights_of(describe(unet)), weights_of(describe(tmp_path / "int8.tflite"))
-    assert after["int8"] == count > 0.9 * before["float32"]
+    assert after["int8"] == count > 0.8 * before["float32"]
     assert after["int8"] + after["float32"] == before["float32"]
     assert (tmp_path / "int8.tflite").stat().st_size < 0.8 * unet.stat().st_size
     error = verify.relative_l2(outputs(tmp_path / "int8.tflite", inputs), outputs(unet, inputs))
     assert 1e-4 < error < compare.LIMITS["int8"]
+    kinds = {op.name: op.inputs[1].dtype for op in describe(tmp_path / "int8.tflite").operators if len(op.inputs) == 3}
+    assert (kinds["CONV_2D"], kinds["FULLY_CONNECTED"], kinds["DEPTHWISE_CONV_2D"]) == ("int8", "int8", "float32")
+
+
+def test_eight_bits_leave_xnnpack_at_no_node_more_than_float32(unet, tmp_path):
+    quantise(unet, tmp_path / "int8.tflite")
+    assert undelegated(str(tmp_path / "int8.tflite")) == undelegated(str(unet)) == {"RESIZE_NEAREST_NEIGHBOR": 1}
 
 
 def test_four_bits_are_where_they_were_asked_for(unet, tmp_path):
