@@ -20,6 +20,7 @@ from snapgen_jax.training.exits import RunError
 LOCK = pathlib.Path(__file__).with_name("npm")
 PLACE = pathlib.Path(".node")  # of `make web`, in a clone
 SECONDS = 600
+QUIETLY = ("--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=1", "--fetch-timeout=60000")
 
 
 class UnavailableError(RunError):
@@ -53,7 +54,7 @@ def install(folder: pathlib.Path) -> pathlib.Path:
             made.mkdir()
             for name in ("package.json", "package-lock.json"):
                 shutil.copyfile(LOCK / name, made / name)
-            _npm("ci", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=1", folder=made)
+            _npm("ci", *QUIETLY, folder=made)
             (made / "lock.sha256").write_text(_digest(), "utf-8")
             if folder.exists():
                 folder.rename(pathlib.Path(scratch) / "before")

@@ -80,7 +80,7 @@ const HEARD = {
   failed({ message, opening, broken }) {
     const type = job?.type;
     finish();
-    const text = `${message[0].toUpperCase()}${message.slice(1)}${/[.!?]$/.test(message) ? "" : "."}`;
+    const text = `${type === "draw" ? "Not drawn" : "This does not work"}: ${message}${/[.!?]$/.test(message) ? "" : "."}`;
     if (broken && type === "open" && $("accelerator").value !== "wasm") {
       $("accelerator").value = "wasm";
       open(`${text} It goes on without the GPU.`);
