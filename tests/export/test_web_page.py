@@ -69,7 +69,8 @@ def site(small_bundle, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    with launch(tmp_path_factory.mktemp("profile"), SWIFTSHADER) as found:
+    elsewhere = "--host-resolver-rules=MAP elsewhere.test 127.0.0.1"
+    with launch(tmp_path_factory.mktemp("profile"), [*SWIFTSHADER, elsewhere]) as found:
         yield found
 
 
@@ -160,8 +161,26 @@ def test_with_threads_the_page_is_isolated_and_right(site, page):
     with _serve(site.folder, threads=True) as address:
         _opened(page, f"{address}/app/?accelerator=wasm&precision=f32")
         assert page.evaluate("crossOriginIsolated") and len(_check(page)) == 14
-        facts = page.evaluate("document.getElementById('facts').textContent")
-        assert "Threadsyes" in facts
+        assert page.evaluate("document.getElementById('fact-threads').textContent") == "yes"
+
+
+def test_a_page_of_another_machine_by_plain_http_draws_without_gpu_and_cache(site, page):
+    """As on a phone that opens the laptop's address: browsers keep these from it."""
+    units = _opened(page, f"{site.address.replace('localhost', 'elsewhere.test')}/app/?accelerator=webgpu")
+    assert not page.evaluate("isSecureContext") and not page.evaluate("'caches' in globalThis")
+    assert {way["accelerator"] for way in units.values()} == {"wasm"}
+    assert "offers no GPU" in page.evaluate("document.getElementById('notes').textContent")
+    _click(page, "dice")
+    assert _drawn(page).std() > 10 and page.evaluate("document.getElementById('seed').value") != "0"
+
+
+def test_a_thousand_steps_leave_the_memory_as_it_was(site, page):
+    _opened(page, f"{site.address}/app/?accelerator=wasm&precision=f32")
+    memory = "document.getElementById('fact-memory').textContent"
+    _drawn(page)
+    before = page.evaluate(memory)
+    _drawn(page, steps="1000")
+    assert page.evaluate(memory) == before and before.endswith("MB of 2.0 GiB")
 
 
 def test_what_cannot_be_drawn_is_said_and_the_page_goes_on(site, page):
@@ -301,6 +320,32 @@ def test_a_network_that_fails_its_self_test_gives_way_to_one_that_passes(site, p
     (bundle / "golden" / "golden.json").write_text(json.dumps(facts))
     resign(bundle)
     assert "does not run the bundle" in _failed(page, f"{site.address}/wrong/")
+
+
+def test_a_file_that_is_no_network_gives_way_to_another_precision(site, page):
+    path = site.variant("half") / "unet_int8.tflite"
+    path.write_bytes(path.read_bytes()[:100_000])
+    resign(path.parent)
+    units = _opened(page, f"{site.address}/half/")
+    assert (units["unet"]["precision"], units["text_encoder"]["precision"]) == ("f32", "int8")
+    assert "does not run the bundle" in _failed(page, f"{site.address}/half/?precision=int8")
+
+
+def test_after_a_trap_in_webassembly_the_page_begins_anew(site, page):
+    _opened(page, f"{site.address}/app/?accelerator=wasm&precision=f32")
+    page.evaluate("""
+        (() => {
+            const send = Worker.prototype.postMessage;
+            Worker.prototype.postMessage = function ({ id }) {
+                Worker.prototype.postMessage = send;
+                const data = { type: "failed", id, message: "memory access out of bounds", broken: true };
+                this.dispatchEvent(new MessageEvent("message", { data }));
+            };
+        })()
+    """)
+    _click(page, "draw")
+    page.wait(f"{STATE} === 'empty' && {STATUS}.includes('out of bounds. The page began anew')", 20)
+    assert _drawn(page).std() > 10
 
 
 def test_networks_come_from_the_cache_the_second_time(site, page):
