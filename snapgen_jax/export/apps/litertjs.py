@@ -77,7 +77,7 @@ def _npm(*arguments: str, folder: pathlib.Path) -> None:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UnavailableError(f"npm could not install LiteRT.js: {error}") from error
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        lines = [line for line in done.stderr.splitlines() if line.startswith("npm error")]
         why = "; ".join(lines[:3]) or f"npm ended with {done.returncode}"
         raise UnavailableError(f"npm could not fetch LiteRT.js {version()}: {why}. Is there a network?")
 
