@@ -102,7 +102,7 @@ def _write_page(workdir: epath.Path) -> bool:
 
     try:
         write_app("web", str(workdir / "export" / "bundle"), str(workdir / "export" / "web"))
-    except (UnavailableError, ConfigError) as error:
+    except (UnavailableError, ConfigError, OSError) as error:
         print(f"no browser app was written: {error}")
         return False
     return True

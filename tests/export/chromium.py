@@ -11,11 +11,19 @@ import pathlib
 import select
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+# The browser reads commands from file 3 and writes answers to file 4.
+START = """
+import fcntl, os, sys
+first, second = (fcntl.fcntl(int(text), fcntl.F_DUPFD, 10) for text in sys.argv[1:3])
+os.dup2(first, 3), os.dup2(second, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 SWIFTSHADER = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--use-vulkan=swiftshader")
 
 
@@ -133,10 +141,12 @@ def launch(profile: pathlib.Path, arguments: Sequence[str] = ()) -> Iterator[Bro
         BROWSER, "--headless=new", "--remote-debugging-pipe", f"--user-data-dir={profile}", "--no-first-run",
         "--no-sandbox", "--disable-dev-shm-usage", "--disable-extensions", "--mute-audio", *arguments,
     ]  # fmt: skip
-    # The browser reads commands from file 3 and writes answers to file 4.
-    shell = ["/bin/sh", "-c", f'exec "$@" 3<&{read_commands} 4>&{write_answers}', "sh", *command]
+    files = read_commands, write_answers
     process = subprocess.Popen(
-        shell, pass_fds=(read_commands, write_answers), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", START, *map(str, files), *command],
+        pass_fds=files,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     os.close(read_commands)
     os.close(write_answers)

@@ -1,6 +1,5 @@
 """`snapgen export --app=web`: what is written, what is refused, and how it is served. No browser is needed."""
 
-import importlib.util
 import json
 import pathlib
 import re
@@ -13,7 +12,9 @@ import urllib.request
 
 import numpy as np
 import pytest
+from etils import epath
 
+from snapgen_jax import quickstart
 from snapgen_jax.cli import main
 from snapgen_jax.export.apps import litertjs, serve, web, write_app
 from snapgen_jax.export.client import LiteRTGenerator
@@ -67,7 +68,7 @@ def test_no_script_stands_in_the_page_and_nothing_comes_from_elsewhere():
     page = (web.TEMPLATE / "index.html").read_text()
     assert not re.search(r"<script(?![^>]*\ssrc=)|\son[a-z]+=|<style|\sstyle=", page)
     policy = re.search(r'Content-Security-Policy" content="([^"]+)"', page)[1]
-    assert serve.POLICY == f"{policy}; frame-ancestors 'none'" and "unsafe-inline" not in policy
+    assert f"{policy}; frame-ancestors 'none'" == serve.POLICY and "unsafe-inline" not in policy
     for path in web.TEMPLATE.glob("*.*"):
         text = path.read_text().replace("http://www.w3.org/2000/svg", "").replace("http://www.w3.org", "")
         assert "http:" not in text and "https:" not in text, path.name
@@ -185,7 +186,9 @@ def test_the_command_exports_a_run_and_wraps_it(small_bundle, tmp_path, monkeypa
 
 def test_without_npm_or_network_the_command_says_so_and_writes_nothing(small_bundle, tmp_path, monkeypatch, capsys):
     def run(arguments, folder):
-        return subprocess.CompletedProcess(arguments, 1, "", "npm error code EAI_AGAIN\nnpm error syscall getaddrinfo\n")
+        return subprocess.CompletedProcess(
+            arguments, 1, "", "npm error code EAI_AGAIN\nnpm error syscall getaddrinfo\n"
+        )
 
     monkeypatch.setattr(litertjs, "_run", run)
     monkeypatch.setattr(litertjs, "PLACE", tmp_path / "nowhere")
@@ -227,7 +230,11 @@ def served(request, app):
 
 def test_files_are_served_with_their_types_and_a_strict_policy(served):
     address, threads = served
-    for name, kind in (("", "text/html"), ("worker.js", "text/javascript"), ("bundle/manifest.json", "application/json")):
+    for name, kind in (
+        ("", "text/html"),
+        ("worker.js", "text/javascript"),
+        ("bundle/manifest.json", "application/json"),
+    ):
         with urllib.request.urlopen(address + name) as answer:
             assert answer.headers["Content-Type"].startswith(kind)
             assert "script-src 'self' 'wasm-unsafe-eval'" in answer.headers["Content-Security-Policy"]
@@ -264,6 +271,25 @@ def test_the_copied_server_runs_alone_and_says_what_a_taken_port_needs(served, a
 
 
 def test_the_package_ships_the_page(tmp_path):
-    setup = pathlib.Path(__file__).parents[2] / "setup.py"
-    assert '"export/apps/web/**/*"' in setup.read_text()
-    assert importlib.util.find_spec("snapgen_jax.export.apps.serve")
+    root = pathlib.Path(__file__).parents[2]
+    command = [sys.executable, "setup.py", "-q", "build", f"--build-base={tmp_path}", "build_py", f"-d{tmp_path}/lib"]
+    subprocess.run(command, cwd=root, check=True, capture_output=True, timeout=120)
+    for source in (*web.TEMPLATE.rglob("*.*"), *litertjs.LOCK.iterdir(), web.SERVER):
+        assert (tmp_path / "lib" / source.relative_to(root)).is_file(), source
+
+
+def test_the_quickstart_writes_its_page_and_says_why_where_it_cannot(small_bundle, tmp_path, monkeypatch, capsys):
+    workdir = epath.Path(tmp_path)
+    shutil.copytree(small_bundle, tmp_path / "export" / "bundle")
+    assert quickstart._write_page(workdir) and (tmp_path / "export" / "web" / "index.html").is_file()
+    closing = quickstart._closing(workdir, {"minutes": 1.0, "score.overall": 0.5}, True)
+    assert f"python3 {tmp_path}/export/web/serve.py" in closing
+
+    def fail():
+        raise litertjs.UnavailableError("no network")
+
+    monkeypatch.setattr(web, "litert_js", fail)
+    assert not quickstart._write_page(workdir)
+    assert "no browser app was written: no network" in capsys.readouterr().out
+    assert (tmp_path / "export" / "web" / "index.html").is_file(), "the one from before"
+    assert "serve.py" not in quickstart._closing(workdir, {"minutes": 1.0, "score.overall": 0.5}, False)

@@ -20,6 +20,7 @@ from snapgen_jax.training.exits import RunError
 LOCK = pathlib.Path(__file__).with_name("npm")
 PLACE = pathlib.Path(".node")  # of `make web`, in a clone
 SECONDS = 600
+QUIETLY = ("--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=1", "--fetch-timeout=60000")
 
 
 class UnavailableError(RunError):
@@ -53,7 +54,7 @@ def install(folder: pathlib.Path) -> pathlib.Path:
             made.mkdir()
             for name in ("package.json", "package-lock.json"):
                 shutil.copyfile(LOCK / name, made / name)
-            _npm("ci", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=1", folder=made)
+            _npm("ci", *QUIETLY, folder=made)
             (made / "lock.sha256").write_text(_digest(), "utf-8")
             if folder.exists():
                 folder.rename(pathlib.Path(scratch) / "before")
@@ -76,7 +77,7 @@ def _npm(*arguments: str, folder: pathlib.Path) -> None:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UnavailableError(f"npm could not install LiteRT.js: {error}") from error
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        lines = [line for line in done.stderr.splitlines() if line.startswith("npm error")]
         why = "; ".join(lines[:3]) or f"npm ended with {done.returncode}"
         raise UnavailableError(f"npm could not fetch LiteRT.js {version()}: {why}. Is there a network?")
 

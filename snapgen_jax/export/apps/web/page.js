@@ -2,6 +2,7 @@
 
 import { gigabytes } from "./choice.js";
 import { addFields } from "./inputs.js";
+import { HEAP } from "./litert.js";
 import { pictureShape, paint, play, received, save } from "./show.js";
 
 const CANCEL_MS = 2500; // a call that takes longer is not waited for: its worker is ended
@@ -80,7 +81,7 @@ const HEARD = {
   failed({ message, opening, broken }) {
     const type = job?.type;
     finish();
-    const text = `${message[0].toUpperCase()}${message.slice(1)}${/[.!?]$/.test(message) ? "" : "."}`;
+    const text = `${type === "draw" ? "Not drawn" : "This does not work"}: ${message}${/[.!?]$/.test(message) ? "" : "."}`;
     if (broken && type === "open" && $("accelerator").value !== "wasm") {
       $("accelerator").value = "wasm";
       open(`${text} It goes on without the GPU.`);
@@ -158,13 +159,14 @@ function opened(message) {
     ...facts,
     ["GPU", bundle.adapter ? `${bundle.adapter.name}${bundle.adapter.software ? " (software)" : ""}` : "none for this page"],
     ["Threads", bundle.threads ? "yes" : "no"],
-    ["Memory", `${gigabytes(message.heap)} of 2 GiB, networks ${message.residency}`],
+    ["Networks", `loaded ${message.residency}`],
+    ["Memory", memory(message.heap)],
     ...(bundle.licence ? [["Licence", bundle.licence]] : []),
   ];
   $("facts").replaceChildren(
     ...rows.flatMap(([name, value]) => [
       Object.assign(document.createElement("dt"), { textContent: name }),
-      Object.assign(document.createElement("dd"), { textContent: value }),
+      Object.assign(document.createElement("dd"), { textContent: value, id: `fact-${name.toLowerCase()}` }),
     ]),
   );
   $("notes").replaceChildren();
@@ -174,6 +176,8 @@ function opened(message) {
   buttons();
   restore();
 }
+
+const memory = (heap) => `${gigabytes(heap)} of ${gigabytes(HEAP)}`;
 
 /** Fields for what the bundle takes; asked once. */
 function build() {
@@ -199,8 +203,9 @@ function build() {
   readInputs = addFields($("inputs"), bundle.inputs);
 }
 
-function drawn({ outputs, notes, seconds }) {
+function drawn({ outputs, notes, seconds, heap }) {
   finish();
+  $("fact-memory").textContent = memory(heap);
   const arrays = Object.entries(outputs).map(([name, array]) => [name, received(array)]);
   last = { ...job, outputs: Object.fromEntries(arrays), seed: $("seed").value.trim(), prompt: $("prompt").value };
   const picture = arrays.map(([, array]) => array).find(pictureShape);

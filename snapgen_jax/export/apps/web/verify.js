@@ -66,5 +66,6 @@ function* output(name, made, expected, limits) {
 }
 
 function below(name, value, limit) {
-  return { name, finding: `${value.toPrecision(3)}, at most ${limit.toPrecision(3)}`, passed: value <= limit };
+  const text = (number) => (number === 0 || number >= 0.01 ? number.toFixed(2) : number.toExponential(1));
+  return { name, finding: `${text(value)}, at most ${text(limit)}`, passed: value <= limit };
 }
