@@ -11,8 +11,8 @@ QK-RMSNorm and RoPE. Data, guidance and how 50,000 images become an FID: `256.py
 reads stored latents; `A,runlocal` is small.
 
 Machine: 256 chips of TPU v5e, at best 268 chip-hours for G on stored latents (by the plan of `256.py`); runlocal, a
-laptop in a minute. Metric: FID of 50,000 images, published as 3.76 for A, 3.12 for B and 3.38 for C1. Length: 120 epochs. Batch and learning rate are not
-published.
+laptop in a minute. Metric: FID of 50,000 images, published as 3.76 for A, 3.12 for B and 3.38 for C1. Length: 120
+epochs. Batch and learning rate are not published.
 """
 
 from ml_collections import ConfigDict

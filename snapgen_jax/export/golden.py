@@ -98,8 +98,8 @@ def run(sampler: Sampler, inputs: Mapping[str, np.ndarray], noise: np.ndarray | 
             found |= _encoded("null_contexts", name, nulls, sampler)
     kept = [_Kept() for _ in given]
     paths = [
-        sampler.trajectory(*three, on_call=one.on_call if i < recorded else None)
-        for i, (*three, one) in enumerate(zip(noise, contexts, nulls, kept, strict=True))
+        sampler.trajectory(one_noise, context, null, on_call=one.on_call if i < recorded else None)
+        for i, (one_noise, context, null, one) in enumerate(zip(noise, contexts, nulls, kept, strict=True))
     ]
     found |= {"noise": noise, "latents": np.stack(paths)}
     if recorded:

@@ -66,14 +66,14 @@ def drivers(*, software_first: bool) -> tuple[str, ...]:
     """Files that describe the Vulkan drivers to use; empty where there is none.
 
     Args:
-        software_first: SwiftShader alone where it is, as a check that is the same on all machines needs it; else only
-            where there is no other.
+        software_first: SwiftShader alone where it is, as a check that is the same on all machines needs it; else it is
+            the last: drivers are installed for hardware that is not there.
     """
     for variable in ("VK_DRIVER_FILES", "VK_ICD_FILENAMES"):
         if os.environ.get(variable):
             return tuple(name for name in os.environ[variable].split(os.pathsep) if pathlib.Path(name).is_file())
     software, hardware = _found(SOFTWARE)[:1], _found(HARDWARE)
-    return (software or hardware) if software_first else (hardware or software)
+    return (software or hardware) if software_first else hardware + software
 
 
 def _found(patterns: tuple[str, ...]) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import importlib.util
 import pathlib
 import sys
 from collections.abc import Generator, Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -50,7 +51,7 @@ def checks(
     folder: str | pathlib.Path,
     precisions: Sequence[str] | None = None,
     num_threads: int | None = None,
-    accelerator: str | None = None,
+    accelerator: Literal["cpu", "gpu"] | None = None,
 ) -> Iterator[Check]:
     """Checks a bundle, one finding at a time.
 

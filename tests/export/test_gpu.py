@@ -1,6 +1,7 @@
 """Every unit is right on LiteRT's GPU accelerator, where a Vulkan driver is found; its crash is no crash of ours."""
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -101,3 +102,17 @@ def test_a_unit_that_is_wrong_on_a_gpu_fails_the_export_unless_told_otherwise(
     report = export_toy(toy, tokenizer_json, tmp_path / "bundle", gpu_check="skip")
     units = json.loads((report.folder / "manifest.json").read_text())["units"]
     assert units["net"]["gpu"] == {"checked": False, "reason": "--gpu=skip"}
+
+
+def test_the_driver_in_software_comes_alone_for_a_check_and_last_for_a_client(monkeypatch, tmp_path):
+    for name in ("swift.json", "card.json"):
+        (tmp_path / name).write_text("{}")
+    for variable in ("VK_DRIVER_FILES", "VK_ICD_FILENAMES"):
+        monkeypatch.delenv(variable, raising=False)
+    swift, card = (str(tmp_path / name) for name in ("swift.json", "card.json"))
+    monkeypatch.setattr(runtime, "SOFTWARE", (swift,))
+    monkeypatch.setattr(runtime, "HARDWARE", (str(tmp_path / "c*.json"),))
+    assert runtime.drivers(software_first=True) == (swift,)
+    assert runtime.drivers(software_first=False) == (card, swift)
+    monkeypatch.setenv("VK_ICD_FILENAMES", f"{card}{os.pathsep}/gone.json")
+    assert runtime.drivers(software_first=True) == (card,)
