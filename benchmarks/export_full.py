@@ -5,9 +5,10 @@
     python -m benchmarks.export_full --units=decoder_1024,clip_l
 
 Every stage of every unit is a process of its own, whose peak memory (the most that it held, VmHWM) is its own: the
-conversion to float32, the cast to float16, the reference in JAX, and LiteRT on either file. `ms` is the median of
-`--runs` calls after the first, on `--threads` threads, and `cpu_ms` the processor time of one, which other work on the
-machine hardly changes; so are `seconds` and `cpu_seconds` of a conversion. A UNet takes 14 GB to convert.
+conversion to float32, the cast to float16, the rounding to eight bits, the reference in JAX, and LiteRT on each file.
+`ms` is the median of `--runs` calls after the first, on `--threads` threads, and `cpu_ms` the processor time of one,
+which other work on the machine hardly changes; so are `seconds` and `cpu_seconds` of a conversion. A UNet takes 14 GB
+to convert.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ import numpy as np
 
 from benchmarks.memory import memory
 
-STAGES = ("f32", "f16", "reference", "run_f32", "run_f16")
+VARIANTS = ("f16", "int8")
+STAGES = ("f32", *VARIANTS, "reference", "run_f32", *(f"run_{name}" for name in VARIANTS))
 CONTEXT_TOKENS = 205  # 77 of the CLIPs and 128 of Gemma
 MOST = 15.0  # GB that a conversion may take
 
@@ -110,20 +112,20 @@ def inputs(unit: Any) -> dict[str, np.ndarray]:
     return {name: np.asarray(x, np.int32 if x.dtype == np.int32 else np.float32) for name, x in made.items()}
 
 
-def stage(name: str, which: str, folder: pathlib.Path, backend: Any, runs: int, threads: int) -> dict[str, Any]:
+def stage(name: str, which: Any, folder: pathlib.Path, backend: Any, runs: int, threads: int) -> dict[str, Any]:
     """One stage of a unit, in this process."""
-    f32, f16 = folder / "f32.tflite", folder / "f16.tflite"
+    f32, file = folder / "f32.tflite", folder / f"{which.removeprefix('run_')}.tflite"
     start = time.perf_counter()
     if which.startswith("run"):
-        return {**_run(f32 if which == "run_f32" else f16, folder, runs, threads), "peak_gb": memory("VmHWM") / 1e9}
-    if which == "f16":
-        from snapgen_jax.export.precision import cast_float16
+        return {**_run(file, folder, runs, threads), "peak_gb": memory("VmHWM") / 1e9}
+    if which in VARIANTS:
+        from snapgen_jax.export.precision import write_variant
 
-        cast_float16(f32, f16)
+        write_variant(which, f32, file)
         return {
             "seconds": time.perf_counter() - start,
             "cpu_seconds": time.process_time(),
-            "bytes": f16.stat().st_size,
+            "bytes": file.stat().st_size,
             "peak_gb": memory("VmHWM") / 1e9,
         }
     unit, spec = units()[name]()
@@ -196,7 +198,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
             result = json.loads(done.stdout.strip().splitlines()[-1])
             found[which] = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in result.items()}
             print(f"{name} {which}: {found[which]}", file=sys.stderr, flush=True)
-    found["within_limit"] = max(found[which]["peak_gb"] for which in ("f32", "f16")) <= MOST
+    found["within_limit"] = max(found[which]["peak_gb"] for which in ("f32", *VARIANTS)) <= MOST
     return found
 
 

@@ -21,8 +21,10 @@ from etils import epath
 
 from snapgen_jax.cli_adapters import run_adapters
 from snapgen_jax.cli_apps import export_app
+from snapgen_jax.cli_bench import run_bench
 from snapgen_jax.cli_exit import run_to_exit_code
 from snapgen_jax.cli_parser import build_parser, generation_options, split_beam, split_overrides
+from snapgen_jax.cli_precisions import chosen_precisions
 from snapgen_jax.cli_prepare import run_prepare, start_cluster
 from snapgen_jax.process import began, prepare
 from snapgen_jax.training.exits import ConfigError
@@ -169,6 +171,8 @@ def _sample(options: argparse.Namespace) -> None:
         raise ConfigError("--adapters goes with --workdir: the run that they adapt")
     if options.precision and not options.bundle:
         raise ConfigError("--precision goes with --bundle; a run computes in the precision of its device")
+    if options.accelerator and not options.bundle:
+        raise ConfigError("--accelerator goes with --bundle; a run draws on the devices of JAX")
     if not (options.prompt or options.condition):
         raise ConfigError("there is nothing to draw; give --prompt, or --condition where the run takes no prompts")
     conditions, where = _conditions(options.condition), destination(options.out)
@@ -213,10 +217,15 @@ def _draw(options: argparse.Namespace, conditions: dict[str, Any]) -> Any:
     chosen = options.generation
     if options.bundle:
         from snapgen_jax.export.client import LiteRTGenerator
+        from snapgen_jax.export.runtime import AcceleratorError
         from snapgen_jax.typed import Written
 
-        precision = {"precision": options.precision} if options.precision else {}
-        generator: Any = LiteRTGenerator(options.bundle, **precision)
+        try:
+            generator: Any = LiteRTGenerator(
+                options.bundle, precision=options.precision or "f32", accelerator=options.accelerator
+            )
+        except AcceleratorError as error:
+            raise ConfigError(f"--accelerator={options.accelerator}: {error}") from error
         chosen = {name: value.literal if isinstance(value, Written) else value for name, value in chosen.items()}
         if conditions:
             return _draw_bundle(generator, options, conditions, chosen)
@@ -319,12 +328,9 @@ def _export(options: argparse.Namespace) -> None:
 
 def _export_bundle(options: argparse.Namespace, out: str) -> dict[str, float]:
     from snapgen_jax.export.latents import Carried
-    from snapgen_jax.export.precision import PRECISIONS
     from snapgen_jax.export.run import export_run
 
-    precisions = options.precisions.split(",")
-    if set(precisions) - set(PRECISIONS):
-        raise ConfigError(f"--precisions={options.precisions}; give some of {', '.join(PRECISIONS)}, with commas")
+    precisions, limits, budget = chosen_precisions(options)
     names = ("clip_l", "clip_g", "language")
     carried = Carried(
         tuple(options.encoders.split(",")) if options.encoders else None,
@@ -340,6 +346,8 @@ def _export_bundle(options: argparse.Namespace, out: str) -> dict[str, float]:
         options.gpu,
         carried=carried,
         precisions=precisions,
+        limits=limits,
+        budget=budget,
         adapters=options.adapters,
         title=options.title,
         licence=options.license,
@@ -454,6 +462,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "draw": _draw_many,
     "evaluate": _evaluate,
     "export": _export,
+    "bench": run_bench,
     "adapters": run_adapters,
     "encode": _encode,
     "decode": _decode,

@@ -8,6 +8,8 @@ from typing import Any
 
 from snapgen_jax.cli_adapters import add_adapters
 from snapgen_jax.cli_apps import add_app
+from snapgen_jax.cli_bench import add_bench
+from snapgen_jax.cli_precisions import add_precisions
 from snapgen_jax.cli_prepare import add_cluster, add_prepare
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.typed import Written
@@ -61,6 +63,11 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--decoder", help="a run of a tiny decoder, in place of the run's own; with --workdir")
     _adapters(sample)
     sample.add_argument("--precision", help="of a bundle's networks: f32 (the default), f16, or another that it has")
+    sample.add_argument(
+        "--accelerator",
+        choices=("cpu", "gpu", "auto"),
+        help="where a bundle's networks run on LiteRT's CompiledModel, as on phones; auto: the GPU, where it is right",
+    )
     sample.add_argument(
         "--out",
         default="samples.png",
@@ -116,7 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="a run of a tiny decoder, in place of the run's own; of a run on latents also "
         "a run of an autoencoder, or a folder of a published one",
     )
-    export.add_argument("--precisions", default="f32,f16", help="weights to write (default: %(default)s)")
+    add_precisions(export)
     export.add_argument("--title", default="", help="name of the model that apps show (default: the workdir's)")
     export.add_argument("--license", default="", help="of the weights, as the hub calls it: apache-2.0, cc-by-4.0")
     export.add_argument(
@@ -128,6 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
         export.add_argument(f"--{name}", metavar="FOLDER", help="local folder of its weights, and of its tokenizer")
         export.add_argument(f"--{name}_tokenizer", metavar="FOLDER", help="of its tokenizer, where that is another")
     _adapters(export)
+    add_bench(commands)
     add_adapters(commands)
 
     encode = add("encode", "Image files to latents, by a trained run or by published weights.")

@@ -16,7 +16,7 @@ OURS = "snapgen_jax"
 # What a number of a config may be: the standard library alone, and every room with a config knows it.
 EVERYWHERE = "bounds"
 # Copied into every bundle.
-ALONE = ("export.program", "export.sampler", "export.older", "export.client", "export.verify")
+ALONE = tuple(f"export.{name}" for name in ("program", "sampler", "runtime", "older", "client", "verify"))
 
 # A room, or one file of it -> what else of ours it may import. The longest name that fits a file is its rule, and its
 # own room is always allowed. "*" is everything.
@@ -122,8 +122,9 @@ MAY_IMPORT = {
     "export.program": [],
     "export.sampler": ["export.program"],
     "export.older": ["export.program"],
-    "export.client": ["diffusion.noise", "export.program", "export.sampler", "export.older"],
-    "export.verify": ["export.program", "export.sampler", "export.client"],
+    "export.runtime": [],
+    "export.client": ["diffusion.noise", "export.program", "export.sampler", "export.runtime", "export.older"],
+    "export.verify": ["export.program", "export.sampler", "export.runtime", "export.client"],
     # configs and workdirs
     "config": [
         "config_file",
@@ -177,7 +178,18 @@ MAY_IMPORT = {
     "cli": ["*"],
     "cli_adapters": ["adapters"],
     "cli_apps": ["export.apps", "training.exits", "training.files"],
-    "cli_parser": ["cli_adapters", "cli_apps", "cli_prepare", "overrides", "training.exits", "typed"],
+    "cli_bench": ["export", "training.exits"],
+    "cli_parser": [
+        "cli_adapters",
+        "cli_apps",
+        "cli_bench",
+        "cli_precisions",
+        "cli_prepare",
+        "overrides",
+        "training.exits",
+        "typed",
+    ],
+    "cli_precisions": ["export", "training.exits"],
     "cli_prepare": ["*"],
     "cli_exit": ["data.errors", "parallel.hosts", "training.exits"],
     "__init__": ["*"],
@@ -195,8 +207,9 @@ LIBRARIES = {
     "export.program": {"numpy"},
     "export.sampler": {"numpy", "program"},
     "export.older": {"program"},
-    "export.client": {"numpy", "ai_edge_litert", "tokenizers", "noise", "program", "sampler", "older"},
-    "export.verify": {"numpy", "ai_edge_litert", "program", "sampler", "client"},
+    "export.client": {"numpy", "tokenizers", "noise", "program", "sampler", "runtime", "older"},
+    "export.runtime": {"numpy", "ai_edge_litert"},
+    "export.verify": {"numpy", "ai_edge_litert", "program", "sampler", "runtime", "client"},
 }
 
 # What brings TensorFlow in, and where it may be brought in: there only, and only when a function needs it.

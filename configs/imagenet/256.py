@@ -20,9 +20,9 @@ Guidance is swept, as its band of times is:
 The default, 1.8 for times up to 0.7, is what SiT-XL/2 of the same path and autoencoder was best at in REPA (arXiv
 2410.06940).
 
-Machine: 256 chips of TPU v5e, whose hours `snapgen plan` tells; runlocal, a laptop in a minute. Metric: FID of 50,000
-images. SnapGen publishes neither length, batch, learning rate nor guidance: here they are 800 epochs (of SiT's 1,400),
-1,024 and 1e-4.
+Machine: 256 chips of TPU v5e, at best 0.29 days or 1,787 chip-hours on stored latents; 64 chips of v5p, 0.18 days or
+276 chip-hours (`docs/measured.md`); runlocal, a laptop in a minute. Metric: FID of 50,000 images. SnapGen
+publishes neither length, batch, learning rate nor guidance: here they are 800 epochs (of SiT's 1,400), 1,024 and 1e-4.
 """
 
 from ml_collections import ConfigDict

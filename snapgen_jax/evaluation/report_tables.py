@@ -12,7 +12,7 @@ from snapgen_jax.data.prompts import CATEGORIES
 Numbers = Mapping[str, float]
 
 # What an export is verified against; the numbers of a report are held to the same limits.
-LIMITS = {"rel_l2_f32": 1e-5, "rel_l2_f16": 2e-3, "flex_ops": 0}
+LIMITS = {"rel_l2_f32": 1e-5, "rel_l2_f16": 2e-3, "rel_l2_int8": 0.1, "flex_ops": 0}
 
 
 def _count(value: float) -> str:
@@ -32,6 +32,10 @@ def _share(value: float) -> str:
 
 def _error(value: float) -> str:
     return f"{value:.1e}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}"
 
 
 def _plain(value: float) -> str:
@@ -134,8 +138,10 @@ def export_units(numbers: Numbers) -> str:
     columns = {
         "rel_l2_f32": (f"float32 (limit {LIMITS['rel_l2_f32']:.0e})", _error),
         "rel_l2_f16": (f"float16 (limit {LIMITS['rel_l2_f16']:.0e})", _error),
+        "rel_l2_int8": (f"eight bits (limit {LIMITS['rel_l2_int8']:g})", _error),
         "bytes_f32": ("float32 file", _bytes),
         "bytes_f16": ("float16 file", _bytes),
+        "bytes_int8": ("eight bits", _bytes),
     }
     rows = []
     for unit in units:
@@ -151,6 +157,11 @@ def export_totals(numbers: Numbers) -> str:
         "flex_ops": ("operators outside the TFLite set", _plain),
         "bytes_f32": ("all float32 files", _bytes),
         "bytes_f16": ("all float16 files", _bytes),
+        "bytes_int8": ("all files of eight bits", _bytes),
+        "paired.difference_f16": ("score of float16, less that of float32, prompt by prompt", _signed),
+        "paired.low_f16": ("its lower bound", _signed),
+        "paired.difference_int8": ("score of eight bits, less that of float32, prompt by prompt", _signed),
+        "paired.low_int8": ("its lower bound", _signed),
         "seconds_per_image": ("seconds an image on LiteRT, this machine", lambda v: f"{v:.2f}"),
         "image.max_grey_f32": ("largest difference of an image, grey levels", _plain),
         "image.max_grey_to_generator": ("largest difference from the JAX sampler, grey levels", _plain),

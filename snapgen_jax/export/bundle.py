@@ -7,7 +7,7 @@
                       several encoders read them
     golden/           .npy arrays, whose names `golden.run` explains, golden.json: prompts, tolerances, and
                       conformance.json: small cases for a client in another language
-    program.py, sampler.py, noise.py, older.py, client.py   what runs it: numpy and ai-edge-litert alone
+    client.py and program.py, sampler.py, noise.py, runtime.py, older.py   what runs it: numpy, ai-edge-litert alone
     verify.py         checks all of this, with the same two libraries
     SPEC.md, spec.json   what a client must do, for one who writes it in another language
     README.md         for the person who loads it
@@ -32,7 +32,19 @@ import jax
 import numpy as np
 
 from snapgen_jax.diffusion import noise as noise_module
-from snapgen_jax.export import client, compare, conformance, golden, memory, older, program, sampler, spec, verify
+from snapgen_jax.export import (
+    client,
+    compare,
+    conformance,
+    golden,
+    memory,
+    older,
+    program,
+    runtime,
+    sampler,
+    spec,
+    verify,
+)
 from snapgen_jax.export.compat import Requirements, check, flex_operators
 from snapgen_jax.export.convert import Backend, to_tflite, to_tflite_apart
 from snapgen_jax.export.flatbuffer import Description
@@ -84,7 +96,9 @@ class BundleReport:
             is a process of its own) and `.peak_bytes_<precision>` (of a process that runs it); over all units
             `export.bytes_<precision>`, `export.peak_bytes_in_turn_<precision>` and `_together_`, and
             `export.flex_ops`; of whole trajectories
-            `export.trajectory.rel_l2_<precision>` (the last latent); of each output `export.<output>.max_grey_f32` and,
+            `export.trajectory.rel_l2_<precision>` (the last latent); of what each precision draws beside float32
+            `export.median_db_<precision>`, and `export.paired.difference_<precision>` and `.low_<precision>` where the
+            run has an exact score (see `judging.paired`); of each output `export.<output>.max_grey_f32` and,
             against the recipe's own generator, `.max_grey_to_generator`. The last two are `.rel_l2_f32` and
             `.rel_l2_to_generator` for an output that is no picture.
         operators: {unit: {operator: nodes}} of the float32 files.
@@ -239,7 +253,7 @@ class _Export:
         for name in {entry.file for entry in self.program.tokenizers}:
             (self.folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(tokenizers[name], self.folder / name)
-        for module in (noise_module, program, sampler, older, client, verify):
+        for module in (noise_module, program, sampler, runtime, older, client, verify):
             shutil.copyfile(str(module.__file__), self.folder / pathlib.Path(str(module.__file__)).name)
         write_json(self.folder / "program.json", self.plan.program)
         spec.write(self.folder)
@@ -265,6 +279,7 @@ class _Export:
             with self.variants.refusing(precision, self.files.forget):
                 self._variant(precision, examples)
                 tolerances[precision] = self._trajectory(precision, arrays)
+                self.numbers |= self.variants.numbers(precision)
         if "f32" not in self.variants.precisions:
             self.files.forget("f32")
             del tolerances["f32"]
@@ -276,6 +291,7 @@ class _Export:
         count = len(next(iter(arrays.values())))
         facts = {"prompts": list(inputs.prompts), "seed": inputs.seed, "examples": count, "tolerances": tolerances}
         facts["self_test"] = {precision: self._self_test(precision) for precision in self.variants.precisions}
+        facts["gpu_factor"] = {p: compare.GPU_LIMITS[p] / compare.LIMITS[p] for p in self.variants.precisions}
         write_json(self.folder / "golden" / "golden.json", facts)
         cases = conformance.conformance(self.program, lambda name: self.folder / name)
         conformance.write(self.folder / "golden" / "conformance.json", cases)

@@ -1,8 +1,8 @@
 """A client of an export bundle: from prompts or named arrays to images, with numpy and ai-edge-litert alone.
 
-The files that are copied into every bundle import nothing of the library they lie in: program.py says what program.json
-means, sampler.py runs it, noise.py draws what it begins with, older.py reads what older bundles say, and this one reads
-the folder and calls LiteRT.
+The files that are copied into every bundle import nothing of the library they lie in: program.py says what
+program.json means, sampler.py runs it, noise.py draws what it begins with, runtime.py calls LiteRT, older.py reads what
+older bundles say, and this one reads the folder.
 
     generator = LiteRTGenerator("bundle")
     images = generator.generate(["two red circles left of a blue square"])   # uint8 [1, H, W, 3]; needs `tokenizers`
@@ -11,8 +11,10 @@ the folder and calls LiteRT.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
+import logging
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -24,30 +26,72 @@ if __package__:
     from snapgen_jax.diffusion.noise import draw_noise
     from snapgen_jax.export.older import from_schema_1, from_schema_2
     from snapgen_jax.export.program import BundleError, FeedForward, Flow, Tokenizer, parse
-    from snapgen_jax.export.sampler import Sampler, Unit, with_options
+    from snapgen_jax.export.runtime import AcceleratorError, CompiledUnit, litert_unit
+    from snapgen_jax.export.sampler import Sampler, Unit, relative_l2, with_options
 else:  # beside its own copies, in a bundle; each may be a link into a store of blobs, where Python would look
     sys.path.insert(0, str(pathlib.Path(__file__).absolute().parent))
     from noise import draw_noise  # type: ignore[import-not-found]
     from older import from_schema_1, from_schema_2  # type: ignore[import-not-found]
     from program import BundleError, FeedForward, Flow, Tokenizer, parse  # type: ignore[import-not-found]
-    from sampler import Sampler, Unit, with_options  # type: ignore[import-not-found]
+    from runtime import AcceleratorError, CompiledUnit, litert_unit  # type: ignore[import-not-found]
+    from sampler import Sampler, Unit, relative_l2, with_options  # type: ignore[import-not-found]
 
 # Of manifest.json. Schema 4 has the same program.json as 3; 2 had another, and 1 a scheduler.json.
 MANIFEST_SCHEMA = 4
 Residency = Literal["together", "in turn"]
+# Where units run: LiteRT's CompiledModel on the CPU or the GPU; "auto" is the GPU for those units that pass their
+# self-test there, and LiteRT's interpreter for the others. None is the interpreter, in this process.
+Placing = Literal["cpu", "gpu", "auto"]
+
+log = logging.getLogger(__name__)
+
+
+class Cancelled(Exception):
+    """A caller's `progress` returned False."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a run is.
+
+    Attributes:
+        example, examples: the example that is being made, from 0, of so many.
+        step, steps: how many steps of it are done, of so many.
+        latent: after that step; None for a program of one call.
+    """
+
+    example: int
+    examples: int
+    step: int
+    steps: int
+    latent: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """Where a unit runs, "cpu" or "gpu", and the reason where "auto" did not take the GPU."""
+
+    accelerator: str
+    reason: str = ""
 
 
 class Bundle:
     """A bundle's folder: its manifest, and its files by name.
 
     No name leads out of the folder. Links are followed: a snapshot of the Hugging Face hub is links into its cache.
+
+    Attributes:
+        manifest: what manifest.json says.
+        program: what program.json says.
+        placed: {unit: where it runs}, of those that were loaded last.
     """
 
     def __init__(self, folder: str | pathlib.Path) -> None:
         self.folder = pathlib.Path(folder).absolute()
         if not (self.folder / "manifest.json").is_file():
             raise BundleError(f"{folder} holds no manifest.json, so it is not an export bundle")
-        self.manifest = self._json("manifest.json")
+        self.placed: dict[str, Placed] = {}
+        self.manifest = self.json("manifest.json")
         if missing := {"schema", "precisions", "units", "files"} - self.manifest.keys():
             raise BundleError(f"manifest.json lacks {', '.join(sorted(missing))}")
         self.schema = self.manifest["schema"]
@@ -59,9 +103,9 @@ class Bundle:
                 f"1 to {MANIFEST_SCHEMA}. Update snapgen-jax, or run the client.py that lies in the bundle"
             )
         if self.schema == 1:
-            self.program = parse(from_schema_1(self._json("scheduler.json")))
+            self.program = parse(from_schema_1(self.json("scheduler.json")))
         else:
-            data = self._json("program.json")
+            data = self.json("program.json")
             self.program = parse(from_schema_2(data) if self.schema == 2 else data)
 
     def file(self, name: str) -> pathlib.Path:
@@ -74,7 +118,8 @@ class Bundle:
             raise BundleError(f"the bundle has no file {name!r}")
         return path
 
-    def _json(self, name: str) -> dict[str, Any]:
+    def json(self, name: str) -> dict[str, Any]:
+        """The object that a file of JSON holds. Raises `BundleError` where it holds none."""
         try:
             data = json.loads(self.file(name).read_text("utf-8"))
         except ValueError as error:
@@ -88,19 +133,37 @@ class Bundle:
         return np.load(self.file(f"golden/{name}.npy"), allow_pickle=False)
 
     def sampler(
-        self, precision: str = "f32", num_threads: int | None = None, *, residency: Residency = "together"
+        self,
+        precision: str = "f32",
+        num_threads: int | None = None,
+        *,
+        residency: Residency = "together",
+        accelerator: Placing | None = None,
+        trying: bool = True,
     ) -> Sampler:
-        """The units of one precision on LiteRT: loaded "together" now, or "in turn", each when it is called and only
-        until another is, so that the largest unit is all that memory must hold."""
+        """The units of one precision on LiteRT.
+
+        Args:
+            precision: of the weights.
+            num_threads: of LiteRT's CPU kernels; None leaves the choice to it.
+            residency: units are loaded "together" now, or "in turn", each when it is called and only until another is,
+                so that the largest unit is all that memory must hold.
+            accelerator: see `Placing`.
+            trying: whether a unit on "cpu" or "gpu" must first pass its self-test.
+
+        Raises:
+            AcceleratorError: a unit does not run on "cpu" or "gpu", or computes something else there.
+        """
         if precision not in self.manifest["precisions"]:
             known = ", ".join(self.manifest["precisions"])
             raise BundleError(f"no precision {precision!r} in this bundle; it has {known}")
         if residency not in ("together", "in turn"):
             raise ValueError(f"units are loaded 'together' or 'in turn'; got {residency!r}")
-        described = self.manifest["units"]
+        if accelerator not in (None, "cpu", "gpu", "auto"):
+            raise ValueError(f"the accelerator is 'cpu', 'gpu' or 'auto', or None; got {accelerator!r}")
+        described, self.placed = self.manifest["units"], {}
         load = {
-            name: functools.partial(litert_unit, self.file(unit["files"][precision]), unit["signature"], num_threads)
-            for name, unit in described.items()
+            name: functools.partial(self._load, name, precision, num_threads, accelerator, trying) for name in described
         }
         units = in_turn(load) if residency == "in turn" else {name: make() for name, make in load.items()}
         shapes = {
@@ -108,6 +171,64 @@ class Bundle:
             for name, unit in described.items()
         }
         return Sampler(self.program, units, shapes)
+
+    def _load(
+        self, name: str, precision: str, num_threads: int | None, accelerator: Placing | None, trying: bool
+    ) -> Unit:
+        unit = self.manifest["units"][name]
+        path, signature = self.file(unit["files"][precision]), unit["signature"]
+        if accelerator in ("cpu", "gpu"):
+            made = CompiledUnit(path, signature, accelerator, num_threads)
+            if trying and name not in self.placed:
+                self._hold(name, precision, made, accelerator)
+            self.placed[name] = Placed(accelerator)
+            return made
+        if accelerator == "auto" and self.placed.get(name, Placed("gpu")).accelerator == "gpu":
+            try:
+                return self._on_gpu(name, precision, path, signature)
+            except AcceleratorError as error:
+                self.placed[name] = Placed("cpu", str(error))
+                log.warning("%s runs on the CPU: %s", name, error)
+        self.placed.setdefault(name, Placed("cpu"))
+        return litert_unit(path, signature, num_threads)
+
+    def _on_gpu(self, name: str, precision: str, path: pathlib.Path, signature: str) -> Unit:
+        """A unit on the GPU, if that is worth it and right."""
+        unit = self.manifest["units"][name]
+        if any(details["dtype"] == "int32" for details in unit["inputs"].values()):
+            raise AcceleratorError("it reads token ids, and no GPU looks them up in a table")
+        made = CompiledUnit(path, signature, "gpu")
+        if made.software:
+            raise AcceleratorError("the only GPU is a driver in software, which is slower than the CPU")
+        if name not in self.placed:
+            self._hold(name, precision, made, "gpu")
+        self.placed[name] = Placed("gpu")
+        return made
+
+    def _hold(self, name: str, precision: str, unit: Unit, accelerator: str) -> None:
+        """Raises `AcceleratorError` where a unit does not compute its recorded call."""
+        error, limit = self.self_test(name, precision, unit)
+        if not error <= limit:
+            found = f"off by {error:.3g}" if np.isfinite(error) else "NaN or infinity"
+            raise AcceleratorError(
+                f"{name} in {precision} fails its self-test on LiteRT's {accelerator.upper()}: what it gives for the "
+                f"recorded call is {found} (relative L2); at most {limit:.3g} is accepted"
+            )
+
+    def self_test(self, name: str, precision: str, unit: Unit) -> tuple[float, float]:
+        """How far a unit is off at its recorded call, and how far it may be: relative L2; infinite for NaN.
+
+        Raises:
+            BundleError: the bundle has no recorded calls.
+        """
+        described = self.manifest["units"][name]
+        limits = self.json("golden/golden.json").get("self_test")
+        if limits is None:
+            raise BundleError("this bundle has no recorded calls to try an accelerator with; export it anew")
+        inputs = {n: self.golden(f"self_test/{name}/inputs/{n}") for n in described["inputs"]}
+        outputs = unit(**inputs)
+        pairs = {n: self.golden(f"self_test/{name}/outputs/{n}") for n in described["outputs"]}
+        return max(relative_l2(outputs[n], expected) for n, expected in pairs.items()), limits[precision]
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """The inputs that the bundle's tokenizers make of prompts, `{name: [N, L]}`."""
@@ -158,13 +279,6 @@ def tokenize(
     return tokens, mask
 
 
-def litert_unit(path: pathlib.Path, signature: str, num_threads: int | None = None) -> Unit:
-    """The function of one `.tflite` file on LiteRT's CPU."""
-    from ai_edge_litert.interpreter import Interpreter
-
-    return Interpreter(model_path=str(path), num_threads=num_threads).get_signature_runner(signature)
-
-
 def in_turn(load: Mapping[str, Callable[[], Unit]]) -> dict[str, Unit]:
     """Units that are loaded when they are called, and freed when another is."""
     held: dict[str, Unit] = {}
@@ -183,10 +297,14 @@ class LiteRTGenerator:
 
     Args:
         bundle: the folder.
-        precision: "f32" or "f16", where the bundle has it.
+        precision: of the weights, one of the bundle's: "f32", "f16", "int8".
         num_threads: of LiteRT's CPU kernels; None leaves the choice to it.
         residency: whether all units are in memory "together", or are loaded and freed "in turn"; manifest.json says
             how much memory either takes.
+        accelerator: see `Placing`; `generator.bundle.placed` says where each unit runs, and why.
+
+    Raises:
+        AcceleratorError: a unit does not run on "cpu" or "gpu", or computes something else there.
     """
 
     def __init__(
@@ -196,10 +314,11 @@ class LiteRTGenerator:
         precision: str = "f32",
         num_threads: int | None = None,
         residency: Residency = "together",
+        accelerator: Placing | None = None,
     ) -> None:
         self.bundle = Bundle(bundle)
         self.program = self.bundle.program
-        self.sampler = self.bundle.sampler(precision, num_threads, residency=residency)
+        self.sampler = self.bundle.sampler(precision, num_threads, residency=residency, accelerator=accelerator)
 
     def generate(
         self,
@@ -207,20 +326,25 @@ class LiteRTGenerator:
         *,
         seed: int = 0,
         indices: Sequence[int] | None = None,
+        progress: Callable[[Progress], Any] | None = None,
         **options: Any,
     ) -> np.ndarray:
         """The output "image" of prompts, `uint8 [N, H, W, 3]`.
 
         Image n depends on (seed, indices[n], prompts[n]) alone, and is that of the JAX generator but for rounding.
         Indices default to 0..N-1; they and the seed are whole numbers from 0 to 2**32 - 1, see noise.py. `options` are
-        those of `sampler.with_options`: steps, guidance, method, guidance_interval.
+        those of `sampler.with_options`: steps, guidance, method, guidance_interval. `progress` is called after each
+        step; where it returns False, no more is done.
 
         Raises:
+            Cancelled: `progress` returned False.
             ValueError: the inputs do not fit together, or a seed or an index is out of bounds.
         """
         if "image" not in self.program.outputs:
             raise ValueError(f"this bundle makes {', '.join(self.program.outputs)} and no image; use `run`")
-        return self.run(self.bundle.tokenize(prompts), seed=seed, indices=indices, **options)["image"]
+        return self.run(self.bundle.tokenize(prompts), seed=seed, indices=indices, progress=progress, **options)[
+            "image"
+        ]
 
     def run(
         self,
@@ -229,6 +353,7 @@ class LiteRTGenerator:
         noise: Sequence[np.ndarray] | np.ndarray | None = None,
         seed: int = 0,
         indices: Sequence[int] | None = None,
+        progress: Callable[[Progress], Any] | None = None,
         **options: Any,
     ) -> dict[str, np.ndarray]:
         """All outputs of N examples, `{name: [N, ...]}`.
@@ -236,7 +361,7 @@ class LiteRTGenerator:
         Args:
             inputs: `{name: [N, ...]}`, all that program.json lists.
             noise: `[N, *noise_shape]`, of a flow; drawn from (seed, index) where none is given.
-            seed, indices, options: as for `generate`.
+            seed, indices, progress, options: as for `generate`.
         """
         sizes = {name: len(array) for name, array in inputs.items()}
         sizes |= {} if indices is None else {"indices": len(indices)}
@@ -246,12 +371,27 @@ class LiteRTGenerator:
         count = next(iter(sizes.values()))
         if noise is None:
             noise = self._noise(seed, range(count) if indices is None else indices, options)
-        made = [
-            self.sampler.run({name: array[i] for name, array in inputs.items()}, noise[i], **options)
-            for i in range(count)
-        ]
+        made = []
+        for i in range(count):
+            on_step = self._on_step(i, count, progress, options)
+            given = {name: array[i] for name, array in inputs.items()}
+            made.append(self.sampler.run(given, noise[i], on_step=on_step, **options))
+            if isinstance(self.program, FeedForward):
+                on_step(0, None)
         empty = {name: np.zeros((0, *array.shape), array.dtype) for name, array in self.program.outputs.items()}
         return {name: np.stack([one[name] for one in made]) for name in empty} if made else empty
+
+    def _on_step(
+        self, example: int, examples: int, progress: Callable[[Progress], Any] | None, options: Mapping[str, Any]
+    ) -> Callable[[int, np.ndarray | None], None]:
+        """What the sampler calls after each step."""
+        steps = len(with_options(self.program, **options).times) - 1 if isinstance(self.program, Flow) else 1
+
+        def on_step(step: int, latent: np.ndarray | None) -> None:
+            if progress is not None and progress(Progress(example, examples, step + 1, steps, latent)) is False:
+                raise Cancelled(f"cancelled after step {step + 1} of {steps} of example {example + 1} of {examples}")
+
+        return on_step
 
     def _noise(self, seed: int, indices: Sequence[int], options: Mapping[str, Any]) -> list[Any]:
         if isinstance(self.program, FeedForward):

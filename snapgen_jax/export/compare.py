@@ -12,8 +12,7 @@ import numpy as np
 
 from snapgen_jax.export.flatbuffer import describe
 from snapgen_jax.export.precision import Precision
-from snapgen_jax.export.sampler import Arrays, Unit
-from snapgen_jax.export.verify import relative_l2
+from snapgen_jax.export.sampler import Arrays, Unit, relative_l2
 from snapgen_jax.training.exports import ExportUnit
 
 # Relative L2 error of one call. Float32 files differ from XLA in the order of their sums alone; a float16 weight is

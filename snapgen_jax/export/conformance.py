@@ -81,7 +81,7 @@ def _noise(seed: int, index: int, shape: Sequence[int]) -> dict[str, Any]:
 
 def _features(dim: int, scale: float, max_period: float, t: float) -> dict[str, Any]:
     time = {"dim": dim, "scale": scale, "max_period": max_period, "order": "cos,sin"}
-    (values,) = sampler.time_features(np.float32([t]), time)
+    (values,) = sampler.time_features(np.array([t], np.float32), time)
     return {"time": time, "t": t, "values": conformance_runs.numbers(values)}
 
 
@@ -124,5 +124,5 @@ def _codec(codec: Mapping[str, Any]) -> dict[str, Any]:
 def _rounding() -> dict[str, Any]:
     """Pixels in the middle between two grey levels, where the even one is taken, and outside [-1, 1]."""
     middle = (np.arange(-127, 128, dtype=np.float32) / np.float32(127.5)).astype(np.float32)
-    pixels = np.concatenate([middle, np.float32([-1, 1, -1.004, 1.004, -7, 7, 1e30, -1e30, 1e-8, -1e-8])])
+    pixels = np.concatenate([middle, np.array([-1, 1, -1.004, 1.004, -7, 7, 1e30, -1e30, 1e-8, -1e-8], np.float32)])
     return {"pixels": conformance_runs.numbers(pixels), "grey": sampler.grey_levels(pixels).tolist()}

@@ -60,7 +60,7 @@ def net(latent: Sequence[int] = LATENT, **inputs: Sequence[int]) -> Units:
     return {"net": ({"latent": [1, *latent], **inputs}, {"prediction": [1, *latent]})}
 
 
-TIME, GIVEN = {"time": [1, 6]}, {"label": np.float32([0.25, -1.5])}
+TIME, GIVEN = {"time": [1, 6]}, {"label": np.array([0.25, -1.5], np.float32)}
 GUIDED = {"time": FEATURES, "guidance": 3.0}
 TEXT: Json = {
     "inputs": {
@@ -70,7 +70,11 @@ TEXT: Json = {
     },
     "contexts": {"text": ["first", "second"]},
 }
-WORDS = {"tokens": np.int32([1, 5, 2]), "mask": np.float32([1, 1, 1]), "size": np.float32([0.5])}
+WORDS = {
+    "tokens": np.array([1, 5, 2], np.int32),
+    "mask": np.ones(3, np.float32),
+    "size": np.array([0.5], np.float32),
+}
 # "second" reads what "first" made; both are called before the first step.
 ENCODERS: Units = {
     "first": ({"tokens": [1, 3]}, {"states": [1, 3, 2]}),
@@ -93,7 +97,7 @@ TWO_UNITS: Units = {
 CLIPS = {"image": {"shape": CLIP, "dtype": "uint8"}, "edges": {"shape": [*CLIP[:3], 1], "dtype": "float32"}}
 PATCH = {"kind": "patch", "patch": 2, "scale": 1.5, "shift": 0.1, "frequency_scale": [1.0, 2.0, 0.5, 3.0]}
 PICTURES = {"inputs": {"image": IMAGE}, "outputs": {"image": IMAGE, "edges": {"shape": [2, 2, 1], "dtype": "float32"}}}
-PICTURE = np.arange(0, 240, 20, np.uint8).reshape(2, 2, 3)
+PICTURE = np.arange(0, 240, 20).astype(np.uint8).reshape(2, 2, 3)
 
 RUNS = (
     Run("euler, velocity", flow({}), net()),

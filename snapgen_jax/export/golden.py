@@ -14,8 +14,8 @@ from snapgen_jax.export import client
 from snapgen_jax.export.compare import LIMITS
 from snapgen_jax.export.precision import Precision
 from snapgen_jax.export.program import Flow, Program
-from snapgen_jax.export.sampler import Arrays, Sampler, Unit, time_input
-from snapgen_jax.export.verify import grey_levels, relative_l2
+from snapgen_jax.export.sampler import Arrays, Sampler, Unit, relative_l2, time_input
+from snapgen_jax.export.verify import grey_levels
 from snapgen_jax.training.exports import GoldenInputs
 
 TIMES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -98,8 +98,8 @@ def run(sampler: Sampler, inputs: Mapping[str, np.ndarray], noise: np.ndarray | 
             found |= _encoded("null_contexts", name, nulls, sampler)
     kept = [_Kept() for _ in given]
     paths = [
-        sampler.trajectory(*three, on_call=one.on_call if i < recorded else None)
-        for i, (*three, one) in enumerate(zip(noise, contexts, nulls, kept, strict=True))
+        sampler.trajectory(one_noise, context, null, on_call=one.on_call if i < recorded else None)
+        for i, (one_noise, context, null, one) in enumerate(zip(noise, contexts, nulls, kept, strict=True))
     ]
     found |= {"noise": noise, "latents": np.stack(paths)}
     if recorded:

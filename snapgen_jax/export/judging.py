@@ -16,14 +16,15 @@ import numpy as np
 from scipy import optimize
 
 from snapgen_jax.bounds import check, within
+from snapgen_jax.export.compare import VerificationError
 
 CONFIDENCE = 1.6448536269514722  # standard deviations: a bound that the truth exceeds with 95%
 PAIRED = "paired score"
 MOST_DECIBELS = 99.0  # of two outputs that are equal
 
 
-class VariantError(RuntimeError):
-    """A variant was asked for by name, and is not good enough. The message says by what measure."""
+class VariantError(VerificationError):
+    """A variant is not good enough, or cannot be had. The message says why, and by what measure."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -122,41 +122,48 @@ def search(
         raise QuantisationError("mixed: there is no layer that could take four bits")
     count = len(next(iter(expected.values())))
     order = _ordered(every, sources, targets, draw, expected)
-    tried: dict[int, tuple[int, float]] = {}
+    tried: dict[int, float] = {}
+    sizes: dict[int, int] = {}
+    last = -1
 
-    def attempt(k: int) -> tuple[int, float]:
-        """Bytes and decibels with the first k layers in four bits, whose files are left in place."""
-        size = _write(order[:k], sources, targets)
+    def size(k: int) -> int:
+        """The bytes of the files with the first k layers in four bits, which are left in place."""
+        nonlocal last
+        if k != last:
+            sizes[k], last = _write(order[:k], sources, targets), k
+        return sizes[k]
+
+    def ratio(k: int) -> float:
+        """The decibels of those."""
         if k not in tried:
-            tried[k] = size, float(np.median(fidelity(draw(targets, count), expected)))
-            log.info("mixed: %d of %d layers in four bits: %d bytes, %.1f dB", k, len(order), *tried[k])
+            wrote = size(k)
+            tried[k] = float(np.median(fidelity(draw(targets, count), expected)))
+            log.info("mixed: %d of %d layers in four bits: %d bytes, %.1f dB", k, len(order), wrote, tried[k])
         return tried[k]
 
     low, high = 0, len(order)  # of k: what the bytes need at least, what the decibels allow at most
     if budget.bytes is not None:
-        low = _first(lambda k: _write(order[:k], sources, targets) <= budget.bytes, 0, len(order))
+        low = _first(lambda k: size(k) <= budget.bytes, 0, len(order))
         if low > len(order):
-            least, _ = attempt(len(order))
             raise BudgetError(
-                f"mixed: the budget is {budget.bytes:.0f} bytes, and the files are {least} with four bits in all "
-                f"{len(order)} layers that take them"
+                f"mixed: the budget is {budget.bytes:.0f} bytes, and the files are {size(len(order))} with four bits "
+                f"in all {len(order)} layers that take them"
             )
     if budget.decibels is not None:
-        high = _first(lambda k: attempt(k)[1] < budget.decibels, 0, len(order)) - 1
+        high = _first(lambda k: ratio(k) < budget.decibels, 0, len(order)) - 1
         if high < low:
-            size, best = attempt(low)
+            within = f" in {budget.bytes:.0f} bytes" if budget.bytes is not None else ""
             raise BudgetError(
-                f"mixed: the budget asks for {budget.decibels:.1f} dB"
-                + (f" in {budget.bytes:.0f} bytes" if budget.bytes is not None else "")
-                + f"; {low} of {len(order)} layers in four bits are {size} bytes and {best:.1f} dB. Ask for less"
+                f"mixed: the budget asks for {budget.decibels:.1f} dB{within}; {low} of {len(order)} layers in four "
+                f"bits are {size(low)} bytes and {ratio(low):.1f} dB. Ask for less"
             )
     best = low if budget.decibels is None else high
-    size, ratio = attempt(best)
     four: dict[str, list[Layer]] = {unit: [] for unit in sources}
     eight: dict[str, list[Layer]] = {unit: [] for unit in sources}
     for i, (unit, layer) in enumerate(order):
         (four if i < best else eight)[unit].append(layer)
-    return Choice(four, eight, size, ratio, count)
+    decibels = ratio(best)
+    return Choice(four, eight, size(best), decibels, count)  # writes what is chosen, last
 
 
 def _ordered(

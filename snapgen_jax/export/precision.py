@@ -5,7 +5,7 @@ tables, such as frequencies, and the error of a denoiser then grows with the tim
 
 Integer weights are symmetric, with a scale for each output channel. A CPU computes with them in integers, for which it
 rounds activations on the fly ("dynamic range"); a GPU multiplies them out and computes in floating point. Inputs,
-outputs, biases, norms and tables that a gather reads stay float32.
+outputs, biases, norms, depthwise convolutions and tables that a gather reads stay float32.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ QUANTISED: tuple[Precision, ...] = ("int8", "mixed")
 # What a CPU does with integer weights: it computes in integers, or multiplies them out first, as a GPU does.
 Arithmetic = Literal["integer", "float"]
 
-# Operators whose weights become four bits; the quantiser takes eight for others, such as DEPTHWISE_CONV_2D.
+# Operators whose weights become integers. DEPTHWISE_CONV_2D is not among them: XNNPACK, the CPU's delegate, computes it
+# in floating point alone, and a network that leaves it at every block is slower than float32. Its weights are few.
+EIGHT_BITS = ("BATCH_MATMUL", "CONV_2D", "CONV_2D_TRANSPOSE", "EMBEDDING_LOOKUP", "FULLY_CONNECTED")
 FOUR_BITS = ("CONV_2D", "FULLY_CONNECTED")
 LEAST_WEIGHTS = 1024  # four bits of fewer save nothing
 
 # Names that one may try, and why there is no such precision.
 UNUSABLE = (
     (r"int8.*(block|b\d)", "eight bits have no blocks: the quantiser would leave every weight float32 and say nothing"),
-    (r"(int|w)2", "two bits quantise, and LiteRT does not run the file"),
+    (r"(int|w)2", "with two bits a network gives NaN, or something that is half error"),
     (r"static|a8|a16", "static files take int8 in place of float32 inputs, and draw something else"),
     (r"(int|w)4", "four bits everywhere lose a sixth of the score; `mixed` has them where they do no harm"),
 )
@@ -115,7 +117,7 @@ def cast_float16(source: str | pathlib.Path, target: str | pathlib.Path) -> path
     from ai_edge_quantizer import recipe_manager
 
     job = _job(source)
-    job.add_weight_only_config(**_all(16), algorithm_key=recipe_manager.AlgorithmName.FLOAT_CASTING)
+    job.add_weight_only_config(**_rule(16), algorithm_key=recipe_manager.AlgorithmName.FLOAT_CASTING)
     return _write(job, target)
 
 
@@ -145,10 +147,11 @@ def quantise(
     job = _job(source)
     add = job.add_dynamic_config if arithmetic == "integer" else job.add_weight_only_config
     if others == "int8":
-        add(**_all(8))
+        for operator in EIGHT_BITS:
+            add(**_rule(8, operator))
     for layer in four:
         for scope in layer.scopes:
-            add(**_all(4, f"^{re.escape(scope)}$"))
+            add(**_rule(4, layer.kind, f"^{re.escape(scope)}$"))
     path = _write(job, target)
     stored = weights_of(describe(path))
     wanted = sum(layer.size for layer in four)
@@ -190,14 +193,15 @@ def _job(source: str | pathlib.Path) -> Any:
     return quantizer.Quantizer(str(source))
 
 
-def _all(bits: int, scopes: str = ".*") -> Mapping[str, Any]:
+def _rule(bits: int, operator: str = "ALL_SUPPORTED", scopes: str = ".*") -> Mapping[str, Any]:
     from ai_edge_quantizer import qtyping
 
-    return {"regex": scopes, "operation_name": qtyping.TFLOperationName.ALL_SUPPORTED, "num_bits": bits}
+    return {"regex": scopes, "operation_name": qtyping.TFLOperationName[operator], "num_bits": bits}
 
 
 def _write(job: Any, target: str | pathlib.Path) -> pathlib.Path:
     target, silence = pathlib.Path(target), io.StringIO()  # it prints progress bars and a summary of sizes
+    target.unlink(missing_ok=True)  # it warns of a file that it overwrites
     try:
         with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
             job.quantize().export_model(str(target), overwrite=True)

@@ -27,9 +27,20 @@ examples. `golden/golden.json` says how close a client must come: what the accep
 all calls. `golden/conformance.json` has small cases of every formula, and `golden/self_test/` a call of each unit to
 try an accelerator with.
 
-In float16 files the weights are float16, and inputs and outputs stay float32. Float16 arithmetic ends at 65504; the
+{precisions}Float16 arithmetic ends at 65504; the
 largest number inside a unit is given above, so that a GPU driver's rounding can be judged. A GPU that computes garbage
 may report success: call it once with `golden/self_test/` first.
+"""
+
+PRECISIONS = """\
+Inputs and outputs are float32 in every file. Weights are float16 in files of `f16`; in those of `int8` they are eight
+bits, and in those of `mixed` eight or four by layer, with a scale for each output channel. A CPU computes with integer
+weights in integers, a GPU multiplies them out. Each precision drew the same prompts from the same noise as float32:
+
+| precision | bytes | median picture | score, gained / lost | lower bound | judged by |
+|---|---|---|---|---|---|
+{rows}
+
 """
 
 FLOW = """\
@@ -82,7 +93,22 @@ def readme(manifest: Mapping[str, Any], program: Program) -> str:
         memory=_memory(manifest),
         units=units,
         flow=flow,
+        precisions=_precisions(manifest),
     )
+
+
+def _precisions(manifest: Mapping[str, Any]) -> str:
+    """The table of all precisions beside float32; empty where there is none."""
+    rows = []
+    for precision, found in manifest["variants"].items():
+        size = sum(manifest["measured"][f"export.{unit}.bytes_{precision}"] for unit in manifest["units"])
+        score = found.get("paired")
+        verdicts = f"{score['variant']:.3f}, {score['gained']} / {score['lost']} of {score['prompts']}" if score else ""
+        low = f"{score['low']:.3f}" if score else ""
+        rows.append(
+            f"| `{precision}` | {size} | {found['median_db']:.1f} dB | {verdicts} | {low} | {found['judged_by']} |"
+        )
+    return PRECISIONS.format(rows="\n".join(rows)) if rows else ""
 
 
 def _tokenizers(program: Program) -> str:

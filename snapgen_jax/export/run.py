@@ -18,7 +18,7 @@ from snapgen_jax.evaluation.detector import detect
 from snapgen_jax.export.bundle import GPUCheck, export_bundle, generator_of
 from snapgen_jax.export.convert import Backend, require
 from snapgen_jax.export.frames import spelled_out
-from snapgen_jax.export.judging import LIMITS, Judge, Limits
+from snapgen_jax.export.judging import LIMITS, Judge, Limits, VariantError
 from snapgen_jax.export.latents import Carried, load_latents, save_tokenizers
 from snapgen_jax.export.manifest import About
 from snapgen_jax.export.mixed import BUDGET, Budget
@@ -61,7 +61,8 @@ def export_run(
         What was measured, `export.*`.
 
     Raises:
-        ConfigError: `out` is in an object store, the backend is not installed, or the run cannot be exported.
+        ConfigError: `out` is in an object store, the backend is not installed, the run cannot be exported, or a
+            precision that was given is not good enough.
     """
     if on_object_store(out):
         raise ConfigError(f"a bundle is made of local files, and {out} is not; give --out a local folder, and copy it")
@@ -86,12 +87,15 @@ def export_run(
             text = (epath.Path(workdir) / "tokenizer.json").read_text()
             tokenizers["tokenizer.json"].write_text(spelled_out(text), "utf-8")
         reference = generator_of(recipe, params, frozen)
-        report = export_bundle(
-            recipe, params, frozen, tokenizers, str(out),
-            backend=backend, reference=reference, gpu_check=gpu_check, precisions=precisions,
-            about=about_run(workdir, title, licence),
-            judge=judge_of(recipe, load_config(workdir)), limits=limits, budget=budget,
-        )  # fmt: skip
+        try:
+            report = export_bundle(
+                recipe, params, frozen, tokenizers, str(out),
+                backend=backend, reference=reference, gpu_check=gpu_check, precisions=precisions,
+                judge=judge_of(recipe, load_config(workdir)), limits=limits, budget=budget,
+                about=about_run(workdir, title, licence),
+            )  # fmt: skip
+        except VariantError as error:
+            raise ConfigError(str(error)) from error
     return report.numbers
 
 

@@ -80,6 +80,18 @@ def grey_levels(pixels: np.ndarray) -> np.ndarray:
     return np.round(np.clip(pixels * 127.5 + 127.5, 0, 255)).astype(np.uint8)
 
 
+def relative_l2(value: np.ndarray, reference: np.ndarray) -> float:
+    """`||value - reference|| / ||reference||`; 0 where both are zero, infinite where only the reference is.
+
+    Infinite, too, where either holds NaN or infinity: `max()` drops NaN, and no limit is below it.
+    """
+    if not (np.isfinite(value).all() and np.isfinite(reference).all()):
+        return float("inf")
+    difference = np.linalg.norm(np.asarray(value, np.float64) - reference)
+    norm = np.linalg.norm(np.asarray(reference, np.float64))
+    return float(difference / norm) if norm else (float("inf") if difference else 0.0)
+
+
 def _identity(latents: np.ndarray, codec: Mapping[str, Any]) -> np.ndarray:
     """Latents are normalised pixels."""
     return latents / np.float32(codec["scale"]) + np.float32(codec["shift"])

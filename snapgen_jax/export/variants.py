@@ -32,7 +32,7 @@ from snapgen_jax.export.sampler import Arrays, Sampler
 
 CALIBRATION = 8  # examples by which `mixed` is chosen
 # What says that one variant is no good; the bundle may well do without it.
-FAULTS = (QuantisationError, BudgetError, IncompatibleModelError, VerificationError, VariantError)
+FAULTS = (QuantisationError, BudgetError, IncompatibleModelError, VerificationError)
 SMALLER = {"float16", "int8", "int4"}
 Shapes = Mapping[str, Mapping[str, Any]]
 Files = Mapping[str, pathlib.Path]
@@ -105,17 +105,14 @@ class Variants:
         and otherwise a warning, after which the bundle goes on without it.
 
         Raises:
-            VariantError: it was asked for by name, or nothing would be left.
+            VariantError: it was asked for by name.
         """
         try:
             yield
         except FAULTS as error:
-            reason = str(error).removesuffix(" Nothing was written.")
-            if self._by_name or self.precisions == (precision,):
-                kind = type(error) if isinstance(error, VerificationError | IncompatibleModelError) else VariantError
-                raise kind(
-                    f"--precisions names {precision}, and it is refused: {reason}. Nothing was written."
-                ) from error
+            reason = str(error).removesuffix(" Nothing was written.").removeprefix(f"{precision}: ")
+            if self._by_name:
+                raise VariantError(f"{precision} is refused: {reason.rstrip('.')}. Nothing was written.") from error
             log.warning("the bundle goes without %s: %s", precision, reason)
             forget(precision)
             self.precisions = tuple(p for p in self.precisions if p != precision)
@@ -176,6 +173,16 @@ class Variants:
         found["judged_by"] = judging.judged_by(found, self._limits)
         if reason := judging.objection(found, self._limits):
             raise VariantError(f"{precision}: {reason}")
+
+    def numbers(self, precision: Precision) -> dict[str, float]:
+        """What a precision was judged by, for the report."""
+        found = self.described[precision]
+        numbers = {f"export.median_db_{precision}": found["median_db"]}
+        if "paired" in found:
+            score = found["paired"]
+            numbers[f"export.paired.difference_{precision}"] = score["variant"] - score["f32"]
+            numbers[f"export.paired.low_{precision}"] = score["low"]
+        return numbers
 
     def _pictures(self, sampler: Sampler, examples: Examples, count: int) -> np.ndarray:
         """What is drawn for the first prompts of the judge, `uint8 [count, H, W, 3]`, each from its own noise."""

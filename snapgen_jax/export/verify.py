@@ -10,22 +10,24 @@ import argparse
 import dataclasses
 import hashlib
 import importlib.util
-import json
 import pathlib
 import sys
 from collections.abc import Generator, Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 
 if __package__:
     from snapgen_jax.export.client import MANIFEST_SCHEMA, Bundle
     from snapgen_jax.export.program import BundleError, Flow
-    from snapgen_jax.export.sampler import Arrays, Contexts, Sampler, Unit
+    from snapgen_jax.export.runtime import AcceleratorError
+    from snapgen_jax.export.sampler import Arrays, Contexts, Sampler, Unit, relative_l2
 else:  # beside its own copy of the client, in a bundle; each may be a link into a store of blobs
     sys.path.insert(0, str(pathlib.Path(__file__).absolute().parent))
     from client import MANIFEST_SCHEMA, Bundle  # type: ignore[import-not-found]
     from program import BundleError, Flow  # type: ignore[import-not-found]
-    from sampler import Arrays, Contexts, Sampler, Unit  # type: ignore[import-not-found]
+    from runtime import AcceleratorError  # type: ignore[import-not-found]
+    from sampler import Arrays, Contexts, Sampler, Unit, relative_l2  # type: ignore[import-not-found]
 
 # Relative L2 of latents that float32 arithmetic alone, in another order, may be off by.
 REPLAY = 1e-5
@@ -40,27 +42,25 @@ class Check:
     passed: bool
 
 
-def relative_l2(value: np.ndarray, reference: np.ndarray) -> float:
-    """`||value - reference|| / ||reference||`; 0 where both are zero, infinite where only the reference is.
-
-    Infinite, too, where either holds NaN or infinity: `max()` drops NaN, and no limit is below it.
-    """
-    if not (np.isfinite(value).all() and np.isfinite(reference).all()):
-        return float("inf")
-    difference = np.linalg.norm(np.asarray(value, np.float64) - reference)
-    norm = np.linalg.norm(np.asarray(reference, np.float64))
-    return float(difference / norm) if norm else (float("inf") if difference else 0.0)
-
-
 def grey_levels(image: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Absolute differences of two uint8 images, int."""
     return np.abs(image.astype(int) - reference.astype(int))
 
 
 def checks(
-    folder: str | pathlib.Path, precisions: Sequence[str] | None = None, num_threads: int | None = None
+    folder: str | pathlib.Path,
+    precisions: Sequence[str] | None = None,
+    num_threads: int | None = None,
+    accelerator: Literal["cpu", "gpu"] | None = None,
 ) -> Iterator[Check]:
-    """Checks a bundle, one finding at a time; `precisions` default to all that it has."""
+    """Checks a bundle, one finding at a time.
+
+    Args:
+        folder: the bundle.
+        precisions: those to run; all that it has where none is given.
+        num_threads: of LiteRT's CPU kernels.
+        accelerator: None for LiteRT's interpreter, "cpu" or "gpu" for its CompiledModel, as on phones.
+    """
     bundle = Bundle(folder)
     if bundle.schema != MANIFEST_SCHEMA:
         raise BundleError(f"this bundle is of schema {bundle.schema}; check it with the verify.py that lies in it")
@@ -72,8 +72,12 @@ def checks(
     yield from _replays(bundle)
     for precision in precisions or bundle.manifest["precisions"]:
         yield from _signatures(bundle, precision)
-        yield from _self_test(bundle, precision, num_threads)
-        yield from _golden(bundle, precision, num_threads)
+        try:
+            sampler = bundle.sampler(precision, num_threads, accelerator=accelerator, trying=False)
+            yield from _self_test(bundle, sampler, precision)
+            yield from _golden(bundle, sampler, precision, accelerator)
+        except AcceleratorError as error:
+            yield Check(f"{precision} on the accelerator {accelerator}", str(error), False)
 
 
 def _files(bundle: Bundle) -> Iterator[Check]:
@@ -143,14 +147,11 @@ def _encoded(bundle: Bundle, context: str, i: int) -> Arrays:
     return {name: bundle.golden(f"contexts/{context}/{name}")[i] for name in names}
 
 
-def _self_test(bundle: Bundle, precision: str, num_threads: int | None) -> Iterator[Check]:
+def _self_test(bundle: Bundle, sampler: Sampler, precision: str) -> Iterator[Check]:
     """One recorded call of each unit: what a client runs when it starts."""
-    limit, sampler = _facts(bundle)["self_test"][precision], bundle.sampler(precision, num_threads)
-    for name, unit in bundle.manifest["units"].items():
-        inputs = {n: bundle.golden(f"self_test/{name}/inputs/{n}") for n in unit["inputs"]}
-        outputs = sampler.units[name](**inputs)
-        errors = [relative_l2(outputs[n], bundle.golden(f"self_test/{name}/outputs/{n}")) for n in unit["outputs"]]
-        yield _below(f"{precision} {name} self-test", max(errors), limit)
+    for name, unit in sampler.units.items():
+        error, limit = bundle.self_test(name, precision, unit)
+        yield _below(f"{precision} {name} self-test", error, limit)
 
 
 def _signatures(bundle: Bundle, precision: str) -> Iterator[Check]:
@@ -170,19 +171,34 @@ def _signatures(bundle: Bundle, precision: str) -> Iterator[Check]:
             yield Check(f"{precision} {name} {kind}", finding, have == want)
 
 
-def _golden(bundle: Bundle, precision: str, num_threads: int | None) -> Iterator[Check]:
-    plain, facts, bad = bundle.sampler(precision, num_threads), _facts(bundle), set()
+def _golden(bundle: Bundle, plain: Sampler, precision: str, accelerator: str | None) -> Iterator[Check]:
+    facts, bad = _facts(bundle), set()
+    limits = facts["tolerances"][precision]
+    if accelerator == "gpu":
+        limits = _widened(limits, facts["gpu_factor"][precision])
     watched = {name: _watched(name, unit, bad) for name, unit in plain.units.items()}
     sampler = Sampler(bundle.program, watched, plain.shapes)
     for i in range(facts["examples"]):
         example = f"{precision} golden {i}"
         try:
-            yield from _example(bundle, sampler, i, example, facts["tolerances"][precision])
+            yield from _example(bundle, sampler, i, example, limits)
         except ValueError as error:  # the program asks for other arrays than those that are there
             yield Check(example, str(error), False)
     # A picture hides them: NaN becomes a grey level like any other.
     finding = f"NaN or infinity in {', '.join(sorted(bad))}" if bad else "no NaN or infinity"
     yield Check(f"{precision} every output of every unit", finding, not bad)
+
+
+def _widened(limits: dict, factor: float) -> dict:
+    """The tolerances of a GPU, whose calls may be off by a factor more. Grey levels are rounded, and stay."""
+    outputs = {
+        name: {kind: value * factor if kind == "rel_l2" else value for kind, value in limit.items()}
+        for name, limit in limits["outputs"].items()
+    }
+    if "latents" not in limits:
+        return {"outputs": outputs}
+    contexts = {name: factor * limit for name, limit in limits["contexts"].items()}
+    return {"outputs": outputs, "contexts": contexts, "latents": [factor * limit for limit in limits["latents"]]}
 
 
 def _watched(unit_name: str, unit: Unit, bad: set[str]) -> Unit:
@@ -239,19 +255,24 @@ def _below(name: str, value: float, limit: float) -> Check:
 
 
 def _facts(bundle: Bundle) -> dict:
-    return json.loads(bundle.file("golden/golden.json").read_text("utf-8"))
+    return bundle.json("golden/golden.json")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints each finding. Returns 0 where all hold, 1 otherwise."""
     parser = argparse.ArgumentParser(description="Check an export bundle with numpy and ai-edge-litert.")
     parser.add_argument("folder", nargs="?", default=pathlib.Path(__file__).parent, help="default: beside this file")
-    parser.add_argument("--precision", action="append", help="f32 or f16; default: all in the bundle")
+    parser.add_argument("--precision", action="append", help="f32, f16 ...; default: all in the bundle")
     parser.add_argument("--threads", type=int, help="threads of LiteRT's CPU kernels")
+    parser.add_argument(
+        "--accelerator",
+        choices=("cpu", "gpu"),
+        help="run on LiteRT's CompiledModel, as phones do, each unit in a process of its own; default: its interpreter",
+    )
     arguments = parser.parse_args(argv)
     failures = count = 0
     try:
-        for check in checks(arguments.folder, arguments.precision, arguments.threads):
+        for check in checks(arguments.folder, arguments.precision, arguments.threads, arguments.accelerator):
             count, failures = count + 1, failures + (not check.passed)
             print(f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.finding}")
     except BundleError as error:

@@ -83,7 +83,7 @@ def test_the_json_holds_the_numbers_flat(workdir):
     returned = write_report(workdir, given)
     stored = json.loads((workdir / "report.json").read_text())
     assert stored == returned == {**NUMBERS, "params": 7, "score.chance": 0.25, "frechet.distance": None}
-    assert {"minutes", "params", "score.overall", "score.heldout", "score.chance", "export.bytes_f16"} <= stored.keys()
+    assert {"minutes", "params", "score.overall", "score.heldout", "score.chance", "export.flex_ops"} <= stored.keys()
     assert {f"score.{category}" for category in CATEGORIES} <= stored.keys()
 
 

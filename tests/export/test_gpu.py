@@ -1,11 +1,13 @@
 """Every unit is right on LiteRT's GPU accelerator, where a Vulkan driver is found; its crash is no crash of ours."""
 
 import json
+import os
+import sys
 
 import numpy as np
 import pytest
 
-from snapgen_jax.export import gpu
+from snapgen_jax.export import gpu, runtime
 from snapgen_jax.export.compare import VerificationError
 from snapgen_jax.export.verify import relative_l2
 
@@ -29,11 +31,11 @@ def accelerator(tmp_path_factory):
 @pytest.mark.parametrize("name", ["smoke", "toy", "sketch", "clip"])
 def test_every_unit_of_every_bundle_is_right_on_a_gpu(accelerator, name, request):
     exported: Exported = request.getfixturevalue(name)
-    units = json.loads((exported.folder / "manifest.json").read_text())["units"]
-    for unit, described in units.items():
+    manifest = json.loads((exported.folder / "manifest.json").read_text())
+    for unit, described in manifest["units"].items():
         assert described["gpu"]["checked"], described["gpu"]
         assert 0 <= exported.report.numbers[f"export.{unit}.rel_l2_gpu"] <= 1e-4
-        assert described["gpu"]["rel_l2"].keys() == {"f32", "f16"}
+        assert {"f32", "f16"} <= described["gpu"]["rel_l2"].keys() == set(manifest["precisions"])
 
 
 def test_the_pattern_that_the_gate_refuses_is_garbage_on_a_gpu(accelerator, tmp_path):
@@ -51,33 +53,33 @@ def test_each_case_gets_its_own_outputs(accelerator, tmp_path):
 
 
 def with_driver(monkeypatch, child):
-    monkeypatch.setattr(gpu, "drivers", lambda: ("/some/icd.json",))
-    monkeypatch.setattr(gpu, "_CHILD", child)
+    monkeypatch.setattr(runtime, "drivers", lambda **_: ("/some/icd.json",))
+    monkeypatch.setattr(runtime, "_COMMAND", (sys.executable, "-c", child))
 
 
 @pytest.mark.parametrize(
     "child, seconds, error, message",
     [
         ("import os; os.kill(os.getpid(), 11)", 60, gpu.GPURunError, "ended with signal 11"),
-        ("import time; time.sleep(60)", 0.2, gpu.GPURunError, "not done on the GPU after 0.2 seconds"),
+        ("import time; time.sleep(60)", 0.2, gpu.GPURunError, "not done after 0.2 seconds .driver /some/icd.json."),
         ("raise RuntimeError('no such operator')", 60, gpu.GPURefusedError, "no such operator"),
         (
-            "print('No adapters found'); raise RuntimeError",
+            "import sys; print('No adapters found', file=sys.stderr); raise RuntimeError",
             60,
             gpu.NoGPUError,
-            "gives LiteRT no device .*apt-get install",
+            "there is no device .*apt-get install",
         ),
     ],
 )
 def test_what_a_driver_does_wrong_is_said(monkeypatch, tmp_path, child, seconds, error, message):
     with_driver(monkeypatch, child)
-    monkeypatch.setattr(gpu, "SECONDS", seconds)
+    monkeypatch.setattr(runtime, "SECONDS", seconds)
     with pytest.raises(error, match=message):
         gpu.run(tmp_path / "x.tflite", "f", [{"x": X}])
 
 
 def test_without_a_driver_the_bundle_says_that_no_gpu_was_tried(monkeypatch, toy, tokenizer_json, tmp_path, caplog):
-    monkeypatch.setattr(gpu, "drivers", lambda: ())
+    monkeypatch.setattr(runtime, "drivers", lambda **_: ())
     with caplog.at_level("WARNING"):
         report = export_toy(toy, tokenizer_json, tmp_path / "bundle")
     assert "NOT checked on a GPU accelerator: no Vulkan driver was found" in caplog.text
@@ -100,3 +102,17 @@ def test_a_unit_that_is_wrong_on_a_gpu_fails_the_export_unless_told_otherwise(
     report = export_toy(toy, tokenizer_json, tmp_path / "bundle", gpu_check="skip")
     units = json.loads((report.folder / "manifest.json").read_text())["units"]
     assert units["net"]["gpu"] == {"checked": False, "reason": "--gpu=skip"}
+
+
+def test_the_driver_in_software_comes_alone_for_a_check_and_last_for_a_client(monkeypatch, tmp_path):
+    for name in ("swift.json", "card.json"):
+        (tmp_path / name).write_text("{}")
+    for variable in ("VK_DRIVER_FILES", "VK_ICD_FILENAMES"):
+        monkeypatch.delenv(variable, raising=False)
+    swift, card = (str(tmp_path / name) for name in ("swift.json", "card.json"))
+    monkeypatch.setattr(runtime, "SOFTWARE", (swift,))
+    monkeypatch.setattr(runtime, "HARDWARE", (str(tmp_path / "c*.json"),))
+    assert runtime.drivers(software_first=True) == (swift,)
+    assert runtime.drivers(software_first=False) == (card, swift)
+    monkeypatch.setenv("VK_ICD_FILENAMES", f"{card}{os.pathsep}/gone.json")
+    assert runtime.drivers(software_first=True) == (card,)
