@@ -8,7 +8,7 @@ import { Flow, parse } from "./program.js";
 import { Sampler, withOptions } from "./sampler.js";
 import { Tokenizer, frame } from "./tokenizer.js";
 
-const MANIFEST_SCHEMAS = [3, 4];
+const MANIFEST_SCHEMAS = [4];
 const LONGEST_PROMPT = 10_000; // characters; far more than any encoder reads
 
 export class Client {
