@@ -231,10 +231,8 @@ def _draw(options: argparse.Namespace, conditions: dict[str, Any]) -> Any:
     elif options.weights:
         from snapgen_jax.generation import load_system
 
-        if conditions:
-            raise ConfigError("--condition goes with --workdir or --bundle; a published system draws from prompts")
         options.overrides += [f"{name}={value}" for name, value in chosen.items()]
-        generator, chosen = load_system(_load(options), options.weights), {}
+        generator, chosen = load_system(_load(options), options.weights), {"conditions": conditions}
     else:
         from snapgen_jax.generation import load
 
