@@ -209,6 +209,8 @@ def _titles(conditions: dict[str, Any], count: int) -> list[str]:
     plain = {
         name: values for name, values in conditions.items() if not any(isinstance(v, list | tuple) for v in values)
     }
+    if any(len(values) < count for values in plain.values()):  # one condition became the frames of a clip
+        return [f"frame {i + 1}" for i in range(count)]
     return [", ".join(f"{name} {values[i]}" for name, values in plain.items()) for i in range(count)]
 
 

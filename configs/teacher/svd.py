@@ -1,6 +1,6 @@
 """Stable Video Diffusion: a photograph to a clip of 14 frames, written as numbered pictures.
 
-    snapgen sample --config=configs/teacher/svd.py --weights=DIR --condition=image=photograph.jpg --out=clip/frame.png
+    snapgen sample --config=configs/teacher/svd.py --weights=DIR --condition=image=photograph.jpg --out=clip/
 
 DIR is the folder that `hf download stabilityai/stable-video-diffusion-img2vid --local-dir DIR` makes (the repository is
 gated; read its licence there). Its files in float16 alone do as well.

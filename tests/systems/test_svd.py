@@ -58,7 +58,7 @@ def test_a_live_pipeline_of_diffusers_makes_the_same(tmp_path):
 def test_the_command_of_the_config_writes_the_frames(folder, tmp_path, capsys):
     Image.fromarray(np.load(folder / "frames.npz")["photograph"]).save(tmp_path / "photograph.png")
     arguments = ["sample", f"--config={ROOT}/configs/teacher/svd.py:runlocal", f"--weights={folder}"]
-    arguments += [f"--out={tmp_path}/clip/frame.png", "--config.image_size=(8,8)", "--config.steps=1"]
+    arguments += [f"--out={tmp_path}/clip/", "--config.image_size=(8,8)", "--config.steps=1"]
     assert cli.main([*arguments, f"--condition=image={tmp_path}/photograph.png"]) == 0
     assert "3 images of 8 x 8 px" in capsys.readouterr().out
     assert len(list((tmp_path / "clip").iterdir())) == 3
