@@ -220,10 +220,9 @@ def _draw(options: argparse.Namespace, conditions: dict[str, Any]) -> Any:
         from snapgen_jax.export.runtime import AcceleratorError
         from snapgen_jax.typed import Written
 
+        placing = {"precision": options.precision, "accelerator": options.accelerator}
         try:
-            generator: Any = LiteRTGenerator(
-                options.bundle, precision=options.precision or "f32", accelerator=options.accelerator
-            )
+            generator: Any = LiteRTGenerator(options.bundle, **{name: how for name, how in placing.items() if how})
         except AcceleratorError as error:
             raise ConfigError(f"--accelerator={options.accelerator}: {error}") from error
         chosen = {name: value.literal if isinstance(value, Written) else value for name, value in chosen.items()}

@@ -58,7 +58,7 @@ MAY_IMPORT = {
     "parallel": [],
     "weights": ["networks", "parallel", "typed"],
     "weights.frozen": ["weights", "networks", "parallel", "training.checkpoint", "training.exits"],
-    "systems": ["networks", "diffusion", "weights", "parallel"],
+    "systems": ["networks", "diffusion", "weights", "parallel", "typed"],
     "systems.denoiser": ["networks", "diffusion"],
     "preparation": [
         "inputs",

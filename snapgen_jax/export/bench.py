@@ -234,17 +234,17 @@ def _machine() -> str:
 
 def table(found: Numbers) -> str:
     """The measurements as text."""
-    head = ("unit", "precision", "on", "threads", "load ms", "ms a call", "quartiles", "least", "peak MB")
+    head = ["unit", "precision", "on", "threads", "load ms", "ms a call", "quartiles", "least", "peak MB"]
     lines = [head]
     for row in found["rows"]:
-        begin = (row["unit"], row["precision"], row["accelerator"], str(row["threads"]))
+        begin = [row["unit"], row["precision"], row["accelerator"], str(row["threads"])]
         if "error" in row:
-            lines.append((*begin, row["error"]))
+            lines.append([*begin, row["error"]])
             continue
         low, high = row["ms_quartiles"]
         spread = f"{short(low)} to {short(high)}"
         times = (f"{row['load_ms']:.0f}", short(row["ms"]), spread, short(row["ms_least"]))
-        lines.append((*begin, *times, f"{row['peak_bytes'] / 1e6:.0f}"))
+        lines.append([*begin, *times, f"{row['peak_bytes'] / 1e6:.0f}"])
     widths = [max(len(line[i]) for line in lines if len(line) == len(head)) for i in range(len(head))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)) for line in lines]
     process = [row["process_bytes"] for row in found["rows"] if "error" not in row]

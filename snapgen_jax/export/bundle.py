@@ -306,7 +306,9 @@ class _Export:
         start, weights = time.perf_counter(), self.weights[unit.name]
         conversion = unit.function, weights, unit.inputs, unit.name, f32, self.backend
         if sum(np.size(leaf) for leaf in jax.tree.leaves(weights)) > OWN_PROCESS:
-            others = {precision: self.files.path(unit.name, precision) for precision in self.variants.at_once()}
+            others: dict[Any, Any] = {
+                precision: self.files.path(unit.name, precision) for precision in self.variants.at_once()
+            }
             peak = to_tflite_apart(*conversion, variants=others)
             self.numbers[f"export.{unit.name}.convert_peak_bytes"] = peak
         else:

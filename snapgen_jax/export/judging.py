@@ -88,7 +88,7 @@ def paired_low(gained: int, lost: int, trials: int) -> float:
         return (gained - lost - trials * difference) / math.sqrt(max(variance, 1e-300)) - CONFIDENCE
 
     mean = (gained - lost) / trials
-    return -1.0 if mean == -1 else float(optimize.brentq(excess, -1 + 1e-9, mean - 1e-9))
+    return -1.0 if mean == -1 else float(optimize.root_scalar(excess, bracket=(-1 + 1e-9, mean - 1e-9)).root)
 
 
 def decibels(made: np.ndarray, expected: np.ndarray) -> np.ndarray:

@@ -67,6 +67,7 @@ class Choice:
         bytes: of all files.
         decibels: of the median calibration example.
         examples: how many there were.
+        budget: what it keeps to.
     """
 
     four: Mapping[str, Sequence[Layer]]
@@ -74,8 +75,9 @@ class Choice:
     bytes: int
     decibels: float
     examples: int
+    budget: Budget
 
-    def describe(self, budget: Budget) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """For the manifest: the bits of each layer of each unit, by the operators that use it."""
         bits = {
             unit: [
@@ -86,7 +88,7 @@ class Choice:
             for unit in self.four
         }
         return {
-            "budget": {"bytes": budget.bytes, "decibels": budget.decibels},
+            "budget": {"bytes": self.budget.bytes, "decibels": self.budget.decibels},
             "bytes": self.bytes,
             "median_db": self.decibels,
             "examples": self.examples,
@@ -142,28 +144,29 @@ def search(
         return tried[k]
 
     low, high = 0, len(order)  # of k: what the bytes need at least, what the decibels allow at most
-    if budget.bytes is not None:
-        low = _first(lambda k: size(k) <= budget.bytes, 0, len(order))
+    most, least = budget.bytes, budget.decibels
+    if most is not None:
+        low = _first(lambda k: size(k) <= most, 0, len(order))
         if low > len(order):
             raise BudgetError(
-                f"mixed: the budget is {budget.bytes:.0f} bytes, and the files are {size(len(order))} with four bits "
+                f"mixed: the budget is {most:.0f} bytes, and the files are {size(len(order))} with four bits "
                 f"in all {len(order)} layers that take them"
             )
-    if budget.decibels is not None:
-        high = _first(lambda k: ratio(k) < budget.decibels, 0, len(order)) - 1
+    if least is not None:
+        high = _first(lambda k: ratio(k) < least, 0, len(order)) - 1
         if high < low:
-            within = f" in {budget.bytes:.0f} bytes" if budget.bytes is not None else ""
+            within = f" in {most:.0f} bytes" if most is not None else ""
             raise BudgetError(
-                f"mixed: the budget asks for {budget.decibels:.1f} dB{within}; {low} of {len(order)} layers in four "
+                f"mixed: the budget asks for {least:.1f} dB{within}; {low} of {len(order)} layers in four "
                 f"bits are {size(low)} bytes and {ratio(low):.1f} dB. Ask for less"
             )
-    best = low if budget.decibels is None else high
+    best = low if least is None else high
     four: dict[str, list[Layer]] = {unit: [] for unit in sources}
     eight: dict[str, list[Layer]] = {unit: [] for unit in sources}
     for i, (unit, layer) in enumerate(order):
         (four if i < best else eight)[unit].append(layer)
     decibels = ratio(best)
-    return Choice(four, eight, size(best), decibels, count)  # writes what is chosen, last
+    return Choice(four, eight, size(best), decibels, count, budget)  # writes what is chosen, last
 
 
 def _ordered(

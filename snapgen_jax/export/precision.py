@@ -40,7 +40,7 @@ UNUSABLE = (
     (r"int8.*(block|b\d)", "eight bits have no blocks: the quantiser would leave every weight float32 and say nothing"),
     (r"(int|w)2", "with two bits a network gives NaN, or something that is half error"),
     (r"static|a8|a16", "static files take int8 in place of float32 inputs, and draw something else"),
-    (r"(int|w)4", "four bits everywhere lose a sixth of the score; `mixed` has them where they do no harm"),
+    (r"(int|w)4", "four bits everywhere lose a seventh of the score or more; `mixed` has them where they do no harm"),
 )
 
 

@@ -84,7 +84,7 @@ class Variants:
     def __init__(
         self, precisions: tuple[Precision, ...], by_name: bool, judge: Judge | None, limits: Limits, budget: Budget
     ) -> None:
-        self.precisions = precisions
+        self.precisions: tuple[Precision, ...] = precisions
         self.refused: dict[str, str] = {}
         self.described: dict[str, dict[str, Any]] = {}
         self._by_name, self._judge, self._limits, self._budget = by_name, judge, limits, budget
@@ -138,7 +138,7 @@ class Variants:
             expected = {name: array[:count] for name, array in examples.outputs.items()}
             choice = search(sources, targets, draw, expected, self._budget)
             self._four |= {(precision, name): tuple(chosen) for name, chosen in choice.four.items()}
-            found["search"] = choice.describe(self._budget)
+            found["search"] = choice.describe()
         for name, source in sources.items():
             if not targets[name].exists():
                 write_variant(precision, source, targets[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Mapping
 from types import ModuleType
@@ -14,15 +15,19 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from snapgen_jax.diffusion.noise import draw_noise
+from snapgen_jax.diffusion.schedules import Prediction, VPSchedule
 from snapgen_jax.networks.autoencoder import AutoencoderCodec
 from snapgen_jax.networks.module import Network, Platform, build, for_platform
 from snapgen_jax.networks.rules import rules_of
 from snapgen_jax.parallel.sharding import Rules, tree_shardings
 from snapgen_jax.weights.checkpoint import WeightsError
 from snapgen_jax.weights.loader import load
-from snapgen_jax.weights.published import read_config_file
+from snapgen_jax.weights.published import given, read_config_file, read_json
 from snapgen_jax.weights.sources import source
 
+_PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x_0"}
+# What a scheduler spaces its steps by where its file does not say.
+_SPACING = {"EulerDiscreteScheduler": "linspace", "DPMSolverMultistepScheduler": "linspace"}
 Tree = Any
 NetworkConfigs = dict[str, Any]
 CLIP_TOKENS = 77
@@ -58,6 +63,59 @@ def read_parts(folder: pathlib.Path, parts: Mapping[str, Part], title: str) -> N
     return configs
 
 
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How a denoiser was trained.
+
+    Attributes:
+        schedule: its noise.
+        prediction: what its output stands for.
+        empty_is_zero: an empty text was states of zeros.
+    """
+
+    schedule: VPSchedule = VPSchedule.preset("sd15")
+    prediction: Prediction = "eps"
+    empty_is_zero: bool = False
+
+    @classmethod
+    def preset(cls, schedule: str) -> Training:
+        """That of a published schedule of `VPSchedule`, which predicts the noise."""
+        return cls(VPSchedule.preset(schedule))
+
+
+def read_training(folder: pathlib.Path) -> Training:
+    """How the denoiser of a folder was trained, from `scheduler/scheduler_config.json`.
+
+    Raises:
+        WeightsError: the file of the scheduler is missing, or describes noise that we do not have.
+    """
+    file = folder / "scheduler" / "scheduler_config.json"
+    values = given(read_json(file))
+    kind = values.get("_class_name", "")
+    if "alphas_cumprod" not in values and "beta_schedule" not in values:
+        raise WeightsError(f"{file} says no beta_schedule ({kind}); a model that is trained on discrete steps has one")
+    betas: Any = {"squaredcos_cap_v2": "cosine"}.get(values["beta_schedule"], values["beta_schedule"])
+    prediction = values.get("prediction_type", "epsilon")
+    if prediction not in _PREDICTIONS or values.get("trained_betas") is not None:
+        raise WeightsError(f"{file}: prediction_type is {prediction!r}; we have {', '.join(_PREDICTIONS)}")
+    try:
+        schedule = VPSchedule(
+            betas=betas,
+            beta_start=values.get("beta_start", 1e-4),
+            beta_end=values.get("beta_end", 0.02),
+            native_steps=values.get("num_train_timesteps", 1000),
+            zero_terminal_snr=values.get("rescale_betas_zero_snr", False),
+            spacing=values.get("timestep_spacing", _SPACING.get(kind, "leading")),
+            steps_offset=values.get("steps_offset", 0),
+        )
+        schedule.table()
+    except ValueError as error:
+        raise WeightsError(f"{file}: {error}") from error
+    index = folder / "model_index.json"
+    zero = bool(json.loads(index.read_text()).get("force_zeros_for_empty_prompt")) if index.is_file() else False
+    return Training(schedule, _PREDICTIONS[prediction], zero)
+
+
 class System:
     """A system without its parameters, which are an argument everywhere: `{part: tree}`.
 
@@ -85,6 +143,13 @@ class System:
     def lengths(self) -> dict[str, int]:
         """Tokens of a text, by encoder; that of CLIP where none is said."""
         return {}
+
+    def tokens(self, prompts: list[str], tokenizers: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """`{encoder: [N, L] int32}` of N prompts; `tokenizers` by encoder, see `Generator`."""
+        lengths = self.lengths()
+        return {
+            name: tokenizer.encode(prompts, lengths.get(name, CLIP_TOKENS))[0] for name, tokenizer in tokenizers.items()
+        }
 
     def spec(self) -> Tree:
         """`{part: tree of ShapeDtypeStruct}` in the dtype in which the parameters are kept."""
@@ -171,14 +236,6 @@ class Generator:
         self.system, self.params, self.tokenizers, self.mesh = system, params, tokenizers, mesh
         self._jitted = jax.jit(system.generate)
 
-    def tokens(self, prompts: list[str]) -> dict[str, np.ndarray]:
-        """`{encoder: [N, L] int32}`."""
-        lengths = self.system.lengths()
-        return {
-            name: tokenizer.encode(prompts, lengths.get(name, CLIP_TOKENS))[0]
-            for name, tokenizer in self.tokenizers.items()
-        }
-
     def run(
         self, prompts: list[str], *, negative_prompt: str = "", seed: int = 0, noise: Any = None
     ) -> dict[str, np.ndarray]:
@@ -190,8 +247,9 @@ class Generator:
             seed: of the noise, see `diffusion.noise`; image n depends on (seed, n, prompt n) alone.
             noise: `[N, h, w, c]` in place of noise from the seed.
         """
-        tokens, null = self.tokens(list(prompts)), self.tokens([negative_prompt])
-        shape = self.system.latent_shape()
+        system = self.system
+        tokens, null = (system.tokens(texts, self.tokenizers) for texts in (list(prompts), [negative_prompt]))
+        shape = system.latent_shape()
         parts = []
         for n in range(len(prompts)):
             start = draw_noise(seed, n, shape)[None] if noise is None else noise[n : n + 1]

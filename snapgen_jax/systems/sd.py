@@ -12,7 +12,6 @@ There is one sampler: a DDIM step, and an Euler step over sigma, is the Euler st
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -25,7 +24,6 @@ import numpy as np
 from snapgen_jax.bounds import FINITE, at_least, check
 from snapgen_jax.diffusion.guidance import ALL_TIMES, check_interval, guided_times, with_guidance
 from snapgen_jax.diffusion.samplers import sample
-from snapgen_jax.diffusion.schedules import Prediction, VPSchedule
 from snapgen_jax.networks.autoencoder import AutoencoderConfig
 from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.codec import to_uint8
@@ -35,17 +33,13 @@ from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.time_features import time_features
 from snapgen_jax.parallel.mesh import MeshConfig
 from snapgen_jax.systems.denoiser import Denoiser
-from snapgen_jax.systems.published import NetworkConfigs, Part, System, read_parts
+from snapgen_jax.systems.published import NetworkConfigs, Part, System, Training, read_parts, read_training
 from snapgen_jax.weights.checkpoint import WeightsError
 from snapgen_jax.weights.mapping import WeightMap
 from snapgen_jax.weights.maps import clip as clip_map
 from snapgen_jax.weights.maps import sd3_autoencoder, sd_unet
-from snapgen_jax.weights.published import given, read_json
 
 Tree = Any
-_PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x_0"}
-# What a scheduler spaces its steps by where its file does not say.
-_SPACING = {"EulerDiscreteScheduler": "linspace", "DPMSolverMultistepScheduler": "linspace"}
 
 
 def _read_text_encoder(values: Mapping[str, Any], **changes: Any) -> ClipTextConfig:
@@ -74,7 +68,6 @@ PARTS = {
     "clip_g": Part("text_encoder_2", _TEXT, "sdxl", optional=True),
 }
 TOKENIZERS = {"clip": "tokenizer", "clip_g": "tokenizer_2"}
-_SCHEDULE = VPSchedule.preset("sd15")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,21 +98,6 @@ class SDConfig:
     def __post_init__(self) -> None:
         check(self, image_size=at_least(1), steps=at_least(1), guidance=FINITE)
         check_interval(self.guidance_interval)
-
-
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """How the UNet was trained.
-
-    Attributes:
-        schedule: its noise.
-        prediction: what its output stands for.
-        empty_is_zero: see `SDConfig`.
-    """
-
-    schedule: VPSchedule = _SCHEDULE
-    prediction: Prediction = "eps"
-    empty_is_zero: bool = False
 
 
 def published_configs(size: str) -> NetworkConfigs:
@@ -163,39 +141,6 @@ def read_configs(folder: pathlib.Path) -> NetworkConfigs:
             f"make {widths}; is a folder missing, or from another repository?"
         )
     return configs
-
-
-def read_training(folder: pathlib.Path) -> Training:
-    """How the UNet of a folder was trained.
-
-    Raises:
-        WeightsError: the file of the scheduler is missing, or describes noise that we do not have.
-    """
-    file = folder / "scheduler" / "scheduler_config.json"
-    values = given(read_json(file))
-    kind = values.get("_class_name", "")
-    if "alphas_cumprod" not in values and "beta_schedule" not in values:
-        raise WeightsError(f"{file} says no beta_schedule ({kind}); Stable Diffusion 1, 2 and XL have one")
-    betas: Any = {"squaredcos_cap_v2": "cosine"}.get(values["beta_schedule"], values["beta_schedule"])
-    prediction = values.get("prediction_type", "epsilon")
-    if prediction not in _PREDICTIONS or values.get("trained_betas") is not None:
-        raise WeightsError(f"{file}: prediction_type is {prediction!r}; we have {', '.join(_PREDICTIONS)}")
-    try:
-        schedule = VPSchedule(
-            betas=betas,
-            beta_start=values.get("beta_start", 1e-4),
-            beta_end=values.get("beta_end", 0.02),
-            native_steps=values.get("num_train_timesteps", 1000),
-            zero_terminal_snr=values.get("rescale_betas_zero_snr", False),
-            spacing=values.get("timestep_spacing", _SPACING.get(kind, "leading")),
-            steps_offset=values.get("steps_offset", 0),
-        )
-        schedule.table()
-    except ValueError as error:
-        raise WeightsError(f"{file}: {error}") from error
-    index = folder / "model_index.json"
-    zero = bool(json.loads(index.read_text()).get("force_zeros_for_empty_prompt")) if index.is_file() else False
-    return Training(schedule, _PREDICTIONS[prediction], zero)
 
 
 class SD(System):

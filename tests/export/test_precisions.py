@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import pathlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def outputs(path: pathlib.Path, inputs: list[dict]) -> np.ndarray:
         ("int8_blocks64", "eight bits have no blocks"),
         ("int2", "NaN, or something that is half error"),
         ("static_int8", "int8 in place of float32 inputs"),
-        ("int4", "a sixth of the score"),
+        ("int4", "a seventh of the score"),
         ("bf16", "give some of f32, f16, int8, mixed"),
     ],
 )
@@ -173,11 +174,12 @@ def test_the_search_keeps_to_decibels_with_as_few_bits_as_it_can(calls, tmp_path
     order = [*found.four["unet"], *found.eight["unet"]]
     quantise(calls.sources["unet"], tmp_path / "more.tflite", order[: len(found.four["unet"]) + 1])
     assert np.median(fidelity(calls.draw({"unet": tmp_path / "more.tflite"}, 4), calls.expected)) < budget
-    described = json.loads(json.dumps(found.describe(Budget(decibels=budget))))
+    described = json.loads(json.dumps(found.describe()))
     bits = {tuple(row["operators"]): row["bits"] for row in described["layers"]["unet"]}
     assert bits == {layer.scopes: 4 if layer in found.four["unet"] else 8 for layer in order}
     # The same files keep to their own bytes, too.
     assert calls.search(bytes=found.bytes).four == found.four
+    assert described["budget"] == {"bytes": None, "decibels": budget}
 
 
 @pytest.mark.parametrize(
@@ -252,6 +254,6 @@ def test_a_bundle_of_eight_bits_has_tolerances_that_notice_other_weights(toy, to
 def test_where_no_unit_has_a_product_of_weights_there_are_no_eight_bits(toy, tokenizer_json, tmp_path):
     table = toy.folder / "text_f32.tflite"
     assert quantise(table, tmp_path / "text_int8.tflite") == 0
-    variants = Variants(("f32", "int8"), True, None, Limits(), Budget())
+    variants: Any = Variants(("f32", "int8"), True, None, Limits(), Budget())
     with pytest.raises(QuantisationError, match="no weight in any unit that it could change"):
         variants.write("int8", {"text": table}, {"text": tmp_path / "text_int8.tflite"}, None)
