@@ -74,8 +74,7 @@ export async function advance(velocity, x, t, s, rule, noise = null) {
 }
 
 /**
- * The flow with other `steps` (a number), `guidance`, `method` (a rule) or `guidance_interval`; undefined leaves what
- * is.
+ * The flow with other `steps` (a number), `guidance`, `method` (a rule) or `guidance_interval`; what is undefined stays.
  * Throws `InputError` where the program does not allow it.
  */
 export function withOptions(flow, { steps, guidance, method, guidance_interval: interval, ...others } = {}) {
