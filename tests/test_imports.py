@@ -58,7 +58,7 @@ MAY_IMPORT = {
     "parallel": [],
     "weights": ["networks", "parallel", "typed"],
     "weights.frozen": ["weights", "networks", "parallel", "training.checkpoint", "training.exits"],
-    "systems": ["networks", "diffusion", "weights", "parallel"],
+    "systems": ["networks", "diffusion", "weights", "parallel", "typed"],
     "systems.denoiser": ["networks", "diffusion"],
     "preparation": [
         "inputs",
@@ -99,6 +99,7 @@ MAY_IMPORT = {
     "evaluation": ["generation", "data.shapes", "data.shapes_grammar", "data.prompts", "data.words", "page", "typed"],
     "evaluation.report": ["evaluation", "data.prompts", "page", "training.files", "training.metrics"],
     "export": ["bounds", "diffusion.noise", "training.exports"],
+    "export.apps": ["export", "training.exits"],
     "export.run": [
         "evaluation.compositional",
         "evaluation.detector",
@@ -176,9 +177,11 @@ MAY_IMPORT = {
     "chain_table": ["chain"],
     "cli": ["*"],
     "cli_adapters": ["adapters"],
+    "cli_apps": ["export.apps", "training.exits", "training.files"],
     "cli_bench": ["export", "training.exits"],
     "cli_parser": [
         "cli_adapters",
+        "cli_apps",
         "cli_bench",
         "cli_precisions",
         "cli_prepare",

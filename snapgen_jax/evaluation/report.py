@@ -9,7 +9,9 @@ from __future__ import annotations
 import html
 import json
 import math
+import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -92,6 +94,7 @@ def _page(workdir: epath.Path, numbers: Mapping[str, float], title: str, prompts
         _scores(workdir, numbers),
         _curves(workdir),
         _export(workdir, numbers),
+        _browser(workdir),
         _details(workdir, numbers),
     ]
     return html_page.page(title, _facts(workdir), tables.tiles(numbers), sections)
@@ -213,6 +216,21 @@ def _export(workdir: epath.Path, numbers: Mapping[str, float]) -> str:
         tables.export_units(numbers),
         tables.export_totals(numbers),
         _picture(workdir / "samples" / "bundle.png", "drawn by the exported files"),
+    )
+
+
+def _browser(workdir: epath.Path) -> str:
+    """How to open the browser app, where the run has one."""
+    program = workdir / "export" / "web" / "serve.py"
+    if not program.exists():
+        return ""
+    command = html.escape(f"python3 {shlex.quote(os.fspath(program))}")
+    return html_page.section(
+        "Draw in your browser",
+        "A page that draws with the exported files, on the device that opens it: a laptop, or a phone. Run this "
+        "command, then open the address that it prints.",
+        f"<pre>{command}</pre>",
+        '<p><a href="http://localhost:8000/">http://localhost:8000/</a></p>',
     )
 
 

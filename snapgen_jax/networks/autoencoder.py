@@ -30,6 +30,7 @@ _RULES: Rules = [
     (r"attention/out/kernel$", PartitionSpec(_SPLIT, None)),
 ]
 
+_FOUR_CHANNELS: dict[str, Any] = {"latent_channels": 4, "shift": 0.0, "quantisation": "convolutions"}
 COLOURS = 3
 EPSILON = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -101,7 +102,8 @@ class AutoencoderConfig(Preset):
             "groups": 16,
             "normalisation": "measured",
         },
-        "sd1": {"latent_channels": 4, "scale": 0.18215, "shift": 0.0, "quantisation": "convolutions"},
+        "sd1": {**_FOUR_CHANNELS, "scale": 0.18215},  # of Stable Diffusion 1 and 2, and of DiT
+        "sdxl": {**_FOUR_CHANNELS, "scale": 0.13025},
         "sd3": {},
     }
 

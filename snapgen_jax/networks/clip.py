@@ -25,6 +25,17 @@ _RULES: Rules = [
     (r"(out|outer|projection)/kernel$", PartitionSpec("tensor", "fsdp")),
 ]
 
+_PUBLISHED: dict[str, Any] = {
+    "vocab_size": 49408,
+    "max_tokens": 77,
+    "bos_id": 49406,
+    "eos_id": 49407,
+    "pooling": "argmax",
+    "output": "penultimate",
+    "key_bias": True,
+}
+_MIDDLE: dict[str, Any] = {"width": 1024, "layers": 24, "heads": 16, "projection": 1024, "activation": "gelu"}
+
 
 @dataclasses.dataclass(frozen=True)
 class ClipTextConfig(Preset):
@@ -77,6 +88,11 @@ class ClipTextConfig(Preset):
         if self.width % self.heads:
             raise ValueError(f"ClipTextConfig: {self.heads} heads do not divide width={self.width}; change one of them")
 
+    @property
+    def hidden_width(self) -> int:
+        """Hidden width of the feed-forward networks."""
+        return 4 * self.width
+
     def module(self, rngs: nnx.Rngs) -> nnx.Module:
         """Creates the text encoder with freshly drawn parameters."""
         return ClipText(self, rngs)
@@ -93,34 +109,16 @@ class ClipTextConfig(Preset):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {"vocab_size": 32, "width": 16, "heads": 2, "max_tokens": 8, "projection": 16},
         "shapes": {},
-        "clip_l": {
-            "vocab_size": 49408,
-            "width": 768,
-            "layers": 12,
-            "heads": 12,
-            "max_tokens": 77,
-            "projection": 768,
-            "bos_id": 49406,
-            "eos_id": 49407,
-            "pad_id": 49407,
-            "pooling": "argmax",
-            "output": "penultimate",
-            "key_bias": True,
-        },
+        "clip_l": {**_PUBLISHED, "width": 768, "layers": 12, "heads": 12, "projection": 768, "pad_id": 49407},
+        "clip_h": {**_PUBLISHED, **_MIDDLE},
+        "clip_little_g": {**_PUBLISHED, **_MIDDLE},  # g/14's text half has the sizes of H/14's
         "clip_g": {
-            "vocab_size": 49408,
+            **_PUBLISHED,
             "width": 1280,
             "layers": 32,
             "heads": 20,
-            "max_tokens": 77,
             "projection": 1280,
             "activation": "gelu",
-            "bos_id": 49406,
-            "eos_id": 49407,
-            "pad_id": 0,
-            "pooling": "argmax",
-            "output": "penultimate",
-            "key_bias": True,
         },
     }
 
@@ -144,8 +142,8 @@ class ClipLayer(nnx.Module):
             rngs=rngs,
         )
         self.norm_2 = LayerNorm(width, dtype=dtype)
-        self.inner = Linear(width, 4 * width, dtype=dtype, rngs=rngs)
-        self.outer = Linear(4 * width, width, dtype=dtype, rngs=rngs)
+        self.inner = Linear(width, config.hidden_width, dtype=dtype, rngs=rngs)
+        self.outer = Linear(config.hidden_width, width, dtype=dtype, rngs=rngs)
         self.activation = config.activation
 
     def __call__(self, x: jax.Array, bias: jax.Array | None) -> jax.Array:

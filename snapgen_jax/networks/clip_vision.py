@@ -22,6 +22,10 @@ _RULES: Rules = [
     (r"(out|outer|projection)/kernel$", PartitionSpec("tensor", "fsdp")),
 ]
 
+_PUBLISHED: dict[str, Any] = {"image_size": 224, "patch": 14, "key_bias": True}
+_L: dict[str, Any] = {"width": 1024, "layers": 24, "heads": 16, "projection": 768}
+_LARGE: dict[str, Any] = {"heads": 16, "activation": "gelu"}
+
 
 @dataclasses.dataclass(frozen=True)
 class ClipVisionConfig(Preset):
@@ -29,7 +33,9 @@ class ClipVisionConfig(Preset):
 
     Attributes:
         image_size, patch: sides of the image and of its patches, in pixels.
-        width, layers, heads: of the transformer; its feed-forward network is four times as wide.
+        width, layers, heads: of the transformer.
+        ffn_width: hidden width of the feed-forward networks; None for four times the width. Two published networks have
+            another (4.3637 and 4.9231 times, rounded down).
         projection: width of the embedding.
         activation, key_bias: as for `ClipTextConfig`.
         dtype: platform choice, fixed by `module.for_platform`.
@@ -41,6 +47,7 @@ class ClipVisionConfig(Preset):
     width: int = 128
     layers: int = 3
     heads: int = 4
+    ffn_width: int | None = None
     projection: int = 128
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     key_bias: bool = False
@@ -52,6 +59,11 @@ class ClipVisionConfig(Preset):
                 f"ClipVisionConfig: heads={self.heads} must divide width={self.width}, and patch={self.patch} the "
                 f"image_size={self.image_size}"
             )
+
+    @property
+    def hidden_width(self) -> int:
+        """Hidden width of the feed-forward networks."""
+        return 4 * self.width if self.ffn_width is None else self.ffn_width
 
     def module(self, rngs: nnx.Rngs) -> nnx.Module:
         """Creates the image encoder with freshly drawn parameters."""
@@ -68,6 +80,11 @@ class ClipVisionConfig(Preset):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {"patch": 8, "width": 16, "layers": 1, "heads": 2, "projection": 16},
         "shapes": {},
+        "l_14": {**_PUBLISHED, **_L},
+        "l_14_336": {**_PUBLISHED, **_L, "image_size": 336},
+        "h_14": {**_PUBLISHED, "width": 1280, "layers": 32, "heads": 16, "projection": 1024, "activation": "gelu"},
+        "g_14": {**_PUBLISHED, **_LARGE, "width": 1408, "layers": 40, "ffn_width": 6144, "projection": 1024},
+        "big_g_14": {**_PUBLISHED, **_LARGE, "width": 1664, "layers": 48, "ffn_width": 8192, "projection": 1280},
     }
 
 
@@ -93,7 +110,8 @@ class ClipVision(nnx.Module):
         """Embeds images.
 
         Args:
-            images: `[B, H, W, 3]` float32 in [-1, 1], H = W = `image_size`.
+            images: `[B, H, W, 3]` float32, H = W = `image_size`: in [-1, 1] for an encoder of ours, and as
+                `rewards.preprocess` makes them for a published one.
 
         Returns:
             `[B, projection]` float32, of any length.

@@ -201,16 +201,18 @@ class RMSNorm(nnx.Module):
 class GEGLU(nnx.Module):
     """Gated feed-forward network `W_2 (a * gelu(b))` with `a, b = split(W_1 x)` (Shazeer 2020, equation 6).
 
-    The GELU is the tanh approximation: one operator in TFLite, where the exact one becomes sixty-five.
+    The GELU is the tanh approximation, one operator in TFLite, where the exact one becomes sixty-five; `exact` is for
+    published weights that were trained with that.
     """
 
-    def __init__(self, width: int, hidden: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, width: int, hidden: int, *, exact: bool = False, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.inner = Linear(width, 2 * hidden, dtype=dtype, rngs=rngs)
         self.outer = Linear(hidden, width, dtype=dtype, rngs=rngs)
+        self.exact = exact
 
     def __call__(self, x: jax.Array) -> jax.Array:
         value, gate = jnp.split(self.inner(x), 2, axis=-1)
-        return self.outer(value * jax.nn.gelu(gate, approximate=True))
+        return self.outer(value * jax.nn.gelu(gate, approximate=not self.exact))
 
 
 def upsample_nearest(x: jax.Array, factor: int = 2) -> jax.Array:

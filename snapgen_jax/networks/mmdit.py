@@ -23,6 +23,7 @@ from snapgen_jax.networks.layers import Conv, Linear
 from snapgen_jax.networks.mmdit_blocks import Block, layer_norm, modulate
 from snapgen_jax.networks.mmdit_config import MMDiTArchitecture
 from snapgen_jax.networks.module import Rules, compute_dtype, shard
+from snapgen_jax.networks.patches import on_tokens, positions
 from snapgen_jax.networks.taps import Reuse, Taps
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.unet_blocks import EmbeddingMLP
@@ -143,7 +144,7 @@ class MMDiT(nnx.Module):
         image = self.patch(shard(x, "image"))
         b, h, w, _ = image.shape
         like = jax.ShapeDtypeStruct(image.shape, image.dtype)
-        reused = {names.index(name): _on_tokens(name, given, like) for name, given in tap.reuse.items()}
+        reused = {names.index(name): on_tokens(name, given, like) for name, given in tap.reuse.items()}
         image = image + self._positions(h, w).astype(dtype)
         image = shard(rearrange(image, "b h w d -> b (h w) d"), "tokens")
         text = shard(self.context(context.sequence), "tokens")
@@ -190,27 +191,11 @@ class MMDiT(nnx.Module):
         return self.position[...].reshape(size, size, -1)[top : top + height, left : left + width]
 
 
-def _on_tokens(name: str, reuse: Reuse, like: jax.ShapeDtypeStruct) -> Reuse:
-    """A replacement of a map like `like` `[B, h, w, D]` as one of tokens `[B, h * w, D]`."""
-    value = rearrange(reuse.fitted(like, name), "b h w d -> b (h w) d")
-    run = reuse.run
-    if not callable(run):
-        return Reuse(value, run)
-    return Reuse(value, lambda tokens: run(rearrange(tokens, "b (h w) d -> b h w d", h=like.shape[1])))
-
-
 def _position_table(config: MMDiTArchitecture) -> jax.Array:
-    """`[1, S*S, D]`: sines, then cosines, of the column in the first half of D and of the row in the second.
-
-    Only the two axes are computed eagerly, so that the shapes of a full-size network cost nothing.
-    """
-    size, quarter = config.position_size, config.width // 4
-    positions = np.arange(size) * (config.position_base / size)
-    angles = positions[:, None] / 10_000 ** (np.arange(quarter) / quarter)
-    axis = jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=1), jnp.float32)  # [S, D/2]
-    shape = (size, size, 2 * quarter)
-    columns, rows = jnp.broadcast_to(axis, shape), jnp.broadcast_to(axis[:, None], shape)
-    return jnp.concatenate([columns, rows], axis=-1).reshape(1, size * size, 4 * quarter)
+    """`[1, S*S, D]` of positions that count in steps of one in images of `position_base` patches a side."""
+    size = config.position_size
+    axis = np.arange(size) * (config.position_base / size)
+    return positions(axis, axis, config.width).reshape(1, size * size, config.width)
 
 
 def _check_inputs(config: MMDiTArchitecture, x: jax.Array, time: jax.Array, context: TextContext) -> None:

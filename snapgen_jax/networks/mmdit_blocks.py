@@ -11,6 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from snapgen_jax.networks.layers import Linear, RMSNorm
 from snapgen_jax.networks.long_attention import AttentionKernel, attend_long
@@ -21,11 +22,11 @@ EPSILON = 1e-6
 Heads = tuple[jax.Array, jax.Array, jax.Array]
 
 
-def layer_norm(x: jax.Array) -> jax.Array:
+def layer_norm(x: jax.Array, epsilon: float = EPSILON) -> jax.Array:
     """Layer normalisation of the last axis without gain or bias; float32."""
     x = x.astype(jnp.float32)
     x = x - x.mean(axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + EPSILON)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + epsilon)
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
@@ -64,10 +65,9 @@ class Projections(nnx.Module):
 class FeedForward(nnx.Module):
     """Linear, GELU (tanh), linear."""
 
-    def __init__(self, config: MMDiTArchitecture, rngs: nnx.Rngs):
-        dtype, hidden = compute_dtype(config), config.ffn_ratio * config.width
-        self.inner = Linear(config.width, hidden, dtype=dtype, rngs=rngs)
-        self.outer = Linear(hidden, config.width, dtype=dtype, rngs=rngs)
+    def __init__(self, width: int, hidden: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        self.inner = Linear(width, hidden, dtype=dtype, rngs=rngs)
+        self.outer = Linear(hidden, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.outer(jax.nn.gelu(self.inner(x), approximate=True))
@@ -79,14 +79,12 @@ class Stream(nnx.Module):
     """
 
     def __init__(self, config: MMDiTArchitecture, role: Literal["full", "dual", "read"], rngs: nnx.Rngs):
-        parts = {"full": 6, "dual": 9, "read": 2}[role]
+        parts, width, dtype = {"full": 6, "dual": 9, "read": 2}[role], config.width, compute_dtype(config)
         full = role != "read"
-        self.modulation = Linear(
-            config.width, parts * config.width, init="zeros", dtype=compute_dtype(config), rngs=rngs
-        )
+        self.modulation = Linear(width, parts * width, init="zeros", dtype=dtype, rngs=rngs)
         self.attention = Projections(config, rngs, back=full)
         self.self_attention = Projections(config, rngs) if role == "dual" else None
-        self.feed_forward = FeedForward(config, rngs) if full else None
+        self.feed_forward = FeedForward(width, config.ffn_ratio * width, dtype=dtype, rngs=rngs) if full else None
         self.parts = parts
 
     def modulations(self, embedding: jax.Array) -> list[jax.Array]:

@@ -268,11 +268,14 @@ class _TracedOnce(nnx.Module):
         self.state = nnx.data(state)
 
     def __call__(self, *args: Any) -> Any:
-        return _traced_once(self.graphdef, self.state, args)
+        numbers = tuple((i, arg) for i, arg in enumerate(args) if isinstance(arg, int))  # a number of frames is a shape
+        return _traced_once(self.graphdef, numbers, self.state, [a for a in args if not isinstance(a, int)])
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _traced_once(graphdef: nnx.GraphDef, state: Any, args: tuple[Any, ...]) -> Any:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _traced_once(graphdef: nnx.GraphDef, numbers: tuple[tuple[int, int], ...], state: Any, args: list[Any]) -> Any:
+    for i, number in numbers:
+        args.insert(i, number)
     return cast(Callable, nnx.merge(graphdef, state))(*args)
 
 

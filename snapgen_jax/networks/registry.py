@@ -12,6 +12,7 @@ from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.clip_vision import ClipVisionConfig
 from snapgen_jax.networks.context import ConditionerConfig
 from snapgen_jax.networks.discriminator import DiscriminatorConfig
+from snapgen_jax.networks.dit import DiTConfig
 from snapgen_jax.networks.gemma2 import Gemma2Config
 from snapgen_jax.networks.label import LabelEmbeddingConfig
 from snapgen_jax.networks.lpips import LPIPSConfig
@@ -19,11 +20,15 @@ from snapgen_jax.networks.mmdit import MMDiTConfig
 from snapgen_jax.networks.module import Preset
 from snapgen_jax.networks.patch_discriminator import PatchDiscriminatorConfig
 from snapgen_jax.networks.projector import ProjectorConfig
+from snapgen_jax.networks.rewards import RewardConfig
+from snapgen_jax.networks.sd_unet import SDUNetConfig
+from snapgen_jax.networks.svd_unet import SVDUNetConfig
 from snapgen_jax.networks.t5 import T5Config
 from snapgen_jax.networks.tiny_decoder import TinyDecoderConfig
 from snapgen_jax.networks.unet import UNetConfig
+from snapgen_jax.networks.video_autoencoder import VideoAutoencoderConfig
 
-DenoiserConfig = UNetConfig | MMDiTConfig
+DenoiserConfig = UNetConfig | MMDiTConfig | DiTConfig | SDUNetConfig
 """Of networks from a noisy latent, time features and a `TextContext` to a velocity and taps."""
 
 TextEncoderConfig = ClipTextConfig | T5Config | Gemma2Config
@@ -32,12 +37,15 @@ TextEncoderConfig = ClipTextConfig | T5Config | Gemma2Config
 CONFIGS: tuple[type[Preset], ...] = (
     *typing.get_args(DenoiserConfig),
     *typing.get_args(TextEncoderConfig),
+    SVDUNetConfig,
     ConditionerConfig,
     LabelEmbeddingConfig,
     ClipVisionConfig,
     AutoencoderConfig,
+    VideoAutoencoderConfig,
     TinyDecoderConfig,
     LPIPSConfig,
+    RewardConfig,
     PatchDiscriminatorConfig,
     DiscriminatorConfig,
     ProjectorConfig,

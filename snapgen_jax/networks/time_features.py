@@ -15,13 +15,14 @@ TIME_SCALE = 1000.0
 MAX_PERIOD = 10_000.0
 
 
-def time_features(t: jax.Array, dim: int = 256, scale: float = TIME_SCALE) -> jax.Array:
-    """Cosines, then sines, of `scale * t` at `dim / 2` frequencies that fall geometrically from 1 to 1/10000.
+def time_features(t: jax.Array, dim: int = 256, scale: float = TIME_SCALE, shift: int = 0) -> jax.Array:
+    """Cosines, then sines, of `scale * t` at `dim / 2` frequencies that fall geometrically from 1 towards 1/10000.
 
     Args:
         t: `[B]` diffusion times: in [0, 1], or a schedule's native times.
         dim: even number of features.
         scale: factor of the times; 1 for native times, such as the steps of Stable Diffusion 1.5.
+        shift: the last frequency is 1/10000 with 1, and one place before it with 0, as in nearly all networks.
 
     Returns:
         `[B, dim]` float32.
@@ -34,6 +35,6 @@ def time_features(t: jax.Array, dim: int = 256, scale: float = TIME_SCALE) -> ja
     if dim % 2:
         raise ValueError(f"time_features needs an even number of features, not dim={dim}")
     half = dim // 2
-    frequencies = jnp.exp(-math.log(MAX_PERIOD) / half * jnp.arange(half, dtype=jnp.float32))
+    frequencies = jnp.exp(-math.log(MAX_PERIOD) / (half - shift) * jnp.arange(half, dtype=jnp.float32))
     angles = (scale * t.astype(jnp.float32))[:, None] * frequencies  # [B, dim/2]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)

@@ -177,11 +177,11 @@ class Upsample(nnx.Module):
 
 
 class EmbeddingMLP(nnx.Module):
-    """`[B, in] -> [B, width]`: linear, SiLU, linear."""
+    """`[B, in] -> [B, out]`: linear to `width`, SiLU, linear; `out_width` is `width` where none is given."""
 
-    def __init__(self, in_width: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, in_width: int, width: int, *, out_width: int | None = None, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.inner = Linear(in_width, width, dtype=dtype, rngs=rngs)
-        self.outer = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.outer = Linear(width, width if out_width is None else out_width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.outer(jax.nn.silu(self.inner(x)))

@@ -16,7 +16,7 @@ from snapgen_jax.release.layouts import Counterpart
 from snapgen_jax.training.metrics import read_lines
 from snapgen_jax.weights.folder import Manifest
 from snapgen_jax.weights.frozen import is_published
-from snapgen_jax.weights.sources import SOURCES, Source
+from snapgen_jax.weights.sources import SOURCES, Source, autoencoder_name
 
 # Fields of a config that name published weights.
 PUBLISHED = {
@@ -128,7 +128,7 @@ def _front_matter(facts: Facts, licence: Licence) -> str:
     if facts.draws:
         values["pipeline_tag"] = "text-to-image"
     values["tags"] = ["jax", "snapgen", str(facts.config["recipe"])]
-    bases = sorted({source.repo for source in _published(facts.config)})
+    bases = sorted({source.repo for source in _published(facts.config) if source.host == "huggingface.co"})
     if bases:
         values["base_model"] = bases
     return "\n".join(["---", *(f"{name}: {json.dumps(value)}" for name, value in values.items()), "---\n"])
@@ -197,7 +197,7 @@ def _terms(facts: Facts, licence: Licence) -> str:
     sources = list(_published(facts.config))
     if sources:
         lines += ["The run used published weights, which are not part of this folder and whose terms may bind it:\n"]
-        lines += [f"- {source.title}: https://huggingface.co/{source.repo} ({source.licence})" for source in sources]
+        lines += [f"- {source.title}: {source.address} ({source.licence})" for source in sources]
         lines += [""]
     return "\n".join(lines)
 
@@ -215,7 +215,7 @@ def _published_names(section: Any) -> Iterator[str]:
         elif name in PUBLISHED and value and isinstance(value, str):
             yield PUBLISHED[name]
         elif name == "workdir" and value and "autoencoder" in section and is_published(epath.Path(value)):
-            yield "sd3_vae"
+            yield autoencoder_name(section["autoencoder"].get("scale", 0.0))
 
 
 def _table(title: str, header: Sequence[str], rows: Any) -> str:

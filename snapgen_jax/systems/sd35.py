@@ -12,57 +12,39 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from snapgen_jax.bounds import FINITE, above, at_least, check
 from snapgen_jax.diffusion.guidance import ALL_TIMES, check_interval, guided_times, with_guidance
-from snapgen_jax.diffusion.noise import draw_noise
 from snapgen_jax.diffusion.samplers import sample
 from snapgen_jax.diffusion.timesteps import shift_time
-from snapgen_jax.networks.autoencoder import AutoencoderCodec, AutoencoderConfig
+from snapgen_jax.networks.autoencoder import AutoencoderConfig
 from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.codec import to_uint8
 from snapgen_jax.networks.context import sd3_context
 from snapgen_jax.networks.mmdit import MMDiTConfig
-from snapgen_jax.networks.module import Network, Platform, apply, build, for_platform
-from snapgen_jax.networks.rules import rules_of
+from snapgen_jax.networks.module import Platform, apply
 from snapgen_jax.networks.t5 import T5Config
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.time_features import time_features
 from snapgen_jax.parallel.mesh import MeshConfig
-from snapgen_jax.parallel.sharding import Rules, tree_shardings
+from snapgen_jax.systems.published import NetworkConfigs, Part, System, read_parts
 from snapgen_jax.weights.checkpoint import WeightsError
-from snapgen_jax.weights.loader import load
 from snapgen_jax.weights.maps import clip as clip_map
 from snapgen_jax.weights.maps import sd3_autoencoder, sd3_mmdit
 from snapgen_jax.weights.maps import t5 as t5_map
-from snapgen_jax.weights.published import read_config_file
-from snapgen_jax.weights.sources import source
 
 Tree = Any
-CLIP_TOKENS = 77
-
-
-class Part(NamedTuple):
-    """One network of the system: its folder, and how the folder is read."""
-
-    folder: str
-    maps: ModuleType
-    source: str
-
-
 PARTS = {
     "transformer": Part("transformer", sd3_mmdit, "sd35_large"),
     "autoencoder": Part("vae", sd3_autoencoder, "sd3_vae"),
     "clip_l": Part("text_encoder", clip_map, "clip_l"),
     "clip_g": Part("text_encoder_2", clip_map, "clip_g"),
-    "t5": Part("text_encoder_3", t5_map, "t5_xxl"),
+    "t5": Part("text_encoder_3", t5_map, "t5_xxl", optional=True),
 }
 TOKENIZERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5": "tokenizer_3"}
 
@@ -97,9 +79,6 @@ class SD35Config:
         check_interval(self.guidance_interval)
 
 
-NetworkConfigs = dict[str, Any]
-
-
 def published_configs(size: str) -> NetworkConfigs:
     """The configs of the networks of a published size, without a file."""
     return {
@@ -117,19 +96,7 @@ def read_configs(folder: pathlib.Path) -> NetworkConfigs:
     Raises:
         WeightsError: a part is missing, or is of a kind that our networks are not.
     """
-    configs = {}
-    for name, part in PARTS.items():
-        file = folder / part.folder / "config.json"
-        if not file.is_file():
-            if name == "t5" and not file.parent.exists():
-                continue
-            raise WeightsError(
-                f"{folder} is no folder of Stable Diffusion 3.5: it has no {part.folder}/config.json. Expected the "
-                f"layout of its repository, with {', '.join(p.folder for p in PARTS.values())} and the tokenizers.\n"
-                f"{source(part.source).advice}"
-            )
-        configs[name] = read_config_file(file, part.maps.read_config)
-    return configs
+    return read_parts(folder, PARTS, "Stable Diffusion 3.5")
 
 
 def reference_times(steps: int, shift: float) -> np.ndarray:
@@ -142,74 +109,34 @@ def reference_times(steps: int, shift: float) -> np.ndarray:
     return np.append(shift_time(np.linspace(1.0, last, steps), shift), 0.0).astype(np.float32)
 
 
-class SD35:
-    """The system without its parameters, which are an argument everywhere: `{part: tree}`.
-
-    Attributes:
-        config: how it is used.
-        networks, specs: by part; "t5" may be missing.
-    """
+class SD35(System):
+    """The system without its parameters, which are an argument everywhere: `{part: tree}`; "t5" may be missing."""
 
     Config = SD35Config
+    PARTS = PARTS
+    TOKENIZERS = TOKENIZERS
 
     def __init__(self, config: SD35Config, networks: NetworkConfigs | None = None, platform: Platform = "cpu"):
         """`networks`: their configs, by default those of the published size."""
-        self.config = config
         if networks is None:
             if config.size == "any":
                 raise ValueError("size='any' takes its networks from a folder; give a published size, or --weights")
             networks = published_configs(config.size)
         elif config.size != "any":
             _check_size(networks["transformer"], config.size)
-        self.networks: dict[str, Network] = {}
-        self.specs: dict[str, Tree] = {}
-        for name, network_config in networks.items():
-            chosen = dataclasses.replace(network_config, dtype=config.dtype)
-            self.networks[name], self.specs[name] = build(for_platform(chosen, platform))
+        super().__init__(config, networks, platform)
 
-    @property
-    def text_encoders(self) -> list[str]:
-        """Those that it has, each with a tokenizer of its own."""
-        return [name for name in TOKENIZERS if name in self.networks]
+    @classmethod
+    def from_folder(cls, config: SD35Config, folder: pathlib.Path, platform: Platform) -> SD35:
+        """The system of the networks that a folder describes."""
+        return cls(config, read_configs(folder), platform)
 
-    # --- parameters ---
+    def lengths(self) -> dict[str, int]:
+        """As `System.lengths`."""
+        return {"t5": self.config.t5_tokens}
 
-    def spec(self) -> Tree:
-        """`{part: tree of ShapeDtypeStruct}` in the dtype in which the parameters are kept."""
-        return {name: _with_dtype(spec, self._dtype(name)) for name, spec in self.specs.items()}
-
-    def rules(self) -> Rules:
-        """Those of the networks, each under the name of its part."""
-        return rules_of(self.networks)
-
-    def load(self, folder: pathlib.Path, mesh: Mesh | None) -> Tree:
-        """Reads the parameters from a folder straight onto a mesh, slice by slice; without one onto one device.
-
-        Raises:
-            WeightsError: names what is missing, surplus or misshapen.
-        """
-        if mesh is None:
-            here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            places: dict[str, Any] = dict.fromkeys(self.networks, here)
-        else:
-            places = tree_shardings(self.specs, self.rules(), mesh)
-        params = {}
-        for name, network in self.networks.items():
-            part = PARTS[name]
-            params[name] = load(
-                folder / part.folder,
-                part.maps.weight_map(network.config),
-                self.specs[name],
-                places[name],
-                dtype=self._dtype(name),
-                source=source(self.config.size if name == "transformer" and self.config.size != "any" else part.source),
-            )
-        return params
-
-    def _dtype(self, name: str) -> Any:
-        return jnp.dtype(self.networks[name].config.dtype)
-
-    # --- use ---
+    def _source(self, name: str) -> str:
+        return self.config.size if name == "transformer" and self.config.size != "any" else super()._source(name)
 
     def encode_text(self, params: Tree, tokens: dict[str, jax.Array]) -> TextContext:
         """`{encoder: [B, L] int32}` -> what the MMDiT attends to. Without T5 its states are zeros."""
@@ -232,37 +159,14 @@ class SD35:
         features = time_features(t, network.config.time_width)
         return apply(network, params["transformer"], x_t, features, context, **options)
 
-    def codec(self, params: Tree) -> AutoencoderCodec:
-        """The autoencoder with its parameters."""
-        return AutoencoderCodec(self.networks["autoencoder"], params["autoencoder"])
-
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(h, w, c) of the latents of `config.image_size`.
-
-        Raises:
-            ValueError: a side is no multiple of the autoencoder's reduction times the patch.
-        """
-        auto, patch = self.networks["autoencoder"].config, self.networks["transformer"].config.patch
-        height, width = self.config.image_size
-        unit = auto.reduction * patch
-        if height % unit or width % unit:
-            raise ValueError(f"image_size = {height} x {width}: both sides must be multiples of {unit}; change them")
-        return height // auto.reduction, width // auto.reduction, auto.latent_channels
+    def unit(self) -> int:
+        """As `System.unit`: the autoencoder's reduction times the patch."""
+        return self.networks["autoencoder"].config.reduction * self.networks["transformer"].config.patch
 
     def generate(
         self, params: Tree, tokens: dict[str, jax.Array], null: dict[str, jax.Array], noise: jax.Array
     ) -> dict[str, jax.Array]:
-        """Images from token ids and noise. To be jitted.
-
-        Args:
-            params: `{part: tree}`.
-            tokens: `{encoder: [B, L] int32}`.
-            null: the same of the empty (or negative) prompt, `[1, L]`.
-            noise: `[B, h, w, c]`.
-
-        Returns:
-            `image` uint8 `[B, H, W, 3]`, `pixels` float32 in [-1, 1] before rounding, and `latent` `[B, h, w, c]`.
-        """
+        """As `System.generate`."""
         config = self.config
         context = self.encode_text(params, tokens)
 
@@ -281,10 +185,6 @@ class SD35:
         return {"image": to_uint8(pixels), "pixels": pixels, "latent": latent}
 
 
-def _with_dtype(spec: Tree, dtype: Any) -> Tree:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), spec)
-
-
 def _check_size(given: MMDiTConfig, size: str) -> None:
     expected = MMDiTConfig.preset(size)
     fields = ("depth", "dual", "heads", "head_dim", "latent_channels", "context_width")
@@ -294,50 +194,6 @@ def _check_size(given: MMDiTConfig, size: str) -> None:
             f"the transformer in this folder is not {size} ({', '.join(wrong)}); give the folder of that size, or "
             "--config.size=any to take what the folder holds"
         )
-
-
-class SD35Generator:
-    """Prompts to images: a system with its parameters and tokenizers."""
-
-    def __init__(self, system: SD35, params: Tree, tokenizers: dict[str, Any], mesh: Mesh | None = None):
-        """`tokenizers`: by encoder, each with `encode(texts, length) -> (tokens, mask)`."""
-        self.system, self.params, self.tokenizers, self.mesh = system, params, tokenizers, mesh
-        self._jitted = jax.jit(system.generate)
-
-    def tokens(self, prompts: list[str]) -> dict[str, np.ndarray]:
-        """`{encoder: [N, L] int32}`."""
-        lengths = {"t5": self.system.config.t5_tokens}
-        return {
-            name: tokenizer.encode(prompts, lengths.get(name, CLIP_TOKENS))[0]
-            for name, tokenizer in self.tokenizers.items()
-        }
-
-    def run(
-        self, prompts: list[str], *, negative_prompt: str = "", seed: int = 0, noise: Any = None
-    ) -> dict[str, np.ndarray]:
-        """One image after the other, since a teacher fills the memory: everything that `SD35.generate` returns.
-
-        Args:
-            prompts: N texts.
-            negative_prompt: what guidance leads away from.
-            seed: of the noise, see `diffusion.noise`; image n depends on (seed, n, prompt n) alone.
-            noise: `[N, h, w, c]` in place of noise from the seed.
-        """
-        tokens, null = self.tokens(list(prompts)), self.tokens([negative_prompt])
-        shape = self.system.latent_shape()
-        parts = []
-        for n in range(len(prompts)):
-            start = draw_noise(seed, n, shape)[None] if noise is None else noise[n : n + 1]
-            one = {name: ids[n : n + 1] for name, ids in tokens.items()}
-            arguments = (one, null, start)
-            if self.mesh is not None:
-                arguments = jax.device_put(arguments, NamedSharding(self.mesh, PartitionSpec()))
-            parts.append(jax.device_get(self._jitted(self.params, *arguments)))
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-    def generate(self, prompts: list[str], *, seed: int = 0, negative_prompt: str = "") -> np.ndarray:
-        """Images uint8 `[N, H, W, 3]`."""
-        return self.run(prompts, seed=seed, negative_prompt=negative_prompt)["image"]
 
 
 SYSTEM = SD35

@@ -19,16 +19,17 @@ from snapgen_jax.networks.module import Network, flatten, frozen_spec, init, sta
 from snapgen_jax.parallel.sharding import Rules, tree_shardings
 from snapgen_jax.training.checkpoint import Checkpointer
 from snapgen_jax.training.exits import ConfigError
-from snapgen_jax.weights.checkpoint import Tensor, WeightsError
+from snapgen_jax.weights.checkpoint import Tensor, WeightsError, read_folder
 from snapgen_jax.weights.folder import held, is_weights_folder, read_manifest, read_weights, tensor_name
 from snapgen_jax.weights.loader import load
+from snapgen_jax.weights.mapping import WeightMap
 from snapgen_jax.weights.maps import clip as clip_map
 from snapgen_jax.weights.maps import gemma2 as gemma2_map
 from snapgen_jax.weights.maps import lpips as lpips_map
-from snapgen_jax.weights.maps import sd3_autoencoder, sd3_mmdit
+from snapgen_jax.weights.maps import rewards, sd3_autoencoder, sd3_mmdit
 from snapgen_jax.weights.maps import t5 as t5_map
 from snapgen_jax.weights.published import read_json
-from snapgen_jax.weights.sources import source
+from snapgen_jax.weights.sources import autoencoder_name, source
 
 Tree = Any
 Path = tuple[str, ...]
@@ -185,7 +186,7 @@ def load_codec(config: CodecConfig, codec: Codec, mesh: Mesh | None = None) -> T
 
 
 def _load_autoencoder(config: CodecConfig, spec: Tree, mesh: Mesh | None) -> Tree:
-    name = "sd3_vae" if config.autoencoder.quantisation == "none" else "sd1_vae"
+    name = autoencoder_name(config.autoencoder.scale)
     if not config.workdir:
         raise ConfigError(
             "the autoencoder has no weights: set codec.workdir to a run of the recipe 'autoencoder', or to a folder of "
@@ -233,6 +234,33 @@ def load_text_encoder(network: Network, name: str, folder: str, mesh: Mesh | Non
     return _load_published(name, folder, maps, network.config, frozen_spec(network), mesh)
 
 
+def load_reward(network: Network, name: str, folder: str, head_folder: str = "", mesh: Mesh | None = None) -> Tree:
+    """A published reward, slice by slice onto the mesh.
+
+    Args:
+        network: of `networks.rewards.Reward`.
+        name: "clip_l", "clip_h", "pickscore", "hpsv2" or "aesthetic".
+        folder: of its CLIP's safetensors files, by transformers' names or by OpenCLIP's.
+        head_folder: of those of the aesthetic predictor's own layers.
+        mesh: where the parameters go; without one onto one device.
+
+    Raises:
+        ConfigError: a folder is not named or not there, or holds another network; says where to get it, on which terms.
+    """
+    config, spec = network.config, dict(frozen_spec(network))
+    head = spec.pop("head", None)
+    clip_name = "clip_l" if head else name
+    for given, missing in ((folder, clip_name), *([(head_folder, name)] if head else [])):
+        if not given:
+            raise ConfigError(f"the reward {name} has no weights: name their folder\n{source(missing).advice}")
+    with _told():
+        layout = rewards.layout_of(read_folder(folder, source=source(clip_name)))
+    loaded = _load_mapped(clip_name, folder, rewards.weight_map(config, layout), config, spec, mesh)
+    if head:
+        loaded |= _load_mapped(name, head_folder, rewards.head_map(config), config, {"head": head}, mesh)
+    return loaded
+
+
 def draw_stand_ins(networks: dict[str, Network], rules: Rules = (), mesh: Mesh | None = None) -> Tree:
     """Drawn parameters for networks whose weights are not at hand, always the same and in their dtypes: a step on them
     shows its speed and memory.
@@ -277,9 +305,16 @@ def load_perceptual(network: Network, folder: str = "", mesh: Mesh | None = None
 
 def _load_published(name: str, folder: epath.PathLike, maps: Any, config: Any, spec: Tree, mesh: Mesh | None) -> Tree:
     """The network of `config`, published as `name`, by the map that the module `maps` makes of its tensors."""
+    return _load_mapped(name, folder, maps.weight_map(config), config, spec, mesh)
+
+
+def _load_mapped(
+    name: str, folder: epath.PathLike, weight_map: WeightMap, config: Any, spec: Tree, mesh: Mesh | None
+) -> Tree:
+    """The network of `config`, or the part of it that `spec` holds."""
     dtype, places = jax.tree.leaves(spec)[0].dtype, _places(spec, mesh, config.rules())
     try:
-        return load(pathlib.Path(folder), maps.weight_map(config), spec, places, dtype=dtype, source=source(name))
+        return load(pathlib.Path(folder), weight_map, spec, places, dtype=dtype, source=source(name))
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

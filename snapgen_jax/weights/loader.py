@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from snapgen_jax.networks.module import flatten, unflatten
 from snapgen_jax.weights.checkpoint import FLOATS, Reader, Tensor, WeightsError, read_folder
-from snapgen_jax.weights.mapping import PERMUTATIONS, Rule, Shape, WeightMap, reference_shapes
+from snapgen_jax.weights.mapping import PERMUTATIONS, Rule, Shape, WeightMap, reference_shape, reference_shapes
 from snapgen_jax.weights.sources import Source
 
 Tree = Any
@@ -117,9 +117,11 @@ def _load_parameter(
     devices = collections.defaultdict(list)
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         devices[_ranges(index or (), shape)].append(device)
+    index, parts = rule.part
+    start = reference_shape(rule, shape)[0] // parts * index if parts > 1 else 0
     shards = []
     for ranges, holders in devices.items():
-        block = _read_block(reader, names, rule, ranges, dtype)
+        block = _read_block(reader, names, rule, ranges, start, dtype)
         copies = [jax.device_put(block, device) for device in holders]
         shards += jax.block_until_ready(copies)  # a copy to an accelerator returns before it ends
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
@@ -131,15 +133,20 @@ def _ranges(index: Iterable[slice], shape: Shape) -> Ranges:
     return (*starts_stops, *((0, size) for size in shape[len(starts_stops) :]))
 
 
-def _read_block(reader: Reader, names: Mapping[str, str], rule: Rule, ranges: Ranges, dtype: np.dtype) -> np.ndarray:
-    """The block of our parameter that lies at `ranges`, read from just those slices of the tensors that make it."""
+def _read_block(
+    reader: Reader, names: Mapping[str, str], rule: Rule, ranges: Ranges, start: int, dtype: np.dtype
+) -> np.ndarray:
+    """The block of our parameter that lies at `ranges`, read from just those slices of the tensors that make it. The
+    parameter begins at `start` of their first axis."""
     block = np.empty([stop - start for start, stop in ranges], dtype)
     items, inner = (rule.names[slice(*ranges[0])], ranges[1:]) if rule.stack else (rule.names, ranges)
     targets = block if rule.stack else block[None]
     permutation = PERMUTATIONS[rule.transform] or tuple(range(len(inner)))
-    index = tuple(slice(*inner[permutation.index(axis)]) for axis in range(len(inner)))
+    index = [slice(*inner[permutation.index(axis)]) for axis in range(len(inner))]
+    if start:
+        index[0] = slice(start + index[0].start, start + index[0].stop)
     for i, name in enumerate(items):
-        _copy(targets[i, ...], reader.read(names[name], index).astype(dtype, copy=False).transpose(permutation))
+        _copy(targets[i, ...], reader.read(names[name], tuple(index)).astype(dtype, copy=False).transpose(permutation))
     return block
 
 

@@ -121,6 +121,18 @@ def test_it_shows_samples_scores_curves_and_export(workdir):
     assert sum(tag == "img" for tag, _ in found.tags) == 3 + 4  # of the pictures of training, a few
 
 
+def test_it_says_how_to_open_the_page_that_draws_where_there_is_one(tmp_path):
+    folder = tmp_path / "a run"
+    (folder / "export" / "web").mkdir(parents=True)
+    write_report(folder, NUMBERS)
+    assert "browser" not in (folder / "report.html").read_text()
+    (folder / "export" / "web" / "serve.py").touch()
+    write_report(folder, NUMBERS)
+    page = Page((folder / "report.html").read_text())
+    assert f"python3 '{folder}/export/web/serve.py'" in page.text
+    assert ("a", {"href": "http://localhost:8000/"}) in page.tags
+
+
 def test_a_bare_workdir_still_gets_its_report(tmp_path):
     found = page(tmp_path / "new")
     assert "Compositional score" in found.text and "Training" not in found.text

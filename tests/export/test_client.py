@@ -192,5 +192,5 @@ def test_a_folder_that_is_no_bundle_is_refused(tmp_path):
 
 
 def test_an_unknown_precision_is_refused(toy):
-    with pytest.raises(BundleError, match="no precision 'int3' in this bundle"):
-        LiteRTGenerator(toy.folder, precision="int3")
+    with pytest.raises(BundleError, match="no precision 'mixed' in this bundle; it has f32, f16, int8"):
+        LiteRTGenerator(toy.folder, precision="mixed")

@@ -19,6 +19,8 @@ from snapgen_jax.parallel.sharding import tree_shardings
 from snapgen_jax.weights.loader import load
 from snapgen_jax.weights.mapping import reference_shapes
 from snapgen_jax.weights.maps.sd3_autoencoder import read_config, weight_map
+from snapgen_jax.weights.sources import autoencoder_name
+from tests.parity import published_shapes
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
@@ -116,12 +118,17 @@ def test_the_full_size_network_expects_the_published_tensors():
     assert reference_shapes(weight_map(config), spec) == {key: tuple(shape) for key, shape in published.items()}
 
 
-def test_that_of_stable_diffusion_1_has_the_published_number_of_parameters():
-    config = AutoencoderConfig.preset("sd1")
+def test_the_scale_of_the_latents_tells_the_published_autoencoders_apart():
+    names = {preset: autoencoder_name(AutoencoderConfig.preset(preset).scale) for preset in ("sd1", "sdxl", "sd3")}
+    assert names == {"sd1": "sd1_vae", "sdxl": "sdxl_vae", "sd3": "sd3_vae"}
+
+
+@pytest.mark.parametrize(("preset", "scale"), [("sd1", 0.18215), ("sdxl", 0.13025)])
+def test_those_of_four_channels_expect_the_published_tensors(preset, scale):
+    config = AutoencoderConfig.preset(preset)
     _, spec = build(config)
-    assert count_parameters(spec) == 83_653_863
-    shapes = reference_shapes(weight_map(config), spec)
-    assert shapes["quant_conv.weight"] == (8, 8, 1, 1) and shapes["post_quant_conv.weight"] == (4, 4, 1, 1)
+    assert count_parameters(spec) == 83_653_863 and (config.scale, config.shift) == (scale, 0)
+    assert reference_shapes(weight_map(config), spec) == published_shapes("autoencoder_4_channels")
 
 
 def test_a_checkpoint_with_a_quantisation_convolution_on_one_side_is_refused():

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 
 import jax
 import numpy as np
@@ -92,10 +91,7 @@ def test_the_text_half_of_a_whole_clip_is_found_in_its_files(tmp_path):
     sizes = {"image_size": 8, "patch_size": 4}
     whole = randomise(CLIPModel(CLIPConfig(text_config=text, vision_config={**image, **sizes}, projection_dim=20)), 3)
     whole.save_pretrained(tmp_path)
-    values = json.loads((tmp_path / "config.json").read_text())
-    values["text_config"]["projection_dim"] = values["projection_dim"]
     tokens, mask = oracle.tokens_and_mask(48, (6, 6), 6, seed=1)
-    (tmp_path / "config.json").write_text(json.dumps(values))
     network, params = load_checkpoint(tmp_path, maps)
     pooled = run(network.config, params, {"tokens": tokens, "mask": mask}).pooled
     features = whole.get_text_features(oracle.torch.from_numpy(tokens))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from snapgen_jax.networks.counting import count_macs
+from snapgen_jax.networks.dit import DiTConfig
 from snapgen_jax.networks.mmdit import MMDiTConfig
 from snapgen_jax.networks.module import apply, build, for_platform
 from snapgen_jax.networks.taps import Reuse, Taps
@@ -17,9 +18,14 @@ B = 2
 DENOISERS = {
     "unet": for_platform(UNetConfig.preset("smoke"), "cpu"),
     "mmdit": MMDiTConfig.preset("smoke", depth=4, dual=2),
+    "dit": DiTConfig.preset("smoke", depth=3),
 }
 # The first one enters the module that makes the second.
-TAPS = {"unet": ("down_1_0", "mid", "up_0_1"), "mmdit": ("block_01", "block_02", "block_03")}
+TAPS = {
+    "unet": ("down_1_0", "mid", "up_0_1"),
+    "mmdit": ("block_01", "block_02", "block_03"),
+    "dit": ("block_00", "block_01", "block_02"),
+}
 
 
 class Case:

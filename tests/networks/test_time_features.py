@@ -27,6 +27,13 @@ def test_times_in_bfloat16_are_computed_in_float32():
     np.testing.assert_array_equal(time_features(t, 8), time_features(t.astype(jnp.float32), 8))
 
 
+def test_a_shift_of_one_ends_the_frequencies_at_the_least():
+    n = jnp.array([3.0, 700.0])
+    angles = np.asarray(n)[:, None] * 10_000.0 ** (-np.arange(4) / 3)
+    expected = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    np.testing.assert_allclose(time_features(n, 8, scale=1.0, shift=1), expected, atol=2e-4)
+
+
 def test_an_odd_width_is_refused():
     with pytest.raises(ValueError, match="even"):
         time_features(jnp.zeros(1), 7)

@@ -17,7 +17,7 @@ def drawn(network: Network, seed: int = 0):
     generator, flat = np.random.default_rng(seed), {}
     for path, leaf in flatten(spec).items():
         noise = generator.normal(size=leaf.shape)
-        fan_in = max(1, leaf.size // leaf.shape[-1])
+        fan_in = max(1, leaf.size // leaf.shape[-1]) if leaf.ndim else 1
         value = noise * fan_in**-0.5 if leaf.ndim > 1 else 0.3 * noise + (path[-1] == "scale")
         flat[path] = jnp.asarray(value, jnp.float32)
     return unflatten(flat)

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from tests.oracles.randomise import randomise
-from tests.oracles.saving import drop_versions
+from tests.oracles.saving import drop_versions, save_shapes
 
 COMMON = {
     "block_out_channels": (8, 16, 16),
@@ -25,6 +25,14 @@ COMMON = {
 }
 EARLIER = {"use_quant_conv": True, "use_post_quant_conv": True, "scaling_factor": 0.18215, "shift_factor": 0.0}
 KINDS = {"autoencoder": {}, "autoencoder_sd1": EARLIER}
+# Stable Diffusion 1, 2 and XL; the last differs in its scale alone.
+PUBLISHED = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
 CASES = {"wide": (2, 16, 24), "tall": (1, 28, 12)}  # (batch, height, width) of the images
 
 
@@ -59,7 +67,9 @@ def run(model: AutoencoderKL, batch: int, height: int, width: int, seed: int = 1
 
 def write_goldens(folder: pathlib.Path) -> None:
     """`<folder>/autoencoder/` and `<folder>/autoencoder_sd1/`: what diffusers saves, in bfloat16, and the arrays of
-    each case."""
+    each case; and the tensors of the published ones of four channels."""
+    with torch.device("meta"):
+        save_shapes(folder, "autoencoder_4_channels", AutoencoderKL(**PUBLISHED))
     for kind, changes in KINDS.items():
         model = make(**changes)
         arrays = {case: run(model, *sizes) for case, sizes in CASES.items()}

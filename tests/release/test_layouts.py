@@ -208,9 +208,9 @@ def test_diffusers_loads_and_runs_an_autoencoder_alike(normalisation, quantisati
 
 
 def test_the_written_config_of_published_weights_is_that_which_was_read():
-    for config in map(AutoencoderConfig.preset, ("sd1", "sd3")):
+    for config in map(AutoencoderConfig.preset, ("sd1", "sdxl", "sd3")):
         assert sd3_autoencoder.read_config(sd3_autoencoder.write_config(config)) == config
-    for preset in ("clip_l", "clip_g"):
+    for preset in ("clip_l", "clip_h", "clip_g"):
         config = ClipTextConfig.preset(preset)
         read = clip.read_config(clip.write_config(config))
         assert dataclasses.replace(read, pad_id=config.pad_id) == config

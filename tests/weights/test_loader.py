@@ -15,7 +15,7 @@ from snapgen_jax.parallel.sharding import tree_shardings
 from snapgen_jax.weights import checkpoint
 from snapgen_jax.weights.checkpoint import WeightsError
 from snapgen_jax.weights.loader import load
-from snapgen_jax.weights.mapping import WeightMap, conv, linear, one, stack
+from snapgen_jax.weights.mapping import WeightMap, at, conv, fused, linear, one, stack, stacked, to_reference
 from snapgen_jax.weights.sources import SOURCES, source
 
 WEIGHT_MAP = WeightMap(
@@ -122,6 +122,45 @@ def test_parameters_arrive_sharded_and_a_host_reads_only_slices(tmp_path, tensor
     reads = [array for name, array in largest if name == "head.weight"]
     assert len(reads) == fsdp  # once for every different shard, not once a device
     assert all(array.shape == (8, 40 // fsdp) for array in reads)
+
+
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_a_part_of_a_tensor_is_read_without_the_others(tmp_path, monkeypatch, fsdp):
+    names = ("query", "key", "value")
+    weight_map = WeightMap(
+        (
+            *fused([f"{name}/kernel" for name in names], "qkv.weight", "linear"),
+            *fused([f"{name}/bias" for name in names], "qkv.bias"),
+            *stacked(at("blocks", fused(("a", "b"), "blocks.{}")), range(2)),
+        )
+    )
+    random = np.random.default_rng(0)
+    tensors = {"qkv.weight": (24, 5), "qkv.bias": (24,), "blocks.0": (16, 3), "blocks.1": (16, 3)}
+    tensors = {name: random.standard_normal(shape).astype(np.float32) for name, shape in tensors.items()}
+    cuts = {name: slice(8 * i, 8 * i + 8) for i, name in enumerate(names)}
+    expected = {
+        **{
+            name: {"kernel": tensors["qkv.weight"][rows].T, "bias": tensors["qkv.bias"][rows]}
+            for name, rows in cuts.items()
+        },
+        "blocks": {
+            name: np.stack([tensors[f"blocks.{layer}"][8 * i : 8 * i + 8] for layer in range(2)])
+            for i, name in enumerate("ab")
+        },
+    }
+    sizes = []
+    read = checkpoint.Reader.read
+    monkeypatch.setattr(checkpoint.Reader, "read", lambda *args: sizes.append(read(*args)) or sizes[-1])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), expected)
+    rules = [("kernel", PartitionSpec(None, "fsdp")), ("bias", PartitionSpec("fsdp")), ("blocks", PartitionSpec())]
+    shardings = tree_shardings(shapes, rules, make_mesh(MeshConfig(8 // fsdp, fsdp)))
+    params = load(write(tmp_path, tensors), weight_map, shapes, shardings, dtype=jnp.float32)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    assert max(array.shape[0] for array in sizes) == 8 and {array.shape for array in sizes} >= {(8 // fsdp, 5)}
+    written = to_reference(weight_map, params)
+    assert written.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(written[name], tensor)
 
 
 def test_a_snapshot_of_a_hub_which_is_links_into_its_cache_is_read(tmp_path, tensors):

@@ -1,19 +1,25 @@
 """CLIP text encoders as transformers stores them: `text_encoder` and `text_encoder_2` of Stable Diffusion 3.5, and the
-whole models they come from, `openai/clip-vit-large-patch14` and `laion/CLIP-ViT-bigG-14-laion2B-39B-b160k`."""
+whole models they come from, `openai/clip-vit-large-patch14` and `laion/CLIP-ViT-bigG-14-laion2B-39B-b160k`.
+
+OpenCLIP's own layout (`open_clip_model.safetensors` of the latter), which holds queries, keys and values in one tensor,
+is read too.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import numpy as np
 
 from snapgen_jax.networks.clip import ClipTextConfig
-from snapgen_jax.weights.mapping import Rule, WeightMap, linear, norm, one
+from snapgen_jax.weights.mapping import Rule, WeightMap, fused, linear, norm, one
 from snapgen_jax.weights.published import given
 
 Tree = Any
+Layout = Literal["transformers", "openclip"]
 
 
 def read_config(values: Mapping[str, Any], **changes: Any) -> ClipTextConfig:
@@ -27,7 +33,9 @@ def read_config(values: Mapping[str, Any], **changes: Any) -> ClipTextConfig:
         ValueError: the checkpoint is of a kind that `ClipText` does not have.
     """
     values = given(values)
-    values = given(values.get("text_config", values))  # a whole CLIP holds the configs of both halves
+    if "text_config" in values:  # a whole CLIP holds the configs of both halves, and one projection
+        projection = {"projection_dim": values["projection_dim"]} if "projection_dim" in values else {}
+        values = given({**values["text_config"], **projection})
     vocab, width = values["vocab_size"], values["hidden_size"]
     activation = values.get("hidden_act", "quick_gelu")
     for key, found, expected in (
@@ -99,13 +107,29 @@ def move_end(config: ClipTextConfig, params: Tree) -> tuple[ClipTextConfig, Tree
     return dataclasses.replace(config, eos_id=last), {**params, "token_embedding": table}
 
 
-def weight_map(config: ClipTextConfig) -> WeightMap:
+def weight_map(config: ClipTextConfig, layout: Layout = "transformers") -> WeightMap:
     """The tensors of a `ClipText`. Files of a whole CLIP, with its image half, are taken too."""
+    layers = range(config.layers)
+    if layout == "openclip":
+        return WeightMap(
+            rules=(
+                one("token_embedding", "token_embedding.weight"),
+                one("position_embedding", "positional_embedding"),
+                *(rule for i in layers for rule in openclip_layer(i, "transformer.resblocks")),
+                *norm("norm", "ln_final"),
+                *((one("projection/kernel", "text_projection"),) if config.projection else ()),
+            ),
+            ignored=(r"visual\..*", "logit_scale", "attn_mask"),
+        )
     return WeightMap(
         rules=(
             one("token_embedding", "text_model.embeddings.token_embedding.weight"),
             one("position_embedding", "text_model.embeddings.position_embedding.weight"),
-            *(rule for layer in range(config.layers) for rule in _layer(layer, key_bias=config.key_bias)),
+            *(
+                rule
+                for i in layers
+                for rule in transformers_layer(i, "text_model.encoder.layers", key_bias=config.key_bias)
+            ),
             *norm("norm", "text_model.final_layer_norm"),
             *(linear("projection", "text_projection", bias=False) if config.projection else ()),
         ),
@@ -118,8 +142,15 @@ def weight_map(config: ClipTextConfig) -> WeightMap:
     )
 
 
-def _layer(layer: int, *, key_bias: bool) -> tuple[Rule, ...]:
-    path, name = f"layers/block_{layer:02d}", f"text_model.encoder.layers.{layer}"
+def layout_of(names: Iterable[str]) -> Layout:
+    """The layout that the tensors of these names are in, those of either half of a CLIP."""
+    openclip = any(re.search(r"(^|\.)resblocks\.", name) for name in names)
+    return "openclip" if openclip else "transformers"
+
+
+def transformers_layer(layer: int, layers: str, *, key_bias: bool = True) -> tuple[Rule, ...]:
+    """The rules of a `ClipLayer` from one of the layers that transformers calls `layers`."""
+    path, name = f"layers/block_{layer:02d}", f"{layers}.{layer}"
     return (
         *norm(f"{path}/norm_1", f"{name}.layer_norm1"),
         *linear(f"{path}/attention/query", f"{name}.self_attn.q_proj"),
@@ -129,4 +160,19 @@ def _layer(layer: int, *, key_bias: bool) -> tuple[Rule, ...]:
         *norm(f"{path}/norm_2", f"{name}.layer_norm2"),
         *linear(f"{path}/inner", f"{name}.mlp.fc1"),
         *linear(f"{path}/outer", f"{name}.mlp.fc2"),
+    )
+
+
+def openclip_layer(layer: int, layers: str) -> tuple[Rule, ...]:
+    """The rules of a `ClipLayer` from one of the layers that OpenCLIP calls `layers`."""
+    path, name = f"layers/block_{layer:02d}", f"{layers}.{layer}"
+    heads = [f"{path}/attention/{part}" for part in ("query", "key", "value")]
+    return (
+        *norm(f"{path}/norm_1", f"{name}.ln_1"),
+        *fused([f"{part}/kernel" for part in heads], f"{name}.attn.in_proj_weight", "linear"),
+        *fused([f"{part}/bias" for part in heads], f"{name}.attn.in_proj_bias"),
+        *linear(f"{path}/attention/out", f"{name}.attn.out_proj"),
+        *norm(f"{path}/norm_2", f"{name}.ln_2"),
+        *linear(f"{path}/inner", f"{name}.mlp.c_fc"),
+        *linear(f"{path}/outer", f"{name}.mlp.c_proj"),
     )

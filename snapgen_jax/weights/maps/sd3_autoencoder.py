@@ -7,7 +7,7 @@ attention may have the names that diffusers gave it then.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from snapgen_jax.networks.autoencoder import AutoencoderConfig
 from snapgen_jax.weights.mapping import Rule, WeightMap, conv, linear, norm
@@ -73,7 +73,7 @@ def write_config(config: AutoencoderConfig) -> dict[str, Any]:
 
 def weight_map(config: AutoencoderConfig) -> WeightMap:
     """Every tensor of the checkpoint."""
-    rules = (*_coder(config, "encoder"), *_coder(config, "decoder"))
+    rules = (*coder(config, "encoder"), *coder(config, "decoder"))
     if config.quantisation == "convolutions":
         rules += (*conv("encoder/quantisation", "quant_conv"), *conv("decoder/quantisation", "post_quant_conv"))
     earlier = [
@@ -85,7 +85,8 @@ def weight_map(config: AutoencoderConfig) -> WeightMap:
     return WeightMap(rules, aliases=tuple(earlier))
 
 
-def _coder(config: AutoencoderConfig, coder: str) -> tuple[Rule, ...]:
+def coder(config: AutoencoderConfig, coder: Literal["encoder", "decoder"]) -> tuple[Rule, ...]:
+    """One half, without its quantisation."""
     down = coder == "encoder"
     channels = config.channels if down else config.channels[::-1]
     blocks, sampler = ("down_blocks", "downsamplers") if down else ("up_blocks", "upsamplers")
@@ -95,7 +96,7 @@ def _coder(config: AutoencoderConfig, coder: str) -> tuple[Rule, ...]:
     for i, channel in enumerate(channels):
         path, name = f"{coder}/stages/block_{i:02d}", f"{coder}.{blocks}.{i}"
         for j in range(layers):
-            rules += _residual(f"{path}/residuals/block_{j:02d}", f"{name}.resnets.{j}", skip=width != channel)
+            rules += residual(f"{path}/residuals/block_{j:02d}", f"{name}.resnets.{j}", skip=width != channel)
             width = channel
         if i < len(channels) - 1:
             rules += conv(f"{path}/sampler", f"{name}.{sampler}.0.conv")
@@ -105,7 +106,8 @@ def _coder(config: AutoencoderConfig, coder: str) -> tuple[Rule, ...]:
     return tuple(rules)
 
 
-def _residual(path: str, name: str, *, skip: bool = False) -> list[Rule]:
+def residual(path: str, name: str, *, skip: bool = False) -> list[Rule]:
+    """A residual block that is told no time."""
     rules: list[Rule] = []
     for i in (1, 2):
         rules += norm(f"{path}/norm_{i}", f"{name}.norm{i}")
@@ -114,13 +116,19 @@ def _residual(path: str, name: str, *, skip: bool = False) -> list[Rule]:
 
 
 def _middle(path: str, name: str) -> list[Rule]:
-    attention = f"{name}.attentions.0"
     return [
-        *_residual(f"{path}/residual_1", f"{name}.resnets.0"),
-        *norm(f"{path}/attention/norm", f"{attention}.group_norm"),
-        *linear(f"{path}/attention/query", f"{attention}.to_q"),
-        *linear(f"{path}/attention/key", f"{attention}.to_k"),
-        *linear(f"{path}/attention/value", f"{attention}.to_v"),
-        *linear(f"{path}/attention/out", f"{attention}.to_out.0"),
-        *_residual(f"{path}/residual_2", f"{name}.resnets.1"),
+        *residual(f"{path}/residual_1", f"{name}.resnets.0"),
+        *attention(f"{path}/attention", f"{name}.attentions.0"),
+        *residual(f"{path}/residual_2", f"{name}.resnets.1"),
+    ]
+
+
+def attention(path: str, name: str) -> list[Rule]:
+    """A `networks.autoencoder.PixelAttention`."""
+    return [
+        *norm(f"{path}/norm", f"{name}.group_norm"),
+        *linear(f"{path}/query", f"{name}.to_q"),
+        *linear(f"{path}/key", f"{name}.to_k"),
+        *linear(f"{path}/value", f"{name}.to_v"),
+        *linear(f"{path}/out", f"{name}.to_out.0"),
     ]

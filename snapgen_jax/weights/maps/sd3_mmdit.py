@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -72,7 +73,7 @@ def _stack(path: str, rules: Iterable[Rule], blocks: range) -> tuple[Rule, ...]:
 
 
 def _name(rule: Rule, block: int) -> Rule:
-    return Rule(rule.path, (rule.names[0].format(block),), rule.transform)
+    return dataclasses.replace(rule, names=(rule.names[0].format(block),))
 
 
 def _last() -> tuple[Rule, ...]:

@@ -1,0 +1,47 @@
+"""Patches of an image as tokens: where they stand, and what takes the place of a map of them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from snapgen_jax.networks.taps import Reuse
+
+
+def positions(rows: np.ndarray, columns: np.ndarray, width: int) -> jax.Array:
+    """Sine and cosine positions of a grid.
+
+    Only the two axes are computed eagerly, so that the shapes of a full-size network cost nothing.
+
+    Args:
+        rows: `[h]` place of each row.
+        columns: `[w]` place of each column.
+        width: D of a token, a multiple of four.
+
+    Returns:
+        `[h, w, D]` float32: sines, then cosines, of the column in the first half of D and of the row in the second.
+
+    Source: Vaswani et al. 2017, section 3.5, once an axis, as in He et al. 2022 (arXiv 2111.06377).
+    """
+    quarter = width // 4
+    frequencies = 10_000.0 ** -(np.arange(quarter) / quarter)
+
+    def axis(places: np.ndarray) -> jax.Array:  # [n, D/2]
+        angles = places[:, None] * frequencies
+        return jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=1), jnp.float32)
+
+    shape = (len(rows), len(columns), 2 * quarter)
+    of_columns = jnp.broadcast_to(axis(columns), shape)
+    of_rows = jnp.broadcast_to(axis(rows)[:, None], shape)
+    return jnp.concatenate([of_columns, of_rows], axis=-1)
+
+
+def on_tokens(name: str, reuse: Reuse, like: jax.ShapeDtypeStruct) -> Reuse:
+    """A replacement, called `name`, of a map like `like` `[B, h, w, D]` as one of tokens `[B, h * w, D]`."""
+    value = rearrange(reuse.fitted(like, name), "b h w d -> b (h w) d")
+    run = reuse.run
+    if not callable(run):
+        return Reuse(value, run)
+    return Reuse(value, lambda tokens: run(rearrange(tokens, "b (h w) d -> b h w d", h=like.shape[1])))

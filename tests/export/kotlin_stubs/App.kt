@@ -1,0 +1,3 @@
+package android.app
+
+open class Application : android.content.Context()
