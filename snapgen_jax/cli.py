@@ -327,7 +327,7 @@ def _export(options: argparse.Namespace) -> None:
 
 def _export_bundle(options: argparse.Namespace, out: str) -> dict[str, float]:
     from snapgen_jax.export.latents import Carried
-    from snapgen_jax.export.run import export_run
+    from snapgen_jax.export.run import export_run, image_sizes
 
     precisions, limits, budget = chosen_precisions(options)
     names = ("clip_l", "clip_g", "language")
@@ -350,6 +350,7 @@ def _export_bundle(options: argparse.Namespace, out: str) -> dict[str, float]:
         adapters=options.adapters,
         title=options.title,
         licence=options.license,
+        sizes=image_sizes(options.sizes),
     )
 
 

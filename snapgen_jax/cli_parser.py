@@ -124,6 +124,12 @@ def build_parser() -> argparse.ArgumentParser:
         "a run of an autoencoder, or a folder of a published one",
     )
     add_precisions(export)
+    export.add_argument(
+        "--sizes",
+        metavar="HxW,HxW",
+        help="further image sizes of the bundle, height by width, whose files share the weights: 64x64,96x64; "
+        "with --backend=litert",
+    )
     export.add_argument("--title", default="", help="name of the model that apps show (default: the workdir's)")
     export.add_argument("--license", default="", help="of the weights, as the hub calls it: apache-2.0, cc-by-4.0")
     export.add_argument(

@@ -69,6 +69,27 @@ def checks(
     if not all(check.passed for check in files):
         return  # nothing that a damaged file computes is worth looking at
     yield from _token_ids(bundle)
+    yield from _at_size(bundle, precisions, num_threads, accelerator)
+    for name in bundle.sizes:
+        if (other := Bundle(folder, _height_width(name))).golden_folder != bundle.golden_folder:
+            for check in _at_size(other, precisions, num_threads, accelerator):
+                yield dataclasses.replace(check, name=f"{name}: {check.name}")
+
+
+def _height_width(size: str) -> tuple[int, int]:
+    height, _, width = size.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise BundleError(f"manifest.json has the image size {size!r}; height and width were expected, as in 96x64")
+    return int(height), int(width)
+
+
+def _at_size(
+    bundle: Bundle,
+    precisions: Sequence[str] | None,
+    num_threads: int | None,
+    accelerator: Literal["cpu", "gpu"] | None,
+) -> Iterator[Check]:
+    """All but the files and the tokens, at one image size."""
     yield from _replays(bundle)
     for precision in precisions or bundle.manifest["precisions"]:
         yield from _signatures(bundle, precision)
@@ -99,7 +120,7 @@ def _files(bundle: Bundle) -> Iterator[Check]:
 
 def _token_ids(bundle: Bundle) -> Iterator[Check]:
     """Only where the program takes prompts and the `tokenizers` library is installed."""
-    prompts = _facts(bundle)["prompts"]
+    prompts = bundle.golden_facts()["prompts"]
     if not prompts or importlib.util.find_spec("tokenizers") is None:
         return
     same = all(np.array_equal(made, bundle.golden(f"inputs/{name}")) for name, made in bundle.tokenize(prompts).items())
@@ -142,7 +163,7 @@ def _replay(bundle: Bundle, flow: Flow, i: int, predictions: np.ndarray) -> np.n
 
 def _encoded(bundle: Bundle, context: str, i: int) -> Arrays:
     """What the encoders of a context gave for example i."""
-    prefix = f"golden/contexts/{context}/"
+    prefix = f"{bundle.golden_folder}/contexts/{context}/"
     names = [name[len(prefix) : -len(".npy")] for name in bundle.manifest["files"] if name.startswith(prefix)]
     return {name: bundle.golden(f"contexts/{context}/{name}")[i] for name in names}
 
@@ -172,7 +193,7 @@ def _signatures(bundle: Bundle, precision: str) -> Iterator[Check]:
 
 
 def _golden(bundle: Bundle, plain: Sampler, precision: str, accelerator: str | None) -> Iterator[Check]:
-    facts, bad = _facts(bundle), set()
+    facts, bad = bundle.golden_facts(), set()
     limits = facts["tolerances"][precision]
     if accelerator == "gpu":
         limits = _widened(limits, facts["gpu_factor"][precision])
@@ -252,10 +273,6 @@ def _flow(
 
 def _below(name: str, value: float, limit: float) -> Check:
     return Check(name, f"{value:.3g}, at most {limit:.3g}", bool(value <= limit))
-
-
-def _facts(bundle: Bundle) -> dict:
-    return bundle.json("golden/golden.json")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

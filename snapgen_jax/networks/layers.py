@@ -216,6 +216,13 @@ class GEGLU(nnx.Module):
 
 
 def upsample_nearest(x: jax.Array, factor: int = 2) -> jax.Array:
-    """`[B, H, W, C] -> [B, factor*H, factor*W, C]` by repetition: one operator in TFLite, where `repeat` is five."""
+    """`[B, H, W, C] -> [B, factor*H, factor*W, C]` by repetition: one operator in TFLite, where `repeat` is five.
+
+    Its converters know that operator where height and width are equal. Elsewhere it would be two gathers, which no GPU
+    delegate takes; two concatenations give the same.
+    """
     b, h, w, c = x.shape
+    if h != w:
+        x = jnp.concatenate([x] * factor, axis=3).reshape(b, h, 1, factor * w * c)
+        return jnp.concatenate([x] * factor, axis=2).reshape(b, factor * h, factor * w, c)
     return jax.image.resize(x, (b, factor * h, factor * w, c), method="nearest")
