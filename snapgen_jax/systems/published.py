@@ -207,7 +207,7 @@ class System:
 
     def unit(self) -> int:
         """Sides of an image are multiples of so many pixels."""
-        raise NotImplementedError
+        return self.networks["autoencoder"].config.reduction
 
     def latent_shape(self) -> tuple[int, ...]:
         """(h, w, c) of the latents of `config.image_size`.
@@ -234,8 +234,11 @@ class System:
 
         Returns:
             `image` uint8 `[B, H, W, 3]`, `pixels` float32 in [-1, 1] before rounding, and `latent` `[B, h, w, c]`.
+
+        Raises:
+            ValueError: the system draws from something else.
         """
-        raise NotImplementedError
+        raise ValueError(f"{type(self).__name__} draws from no prompts")
 
 
 class Generator:

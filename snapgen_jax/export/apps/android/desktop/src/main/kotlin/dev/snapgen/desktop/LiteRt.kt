@@ -20,9 +20,9 @@ import java.lang.foreign.ValueLayout.JAVA_LONG
 import java.lang.invoke.MethodHandle
 
 /** LiteRT on a desktop JVM: the C functions of `libLiteRt.so`, as in the ai-edge-litert 2.3.0 wheel, by Panama. */
-class LiteRt(library: File) : NetworkLoader, AutoCloseable {
+class LiteRt(nativeFile: File) : NetworkLoader, AutoCloseable {
     private val arena = Arena.ofShared()
-    private val lookup = SymbolLookup.libraryLookup(library.toPath(), arena)
+    private val lookup = SymbolLookup.libraryLookup(nativeFile.toPath(), arena)
     private val functions = HashMap<String, MethodHandle>()
     private val environment = made { call("LiteRtCreateEnvironment", 0, MemorySegment.NULL, it) }
 
