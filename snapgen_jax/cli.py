@@ -209,6 +209,8 @@ def _titles(conditions: dict[str, Any], count: int) -> list[str]:
     plain = {
         name: values for name, values in conditions.items() if not any(isinstance(v, list | tuple) for v in values)
     }
+    if any(len(values) < count for values in plain.values()):  # one condition became the frames of a clip
+        return [f"frame {i + 1}" for i in range(count)]
     return [", ".join(f"{name} {values[i]}" for name, values in plain.items()) for i in range(count)]
 
 
@@ -231,10 +233,8 @@ def _draw(options: argparse.Namespace, conditions: dict[str, Any]) -> Any:
     elif options.weights:
         from snapgen_jax.generation import load_system
 
-        if conditions:
-            raise ConfigError("--condition goes with --workdir or --bundle; a published system draws from prompts")
         options.overrides += [f"{name}={value}" for name, value in chosen.items()]
-        generator, chosen = load_system(_load(options), options.weights), {}
+        generator, chosen = load_system(_load(options), options.weights), {"conditions": conditions}
     else:
         from snapgen_jax.generation import load
 

@@ -474,4 +474,4 @@ def load_system(config: Config, folder: str | os.PathLike[str], platform: str | 
     except ValueError as error:
         raise ConfigError(str(error)) from error
     tokenizers = {name: PretrainedTokenizer.load(root / system.TOKENIZERS[name]) for name in system.text_encoders}
-    return PublishedGenerator(system, params, tokenizers, mesh)
+    return system.generator(params, tokenizers, mesh)

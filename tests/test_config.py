@@ -70,7 +70,10 @@ def test_a_preset_decides_the_defaults_of_its_section():
         ("train_steps", r"override 'train_steps' has no value"),
         ("network.groups=7", r"config section 'network': .*multiple of groups=7"),
         ("network.groops=7", r"unknown config key 'network.groops'; did you mean 'groups'\?"),
-        ("network.kind=unett", r"'network.kind' is 'unett'; choose one of 'unet', 'mmdit', 'dit', 'sd_unet'; did you mean 'unet'\?"),
+        (
+            "network.kind=unett",
+            r"'network.kind' is 'unett'; choose one of 'unet', 'mmdit', 'dit', 'sd_unet'; did you mean 'unet'\?",
+        ),
         ("network={'groups': 7}", r"config section 'network': UNetConfig: .*multiple of groups=7"),
         ("seed.x=1", r"'seed' is a value, not a section|expected int"),
     ],

@@ -140,6 +140,10 @@ class System:
         """Those that it has, each with a tokenizer of its own."""
         return [name for name in self.TOKENIZERS if name in self.networks]
 
+    def generator(self, params: Tree, tokenizers: dict[str, Any], mesh: Mesh | None) -> Generator:
+        """The system, ready to draw."""
+        return Generator(self, params, tokenizers, mesh)
+
     def lengths(self) -> dict[str, int]:
         """Tokens of a text, by encoder; that of CLIP where none is said."""
         return {}
@@ -260,6 +264,19 @@ class Generator:
             parts.append(jax.device_get(self._jitted(self.params, *arguments)))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def generate(self, prompts: list[str], *, seed: int = 0, negative_prompt: str = "") -> np.ndarray:
-        """Images uint8 `[N, H, W, 3]`."""
+    def generate(
+        self,
+        prompts: list[str] | None,
+        *,
+        seed: int = 0,
+        negative_prompt: str = "",
+        conditions: Mapping[str, Any] | None = None,
+    ) -> np.ndarray:
+        """Images uint8 `[N, H, W, 3]`.
+
+        Raises:
+            ValueError: there is no prompt, or a condition, which this system does not take.
+        """
+        if conditions or not prompts:
+            raise ValueError("this system draws from prompts; give --prompt, and no --condition")
         return self.run(prompts, seed=seed, negative_prompt=negative_prompt)["image"]

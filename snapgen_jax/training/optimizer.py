@@ -23,8 +23,8 @@ Tree = Any
 Name = Literal["adamw", "adafactor", "lion", "muon", "sm3", "sgd"]
 
 # How the last key of a path ends where weight decay leaves a parameter alone, whatever its shape: of blocks under one
-# scan a bias has two axes. "offset" is the gain of a norm less one.
-UNDECAYED = ("bias", "scale", "offset")
+# scan a bias has two axes. "offset" is the gain of a norm less one; "factor" blends two results.
+UNDECAYED = ("bias", "scale", "offset", "factor")
 # AdamW's updates have about this root mean square (Liu et al. 2025, section 2.2), and Muon's are given it, so that the
 # learning rate and the decay of one serve the other.
 MUON_RMS = 0.2

@@ -74,6 +74,9 @@ SOURCES: dict[str, Source] = {
     "sdxl": Source(
         "Stable Diffusion XL base 1.0", "stabilityai/stable-diffusion-xl-base-1.0", "*", "CreativeML Open RAIL++-M"
     ),
+    "svd": Source(
+        "Stable Video Diffusion", "stabilityai/stable-video-diffusion-img2vid", "*", _NOT_VERIFIED, gated=True
+    ),
     "sd3_vae": Source("Stable Diffusion 3.5 autoencoder", f"{_SD35}-large", "vae", _STABILITY, gated=True),
     "sd1_vae": Source(
         "the autoencoder of Stable Diffusion 1 and 2, its decoder fine-tuned", "stabilityai/sd-vae-ft-mse", "", "MIT"

@@ -113,14 +113,19 @@ async function replay() {
     let asked = 0;
     const network = {
       async call(unit, inputs) {
-        const row = predictions.at(i).at(asked >> 1).at(asked & 1);
+        const row = predictions
+          .at(i)
+          .at(asked >> 1)
+          .at(asked & 1);
         if (times) close([...inputs.time.data], [...times.at(asked >> 1).data], 1e-4, "time");
         asked += 1;
         return { prediction: row };
       },
     };
     const sampler = new Sampler(program, network, shapes);
-    const inputs = Object.fromEntries(Object.keys(program.inputs).map((name) => [name, golden(`inputs/${name}`).at(i)]));
+    const inputs = Object.fromEntries(
+      Object.keys(program.inputs).map((name) => [name, golden(`inputs/${name}`).at(i)]),
+    );
     const contexts = { "": inputs };
     for (const context of Object.keys(program.contexts)) {
       contexts[context] = { ...inputs };

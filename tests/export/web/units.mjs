@@ -55,7 +55,11 @@ refuses(() => parse({ ...program, step: { ...program.step, context: "x" } }), Bu
 refuses(() => parse({ ...program, times: [1] }), BundleError, "two entries");
 const { guidance, ...without } = program.step;
 refuses(() => parse({ ...program, step: without }), BundleError, "lacks guidance");
-refuses(() => parse({ ...program, step: { ...program.step, guidance: [[1], 2] } }), BundleError, "numbers were expected");
+refuses(
+  () => parse({ ...program, step: { ...program.step, guidance: [[1], 2] } }),
+  BundleError,
+  "numbers were expected",
+);
 const flow = parse(program);
 refuses(() => withOptions(flow, { steps: 0 }), InputError, "at least one step");
 refuses(() => withOptions(flow, { guidance: [1, 2] }), InputError, "guidance of this bundle");
@@ -63,13 +67,19 @@ refuses(() => withOptions(flow, { hue: 1 }), InputError, "no option hue");
 refuses(() => withOptions(parse({ ...program, shift: undefined }), { steps: 3 }), InputError, "no other number");
 const sampler = new Sampler(flow, null, {});
 refuses(() => sampler.given({}), InputError, "got none");
-refuses(() => sampler.given({ tokens: fromLists([1]), mask: fromLists([1]) }), InputError, 'the input "tokens" is int32');
+refuses(
+  () => sampler.given({ tokens: fromLists([1]), mask: fromLists([1]) }),
+  InputError,
+  'the input "tokens" is int32',
+);
 
 // Tokenizers of other kinds.
 const tokenizer = read("tokenizer.json");
 refuses(() => new Tokenizer({ ...tokenizer, model: { type: "Unigram" } }), BundleError, "a Unigram model");
 refuses(
-  () => new Tokenizer({ ...tokenizer, model: { ...tokenizer.model, byte_fallback: true } }), BundleError, "a BPE model",
+  () => new Tokenizer({ ...tokenizer, model: { ...tokenizer.model, byte_fallback: true } }),
+  BundleError,
+  "a BPE model",
 );
 refuses(() => new Tokenizer({ ...tokenizer, pre_tokenizer: { type: "Metaspace" } }), BundleError, "Metaspace");
 refuses(() => new Tokenizer({ ...tokenizer, normalizer: { type: "Nmt" } }), BundleError, "Nmt");
@@ -80,19 +90,28 @@ const unit = { files: { f32: "a", f16: "b", int8: "c" }, gpu: { checked: false }
 const sizes = { a: { bytes: 400e6 }, b: { bytes: 200e6 }, c: { bytes: 100e6 } };
 const gpu = { name: "a phone's", software: false, half: true };
 const chosen = (wanted, adapter, of = unit) =>
-  waysOf(of, sizes, wanted, adapter).map((way) => [way.accelerator, way.precision, way.arithmetic].filter(Boolean).join(" "));
+  waysOf(of, sizes, wanted, adapter).map((way) =>
+    [way.accelerator, way.precision, way.arithmetic].filter(Boolean).join(" "),
+  );
 assert.deepEqual(chosen({}, null), ["wasm int8", "wasm f32", "wasm f16"]);
 assert.deepEqual(chosen({ accelerator: "webgpu" }, null), ["wasm int8", "wasm f32", "wasm f16"]);
 assert.deepEqual(chosen({}, { ...gpu, software: true })[0], "wasm int8");
 assert.deepEqual(chosen({}, gpu).slice(0, 3), ["webgpu f16 fp16", "webgpu f16 fp32", "webgpu f32 fp16"]);
 assert.equal(chosen({}, gpu).at(-3), "wasm int8");
 assert.deepEqual(chosen({ precision: "f32" }, { ...gpu, half: false }), ["webgpu f32 fp32", "wasm f32"]);
-const left = { ...unit, gpu: { checked: true, fully_accelerated: { f32: true, f16: false } }, accelerators_verified: { gpu: ["f32"] } };
+const left = {
+  ...unit,
+  gpu: { checked: true, fully_accelerated: { f32: true, f16: false } },
+  accelerators_verified: { gpu: ["f32"] },
+};
 assert.deepEqual(chosen({}, gpu, left).slice(0, 3), ["webgpu f32 fp16", "webgpu f32 fp32", "wasm int8"]);
 assert.deepEqual(chosen({}, null, { ...unit, files: { f16: "b" } }), ["wasm f16"]);
 
 // What fits into 2 GiB: together, in turn, with a warning, or not at all.
-const of = (files) => ({ unet: waysOf({ ...unit, files }, sizes, {}, null), decoder: waysOf({ ...unit, files }, sizes, {}, null) });
+const of = (files) => ({
+  unet: waysOf({ ...unit, files }, sizes, {}, null),
+  decoder: waysOf({ ...unit, files }, sizes, {}, null),
+});
 assert.equal(fit(of({ int8: "c" })).residency, "together");
 assert.equal(fit(of({ f32: "a" })).residency, "in turn");
 sizes.a.bytes = 850e6;
@@ -100,7 +119,10 @@ assert.match(fit(of({ f32: "a" })).warning, /of the 2\.0 GiB/);
 sizes.a.bytes = 1.5e9;
 assert.match(fit(of({ f32: "a" })).error, /unet takes about 2\.9 GiB/);
 assert.equal(fit(of({ f32: "a", int8: "c" })).ways.unet[0].precision, "int8");
-assert.equal(fit({ unet: waysOf({ ...unit, files: { f32: "a", f16: "b" } }, sizes, {}, null) }).ways.unet[0].precision, "f16");
+assert.equal(
+  fit({ unet: waysOf({ ...unit, files: { f32: "a", f16: "b" } }, sizes, {}, null) }).ways.unet[0].precision,
+  "f16",
+);
 assert.deepEqual([heapWarning(1e9), heapWarning(2e9) !== ""], ["", true]);
 
 console.log("ok");

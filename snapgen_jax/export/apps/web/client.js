@@ -62,7 +62,9 @@ export class Client {
       precisions: manifest.precisions,
       prompt: program.tokenizers.length > 0,
       prompts: facts.prompts ?? [],
-      inputs: Object.values(program.inputs).filter(({ name }) => !made.has(name)).map(plain),
+      inputs: Object.values(program.inputs)
+        .filter(({ name }) => !made.has(name))
+        .map(plain),
       outputs: Object.values(program.outputs).map(plain),
       isFlow,
       steps: isFlow ? program.times.length - 1 : null,
@@ -161,11 +163,13 @@ export class Client {
     const limit = this.facts.self_test?.[precision];
     if (limit === undefined) return `${signature} has no recorded call to test it with; export the bundle again`;
     const given = {};
-    for (const tensor of Object.keys(inputs)) given[tensor] = await this.files.golden(`self_test/${name}/inputs/${tensor}`);
+    for (const tensor of Object.keys(inputs))
+      given[tensor] = await this.files.golden(`self_test/${name}/inputs/${tensor}`);
     const made = await this.#units[name].run(given);
     for (const tensor of Object.keys(outputs)) {
       const error = relativeL2(made[tensor], await this.files.golden(`self_test/${name}/outputs/${tensor}`));
-      if (!(error <= limit)) return `its self-test is off by ${error.toPrecision(2)}, at most ${limit.toPrecision(2)}`;
+      if (!(error <= limit))
+        return `its self-test is off by ${error.toPrecision(2)}, at most ${limit.toPrecision(2)}`;
     }
     return "";
   }

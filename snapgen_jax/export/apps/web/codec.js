@@ -44,7 +44,8 @@ function patch(latents, codec) {
   for (let n = 0; n < count * h; n++) {
     for (let column = 0; column < w; column++) {
       const from = (n * w + column) * p * p * 3;
-      for (let i = 0; i < coefficients.length; i++) coefficients[i] = latents.data[from + i] / gain[Math.floor(i / 3)];
+      for (let i = 0; i < coefficients.length; i++)
+        coefficients[i] = latents.data[from + i] / gain[Math.floor(i / 3)];
       transform(dct, coefficients, half, p, 1); // vertical: [k, l] -> [r, l]
       transform(dct, half, coefficients, 1, p); // horizontal: [r, l] -> [r, s]
       for (let r = 0; r < p; r++) {

@@ -73,7 +73,9 @@ export class Files {
     if (!globalThis.caches || !this.listed) return;
     try {
       const cache = await caches.open(CACHE);
-      const current = new Set(Object.entries(this.listed).map(([name, { sha256: digest }]) => this.#key(name, digest)));
+      const current = new Set(
+        Object.entries(this.listed).map(([name, { sha256: digest }]) => this.#key(name, digest)),
+      );
       for (const { url } of await cache.keys()) {
         if (url.startsWith(this.base) && !current.has(url)) await cache.delete(url);
       }
@@ -93,7 +95,7 @@ export class Files {
     if (!expected || !response.body) return new Uint8Array(await response.arrayBuffer());
     const bytes = new Uint8Array(expected.bytes);
     let length = 0;
-    for (const reader = response.body.getReader(); ; ) {
+    for (const reader = response.body.getReader(); ;) {
       const { done, value } = await reader.read().catch(() => {
         throw new BundleError(`the connection broke after ${length} of ${expected.bytes} bytes of ${name}`);
       });

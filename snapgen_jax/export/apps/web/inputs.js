@@ -4,7 +4,10 @@ import { InputError, NDArray, fromLists, sameShape, shapeOf, sizeOf, zeros } fro
 
 /** Adds a field for each input to `place`; returns `async read() -> {name: NDArray}`, which throws `InputError`. */
 export function addFields(place, specs) {
-  const readers = specs.map((spec) => [spec.name, isPicture(spec) ? pictureField(place, spec) : numberField(place, spec)]);
+  const readers = specs.map((spec) => [
+    spec.name,
+    isPicture(spec) ? pictureField(place, spec) : numberField(place, spec),
+  ]);
   return async () => {
     const found = {};
     for (const [name, read] of readers) found[name] = await read();

@@ -75,7 +75,8 @@ class Unit {
     const tensors = {};
     let outputs = {};
     try {
-      for (const [name, { data, shape }] of Object.entries(inputs)) tensors[name] = new this.library.Tensor(data, shape);
+      for (const [name, { data, shape }] of Object.entries(inputs))
+        tensors[name] = new this.library.Tensor(data, shape);
       outputs = await this.model.run(this.signature, tensors);
       const found = {};
       for (const [name, tensor] of Object.entries(outputs)) {

@@ -15,7 +15,11 @@ export function readNpy(bytes, name = "array.npy") {
   const [start, length] = bytes[6] === 1 ? [10, view.getUint16(8, true)] : [12, view.getUint32(8, true)];
   const header = new TextDecoder("latin1").decode(bytes.subarray(start, start + length));
   const descr = /'descr':\s*'([^']*)'/.exec(header)?.[1];
-  const shape = /'shape':\s*\(([\d,\s]*)\)/.exec(header)?.[1].split(",").filter((part) => part.trim()).map(Number);
+  const shape = /'shape':\s*\(([\d,\s]*)\)/
+    .exec(header)?.[1]
+    .split(",")
+    .filter((part) => part.trim())
+    .map(Number);
   if (!(descr in TYPES)) refuse(`its dtype is ${descr}; ${Object.keys(TYPES).join(", ")} are read`);
   if (!shape || !/'fortran_order':\s*False/.test(header)) refuse("it is not in C order");
   const Type = TYPES[descr];

@@ -29,12 +29,20 @@ function open(note = "") {
   worker.onmessage = ({ data }) => hear(data);
   worker.onerror = (event) => {
     event.preventDefault();
-    hear({ type: "failed", id: job?.id, message: `the worker did not start: ${event.message ?? "unknown"}`, opening: true });
+    hear({
+      type: "failed",
+      id: job?.id,
+      message: `the worker did not start: ${event.message ?? "unknown"}`,
+      opening: true,
+    });
   };
   show("opening", "Reading the bundle");
   say(note);
   const here = new URL(".", location.href).href;
-  const wanted = { accelerator: $("accelerator").value, precision: bundle ? $("precision").value : query.get("precision") ?? "auto" };
+  const wanted = {
+    accelerator: $("accelerator").value,
+    precision: bundle ? $("precision").value : (query.get("precision") ?? "auto"),
+  };
   const threads = globalThis.crossOriginIsolated === true;
   return ask({ type: "open", base: `${here}bundle/`, litert: `${here}litert/`, threads, wanted });
 }
@@ -81,7 +89,8 @@ const HEARD = {
   failed({ message, opening, broken }) {
     const type = job?.type;
     finish();
-    const text = `${type === "draw" ? "Not drawn" : "This does not work"}: ${message}${/[.!?]$/.test(message) ? "" : "."}`;
+    const end = /[.!?]$/.test(message) ? "" : ".";
+    const text = `${type === "draw" ? "Not drawn" : "This does not work"}: ${message}${end}`;
     if (broken && type === "open" && $("accelerator").value !== "wasm") {
       $("accelerator").value = "wasm";
       open(`${text} It goes on without the GPU.`);
@@ -144,7 +153,9 @@ function restore() {
     show("drawn");
     stop = play($("canvas"), last.outputs[name]);
   } else {
-    const listed = last ? Object.entries(last.outputs).map(([each, array]) => `${each}: ${array.dtype} [${array.shape}]`) : [];
+    const listed = last
+      ? Object.entries(last.outputs).map(([each, array]) => `${each}: ${array.dtype} [${array.shape}]`)
+      : [];
     show("empty", listed.join("\n") || "Write what you want to see, and press Draw.");
   }
 }
@@ -157,7 +168,10 @@ function opened(message) {
   const facts = Object.entries(message.labels);
   const rows = [
     ...facts,
-    ["GPU", bundle.adapter ? `${bundle.adapter.name}${bundle.adapter.software ? " (software)" : ""}` : "none for this page"],
+    [
+      "GPU",
+      bundle.adapter ? `${bundle.adapter.name}${bundle.adapter.software ? " (software)" : ""}` : "none for this page",
+    ],
     ["Threads", bundle.threads ? "yes" : "no"],
     ["Networks", `loaded ${message.residency}`],
     ["Memory", memory(message.heap)],
@@ -211,7 +225,8 @@ function drawn({ outputs, notes, seconds, heap }) {
   const picture = arrays.map(([, array]) => array).find(pictureShape);
   const [, height, width] = picture ? pictureShape(picture) : [];
   $("canvas").setAttribute("aria-label", last.prompt || "The picture");
-  say(`${picture ? `${width} × ${height} pixels` : "Done"} in ${seconds.toFixed(seconds < 10 ? 2 : 0)} s, seed ${last.seed}.`);
+  const size = picture ? `${width} × ${height} pixels` : "Done";
+  say(`${size} in ${seconds.toFixed(seconds < 10 ? 2 : 0)} s, seed ${last.seed}.`);
   $("notes").replaceChildren();
   for (const note of notes) item("notes", note);
   buttons();
@@ -245,7 +260,9 @@ async function draw() {
       if (guidance !== bundle.guidance) asked.options.guidance = guidance;
     }
     const arrays = await readInputs();
-    asked.inputs = Object.fromEntries(Object.entries(arrays).map(([name, { data, shape }]) => [name, { data, shape }]));
+    asked.inputs = Object.fromEntries(
+      Object.entries(arrays).map(([name, { data, shape }]) => [name, { data, shape }]),
+    );
   } catch (error) {
     say(error.message, true);
     return;

@@ -1,6 +1,17 @@
 // What program.json (schema 3) says: the calls that make one example. program.py in a bundle explains every field.
 
-import { BundleError, InputError, NDArray, broadcastTo, canBroadcast, fromLists, map, sameShape, shapeOf, zeros } from "./arrays.js";
+import {
+  BundleError,
+  InputError,
+  NDArray,
+  broadcastTo,
+  canBroadcast,
+  fromLists,
+  map,
+  sameShape,
+  shapeOf,
+  zeros,
+} from "./arrays.js";
 
 const SCHEMA = 3;
 export const RULES = ["euler", "heun", "renoise"];
@@ -191,7 +202,9 @@ export class Flow {
   }
 
   initialState() {
-    return Object.fromEntries(Object.values(this.state).map((array) => [array.name, zeros(array.shape, array.dtype)]));
+    return Object.fromEntries(
+      Object.values(this.state).map((array) => [array.name, zeros(array.shape, array.dtype)]),
+    );
   }
 
   with(changes) {

@@ -4,7 +4,18 @@
 // calls in a test.
 
 import {
-  BundleError, InputError, NDArray, add, concatenate, divide, map, multiply, sameShape, subtract, zeros, fromLists,
+  BundleError,
+  InputError,
+  NDArray,
+  add,
+  concatenate,
+  divide,
+  map,
+  multiply,
+  sameShape,
+  subtract,
+  zeros,
+  fromLists,
 } from "./arrays.js";
 import { decode, greyLevels } from "./codec.js";
 import { FeedForward, RULES } from "./program.js";
@@ -63,7 +74,7 @@ export async function advance(velocity, x, t, s, rule, noise = null) {
 }
 
 /**
- * The flow with other `steps` (a number), `guidance`, `method` (a rule) or `guidance_interval`; undefined leaves what is.
+ * The flow with other `steps` (a number), `guidance`, `method` (a rule) or `guidance_interval`; what is undefined stays.
  * Throws `InputError` where the program does not allow it.
  */
 export function withOptions(flow, { steps, guidance, method, guidance_interval: interval, ...others } = {}) {
@@ -123,7 +134,8 @@ export class Sampler {
   async run(inputs, noise = null, options = {}, hooks = {}) {
     const given = this.given(inputs);
     if (this.program instanceof FeedForward) {
-      if (Object.keys(options).length) throw new InputError(`this bundle is one call, without ${Object.keys(options)}`);
+      if (Object.keys(options).length)
+        throw new InputError(`this bundle is one call, without ${Object.keys(options)}`);
       return this.#outputs(await this.call(this.program.unit, given, hooks));
     }
     const flow = withOptions(this.program, options);
@@ -171,7 +183,8 @@ export class Sampler {
       made[name] = { ...given };
       const fixed = isNull ? this.program.nullContexts[name] : undefined;
       if (fixed) {
-        for (const array of Object.values(fixed)) made[name][array.name] = array.nullOf().reshape([1, ...array.shape]);
+        for (const array of Object.values(fixed))
+          made[name][array.name] = array.nullOf().reshape([1, ...array.shape]);
         continue;
       }
       for (const unit of units) Object.assign(made[name], await this.call(unit, made[name], hooks));

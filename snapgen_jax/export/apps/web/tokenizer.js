@@ -3,7 +3,8 @@
 
 import { BundleError, InputError, NDArray } from "./arrays.js";
 
-const GPT2 = / ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+/u;
+const GPT2 =
+  / ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+/u;
 const BYTE_LEVEL = new RegExp(`'s|'t|'re|'ve|'m|'ll|'d|${GPT2.source}`, "gu");
 const FORMS = ["NFC", "NFD", "NFKC", "NFKD"];
 
@@ -52,7 +53,9 @@ export class Tokenizer {
   }
 
   #refuse(what) {
-    throw new BundleError(`${this.#file} has ${what}; this page reads byte-level BPE as snapgen_jax and CLIP have it`);
+    throw new BundleError(
+      `${this.#file} has ${what}; this page reads byte-level BPE as snapgen_jax and CLIP have it`,
+    );
   }
 
   /** [text, id]: the pieces of a text; of an added token, which stands for itself, with its id. */
@@ -98,7 +101,8 @@ export class Tokenizer {
     }
     if (spec?.type === "Split" && ["Removed", "Isolated"].includes(spec.behavior)) {
       const pattern = this.#pattern(spec.pattern);
-      if (spec.behavior === "Removed" && spec.invert) return (texts) => texts.flatMap((text) => text.match(pattern) ?? []);
+      if (spec.behavior === "Removed" && spec.invert)
+        return (texts) => texts.flatMap((text) => text.match(pattern) ?? []);
       const kept = spec.behavior === "Isolated" ? new RegExp(`(${pattern.source})`, "gu") : pattern;
       return (texts) => texts.flatMap((text) => text.split(kept).filter(Boolean));
     }
@@ -147,8 +151,14 @@ export function frame(tokenizer, text, { begin, end, pad, length }) {
   const found = tokenizer.encode(text);
   const ids = [...begin, ...found.slice(0, room), ...end];
   return {
-    tokens: new NDArray(Int32Array.from({ length }, (_, i) => ids[i] ?? pad), [length]),
-    mask: new NDArray(Float32Array.from({ length }, (_, i) => (i < ids.length ? 1 : 0)), [length]),
+    tokens: new NDArray(
+      Int32Array.from({ length }, (_, i) => ids[i] ?? pad),
+      [length],
+    ),
+    mask: new NDArray(
+      Float32Array.from({ length }, (_, i) => (i < ids.length ? 1 : 0)),
+      [length],
+    ),
     lost: Math.max(0, found.length - room),
   };
 }

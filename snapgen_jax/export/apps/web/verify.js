@@ -19,7 +19,8 @@ export async function* verify(client, precisions, hooks = {}) {
     for (const name of Object.keys(program.inputs)) inputs[name] = await array(`inputs/${name}`, i);
     const tokens = facts.prompts.length ? client.tokenize(facts.prompts[i]) : {};
     const same = Object.keys(tokens).every((name) => tokens[name].data.every((id, k) => id === inputs[name].data[k]));
-    if (facts.prompts.length) yield { name: `example ${i}, tokens`, finding: same ? "equal" : "differ", passed: same };
+    if (facts.prompts.length)
+      yield { name: `example ${i}, tokens`, finding: same ? "equal" : "differ", passed: same };
 
     let outputs = null;
     if (program instanceof Flow) {
@@ -31,7 +32,11 @@ export async function* verify(client, precisions, hooks = {}) {
         for (const name of names) {
           error = Math.max(error, relativeL2(contexts[context][name], await array(`contexts/${context}/${name}`, i)));
         }
-        yield below(`example ${i}, context ${context}`, error, widest((limit) => limit.contexts[context]));
+        yield below(
+          `example ${i}, context ${context}`,
+          error,
+          widest((limit) => limit.contexts[context]),
+        );
       }
       const guided = program.steps.some((step) => step.guided);
       const nulls = guided ? await sampler.nullContexts(given, hooks) : null;
@@ -39,7 +44,11 @@ export async function* verify(client, precisions, hooks = {}) {
       const expected = await array("latents", i);
       for (const [step, x] of latents.entries()) {
         const name = `example ${i}, latent after step ${step + 1}`;
-        yield below(name, relativeL2(x, expected.at(step)), widest((limit) => limit.latents[step]));
+        yield below(
+          name,
+          relativeL2(x, expected.at(step)),
+          widest((limit) => limit.latents[step]),
+        );
       }
       outputs = await sampler.decode(latents.at(-1), hooks);
     } else {
@@ -47,7 +56,12 @@ export async function* verify(client, precisions, hooks = {}) {
     }
     for (const [name, made] of Object.entries(outputs)) {
       const expected = await array(`outputs/${name}`, i);
-      yield* output(`example ${i}, ${name}`, made, expected, limits.map((limit) => limit.outputs[name]));
+      yield* output(
+        `example ${i}, ${name}`,
+        made,
+        expected,
+        limits.map((limit) => limit.outputs[name]),
+      );
     }
   }
 }
@@ -62,7 +76,12 @@ function* output(name, made, expected, limits) {
   const root = Math.sqrt(squares / levels.length);
   const roots = limits.map((limit) => limit.rms_grey).filter((limit) => limit !== undefined);
   if (roots.length) yield below(`${name}, rms grey level`, root, Math.max(...roots));
-  else yield below(`${name}, largest grey level`, Math.max(...levels), Math.max(...limits.map((limit) => limit.max_grey)));
+  else
+    yield below(
+      `${name}, largest grey level`,
+      Math.max(...levels),
+      Math.max(...limits.map((limit) => limit.max_grey)),
+    );
 }
 
 function below(name, value, limit) {

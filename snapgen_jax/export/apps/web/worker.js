@@ -2,7 +2,7 @@
 //
 // Messages in:  {type: "open", base, litert, threads, wanted}, {type: "draw", id, ...}, {type: "verify", id},
 //               {type: "cancel"}
-// Messages out: {type: "progress" | "opened" | "step" | "drawn" | "check" | "verified" | "cancelled" | "failed", id, ...}
+// Messages out: {type, id, ...}, type one of progress, opened, step, drawn, check, verified, cancelled, failed
 
 "use strict";
 
@@ -16,7 +16,11 @@ self.onmessage = async ({ data }) => {
     return;
   }
   if (job) {
-    postMessage({ type: "failed", id: data.id, message: "another picture is being drawn; wait for it, or cancel it" });
+    postMessage({
+      type: "failed",
+      id: data.id,
+      message: "another picture is being drawn; wait for it, or cancel it",
+    });
     return;
   }
   job = new AbortController();
@@ -63,7 +67,8 @@ async function draw({ id, prompt, inputs, seed, options }, signal) {
   const { decoder } = client.program;
   let shown = 0;
   const step = async ({ index, count, x }) => {
-    const preview = decoder && decoder.kind !== "network" && performance.now() - shown > 80 ? decode(x, decoder) : null;
+    const preview =
+      decoder && decoder.kind !== "network" && performance.now() - shown > 80 ? decode(x, decoder) : null;
     if (preview) shown = performance.now();
     postMessage({ type: "step", id, index, count, preview: preview && plain(preview) });
     await turn();
