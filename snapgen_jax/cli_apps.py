@@ -10,7 +10,7 @@ from typing import Any
 
 from snapgen_jax.training.exits import ConfigError
 
-OPEN = {"web": "python {out}/serve.py", "android": "open {out} in Android Studio"}
+OPEN = {"web": "open it by `python {out}/serve.py`", "android": "open that folder in Android Studio"}
 
 
 def add_app(export: argparse.ArgumentParser) -> None:
@@ -52,5 +52,5 @@ def export_app(options: argparse.Namespace, export: Callable[[str], dict[str, An
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.partial.", dir=out.absolute().parent) as scratch:
             report = export(f"{scratch}/bundle")
             write_app(options.app, f"{scratch}/bundle", out)
-    print(f"wrote the app to {out}; open it: {OPEN[options.app].format(out=out)}")
+    print(f"wrote the app to {out}; {OPEN[options.app].format(out=out)}")
     return report

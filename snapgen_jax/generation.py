@@ -306,9 +306,13 @@ def load_config(workdir: epath.PathLike) -> ConfigDict:
     """
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
-        raise ConfigError(
-            f"{workdir} is not a workdir: it has no config.json; train one with `snapgen train --workdir={workdir}`"
+        bundle = (epath.Path(workdir) / "manifest.json").exists() and (epath.Path(workdir) / "program.json").exists()
+        advice = (
+            f"it is a bundle: name it by --bundle={workdir}, where the command takes one"
+            if bundle
+            else f"train one with `snapgen train --workdir={workdir}`"
         )
+        raise ConfigError(f"{workdir} is not a workdir: it has no config.json; {advice}")
     config = from_json(path.read_text(), workdir)
     if is_weights_folder(workdir):
         try:

@@ -189,6 +189,7 @@ def test_a_changed_network_is_refused_leaf_by_leaf(straight):
         (["sample", "--workdir=W", "--prompt=a red circle"], "is not a workdir"),
         (["status", "--workdir=W"], "is not a workdir"),
         (["export", "--workdir=W"], "is not a workdir"),
+        (["export", "--workdir=W", "--out=/usr"], "holds files and is no bundle; name another folder"),
         (["export", "--workdir=gs://bucket/run"], "give --out a local folder"),
         (["train", "--workdir=W", *SMALL, "--config.network.chanels=(8,)"], "did you mean 'channels'?"),
         (["train", "--workdir=W", *SMALL, "--config.microbatches=3"], "a global batch of 8 does not divide over"),

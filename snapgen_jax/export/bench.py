@@ -116,7 +116,7 @@ def describe_file(bundle: Bundle, unit: str, precision: str) -> Numbers:
         profiler); "off_cpu_delegate", `{operator: nodes}` that XNNPACK leaves to plain kernels; "off_gpu", those that
         are not in the list of what the GPU accelerator takes.
     """
-    path = bundle.file(bundle.manifest["units"][unit]["files"][precision])
+    path = bundle.network_file(unit, precision)
     operators = describe(path).operators
     total_macs = sum(map(macs, operators))
     total_written = sum(map(_written, operators))
@@ -173,7 +173,7 @@ def _measure(bundle: Bundle, row: Numbers, runs: int) -> Numbers:
     """One measurement, in a process of its own."""
     unit = bundle.manifest["units"][row["unit"]]
     job = {
-        "path": str(bundle.file(unit["files"][row["precision"]])),
+        "path": str(bundle.network_file(row["unit"], row["precision"])),
         "signature": unit["signature"],
         "accelerator": row["accelerator"],
         "threads": row["threads"],

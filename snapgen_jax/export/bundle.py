@@ -152,6 +152,7 @@ def export_bundle(
         about: the model's name, licence and provenance, for the manifest.
 
     Raises:
+        FileExistsError: `out_dir` holds something else.
         ValueError: the plan or its program does not fit together; names what is wrong.
         IncompatibleModelError: a file holds what a phone does not run.
         VerificationError: a file does not compute what JAX computes.
@@ -161,8 +162,7 @@ def export_bundle(
     wanted = Variants(
         DEFAULT if precisions is None else checked(precisions), precisions is not None, judge, limits, budget
     )
-    if out_dir.exists() and any(out_dir.iterdir()) and not (out_dir / "manifest.json").is_file():
-        raise FileExistsError(f"{out_dir} holds files and is no bundle; name another folder, or empty this one")
+    check_place(out_dir)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(tokenizers, str | pathlib.Path):
         tokenizers = {"tokenizer.json": pathlib.Path(tokenizers)}
@@ -177,6 +177,15 @@ def export_bundle(
             out_dir.rename(pathlib.Path(scratch) / "before")
         report.folder.rename(out_dir)
     return dataclasses.replace(report, folder=out_dir)
+
+
+def check_place(out_dir: str | pathlib.Path) -> None:
+    """Raises `FileExistsError` where a folder holds something that a bundle may not replace."""
+    out_dir = pathlib.Path(out_dir)
+    if out_dir.exists() and not out_dir.is_dir():
+        raise FileExistsError(f"{out_dir} is a file; give --out a folder for the bundle")
+    if out_dir.exists() and any(out_dir.iterdir()) and not (out_dir / "manifest.json").is_file():
+        raise FileExistsError(f"{out_dir} holds files and is no bundle; name another folder, or empty this one")
 
 
 def generator_of(recipe: Exportable, params: Any, frozen: Any) -> Reference:

@@ -89,7 +89,9 @@ class Bundle:
     def __init__(self, folder: str | pathlib.Path) -> None:
         self.folder = pathlib.Path(folder).absolute()
         if not (self.folder / "manifest.json").is_file():
-            raise BundleError(f"{folder} holds no manifest.json, so it is not an export bundle")
+            inside = self.folder / "export" / "bundle"  # where `snapgen export` writes the bundle of a run
+            hint = f"; its bundle is {inside}" if (inside / "manifest.json").is_file() else ""
+            raise BundleError(f"{folder} holds no manifest.json, so it is not an export bundle{hint}")
         self.placed: dict[str, Placed] = {}
         self.manifest = self.json("manifest.json")
         if missing := {"schema", "precisions", "units", "files"} - self.manifest.keys():
@@ -116,6 +118,18 @@ class Bundle:
         path = self.folder / name
         if not path.is_file():
             raise BundleError(f"the bundle has no file {name!r}")
+        return path
+
+    def network_file(self, unit: str, precision: str) -> pathlib.Path:
+        """The path of a network. Raises `BundleError` where it has not as many bytes as the manifest says."""
+        name = self.manifest["units"][unit]["files"][precision]
+        path = self.file(name)
+        found, expected = path.stat().st_size, self.manifest["files"].get(name, {}).get("bytes")
+        if expected is not None and found != expected:
+            raise BundleError(
+                f"the bundle's file {name!r} is damaged: it has {found:,} bytes, and manifest.json says {expected:,}. "
+                "Copy it again; `python verify.py` in the bundle checks every file"
+            )
         return path
 
     def json(self, name: str) -> dict[str, Any]:
@@ -175,8 +189,7 @@ class Bundle:
     def _load(
         self, name: str, precision: str, num_threads: int | None, accelerator: Placing | None, trying: bool
     ) -> Unit:
-        unit = self.manifest["units"][name]
-        path, signature = self.file(unit["files"][precision]), unit["signature"]
+        path, signature = self.network_file(name, precision), self.manifest["units"][name]["signature"]
         if accelerator in ("cpu", "gpu"):
             made = CompiledUnit(path, signature, accelerator, num_threads)
             if trying and name not in self.placed:

@@ -113,7 +113,7 @@ def _precisions(manifest: Mapping[str, Any]) -> str:
 
 def _tokenizers(program: Program) -> str:
     rows = [
-        f"| `{one.file}` | {one.kind} | `{one.tokens}` | {f'`{one.mask}`' if one.mask else ''} "
+        f"| `{one.file}` | {one.kind or 'BPE'} | `{one.tokens}` | {f'`{one.mask}`' if one.mask else ''} "
         f"| {program.inputs[one.tokens].shape[0]} | {list(one.begin)} | {list(one.end)} | {one.pad} |"
         for one in program.tokenizers
     ]

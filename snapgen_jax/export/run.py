@@ -15,7 +15,7 @@ from etils import epath
 
 from snapgen_jax.evaluation.compositional import PER_CATEGORY, fixed_prompts
 from snapgen_jax.evaluation.detector import detect
-from snapgen_jax.export.bundle import GPUCheck, export_bundle, generator_of
+from snapgen_jax.export.bundle import GPUCheck, check_place, export_bundle, generator_of
 from snapgen_jax.export.convert import Backend, require
 from snapgen_jax.export.frames import spelled_out
 from snapgen_jax.export.judging import LIMITS, Judge, Limits, VariantError
@@ -61,14 +61,15 @@ def export_run(
         What was measured, `export.*`.
 
     Raises:
-        ConfigError: `out` is in an object store, the backend is not installed, the run cannot be exported, or a
-            precision that was given is not good enough.
+        ConfigError: `out` is in an object store or holds something else, the backend is not installed, the run cannot
+            be exported, or a precision that was given is not good enough.
     """
     if on_object_store(out):
         raise ConfigError(f"a bundle is made of local files, and {out} is not; give --out a local folder, and copy it")
     try:
+        check_place(str(out))  # before minutes are spent
         require(backend)
-    except ImportError as error:
+    except (FileExistsError, ImportError) as error:
         raise ConfigError(str(error)) from error
     carried = dataclasses.replace(carried or Carried(), decoder="" if decoder is None else str(decoder))
     recipe = load_latents(workdir, carried)

@@ -270,16 +270,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="run on LiteRT's CompiledModel, as phones do, each unit in a process of its own; default: its interpreter",
     )
     arguments = parser.parse_args(argv)
-    failures = count = 0
+    failed: list[str] = []
+    count = 0
     try:
         for check in checks(arguments.folder, arguments.precision, arguments.threads, arguments.accelerator):
-            count, failures = count + 1, failures + (not check.passed)
+            count += 1
+            if not check.passed:
+                failed.append(check.name)
             print(f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.finding}")
     except BundleError as error:
         print(f"FAIL  {error}")
         return 1
-    print(f"{count - failures} of {count} checks passed")
-    return 1 if failures else 0
+    names = f"; failed: {', '.join(failed)}" if failed else ""
+    print(f"{count - len(failed)} of {count} checks passed{names}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -42,8 +42,14 @@ class Part(NamedTuple):
     optional: bool = False
 
 
-def read_parts(folder: pathlib.Path, parts: Mapping[str, Part], title: str) -> NetworkConfigs:
+def read_parts(folder: pathlib.Path, parts: Mapping[str, Part], title: str, wanted: str = "") -> NetworkConfigs:
     """The configs of the networks in a folder; an optional one is missing where its folder is.
+
+    Args:
+        folder: of the repository.
+        parts: its networks.
+        title: of all systems with such parts, for messages.
+        wanted: the entry of `weights.sources` that a message advises; that of the part where none is given.
 
     Raises:
         WeightsError: a part is missing, or is of a kind that our networks are not.
@@ -57,7 +63,7 @@ def read_parts(folder: pathlib.Path, parts: Mapping[str, Part], title: str) -> N
             raise WeightsError(
                 f"{folder} is no folder of {title}: it has no {part.folder}/config.json. Expected the layout of its "
                 f"repository, with {', '.join(p.folder for p in parts.values())} and the tokenizers.\n"
-                f"{source(part.source).advice}"
+                f"{source(wanted or part.source).advice}"
             )
         configs[name] = read_config_file(file, part.maps.read_config)
     return configs

@@ -125,13 +125,13 @@ def published_training(size: str) -> Training:
     return Training(prediction="v" if size == "sd21" else "eps", empty_is_zero=size == "sdxl")
 
 
-def read_configs(folder: pathlib.Path) -> NetworkConfigs:
-    """The configs of the networks in a folder.
+def read_configs(folder: pathlib.Path, size: str = "any") -> NetworkConfigs:
+    """The configs of the networks in a folder; `size` is the published one that a message advises.
 
     Raises:
         WeightsError: a part is missing, or is of a kind that our networks are not.
     """
-    configs = read_parts(folder, PARTS, "Stable Diffusion 1, 2 or XL")
+    configs = read_parts(folder, PARTS, "Stable Diffusion 1, 2 or XL", "" if size == "any" else size)
     if "clip_g" not in configs:
         configs["clip"] = dataclasses.replace(configs["clip"], output="last")
     widths = sum(configs[name].width for name in TOKENIZERS if name in configs)
@@ -171,7 +171,7 @@ class SD(System):
     @classmethod
     def from_folder(cls, config: SDConfig, folder: pathlib.Path, platform: Platform) -> SD:
         """The system of the networks that a folder describes."""
-        networks, training = read_configs(folder), read_training(folder)
+        networks, training = read_configs(folder, config.size), read_training(folder)
         training.schedule.grid(config.steps)  # raises ValueError where there are not so many steps
         return cls(config, networks, training, platform)
 

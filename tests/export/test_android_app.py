@@ -42,7 +42,7 @@ def test_the_command_writes_a_project_and_never_over_one_that_may_have_been_chan
     bundle, out = bundle_in(tmp_path / "bundle"), tmp_path / "phone"
     command = ["export", "--app=android", f"--bundle={bundle}", f"--out={out}"]
     assert main(command) == ExitCode.DONE
-    assert f"wrote the app to {out}; open it: open {out} in Android Studio" in capsys.readouterr().out
+    assert f"wrote the app to {out}; open that folder in Android Studio" in capsys.readouterr().out
     screen = next(out.rglob("StudioScreen.kt"))
     screen.write_text("// mine")
     assert main(command) == ExitCode.BAD_CONFIG

@@ -239,6 +239,8 @@ def test_a_folder_with_other_files_is_not_overwritten(toy, tokenizer_json, tmp_p
     with pytest.raises(FileExistsError, match="holds files and is no bundle"):
         export_toy(toy, tokenizer_json, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    with pytest.raises(FileExistsError, match="is a file; give --out a folder"):
+        export_toy(toy, tokenizer_json, tmp_path / "thesis.txt")
 
 
 def test_large_activations_are_refused_or_named(toy, tokenizer_json, tmp_path, caplog):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,15 @@ from snapgen_jax.diffusion.samplers import sample
 from snapgen_jax.diffusion.timesteps import time_grid
 from snapgen_jax.export import client, sampler
 from snapgen_jax.export import program as programs
+from snapgen_jax.export.apps import copy_bundle
+from snapgen_jax.export.bench import Asked, bench
 from snapgen_jax.export.client import Bundle, LiteRTGenerator
 from snapgen_jax.export.program import BundleError, parse
 from snapgen_jax.export.verify import grey_levels
-from snapgen_jax.generation import Generator
+from snapgen_jax.generation import Generator, load_config
 from snapgen_jax.networks.codec import CodecConfig, build_codec, to_uint8
 from snapgen_jax.networks.time_features import time_features
+from snapgen_jax.training.exits import ConfigError
 
 from .conftest import FRAME, PROMPTS, ToyRecipe
 
@@ -189,6 +193,27 @@ def test_a_folder_that_is_no_bundle_is_refused(tmp_path):
     (tmp_path / "manifest.json").write_text('{"schema": 1')
     with pytest.raises(BundleError, match=r"manifest\.json is not readable JSON"):
         Bundle(tmp_path)
+
+
+def test_a_run_in_place_of_its_bundle_is_told_where_the_bundle_lies(toy, tmp_path):
+    shutil.copytree(toy.folder, tmp_path / "run" / "export" / "bundle")
+    with pytest.raises(BundleError, match=r"is not an export bundle; its bundle is .*/run/export/bundle"):
+        Bundle(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"it is a bundle: name it by --bundle="):
+        load_config(tmp_path / "run" / "export" / "bundle")
+
+
+def test_a_network_that_was_cut_short_is_named(toy, tmp_path):
+    folder = tmp_path / "bundle"
+    shutil.copytree(toy.folder, folder)
+    (folder / "net_f32.tflite").write_bytes((folder / "net_f32.tflite").read_bytes()[:1000])
+    message = r"'net_f32\.tflite' is damaged: it has 1,000 bytes, and manifest\.json says"
+    with pytest.raises(BundleError, match=message):
+        LiteRTGenerator(folder)
+    with pytest.raises(BundleError, match=message):
+        bench(folder, Asked(rounds=1))
+    with pytest.raises(ConfigError, match=r"the file 'net_f32\.tflite' of the bundle .* is damaged"):
+        copy_bundle(folder, tmp_path / "app")
 
 
 def test_an_unknown_precision_is_refused(toy):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import pathlib
@@ -80,12 +81,18 @@ def copy_bundle(bundle: pathlib.Path, place: pathlib.Path) -> None:
     """Copies the files that a bundle's manifest lists, and the manifest.
 
     Raises:
-        ConfigError: one of them is not there.
+        ConfigError: one of them is not there, or is not the one that was exported.
     """
     manifest = json.loads((bundle / "manifest.json").read_text("utf-8"))
-    for name in ("manifest.json", *manifest["files"]):
+    for name, expected in {"manifest.json": {}, **manifest["files"]}.items():
         source, target = bundle / name, place / name
         if not target.resolve().is_relative_to(place.resolve()) or not source.is_file():
             raise ConfigError(f"the bundle {bundle} lists {name!r} and has no such file; export it again")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
+        with target.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != expected.get("sha256", digest):
+            raise ConfigError(
+                f"the file {name!r} of the bundle {bundle} is damaged: its checksum is not the manifest's"
+            )
