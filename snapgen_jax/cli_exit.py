@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import errno
 import os
 import pathlib
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from snapgen_jax.data.errors import DataError
@@ -23,7 +26,8 @@ def run_to_exit_code(command: str, run: Callable[[], None], given: Callable[[], 
         given: the paths that the user gave, asked for where a file cannot be used.
     """
     try:
-        run()
+        with _no_interrupt_lost():
+            run()
     except (RunError, DataError, KeyboardInterrupt, OSError) as error:
         return _leave(*_explain(command, error, given))
     except Exception as error:
@@ -35,6 +39,33 @@ def run_to_exit_code(command: str, run: Callable[[], None], given: Callable[[], 
             cluster.explain_lost_peer()
         return _leave(1, traceback.format_exc())
     return _leave(ExitCode.DONE)
+
+
+@contextlib.contextmanager
+def _no_interrupt_lost() -> Iterator[None]:
+    """Repeats a Ctrl-C that Python drops.
+
+    After a long call of C++, such as a compilation, the first Python that runs is often a callback of the garbage
+    collector, of which JAX has one. What such a callback raises is printed and ignored.
+    """
+    before = sys.unraisablehook
+    again: list[threading.Timer] = []
+
+    def hook(unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            # From another thread, and later: here it would be dropped again. Where it is, this repeats itself.
+            again.append(threading.Timer(0.1, _thread.interrupt_main))
+            again[-1].start()
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        for timer in again:
+            timer.cancel()
+        sys.unraisablehook = before
 
 
 def _cluster() -> Any:

@@ -2,15 +2,18 @@
 
 import gzip
 import json
+import math
 import pathlib
 from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import load_file
 
 from snapgen_jax.networks.module import Network, build
 from snapgen_jax.weights.loader import load
+from snapgen_jax.weights.mapping import to_reference
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
@@ -37,3 +40,22 @@ def published_shapes(name: str) -> dict[str, tuple[int, ...]]:
         return {tensor: tuple(shape) for tensor, shape in json.loads(gzip.decompress(own.read_bytes())).items()}
     shapes = json.loads(gzip.decompress((GOLDENS / "state_dict_shapes.json.gz").read_bytes()))[name]
     return {tensor: tuple(shape) for tensor, shape in shapes.items()}
+
+
+def draw(random: np.random.Generator, spec):
+    """Parameters, none at its initial zero or one: matrices and filters keep the variance of their inputs."""
+
+    def leaf(s):
+        fan_in = math.prod(s.shape[:-1]) if len(s.shape) > 1 else 0
+        return jnp.asarray((fan_in**-0.5 if fan_in else 0.3) * random.standard_normal(s.shape), s.dtype)
+
+    return jax.tree.map(leaf, spec)
+
+
+def assert_written_as_read(folder: pathlib.Path, maps: ModuleType) -> None:
+    """What a checkpoint's parameters make again are its very tensors."""
+    network, params = load_checkpoint(folder, maps)
+    held = load_file(folder / "diffusion_pytorch_model.safetensors")
+    written = to_reference(maps.weight_map(network.config), params)
+    assert written.keys() == held.keys()
+    assert all(np.array_equal(written[name], held[name].astype(np.float32)) for name in held)

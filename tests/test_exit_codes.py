@@ -1,11 +1,14 @@
 """A path that the user gave and that cannot be used is 78, to be corrected; what a file system fails at is 69, not."""
 
 import errno
+import gc
 import os
+import time
 
 import pytest
 
 from snapgen_jax.cli import COMMANDS, main
+from snapgen_jax.cli_exit import run_to_exit_code
 from snapgen_jax.training.exits import ExitCode
 
 QUICKSTART = "--config=configs/shapes/quickstart.py:runlocal"
@@ -66,3 +69,23 @@ def test_only_what_is_wrong_with_a_given_path_is_78(number, name, code, tmp_path
     monkeypatch.setitem(COMMANDS, "status", fail)
     assert main(["status", f"--workdir={workdir}"]) == code
     assert ("Traceback" in capsys.readouterr().err) == (code == ExitCode.INFRASTRUCTURE)
+
+
+def test_a_ctrl_c_that_lands_in_a_garbage_collectors_callback_ends_the_command(capsys):
+    interrupts = iter([KeyboardInterrupt])
+
+    def callback(phase, info):
+        for interrupt in interrupts:
+            raise interrupt
+
+    def work():
+        gc.callbacks.append(callback)
+        gc.collect()
+        for _ in range(100):
+            time.sleep(0.01)
+
+    try:
+        assert run_to_exit_code("export", work) == 130
+    finally:
+        gc.callbacks.remove(callback)
+    assert "snapgen export: interrupted" in capsys.readouterr().err

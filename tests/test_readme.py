@@ -29,13 +29,13 @@ TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf
 MADE = re.compile(
     r"""\.venv(-oracle)? | (quickstart/)?report\.html | photo\.\w+ | metadata\.\w+  # environments, reports, one's own
     | (OUT/)?\.collecting  # while images are collected
-    | sd35/  # published weights
+    | sd35/ | unet/ | scheduler/scheduler_config\.json  # published weights
     | config\.json | run\.json | (checkpoints|metrics|samples|export)/[\w.]*     # of a workdir
     | transformer/ | moon/[\w/.]+ | adapter_model\.safetensors | text/token_embedding  # of adapters
     | draw\.json | \d+\.png | drawn\.npz | imagenet_classes\.txt | LOC_synset_mapping\.txt   # of docs/imagenet.md
     | weights\.json | (text_encoder|vae|runs)/[\w/]* | model\.safetensors  # of a folder of weights
     | manifest\.json | tokenizer\.json | program\.json | golden/[\w./]* | scheduler\.json     # of a bundle
-    | SPEC\.md | spec\.json
+    | SPEC\.md | spec\.json | npu/
     | (client|noise|program|sampler|verify)\.py
     """,
     flags=re.VERBOSE,

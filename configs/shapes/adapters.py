@@ -5,7 +5,7 @@
     snapgen sample --workdir=runs/moon --prompt="a red moon"
     snapgen adapters export --workdir=runs/moon --out=moon         # peft's files
 
-Half of the examples are of the shapes world, so that what was known stays known. `docs/adapters.md` says how to do it
+Three of four examples are of the shapes world, so that what was known stays known. `docs/adapters.md` says how to do it
 with own pictures. Machine: two CPU cores. Time: two minutes. Metric: `new_object.score`; `score.overall` must stay.
 """
 
@@ -19,7 +19,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c = adapters_base.get_config(arg)
     c.recipe = "adapters"
     c.base = "runs/base"
-    c.data.mixture = ({"source": "new_object"}, {"source": "shapes", "shapes": c.data.shapes})
+    # With as many of the old as of the new the old score fell by 0.06; `docs/adapters.md`.
+    c.data.mixture = ({"source": "new_object"}, {"source": "shapes", "shapes": c.data.shapes, "weight": 3.0})
     # The new word's tokens were never trained, and so the table that holds them is adapted too.
     targets = (r"attention/(query|key|value|out)$", r"ffn/", r"text/.*(inner|outer)$", r"text/token_embedding$")
     c.lora = ConfigDict({"rank": 8, "alpha": 8.0, "targets": targets})

@@ -10,18 +10,14 @@ Machine: any with 14 GB of memory for parameters in float32 (the UNet 10.3 GB), 
 
 from ml_collections import ConfigDict
 
+from configs.teacher import sd15
+
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """`arg`: None, or "runlocal" for 64 px in 4 steps of whatever size the folder holds."""
-    if arg not in (None, "runlocal"):
-        raise ValueError(f"unknown argument {arg!r}; the argument is runlocal, or nothing")
-    c = ConfigDict()
-    c.system = "sd"
-    c.size = "sdxl"
-    c.image_size = (1024, 1024)
-    c.steps, c.guidance = 30, 5.0
-    if arg == "runlocal":
-        c.size = "any"
-        c.image_size = (64, 64)
-        c.steps = 4
+    """`arg`: as for `sd15.py`."""
+    c = sd15.get_config(arg)
+    c.guidance = 5.0
+    if arg is None:
+        c.size = "sdxl"
+        c.image_size = (1024, 1024)
     return c

@@ -16,6 +16,11 @@ from typing import Any
 
 import numpy as np
 
+if __package__:
+    from snapgen_jax.export.runtime import compiled
+else:  # a script, beside it
+    from runtime import compiled  # type: ignore[import-not-found]
+
 
 def measure(job: Mapping[str, Any]) -> dict[str, Any]:
     """Loads a file and calls it.
@@ -28,25 +33,12 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
         "load_seconds"; "first_seconds", of the first call; "seconds", of each further one; "process_bytes" before
         loading and "peak_bytes" at the end, of memory; "whole", whether every operator ran on the accelerator.
     """
-    from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, GpuOptions, HardwareAccelerator, Options
+    import ai_edge_litert.compiled_model  # noqa: F401 (before memory and time are taken)
 
     given = {name: _array(**described) for name, described in job["inputs"].items()}
     process = _memory("VmRSS")
-    cpu = CpuOptions(num_threads=job["threads"])
-
-    def load(accelerators: Any) -> Any:
-        options = {"gpu_options": GpuOptions(enforce_f32=True)} if job["accelerator"] == "gpu" else {}
-        chosen = Options(hardware_accelerators=accelerators, cpu_options=cpu, **options)
-        return CompiledModel.from_file(job["path"], options=chosen)
-
     start = time.perf_counter()
-    if job["accelerator"] == "gpu":
-        try:
-            model = load(HardwareAccelerator.GPU)
-        except RuntimeError:  # some operators are not for it
-            model = load(HardwareAccelerator.GPU | HardwareAccelerator.CPU)
-    else:
-        model = load(HardwareAccelerator.CPU)
+    model = compiled(job["path"], job["accelerator"], job["threads"])
     index = list(model.get_signature_list()).index(job["signature"])
     names = model.get_signature_list()[job["signature"]]
     inputs, outputs = model.create_input_buffers(index), model.create_output_buffers(index)

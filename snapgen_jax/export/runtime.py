@@ -223,25 +223,29 @@ def _received(pipe: IO[bytes]) -> bytes | None:
     return message if len(message) == size else None
 
 
-def serve(path: str, signature: str, accelerator: str, num_threads: str) -> None:
-    """The process of a `CompiledUnit`: says what it is, then answers calls until there are no more."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what LiteRT prints is no answer
+def compiled(path: str, accelerator: Accelerator, num_threads: int | None = None) -> Any:
+    """The CompiledModel of a file. On a GPU in float32 arithmetic, and on the CPU what that does not take."""
     from ai_edge_litert.compiled_model import CompiledModel, GpuOptions, HardwareAccelerator, Options
     from ai_edge_litert.options import CpuOptions
 
-    def load(accelerators: HardwareAccelerator) -> CompiledModel:
-        threads = CpuOptions(num_threads=int(num_threads)) if int(num_threads) else None
+    def load(accelerators: Any) -> Any:
+        threads = CpuOptions(num_threads=num_threads) if num_threads else None
         options = Options(accelerators, cpu_options=threads, gpu_options=GpuOptions(enforce_f32=True))
         return CompiledModel.from_file(path, options=options)
 
     if accelerator == "cpu":
-        model = load(HardwareAccelerator.CPU)
-    else:
-        try:
-            model = load(HardwareAccelerator.GPU)
-        except RuntimeError:  # some operators are not for it
-            model = load(HardwareAccelerator.GPU | HardwareAccelerator.CPU)
+        return load(HardwareAccelerator.CPU)
+    try:
+        return load(HardwareAccelerator.GPU)
+    except RuntimeError:  # some operators are not for it
+        return load(HardwareAccelerator.GPU | HardwareAccelerator.CPU)
+
+
+def serve(path: str, signature: str, accelerator: Accelerator, num_threads: str) -> None:
+    """The process of a `CompiledUnit`: says what it is, then answers calls until there are no more."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what LiteRT prints is no answer
+    model = compiled(path, accelerator, int(num_threads))
     signatures = model.get_signature_list()
     index, names = list(signatures).index(signature), signatures[signature]
     inputs, outputs = model.create_input_buffers(index), model.create_output_buffers(index)
@@ -261,4 +265,4 @@ def serve(path: str, signature: str, accelerator: str, num_threads: str) -> None
 
 
 if __name__ == "__main__":
-    serve(*sys.argv[1:])
+    serve(*sys.argv[1:])  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ from snapgen_jax.networks.mmdit_blocks import FeedForward, layer_norm, modulate
 from snapgen_jax.networks.module import Preset, Rules, compute_dtype, shard
 from snapgen_jax.networks.patches import on_tokens, positions
 from snapgen_jax.networks.taps import Reuse, Taps, decision
-from snapgen_jax.networks.text import TextContext
+from snapgen_jax.networks.text import TextContext, check_widths, denoiser_spec
 from snapgen_jax.networks.unet_blocks import EmbeddingMLP
 
 __all__ = ["DiT", "DiTConfig"]
@@ -127,14 +127,7 @@ class DiTConfig(Preset):
         self, batch: int = 1, height: int = 32, width: int = 32, tokens: int = 1
     ) -> tuple[Any, Any, TextContext]:
         """`ShapeDtypeStruct`s of a `DiT`'s positional arguments: latent, time features, class."""
-
-        def array(*shape: int) -> Any:
-            return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-        context = TextContext(
-            array(batch, tokens, self.context_width), array(batch, tokens), array(batch, self.pooled_width)
-        )
-        return array(batch, height, width, self.latent_channels), array(batch, self.time_width), context
+        return denoiser_spec(self, batch, (height, width), tokens)
 
     def tap_names(self) -> tuple[str, ...]:
         """Names of the intermediates in the order in which they are computed."""
@@ -296,10 +289,9 @@ def _check_inputs(config: DiTConfig, x: jax.Array, time: jax.Array, context: Tex
         raise ValueError(
             f"DiT: a latent of {h} x {w}; both sides must be multiples of {config.patch}; change the image size"
         )
-    for name, given, expected in (
+    check_widths(
+        "DiT",
         ("latent channels", c, config.latent_channels),
         ("time features", time.shape[-1], config.time_width),
         ("pooled width", context.pooled.shape[-1], config.width),
-    ):
-        if given != expected:
-            raise ValueError(f"DiT: {name} {given} given, but the config says {expected}")
+    )

@@ -25,7 +25,7 @@ from snapgen_jax.networks.mmdit_config import MMDiTArchitecture
 from snapgen_jax.networks.module import Rules, compute_dtype, shard
 from snapgen_jax.networks.patches import on_tokens, positions
 from snapgen_jax.networks.taps import Reuse, Taps
-from snapgen_jax.networks.text import TextContext
+from snapgen_jax.networks.text import TextContext, check_widths, denoiser_spec
 from snapgen_jax.networks.unet_blocks import EmbeddingMLP
 
 __all__ = ["MMDiT", "MMDiTConfig"]
@@ -67,16 +67,7 @@ class MMDiTConfig(MMDiTArchitecture):
         """
         largest = min(128, self.position_size * self.patch)
         height, width = (largest if side is None else side for side in (height, width))
-
-        def array(*shape: int) -> Any:
-            return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-        context = TextContext(
-            sequence=array(batch, tokens, self.context_width),
-            mask=array(batch, tokens),
-            pooled=array(batch, self.pooled_width),
-        )
-        return array(batch, height, width, self.latent_channels), array(batch, self.time_width), context
+        return denoiser_spec(self, batch, (height, width), tokens)
 
     def tap_names(self) -> tuple[str, ...]:
         """Names of the intermediates in the order in which they are computed: the image tokens after each block."""
@@ -206,11 +197,10 @@ def _check_inputs(config: MMDiTArchitecture, x: jax.Array, time: jax.Array, cont
             f"MMDiT: a latent of {h} x {w}; both sides must be multiples of {config.patch} and at most {most}; "
             "change the image size"
         )
-    for name, given, expected in (
+    check_widths(
+        "MMDiT",
         ("latent channels", c, config.latent_channels),
         ("time features", time.shape[-1], config.time_width),
         ("text state width", context.sequence.shape[-1], config.context_width),
         ("pooled text width", context.pooled.shape[-1], config.pooled_width),
-    ):
-        if given != expected:
-            raise ValueError(f"MMDiT: {name} {given} given, but the config says {expected}")
+    )

@@ -25,7 +25,7 @@ from snapgen_jax.networks.module import compute_dtype, shard
 from snapgen_jax.networks.sd_blocks import Conditions, Downsample, ResidualBlock, Transformer, Upsample
 from snapgen_jax.networks.sd_unet_config import WITH, WITHOUT, SDUNetArchitecture
 from snapgen_jax.networks.taps import Reuse, Taps
-from snapgen_jax.networks.text import TextContext
+from snapgen_jax.networks.text import TextContext, check_widths, denoiser_spec
 from snapgen_jax.networks.unet_blocks import EmbeddingMLP
 
 __all__ = ["Control", "SDUNet", "SDUNetConfig"]
@@ -85,14 +85,7 @@ class SDUNetConfig(SDUNetArchitecture):
     ) -> tuple[Any, Any, TextContext]:
         """`ShapeDtypeStruct`s of the positional arguments: latent, time features, text. `height` and `width` are the
         latent's."""
-
-        def array(*shape: int) -> Any:
-            return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-        context = TextContext(
-            array(batch, tokens, self.context_width), array(batch, tokens), array(batch, self.pooled_width)
-        )
-        return array(batch, height, width, self.latent_channels), array(batch, self.time_width), context
+        return denoiser_spec(self, batch, (height, width), tokens)
 
 
 @jax.tree_util.register_dataclass
@@ -317,11 +310,10 @@ def check_inputs(config: SDUNetArchitecture, x: jax.Array, time: jax.Array, cont
             f"{type(config).__name__}: a latent of {h} x {w} does not divide by {config.reduction}, as "
             f"{len(config.channels)} stages need; change the image size"
         )
-    for name, given, expected in (
+    check_widths(
+        type(config).__name__,
         ("latent channels", x.shape[-1], config.latent_channels),
         ("time features", time.shape[-1], config.time_width),
         ("text state width", context.sequence.shape[-1], config.context_width),
         ("pooled text width", context.pooled.shape[-1] if config.pooled_width else 0, config.pooled_width),
-    ):
-        if given != expected:
-            raise ValueError(f"{type(config).__name__}: {name} {given} given, but the config says {expected}")
+    )

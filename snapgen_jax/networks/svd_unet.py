@@ -16,7 +16,7 @@ from snapgen_jax.networks.sd_unet import SDUNet, Way, check_inputs
 from snapgen_jax.networks.sd_unet_config import SDUNetArchitecture
 from snapgen_jax.networks.svd_blocks import SpaceTimeResidualBlock, SpaceTimeTransformer
 from snapgen_jax.networks.taps import Reuse, Taps
-from snapgen_jax.networks.text import TextContext
+from snapgen_jax.networks.text import TextContext, denoiser_spec
 
 __all__ = ["SVDUNet", "SVDUNetConfig"]
 
@@ -66,14 +66,7 @@ class SVDUNetConfig(SDUNetArchitecture):
     ) -> tuple[Any, Any, TextContext]:
         """`ShapeDtypeStruct`s of the positional arguments: latents, time features, context. `height` and `width` are
         the latent's."""
-
-        def array(*shape: int) -> Any:
-            return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-        context = TextContext(
-            array(batch, tokens, self.context_width), array(batch, tokens), array(batch, self.pooled_width)
-        )
-        return array(batch, frames, height, width, self.latent_channels), array(batch, self.time_width), context
+        return denoiser_spec(self, batch, (frames, height, width), tokens)
 
 
 class SVDUNet(SDUNet):

@@ -21,7 +21,7 @@ from snapgen_jax.networks.attention import mask_bias, rope_table
 from snapgen_jax.networks.layers import Conv, GroupNorm
 from snapgen_jax.networks.module import Rules, compute_dtype, shard
 from snapgen_jax.networks.taps import Reuse, Taps
-from snapgen_jax.networks.text import TextContext
+from snapgen_jax.networks.text import TextContext, denoiser_spec
 from snapgen_jax.networks.unet_blocks import Downsample, EmbeddingMLP, ResidualBlock, Rope, Transformer, Unit, Upsample
 from snapgen_jax.networks.unet_config import UNetArchitecture
 
@@ -58,16 +58,7 @@ class UNetConfig(UNetArchitecture):
 
         `height` and `width` are the latent's.
         """
-
-        def array(*shape: int) -> Any:
-            return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-        context = TextContext(
-            sequence=array(batch, tokens, self.context_width),
-            mask=array(batch, tokens),
-            pooled=array(batch, self.pooled_width or 0),
-        )
-        return array(batch, height, width, self.latent_channels), array(batch, self.time_width), context
+        return denoiser_spec(self, batch, (height, width), tokens)
 
     def tap_names(self) -> tuple[str, ...]:
         """Names of a UNet's intermediates in the order in which they are computed.

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 
 from snapgen_jax.networks.autoencoder import (
     COLOURS,
@@ -25,12 +24,6 @@ from snapgen_jax.networks.svd_blocks import Blend, TemporalConv, TemporalResidua
 
 __all__ = ["VideoAutoencoder", "VideoAutoencoderConfig"]
 
-_SPLIT = ("tensor", "fsdp")
-_RULES: Rules = [
-    (r"(conv_in|conv_1|conv_2|skip|sampler)/kernel$", PartitionSpec(None, None, None, _SPLIT)),
-    (r"attention/(query|key|value)/kernel$", PartitionSpec(None, _SPLIT)),
-    (r"attention/out/kernel$", PartitionSpec(_SPLIT, None)),
-]
 _TEMPORAL_EPSILON = 1e-5
 
 
@@ -84,7 +77,7 @@ class VideoAutoencoderConfig(Preset):
     @property
     def reduction(self) -> int:
         """Side, in pixels, of the square that becomes one latent pixel."""
-        return 2 ** (len(self.channels) - 1)
+        return self.of_frames().reduction
 
     def module(self, rngs: nnx.Rngs) -> nnx.Module:
         """Creates the autoencoder with freshly drawn parameters."""
@@ -92,7 +85,7 @@ class VideoAutoencoderConfig(Preset):
 
     def rules(self) -> Rules:
         """How its parameters are split over a mesh; the first match wins."""
-        return _RULES
+        return self.of_frames().rules()
 
     def input_spec(
         self, batch: int = 1, height: int = 256, width: int = 256, frames: int = 4

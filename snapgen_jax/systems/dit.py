@@ -24,16 +24,23 @@ from snapgen_jax.diffusion.guidance import ALL_TIMES, check_interval, guided_tim
 from snapgen_jax.diffusion.samplers import sample
 from snapgen_jax.diffusion.schedules import Level
 from snapgen_jax.networks.autoencoder import AutoencoderConfig
-from snapgen_jax.networks.codec import to_uint8
 from snapgen_jax.networks.dit import DiTConfig
 from snapgen_jax.networks.label import LabelEmbeddingConfig
 from snapgen_jax.networks.module import Platform, apply
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.time_features import time_features
 from snapgen_jax.parallel.mesh import MeshConfig
-from snapgen_jax.systems.published import NetworkConfigs, Part, System, Training, read_parts, read_training
+from snapgen_jax.systems.published import (
+    NetworkConfigs,
+    Part,
+    System,
+    Training,
+    check_size,
+    drawn,
+    read_parts,
+    read_training,
+)
 from snapgen_jax.typed import closest
-from snapgen_jax.weights.checkpoint import WeightsError
 from snapgen_jax.weights.maps import dit as dit_map
 from snapgen_jax.weights.maps import sd3_autoencoder
 from snapgen_jax.weights.published import read_json
@@ -45,6 +52,7 @@ PARTS = {
     "labels": Part("transformer", _LABELS, "dit_xl_2"),
     "autoencoder": Part("vae", sd3_autoencoder, "dit_xl_2"),
 }
+_TELLING = ("depth", "heads", "head_dim", "patch", "latent_channels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +110,8 @@ class DiTSystem(System):
                 "autoencoder": AutoencoderConfig.preset("sd1"),
             }
         elif config.size == "xl_2":
-            _check_size(networks["transformer"])
+            expected = DiTConfig.preset("xl_2")
+            check_size("transformer", "DiT-XL/2", networks["transformer"], expected, _TELLING)
         super().__init__(config, networks, platform)
         self.training = training or Training.preset("dit")
         self.names = dict(names or {})
@@ -170,22 +179,7 @@ class DiTSystem(System):
             when = guided_times(np.asarray(grid.t), config.guidance_interval)
         walk = with_guidance(denoise, asked, none, scale, when)
         latent, _ = sample(walk, schedule.initial(noise, grid), grid.t)
-        pixels = self.codec(params).decode(latent)
-        return {"image": to_uint8(pixels), "pixels": pixels, "latent": latent}
-
-
-def _check_size(found: DiTConfig) -> None:
-    expected = DiTConfig.preset("xl_2")
-    wrong = [
-        f"{f} = {getattr(found, f)}"
-        for f in ("depth", "heads", "head_dim", "patch", "latent_channels")
-        if getattr(found, f) != getattr(expected, f)
-    ]
-    if wrong:
-        raise WeightsError(
-            f"the transformer in this folder is not DiT-XL/2 ({', '.join(wrong)}); give its folder, or "
-            "--config.size=any to take what the folder holds"
-        )
+        return drawn(self.codec(params).decode(latent), latent)
 
 
 SYSTEM = DiTSystem

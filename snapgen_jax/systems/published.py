@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from snapgen_jax.diffusion.noise import draw_noise
 from snapgen_jax.diffusion.schedules import Prediction, VPSchedule
 from snapgen_jax.networks.autoencoder import AutoencoderCodec
+from snapgen_jax.networks.codec import to_uint8
 from snapgen_jax.networks.module import Network, Platform, build, for_platform
 from snapgen_jax.networks.rules import rules_of
 from snapgen_jax.parallel.sharding import Rules, tree_shardings
@@ -98,7 +98,7 @@ def read_training(folder: pathlib.Path) -> Training:
     file = folder / "scheduler" / "scheduler_config.json"
     values = given(read_json(file))
     kind = values.get("_class_name", "")
-    if "alphas_cumprod" not in values and "beta_schedule" not in values:
+    if "beta_schedule" not in values:
         raise WeightsError(f"{file} says no beta_schedule ({kind}); a model that is trained on discrete steps has one")
     betas: Any = {"squaredcos_cap_v2": "cosine"}.get(values["beta_schedule"], values["beta_schedule"])
     prediction = values.get("prediction_type", "epsilon")
@@ -118,8 +118,34 @@ def read_training(folder: pathlib.Path) -> Training:
     except ValueError as error:
         raise WeightsError(f"{file}: {error}") from error
     index = folder / "model_index.json"
-    zero = bool(json.loads(index.read_text()).get("force_zeros_for_empty_prompt")) if index.is_file() else False
+    zero = bool(read_json(index).get("force_zeros_for_empty_prompt")) if index.is_file() else False
     return Training(schedule, _PREDICTIONS[prediction], zero)
+
+
+def check_size(part: str, size: str, found: Any, expected: Any, fields: Sequence[str]) -> None:
+    """Holds the network of a folder to that of a published size.
+
+    Args:
+        part: what the network is, for the message.
+        size: what was asked for.
+        found, expected: the configs.
+        fields: those that tell the sizes apart.
+
+    Raises:
+        WeightsError: the folder holds another; names the fields that differ.
+    """
+    wrong = [f"{f} = {getattr(found, f)}" for f in fields if getattr(found, f) != getattr(expected, f)]
+    if wrong:
+        raise WeightsError(
+            f"the {part} in this folder is not {size} ({', '.join(wrong)}); give the folder of that size, or "
+            "--config.size=any to take what the folder holds"
+        )
+
+
+def drawn(pixels: jax.Array, latent: jax.Array) -> dict[str, jax.Array]:
+    """What a system returns: `image` uint8 `[N, H, W, 3]`, `pixels` float32 in [-1, 1] before rounding, and
+    `latent`."""
+    return {"image": to_uint8(pixels), "pixels": pixels, "latent": latent}
 
 
 class System:
@@ -207,7 +233,7 @@ class System:
 
     def unit(self) -> int:
         """Sides of an image are multiples of so many pixels."""
-        raise NotImplementedError
+        return self.networks["autoencoder"].config.reduction
 
     def latent_shape(self) -> tuple[int, ...]:
         """(h, w, c) of the latents of `config.image_size`.
@@ -234,8 +260,11 @@ class System:
 
         Returns:
             `image` uint8 `[B, H, W, 3]`, `pixels` float32 in [-1, 1] before rounding, and `latent` `[B, h, w, c]`.
+
+        Raises:
+            ValueError: the system draws from something else.
         """
-        raise NotImplementedError
+        raise ValueError(f"{type(self).__name__} draws from no prompts")
 
 
 class Generator:

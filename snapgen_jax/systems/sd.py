@@ -26,14 +26,22 @@ from snapgen_jax.diffusion.guidance import ALL_TIMES, check_interval, guided_tim
 from snapgen_jax.diffusion.samplers import sample
 from snapgen_jax.networks.autoencoder import AutoencoderConfig
 from snapgen_jax.networks.clip import ClipTextConfig
-from snapgen_jax.networks.codec import to_uint8
 from snapgen_jax.networks.module import Platform, apply
 from snapgen_jax.networks.sd_unet import SDUNetConfig
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.time_features import time_features
 from snapgen_jax.parallel.mesh import MeshConfig
 from snapgen_jax.systems.denoiser import Denoiser
-from snapgen_jax.systems.published import NetworkConfigs, Part, System, Training, read_parts, read_training
+from snapgen_jax.systems.published import (
+    NetworkConfigs,
+    Part,
+    System,
+    Training,
+    check_size,
+    drawn,
+    read_parts,
+    read_training,
+)
 from snapgen_jax.weights.checkpoint import WeightsError
 from snapgen_jax.weights.mapping import WeightMap
 from snapgen_jax.weights.maps import clip as clip_map
@@ -67,6 +75,8 @@ PARTS = {
     "clip": Part("text_encoder", _TEXT, "sd15"),
     "clip_g": Part("text_encoder_2", _TEXT, "sdxl", optional=True),
 }
+# The fields of a UNet that tell the sizes apart.
+TELLING = ("channels", "down", "depth", "context_width", "pooled_width", "latent_channels")
 TOKENIZERS = {"clip": "tokenizer", "clip_g": "tokenizer_2"}
 
 
@@ -163,7 +173,8 @@ class SD(System):
                 raise ValueError("size='any' takes its networks from a folder; give a published size, or --weights")
             networks = published_configs(config.size)
         elif config.size != "any":
-            _check_size(networks["unet"], config.size)
+            expected = SDUNetConfig.preset(config.size)
+            check_size("UNet", config.size, networks["unet"], expected, TELLING)
         super().__init__(config, networks, platform)
         self.training = training or published_training(config.size)
         self.denoiser = Denoiser(self.networks["unet"], self.training.prediction, self.training.schedule)
@@ -189,36 +200,36 @@ class SD(System):
         the features of six numbers: the size of the original, the corner of the crop and the size asked for (Podell et
         al. 2023, section 2.2), here of a picture that was neither scaled nor cropped.
         """
-        texts = {
-            name: apply(self.networks[name], params[name], ids, jnp.ones(ids.shape)) for name, ids in tokens.items()
-        }
-        clip = texts["clip"]
-        if "clip_g" not in texts:
-            return TextContext(clip.sequence, clip.mask, jnp.zeros((len(clip.mask), 0)))
-        second = texts["clip_g"]
-        height, width = self.config.image_size
-        features = self.networks["unet"].config.pooled_width - second.pooled.shape[-1]
-        numbers = jnp.asarray([height, width, 0, 0, height, width], jnp.float32)
-        sizes = time_features(numbers, features // len(numbers), 1.0).reshape(1, -1)
-        sizes = jnp.broadcast_to(sizes, (len(clip.mask), features))
-        sequence = jnp.concatenate([clip.sequence, second.sequence], axis=-1)
-        return TextContext(sequence, clip.mask, jnp.concatenate([second.pooled, sizes], axis=-1))
+        return self._with_sizes(*self._states(params, tokens))
 
     def null_context(self, params: Tree, null: dict[str, jax.Array]) -> TextContext:
         """What guidance leads away from: the negative prompt, `{encoder: [1, L] int32}`, or zeros for an empty one."""
-        context = self.encode_text(params, null)
-        if self.config.empty_is_zero == "no" or (
-            self.config.empty_is_zero == "auto" and not self.training.empty_is_zero
-        ):
-            return context
-        empty = jnp.asarray(True)
-        for name, ids in null.items():  # nothing stands between the begin and the end of an empty text
-            empty &= ids[0, 1] == self.networks[name].config.eos_id
-        width = self.networks["clip_g"].config.projection if "clip_g" in self.networks else 0
-        kept = jnp.where(jnp.arange(context.pooled.shape[-1]) < width, jnp.where(empty, 0.0, 1.0), 1.0)
-        return TextContext(
-            jnp.where(empty, 0.0, context.sequence), context.mask, context.pooled * kept.astype(context.pooled.dtype)
-        )
+        states = self._states(params, null)
+        if {"yes": True, "no": False, "auto": self.training.empty_is_zero}[self.config.empty_is_zero]:
+            # Nothing stands between the begin and the end of an empty text.
+            ends = [ids[0, 1] == self.networks[name].config.eos_id for name, ids in null.items()]
+            states = tuple(jnp.where(jnp.stack(ends).all(), 0.0, array) for array in states)
+        return self._with_sizes(*states)
+
+    def _states(self, params: Tree, tokens: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """States `[B, L, D]` and pooled vectors `[B, P]` of texts; P is 0 but for XL."""
+        texts = {
+            name: apply(self.networks[name], params[name], ids, jnp.ones(ids.shape)) for name, ids in tokens.items()
+        }
+        states = texts["clip"].sequence
+        if "clip_g" not in texts:
+            return states, jnp.zeros((len(states), 0))
+        second = texts["clip_g"]
+        return jnp.concatenate([states, second.sequence], axis=-1), second.pooled
+
+    def _with_sizes(self, states: jax.Array, pooled: jax.Array) -> TextContext:
+        features = self.networks["unet"].config.pooled_width - pooled.shape[-1]
+        if features:
+            height, width = self.config.image_size
+            numbers = jnp.asarray([height, width, 0, 0, height, width], jnp.float32)
+            sizes = time_features(numbers, features // len(numbers), 1.0).reshape(1, -1)
+            pooled = jnp.concatenate([pooled, jnp.broadcast_to(sizes, (len(pooled), features))], axis=-1)
+        return TextContext(states, jnp.ones(states.shape[:2]), pooled)
 
     def generate(
         self, params: Tree, tokens: dict[str, jax.Array], null: dict[str, jax.Array], noise: jax.Array
@@ -238,19 +249,7 @@ class SD(System):
         when = None if scale == 1 else guided_times(np.asarray(grid.t), config.guidance_interval)
         guided = with_guidance(denoise, context, null_context, scale, when)
         latent, _ = sample(guided, schedule.initial(noise, grid), grid.t)
-        pixels = self.codec(params).decode(latent)
-        return {"image": to_uint8(pixels), "pixels": pixels, "latent": latent}
-
-
-def _check_size(found: SDUNetConfig, size: str) -> None:
-    expected = SDUNetConfig.preset(size)
-    fields = ("channels", "down", "depth", "context_width", "pooled_width", "latent_channels")
-    wrong = [f"{f} = {getattr(found, f)}" for f in fields if getattr(found, f) != getattr(expected, f)]
-    if wrong:
-        raise WeightsError(
-            f"the UNet in this folder is not {size} ({', '.join(wrong)}); give the folder of that size, or "
-            "--config.size=any to take what the folder holds"
-        )
+        return drawn(self.codec(params).decode(latent), latent)
 
 
 SYSTEM = SD

@@ -24,7 +24,6 @@ from snapgen_jax.diffusion.samplers import sample
 from snapgen_jax.diffusion.timesteps import shift_time
 from snapgen_jax.networks.autoencoder import AutoencoderConfig
 from snapgen_jax.networks.clip import ClipTextConfig
-from snapgen_jax.networks.codec import to_uint8
 from snapgen_jax.networks.context import sd3_context
 from snapgen_jax.networks.mmdit import MMDiTConfig
 from snapgen_jax.networks.module import Platform, apply
@@ -32,8 +31,7 @@ from snapgen_jax.networks.t5 import T5Config
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.time_features import time_features
 from snapgen_jax.parallel.mesh import MeshConfig
-from snapgen_jax.systems.published import NetworkConfigs, Part, System, read_parts
-from snapgen_jax.weights.checkpoint import WeightsError
+from snapgen_jax.systems.published import NetworkConfigs, Part, System, check_size, drawn, read_parts
 from snapgen_jax.weights.maps import clip as clip_map
 from snapgen_jax.weights.maps import sd3_autoencoder, sd3_mmdit
 from snapgen_jax.weights.maps import t5 as t5_map
@@ -46,6 +44,8 @@ PARTS = {
     "clip_g": Part("text_encoder_2", clip_map, "clip_g"),
     "t5": Part("text_encoder_3", t5_map, "t5_xxl", optional=True),
 }
+# The fields of a transformer that tell the sizes apart.
+_TELLING = ("depth", "dual", "heads", "head_dim", "latent_channels", "context_width")
 TOKENIZERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5": "tokenizer_3"}
 
 
@@ -123,7 +123,8 @@ class SD35(System):
                 raise ValueError("size='any' takes its networks from a folder; give a published size, or --weights")
             networks = published_configs(config.size)
         elif config.size != "any":
-            _check_size(networks["transformer"], config.size)
+            expected = MMDiTConfig.preset(config.size)
+            check_size("transformer", config.size, networks["transformer"], expected, _TELLING)
         super().__init__(config, networks, platform)
 
     @classmethod
@@ -181,19 +182,7 @@ class SD35(System):
         when = None if scale == 1 else guided_times(times, config.guidance_interval)
         guided = with_guidance(denoise, context, null_context, scale, when)
         latent, _ = sample(guided, noise, times)
-        pixels = self.codec(params).decode(latent)
-        return {"image": to_uint8(pixels), "pixels": pixels, "latent": latent}
-
-
-def _check_size(given: MMDiTConfig, size: str) -> None:
-    expected = MMDiTConfig.preset(size)
-    fields = ("depth", "dual", "heads", "head_dim", "latent_channels", "context_width")
-    wrong = [f"{f} = {getattr(given, f)}" for f in fields if getattr(given, f) != getattr(expected, f)]
-    if wrong:
-        raise WeightsError(
-            f"the transformer in this folder is not {size} ({', '.join(wrong)}); give the folder of that size, or "
-            "--config.size=any to take what the folder holds"
-        )
+        return drawn(self.codec(params).decode(latent), latent)
 
 
 SYSTEM = SD35

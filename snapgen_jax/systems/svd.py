@@ -23,7 +23,6 @@ from snapgen_jax.diffusion.noise import draw_noise
 from snapgen_jax.diffusion.samplers import sample
 from snapgen_jax.diffusion.schedules import EDMSchedule
 from snapgen_jax.networks.clip_vision import ClipVisionConfig
-from snapgen_jax.networks.codec import to_uint8
 from snapgen_jax.networks.module import Platform, apply
 from snapgen_jax.networks.rewards import DEVIATION, MEAN
 from snapgen_jax.networks.svd_unet import SVDUNetConfig
@@ -31,7 +30,8 @@ from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.time_features import time_features
 from snapgen_jax.networks.video_autoencoder import VideoAutoencoderConfig
 from snapgen_jax.parallel.mesh import MeshConfig
-from snapgen_jax.systems.published import Generator, NetworkConfigs, Part, System, read_parts
+from snapgen_jax.systems.published import Generator, NetworkConfigs, Part, System, check_size, drawn, read_parts
+from snapgen_jax.systems.sd import TELLING
 from snapgen_jax.weights.checkpoint import WeightsError
 from snapgen_jax.weights.maps import clip_vision as clip_vision_map
 from snapgen_jax.weights.maps import svd_autoencoder, svd_unet
@@ -126,7 +126,8 @@ class SVD(System):
                 "image_encoder": ClipVisionConfig.preset("h_14"),
             }
         elif config.size == "svd":
-            _check_size(networks["unet"])
+            expected = SVDUNetConfig.preset("svd")
+            check_size("UNet", "that of Stable Video Diffusion", networks["unet"], expected, TELLING)
         super().__init__(config, networks, platform)
         self.schedule = schedule or EDMSchedule.preset("svd")
 
@@ -182,16 +183,13 @@ class SVD(System):
             return schedule.velocity(output, x_t, level, "v"), carry
 
         scale = np.linspace(config.first_guidance, config.guidance, config.frames, dtype=np.float32)
-        walk: Any = denoise
-        if (scale != 1).any():
-            walk = with_guidance(denoise, told, nothing, scale.reshape(1, -1, 1, 1, 1))
-        else:
-            walk = with_guidance(denoise, told, told, 1)
+        by_frame = scale.reshape(1, -1, 1, 1, 1) if (scale != 1).any() else 1
+        walk = with_guidance(denoise, told, nothing, by_frame)
         latent, _ = sample(walk, schedule.initial(noise, grid), grid.t)
         chunks = jnp.split(latent, [*range(config.chunk, config.frames, config.chunk)], axis=1)
         decoded = [apply(auto, params["autoencoder"], chunk, method="decode") for chunk in chunks]
         pixels = jnp.concatenate(decoded, axis=1)[0]
-        return {"image": to_uint8(pixels), "pixels": pixels, "latent": latent}
+        return drawn(pixels, latent)
 
 
 class ClipGenerator(Generator):
@@ -287,17 +285,6 @@ def _shrinking(length: int, side: int) -> np.ndarray:
         far = CUBIC * (d**3 - 5 * d**2 + 8 * d - 4)
         np.add.at(cubic, (np.arange(side), np.clip(before + step, 0, length - 1)), np.where(d <= 1, near, far))
     return cubic @ blur
-
-
-def _check_size(found: SVDUNetConfig) -> None:
-    expected = SVDUNetConfig.preset("svd")
-    fields = ("channels", "down", "depth", "context_width", "pooled_width", "latent_channels")
-    wrong = [f"{f} = {getattr(found, f)}" for f in fields if getattr(found, f) != getattr(expected, f)]
-    if wrong:
-        raise WeightsError(
-            f"the UNet in this folder is not that of Stable Video Diffusion ({', '.join(wrong)}); give its folder, or "
-            "--config.size=any to take what the folder holds"
-        )
 
 
 SYSTEM = SVD

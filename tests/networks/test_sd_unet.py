@@ -13,9 +13,17 @@ from snapgen_jax.networks.sd_unet import Control, SDUNetConfig
 from snapgen_jax.networks.taps import Reuse
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.time_features import time_features
-from snapgen_jax.weights.mapping import reference_shapes, to_reference
+from snapgen_jax.weights.mapping import reference_shapes
 from snapgen_jax.weights.maps import sd_unet as maps
-from tests.parity import GOLDENS, TOLERANCE, load_checkpoint, published_shapes, relative_error
+from tests.parity import (
+    GOLDENS,
+    TOLERANCE,
+    assert_written_as_read,
+    draw,
+    load_checkpoint,
+    published_shapes,
+    relative_error,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -95,13 +103,7 @@ def drawn(config):
     """A network none of whose parameters is at its initial zero or one, and inputs."""
     network, spec = build(config)
     random = np.random.default_rng(0)
-
-    def draw(leaf):
-        fan_in = int(np.prod(leaf.shape[:-1])) if len(leaf.shape) > 1 else 0
-        scale = fan_in**-0.5 if fan_in else 0.3
-        return jnp.asarray(scale * random.standard_normal(leaf.shape), leaf.dtype)
-
-    params = jax.tree.map(draw, spec)
+    params = draw(random, spec)
     x, time, context = jax.tree.map(
         lambda leaf: jnp.asarray(random.standard_normal(leaf.shape), jnp.float32), config.input_spec(2, 8, 4, tokens=5)
     )
@@ -205,11 +207,4 @@ def test_a_foreign_unet_is_refused_by_the_field_that_differs():
 
 
 def test_written_tensors_are_what_was_read():
-    folder = GOLDENS / "unet_sdxl"
-    network, params = load_checkpoint(folder, maps)
-    from safetensors.numpy import load_file
-
-    held = load_file(folder / "diffusion_pytorch_model.safetensors")
-    written = to_reference(maps.weight_map(network.config), params)
-    assert written.keys() == held.keys()
-    assert all(np.array_equal(written[name], held[name].astype(np.float32)) for name in held)
+    assert_written_as_read(GOLDENS / "unet_sdxl", maps)

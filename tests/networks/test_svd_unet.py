@@ -11,9 +11,17 @@ from snapgen_jax.networks.module import apply, build
 from snapgen_jax.networks.svd_unet import SVDUNetConfig
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.time_features import time_features
-from snapgen_jax.weights.mapping import reference_shapes, to_reference
+from snapgen_jax.weights.mapping import reference_shapes
 from snapgen_jax.weights.maps import svd_unet as maps
-from tests.parity import GOLDENS, TOLERANCE, load_checkpoint, published_shapes, relative_error
+from tests.parity import (
+    GOLDENS,
+    TOLERANCE,
+    assert_written_as_read,
+    draw,
+    load_checkpoint,
+    published_shapes,
+    relative_error,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -88,13 +96,8 @@ def test_a_frame_sees_the_others_and_a_clip_no_other():
     config = SVDUNetConfig.preset("smoke")
     network, spec = build(config)
     random = np.random.default_rng(0)
-
-    def draw(leaf):
-        fan_in = int(np.prod(leaf.shape[:-1])) if len(leaf.shape) > 1 else 0
-        return jnp.asarray((fan_in**-0.5 if fan_in else 0.3) * random.standard_normal(leaf.shape), jnp.float32)
-
-    params = jax.tree.map(draw, spec)
-    x, time, context = jax.tree.map(draw, config.input_spec(batch=2, height=4, width=4, frames=3))
+    params = draw(random, spec)
+    x, time, context = draw(random, config.input_spec(batch=2, height=4, width=4, frames=3))
     run = jax.jit(lambda x: apply(network, params, x, time, context)[0])
     a, b = run(x), run(x.at[0, 2].add(1.0))
     assert np.array_equal(a[1], b[1])
@@ -110,11 +113,4 @@ def test_what_this_unet_is_not_is_refused():
 
 
 def test_written_tensors_are_what_was_read():
-    from safetensors.numpy import load_file
-
-    folder = GOLDENS / "svd_unet"
-    network, params = load_checkpoint(folder, maps)
-    held = load_file(folder / "diffusion_pytorch_model.safetensors")
-    written = to_reference(maps.weight_map(network.config), params)
-    assert written.keys() == held.keys()
-    assert all(np.array_equal(written[name], held[name].astype(np.float32)) for name in held)
+    assert_written_as_read(GOLDENS / "svd_unet", maps)

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 
 from tests.oracles import dit
 from tests.oracles.randomise import randomise
-from tests.oracles.saving import drop_versions
+from tests.oracles.saving import drop_versions, save_parts
 
 LABELS = {"0": "tench, Tinca tinca", "1": "goldfish", "7": "cock"}
 STEPS, GUIDANCE, SIDE = 9, 4.0, 16  # pixels
@@ -29,10 +29,7 @@ def make(folder: pathlib.Path, seed: int = 0) -> DiTPipeline:
         norm_num_groups=4,
     )
     parts = {"transformer": dit.make(seed), "vae": randomise(autoencoder, seed + 1)}
-    for name, model in parts.items():
-        model.to(torch.bfloat16).save_pretrained(folder / name)
-        drop_versions(folder / name / "config.json")
-        model.to(torch.float32)
+    save_parts(folder, parts)
     scheduler.save_pretrained(folder / "scheduler")
     drop_versions(folder / "scheduler" / "scheduler_config.json")
     (folder / "model_index.json").write_text(json.dumps({"id2label": LABELS}) + "\n")

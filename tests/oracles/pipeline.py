@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProject
 from tests import tiny_tokenizers
 from tests.oracles import gemma2
 from tests.oracles.randomise import randomise
-from tests.oracles.saving import drop_versions
+from tests.oracles.saving import save_parts
 from tests.oracles.text import write_checkpoint
 
 PROMPT = "a photo of two red circles left of a green star"
@@ -87,11 +87,7 @@ def make(folder: pathlib.Path, seed: int = 0, with_t5: bool = True) -> StableDif
     }
     if t5 is not None:
         parts["text_encoder_3"] = t5
-    for name, model in parts.items():
-        model.to(torch.bfloat16).save_pretrained(folder / name)
-        drop_versions(folder / name / "config.json")
-        (folder / name / "generation_config.json").unlink(missing_ok=True)
-        model.to(torch.float32)
+    save_parts(folder, parts)
     return StableDiffusion3Pipeline(
         **{"text_encoder_3": None, **parts},
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),

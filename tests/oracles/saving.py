@@ -7,6 +7,8 @@ import json
 import pathlib
 from typing import Any
 
+import torch
+
 
 def drop_versions(path: pathlib.Path) -> None:
     """Takes library versions out of a `config.json`, so that another version writes the same file."""
@@ -21,3 +23,12 @@ def save_shapes(folder: pathlib.Path, name: str, module: Any) -> None:
     (folder / "shapes").mkdir(exist_ok=True)
     text = json.dumps(shapes, separators=(",", ":")).encode()
     (folder / "shapes" / f"{name}.json.gz").write_bytes(gzip.compress(text, mtime=0))
+
+
+def save_parts(folder: pathlib.Path, parts: dict[str, Any]) -> None:
+    """Saves the networks of a pipeline in bfloat16, each in a folder of its own, and leaves them in float32."""
+    for name, model in parts.items():
+        model.to(torch.bfloat16).save_pretrained(folder / name)
+        drop_versions(folder / name / "config.json")
+        (folder / name / "generation_config.json").unlink(missing_ok=True)
+        model.to(torch.float32)

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextM
 from tests import tiny_tokenizers
 from tests.oracles import sd_unet
 from tests.oracles.randomise import randomise
-from tests.oracles.saving import drop_versions
+from tests.oracles.saving import drop_versions, save_parts
 
 PROMPT = "a photo of two red circles left of a green star"
 SIZE = (48, 64)  # pixels
@@ -75,11 +75,7 @@ def make(folder: pathlib.Path, name: str, seed: int = 0):
         ),
         seed + 5,
     )
-    for part, model in parts.items():
-        if not part.startswith("tokenizer"):
-            model.to(torch.bfloat16).save_pretrained(folder / part)
-            drop_versions(folder / part / "config.json")
-            model.to(torch.float32)
+    save_parts(folder, {name: part for name, part in parts.items() if not name.startswith("tokenizer")})
     scheduler.save_pretrained(folder / "scheduler")
     drop_versions(folder / "scheduler" / "scheduler_config.json")
     index = {"force_zeros_for_empty_prompt": unet_name == "sdxl"}

@@ -13,7 +13,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 
 from tests.oracles import svd_autoencoder, svd_unet
 from tests.oracles.randomise import randomise
-from tests.oracles.saving import drop_versions
+from tests.oracles.saving import drop_versions, save_parts
 
 SIZE, FRAMES, STEPS = (16, 24), 3, 5
 GUIDANCE = (1.0, 3.0)
@@ -48,10 +48,7 @@ def make(folder: pathlib.Path, seed: int = 0) -> StableVideoDiffusionPipeline:
         "vae": svd_autoencoder.make(seed),
         "image_encoder": randomise(CLIPVisionModelWithProjection(vision), seed + 2),
     }
-    for name, model in parts.items():
-        model.to(torch.bfloat16).save_pretrained(folder / name)
-        drop_versions(folder / name / "config.json")
-        model.to(torch.float32)
+    save_parts(folder, parts)
     scheduler.save_pretrained(folder / "scheduler")
     drop_versions(folder / "scheduler" / "scheduler_config.json")
     return StableVideoDiffusionPipeline(**parts, scheduler=scheduler, feature_extractor=CLIPImageProcessor())

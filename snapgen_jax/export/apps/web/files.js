@@ -85,9 +85,12 @@ export class Files {
   }
 
   async #fetch(name, expected, report) {
+    // Servers tell times by the second, so a file written twice in one would look unchanged to the browser's cache of
+    // HTTP. It is asked only for large files where there is no other cache.
+    const cache = expected && !globalThis.caches ? "no-cache" : "no-store";
     let response = null;
     try {
-      response = await fetch(this.base + name, { cache: "no-cache", credentials: "same-origin" });
+      response = await fetch(this.base + name, { cache, credentials: "same-origin" });
     } catch {
       throw new BundleError(`${name} could not be fetched; is the server that this page came from still running?`);
     }

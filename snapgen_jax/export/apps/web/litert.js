@@ -42,9 +42,9 @@ async function adapterOf() {
 }
 
 class LiteRT {
-  constructor(library, litert, threads, note, adapter) {
-    Object.assign(this, { library, litert, threads, note });
-    this.adapter = library.getWebGpuDevice() ? adapter : null;
+  constructor(runtime, litert, threads, note, adapter) {
+    Object.assign(this, { runtime, litert, threads, note });
+    this.adapter = runtime.getWebGpuDevice() ? adapter : null;
   }
 
   /** The bytes that the heap has grown to. */
@@ -55,19 +55,19 @@ class LiteRT {
   /** A compiled unit. `way`: {accelerator: "wasm" | "webgpu", arithmetic: undefined | "fp16" | "fp32"}. */
   async compile(bytes, { accelerator, arithmetic }, signature) {
     const gpuOptions = arithmetic ? { precision: arithmetic } : {};
-    const model = await this.library.loadAndCompile(bytes, { accelerator, gpuOptions });
+    const model = await this.runtime.loadAndCompile(bytes, { accelerator, gpuOptions });
     // Where some operator is not for the GPU, the library takes the CPU, or both; we want to be told.
     if (accelerator === "webgpu" && (model.options.accelerator !== "webgpu" || !model.isFullyAccelerated)) {
       model.delete();
       throw new Error("some of its operators are not for the GPU");
     }
-    return new Unit(this.library, model, signature);
+    return new Unit(this.runtime, model, signature);
   }
 }
 
 class Unit {
-  constructor(library, model, signature) {
-    Object.assign(this, { library, model, signature });
+  constructor(runtime, model, signature) {
+    Object.assign(this, { runtime, model, signature });
   }
 
   /** {name: NDArray} in, {name: NDArray} out. The library's tensors have no garbage collector: each is deleted. */
@@ -76,7 +76,7 @@ class Unit {
     let outputs = {};
     try {
       for (const [name, { data, shape }] of Object.entries(inputs))
-        tensors[name] = new this.library.Tensor(data, shape);
+        tensors[name] = new this.runtime.Tensor(data, shape);
       outputs = await this.model.run(this.signature, tensors);
       const found = {};
       for (const [name, tensor] of Object.entries(outputs)) {

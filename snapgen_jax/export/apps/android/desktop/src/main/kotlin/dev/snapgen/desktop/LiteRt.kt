@@ -18,11 +18,13 @@ import java.lang.foreign.ValueLayout.JAVA_FLOAT
 import java.lang.foreign.ValueLayout.JAVA_INT
 import java.lang.foreign.ValueLayout.JAVA_LONG
 import java.lang.invoke.MethodHandle
+import java.nio.file.Path
 
 /** LiteRT on a desktop JVM: the C functions of `libLiteRt.so`, as in the ai-edge-litert 2.3.0 wheel, by Panama. */
-class LiteRt(library: File) : NetworkLoader, AutoCloseable {
+class LiteRt(nativeFile: File) : NetworkLoader, AutoCloseable {
     private val arena = Arena.ofShared()
-    private val lookup = SymbolLookup.libraryLookup(library.toPath(), arena)
+    private val open: (Path, Arena) -> SymbolLookup = SymbolLookup::libraryLookup
+    private val lookup = open(nativeFile.toPath(), arena)
     private val functions = HashMap<String, MethodHandle>()
     private val environment = made { call("LiteRtCreateEnvironment", 0, MemorySegment.NULL, it) }
 
