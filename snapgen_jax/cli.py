@@ -171,6 +171,8 @@ def _sample(options: argparse.Namespace) -> None:
         raise ConfigError("--adapters goes with --workdir: the run that they adapt")
     if options.precision and not options.bundle:
         raise ConfigError("--precision goes with --bundle; a run computes in the precision of its device")
+    if options.size and not options.bundle:
+        raise ConfigError("--size goes with --bundle; of a run, give --image_size, an option of its generator")
     if options.accelerator and not options.bundle:
         raise ConfigError("--accelerator goes with --bundle; a run draws on the devices of JAX")
     if not (options.prompt or options.condition):
@@ -219,10 +221,11 @@ def _draw(options: argparse.Namespace, conditions: dict[str, Any]) -> Any:
     chosen = options.generation
     if options.bundle:
         from snapgen_jax.export.client import LiteRTGenerator
+        from snapgen_jax.export.run import image_size
         from snapgen_jax.export.runtime import AcceleratorError
         from snapgen_jax.typed import Written
 
-        placing = {"precision": options.precision, "accelerator": options.accelerator}
+        placing = {"precision": options.precision, "accelerator": options.accelerator, "size": image_size(options.size)}
         try:
             generator: Any = LiteRTGenerator(options.bundle, **{name: how for name, how in placing.items() if how})
         except AcceleratorError as error:

@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--decoder", help="a run of a tiny decoder, in place of the run's own; with --workdir")
     _adapters(sample)
     sample.add_argument("--precision", help="of a bundle's networks: f32 (the default), f16, or another that it has")
+    sample.add_argument("--size", metavar="HxW", help="of a bundle's images, where it has several (default: its own)")
     sample.add_argument(
         "--accelerator",
         choices=("cpu", "gpu", "auto"),

@@ -16,6 +16,7 @@ import functools
 import json
 import logging
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -73,6 +74,14 @@ class Placed:
 
     accelerator: str
     reason: str = ""
+
+
+def read_size(text: str) -> tuple[int, int]:
+    """The (height, width) of "96x64". Raises `BundleError` where it is no such text."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if not match:
+        raise BundleError(f"{text!r} is no image size; write height and width, as in 96x64")
+    return int(match[1]), int(match[2])
 
 
 class Bundle:

@@ -28,11 +28,13 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Operator:
-    """One node of the graph. `name` is the builtin's ("CONV_2D"), or "CUSTOM:<code>" for anything else."""
+    """One node of a graph. `name` is the builtin's ("CONV_2D"), or "CUSTOM:<code>" for anything else; `graph` is the
+    index of the graph."""
 
     name: str
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+    graph: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +84,12 @@ class _Reader:
         graphs = [self.model.Subgraphs(i) for i in range(self.model.SubgraphsLength())]
         tensors = [[self._tensor(graph.Tensors(i)) for i in range(graph.TensorsLength())] for graph in graphs]
         operators, orphans = [], []
-        for graph, known in zip(graphs, tensors, strict=True):
+        for g, (graph, known) in enumerate(zip(graphs, tensors, strict=True)):
             for i in range(graph.OperatorsLength()):
                 node = graph.Operators(i)
                 inputs = tuple(known[node.Inputs(j)] for j in range(node.InputsLength()) if node.Inputs(j) >= 0)
                 outputs = tuple(known[node.Outputs(j)] for j in range(node.OutputsLength()))
-                operators.append(Operator(self._operator_name(node.OpcodeIndex()), inputs, outputs))
+                operators.append(Operator(self._operator_name(node.OpcodeIndex()), inputs, outputs, g))
             used = _used(graph)
             orphans += [tensor for i, tensor in enumerate(known) if i not in used]
         inputs, outputs, places = {}, {}, {}

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import pathlib
-import re
 import tempfile
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from etils import epath
 from snapgen_jax.evaluation.compositional import PER_CATEGORY, fixed_prompts
 from snapgen_jax.evaluation.detector import detect
 from snapgen_jax.export.bundle import GPUCheck, Sizes, check_place, export_bundle, generator_of
+from snapgen_jax.export.client import read_size
 from snapgen_jax.export.convert import Backend, require
 from snapgen_jax.export.frames import spelled_out
 from snapgen_jax.export.judging import LIMITS, Judge, Limits, VariantError
@@ -144,13 +144,18 @@ def at_sizes(recipe: Any, sizes: Sequence[tuple[int, int]]) -> Sizes:
 
 def image_sizes(text: str | None) -> list[tuple[int, int]]:
     """The sizes of "64x64,96x64", (height, width). Raises `ConfigError` where it is no such list."""
-    found = []
-    for part in text.split(",") if text is not None else ():
-        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", part)
-        if not match:
-            raise ConfigError(f"--sizes={text}: {part!r} is no image size; write height and width, as in 64x64,96x64")
-        found.append((int(match[1]), int(match[2])))
-    return found
+    try:
+        return [read_size(part) for part in text.split(",")] if text is not None else []
+    except ValueError as error:
+        raise ConfigError(f"--sizes={text}: {error}") from error
+
+
+def image_size(text: str | None) -> tuple[int, int] | None:
+    """The (height, width) of "96x64"; None where nothing is given. Raises `ConfigError` where it is no size."""
+    try:
+        return None if text is None else read_size(text)
+    except ValueError as error:
+        raise ConfigError(f"--size={text}: {error}") from error
 
 
 def _name(size: Sequence[int]) -> str:

@@ -18,13 +18,13 @@ from typing import Literal
 import numpy as np
 
 if __package__:
-    from snapgen_jax.export.client import MANIFEST_SCHEMA, Bundle
+    from snapgen_jax.export.client import MANIFEST_SCHEMA, Bundle, read_size
     from snapgen_jax.export.program import BundleError, Flow
     from snapgen_jax.export.runtime import AcceleratorError
     from snapgen_jax.export.sampler import Arrays, Contexts, Sampler, Unit, relative_l2
 else:  # beside its own copy of the client, in a bundle; each may be a link into a store of blobs
     sys.path.insert(0, str(pathlib.Path(__file__).absolute().parent))
-    from client import MANIFEST_SCHEMA, Bundle  # type: ignore[import-not-found]
+    from client import MANIFEST_SCHEMA, Bundle, read_size  # type: ignore[import-not-found]
     from program import BundleError, Flow  # type: ignore[import-not-found]
     from runtime import AcceleratorError  # type: ignore[import-not-found]
     from sampler import Arrays, Contexts, Sampler, Unit, relative_l2  # type: ignore[import-not-found]
@@ -71,16 +71,9 @@ def checks(
     yield from _token_ids(bundle)
     yield from _at_size(bundle, precisions, num_threads, accelerator)
     for name in bundle.sizes:
-        if (other := Bundle(folder, _height_width(name))).golden_folder != bundle.golden_folder:
+        if (other := Bundle(folder, read_size(name))).golden_folder != bundle.golden_folder:
             for check in _at_size(other, precisions, num_threads, accelerator):
                 yield dataclasses.replace(check, name=f"{name}: {check.name}")
-
-
-def _height_width(size: str) -> tuple[int, int]:
-    height, _, width = size.partition("x")
-    if not (height.isdecimal() and width.isdecimal()):
-        raise BundleError(f"manifest.json has the image size {size!r}; height and width were expected, as in 96x64")
-    return int(height), int(width)
 
 
 def _at_size(
