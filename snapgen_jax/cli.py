@@ -178,8 +178,6 @@ def _sample(options: argparse.Namespace) -> None:
     if not (options.prompt or options.condition):
         raise ConfigError("there is nothing to draw; give --prompt, or --condition where the run takes no prompts")
     conditions, where = _conditions(options.condition), destination(options.out)
-    if not options.bundle:
-        _say_compiling("the generator")
     try:
         images = _draw(options, conditions)
     except ValueError as error:
@@ -243,6 +241,8 @@ def _draw(options: argparse.Namespace, conditions: dict[str, Any]) -> Any:
 
         generator = load(options.workdir, decoder=options.decoder, adapters=options.adapters)
         chosen = {**chosen, "conditions": conditions}
+    if not options.bundle:
+        _say_compiling("the generator")
     return generator.generate(options.prompt or None, seed=options.seed, **chosen)
 
 
@@ -265,8 +265,10 @@ def _draw_bundle(
 
 def _draw_many(options: argparse.Namespace) -> None:
     from snapgen_jax.drawing import draw_run
+    from snapgen_jax.generation import load_config
 
     start_cluster(options)
+    load_config(options.workdir)  # a mistyped name is said before all else
     _say_compiling("the generator")
     drawn, count = draw_run(
         options.workdir,
@@ -285,10 +287,12 @@ def _draw_many(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from snapgen_jax.generation import load_config
     from snapgen_jax.scoring import configured, evaluate
 
     names = configured(options.workdir) if options.names is None else options.names.split(",")
     of_evaluators = _evaluator_options(options.set, names)
+    load_config(options.workdir)  # a mistyped name is said before all else
     _say_compiling(f"what {', '.join(names)} {'needs' if len(names) == 1 else 'need'}")
     numbers = evaluate(
         options.workdir,
@@ -331,6 +335,7 @@ def _export(options: argparse.Namespace) -> None:
 def _export_bundle(options: argparse.Namespace, out: str) -> dict[str, float]:
     from snapgen_jax.export.latents import Carried
     from snapgen_jax.export.run import export_run, image_sizes
+    from snapgen_jax.generation import load_config
 
     precisions, limits, budget = chosen_precisions(options)
     names = ("clip_l", "clip_g", "language")
@@ -339,6 +344,7 @@ def _export_bundle(options: argparse.Namespace, out: str) -> dict[str, float]:
         {name: folder for name in names if (folder := getattr(options, name))},
         {name: folder for name in names if (folder := getattr(options, f"{name}_tokenizer"))},
     )
+    load_config(options.workdir)  # a mistyped name is said before all else
     _say_compiling("the run's networks, converting them, and holding each file against JAX")
     return export_run(
         options.workdir,

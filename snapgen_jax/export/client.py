@@ -84,6 +84,16 @@ def read_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def check_manifest(folder: str | pathlib.Path) -> pathlib.Path:
+    """The folder, absolute. Raises `BundleError` where it holds no manifest.json, and says where there is one."""
+    path = pathlib.Path(folder).absolute()
+    if not (path / "manifest.json").is_file():
+        inside = path / "export" / "bundle"  # where `snapgen export` writes the bundle of a run
+        hint = f"; its bundle is {inside}" if (inside / "manifest.json").is_file() else ""
+        raise BundleError(f"{folder} holds no manifest.json, so it is not an export bundle{hint}")
+    return path
+
+
 class Bundle:
     """A bundle's folder: its manifest, and its files by name.
 
@@ -105,11 +115,7 @@ class Bundle:
     """
 
     def __init__(self, folder: str | pathlib.Path, size: tuple[int, int] | None = None) -> None:
-        self.folder = pathlib.Path(folder).absolute()
-        if not (self.folder / "manifest.json").is_file():
-            inside = self.folder / "export" / "bundle"  # where `snapgen export` writes the bundle of a run
-            hint = f"; its bundle is {inside}" if (inside / "manifest.json").is_file() else ""
-            raise BundleError(f"{folder} holds no manifest.json, so it is not an export bundle{hint}")
+        self.folder = check_manifest(folder)
         self.placed: dict[str, Placed] = {}
         self.manifest = self.json("manifest.json")
         if missing := {"schema", "precisions", "units", "files"} - self.manifest.keys():
