@@ -251,6 +251,18 @@ def frozen_spec(network: Network) -> Tree:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, compute_dtype(network.config)), spec)
 
 
+def narrowed(network: Network, params: Tree) -> Tree:
+    """Parameters of a network that is only used: every `kernel` in the dtype in which it computes.
+
+    A layer would cast it to that at every call, so its output is the same, bit for bit, and half the bytes are kept and
+    read. All else stays as it is: norms read their gains in float32.
+    """
+    dtype = compute_dtype(network.config)
+    return unflatten(
+        {path: leaf.astype(dtype) if path[-1] == "kernel" else leaf for path, leaf in flatten(params).items()}
+    )
+
+
 def take_apart(module: nnx.Module) -> tuple[Callable[[Tree], nnx.Module], Tree]:
     """Splits a module into its parameters, as a pytree for jax transformations, and the function that joins them again.
 
