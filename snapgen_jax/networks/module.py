@@ -79,8 +79,8 @@ def for_platform(config: ConfigT, platform: Platform) -> ConfigT:
 
     `dtype` becomes bfloat16 on TPU and GPU and float32 on CPU; `depthwise` becomes the form that is fastest there (nine
     shifted multiply-adds on CPU, where XLA's grouped convolution is about a hundred times slower; the grouped
-    convolution elsewhere). Fields whose value is not "auto" are left alone, and a config without such fields is
-    returned unchanged.
+    convolution elsewhere); `separable_block` becomes "composed" where there is no kernel. Other fields whose value is
+    not "auto" are left alone, and a config without such fields is returned unchanged.
     """
     if not dataclasses.is_dataclass(config):
         return config
@@ -93,6 +93,8 @@ def for_platform(config: ConfigT, platform: Platform) -> ConfigT:
         value = getattr(config, field.name)
         if value == "auto" and field.name in choice:
             changes[field.name] = choice[field.name]
+        elif field.name == "separable_block" and platform != "tpu":
+            changes[field.name] = "composed"
         elif dataclasses.is_dataclass(value):
             changes[field.name] = for_platform(value, platform)
     return dataclasses.replace(config, **changes)  # type: ignore[type-var]
