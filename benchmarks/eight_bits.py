@@ -1,6 +1,6 @@
 """How far a teacher in eight bits is from the same teacher in bfloat16, by time.
 
-    python -m benchmarks.eight_bits                            # an MMDiT of width 512 with stand-in weights
+    python -m benchmarks.eight_bits                            # MMDiTs of width 512 with stand-in weights
     python -m benchmarks.eight_bits --workdir=runs/teacher     # a trained run, on its validation batches
 
     error = || v - v_16 || / || v_16 ||,   for bfloat16 itself || v_16 - v_32 || / || v_32 ||
@@ -37,9 +37,8 @@ from snapgen_jax.weights.frozen import in_eight_bits
 Tree = Any
 Velocity = Callable[[jax.Array, Points], jax.Array]
 FORMATS = ("int8", "fp8")
-MID_SIZE = MMDiTConfig(
-    depth=12, heads=8, head_dim=64, context_width=256, pooled_width=256, position_size=16, position_base=16
-)
+_WIDTHS = {"heads": 8, "context_width": 256, "pooled_width": 256, "position_size": 16, "position_base": 16}
+DRAWN = {f"MMDiT of {depth} blocks": MMDiTConfig(depth=depth, **_WIDTHS) for depth in (12, 38)}
 SIDE, TOKENS = 32, 77  # of the latent; text tokens
 
 
@@ -119,8 +118,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         denoiser, params, points = points_of_run(workdir)
         name, steps = pathlib.Path(workdir).name, load_config(workdir).train_steps
         keep(name, denoiser.network.config, f"{steps} updates", compare(denoiser, params, points))
-    if not options.workdir:
-        keep("MMDiT of twelve blocks", MID_SIZE, "stand-ins", with_stand_ins(MID_SIZE))
+    for name, config in DRAWN.items() if not options.workdir else ():
+        keep(name, config, "stand-ins", with_stand_ins(config))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ STORED = plan_eight_bits.RESULTS.parent / "eight_bits-cpu2.jsonl"
 
 
 def test_errors_are_measured_by_time_and_kept(monkeypatch, capsys):
-    monkeypatch.setattr(eight_bits, "MID_SIZE", TINY)
+    monkeypatch.setattr(eight_bits, "DRAWN", {"tiny": TINY})
     eight_bits.main([])
     line = json.loads(capsys.readouterr().out)
     assert (line["parameters"], line["weights"]) == (parameters(TINY), "stand-ins") and line["machine"]
@@ -27,8 +27,9 @@ def test_errors_are_measured_by_time_and_kept(monkeypatch, capsys):
 
 def test_the_stored_errors_of_int8_are_below_two_percent():
     lines = [json.loads(line) for line in STORED.read_text().splitlines()]
-    drawn = next(line for line in lines if line["weights"] == "stand-ins")
-    assert drawn["parameters"] == parameters(eight_bits.MID_SIZE) and drawn["width"] >= 512
+    drawn = {line["network"]: line["parameters"] for line in lines if line["weights"] == "stand-ins"}
+    assert drawn == {name: parameters(config) for name, config in eight_bits.DRAWN.items()}
+    assert all(config.width >= 512 for config in eight_bits.DRAWN.values())
     assert any("updates" in line["weights"] for line in lines)
     for line in lines:
         assert line["times"]["all"]["int8"] < 0.02 and line["machine"] and line["commit"]
