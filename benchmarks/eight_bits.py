@@ -3,10 +3,11 @@
     python -m benchmarks.eight_bits                            # MMDiTs of width 512 with stand-in weights
     python -m benchmarks.eight_bits --workdir=runs/teacher     # a trained run, on its validation batches
 
-    error = || v - v_16 || / || v_16 ||,   for bfloat16 itself || v_16 - v_32 || / || v_32 ||
+    error = || v - v_16 || / || v_16 ||,   and against float32 || v - v_32 || / || v_32 ||
 
 All of them start from the same float32 weights; in eight bits the products of the tokens are int8 or e4m3, and all else
-is bfloat16, as a teacher with `precision` computes. Prints a line of JSON for each network; with --save=NAME it is kept
+is bfloat16, as a teacher with `precision` computes. Between two computations in bfloat16 lie the roundings of both: what
+eight bits add is seen against float32, beside bfloat16's own error. Prints a line of JSON for each network; with --save=NAME it is kept
 in `results/eight_bits-NAME.jsonl`.
 """
 
@@ -37,7 +38,13 @@ from snapgen_jax.weights.frozen import in_eight_bits
 Tree = Any
 Velocity = Callable[[jax.Array, Points], jax.Array]
 FORMATS = ("int8", "fp8")
-_WIDTHS = {"heads": 8, "context_width": 256, "pooled_width": 256, "position_size": 16, "position_base": 16}
+_WIDTHS: dict[str, Any] = {
+    "heads": 8,
+    "context_width": 256,
+    "pooled_width": 256,
+    "position_size": 16,
+    "position_base": 16,
+}
 DRAWN = {f"MMDiT of {depth} blocks": MMDiTConfig(depth=depth, **_WIDTHS) for depth in (12, 38)}
 SIDE, TOKENS = 32, 77  # of the latent; text tokens
 
@@ -69,16 +76,18 @@ def velocities(denoiser: Denoiser, params: Tree) -> dict[str, Velocity]:
 
 
 def compare(denoiser: Denoiser, params: Tree, points: Sequence[Points]) -> dict[str, dict[str, float]]:
-    """`{time: {"bfloat16": error, "int8": error, "fp8": error}}`, and "all", over all times together."""
+    """`{time: {"int8": error against bfloat16, "int8, float32": error against float32 ...}}`, and "all", over all times
+    together."""
     computed = velocities(denoiser, params)
-    against = {"bfloat16": "float32", **dict.fromkeys(FORMATS, "bfloat16")}
+    against = {name: (name, "bfloat16") for name in FORMATS}
+    against |= {f"{name}, float32": (name, "float32") for name in ("bfloat16", *FORMATS)}
     squares: dict[str, dict[str, tuple[float, float]]] = {}
     for t in VALIDATION_TIMES:
         sums = {name: [0.0, 0.0] for name in against}
         for point in points:
             v = {name: velocity(jnp.float32(t), point) for name, velocity in computed.items()}
-            for name, base in against.items():
-                for i, x in enumerate((v[name] - v[base], v[base])):
+            for name, (of, base) in against.items():
+                for i, x in enumerate((v[of] - v[base], v[base])):
                     sums[name][i] += float(jnp.mean(jnp.square(x)))
         squares[f"t={t:.2f}"] = {name: (error, size) for name, (error, size) in sums.items()}
     rows = {t: {name: (error / size) ** 0.5 for name, (error, size) in of.items()} for t, of in squares.items()}

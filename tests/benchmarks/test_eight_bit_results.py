@@ -21,7 +21,8 @@ def test_errors_are_measured_by_time_and_kept(monkeypatch, capsys):
     assert (line["parameters"], line["weights"]) == (parameters(TINY), "stand-ins") and line["machine"]
     assert list(line["times"]) == [*(f"t={t:.2f}" for t in VALIDATION_TIMES), "all"]
     for row in line["times"].values():
-        assert 2**-9 / 3 < row["bfloat16"] < row["int8"] < row["fp8"] < 0.15
+        assert 2**-9 / 3 < row["bfloat16, float32"] < row["int8, float32"] < row["fp8, float32"] < 0.15
+        assert row["int8, float32"] < row["int8"] + row["bfloat16, float32"] and row["int8"] < row["fp8"]
     assert line["times"]["all"]["int8"] == pytest.approx(0.01, abs=0.01)
 
 
