@@ -5,10 +5,10 @@
 
     error = || v - v_16 || / || v_16 ||,   and against float32 || v - v_32 || / || v_32 ||
 
-All of them start from the same float32 weights; in eight bits the products of the tokens are int8 or e4m3, and all else
-is bfloat16, as a teacher with `precision` computes. Between two computations in bfloat16 lie the roundings of both: what
-eight bits add is seen against float32, beside bfloat16's own error. Prints a line of JSON for each network; with --save=NAME it is kept
-in `results/eight_bits-NAME.jsonl`.
+All of them start from the same float32 weights; in eight bits the products of the tokens are int8 or e4m3, and all
+else is bfloat16, as a teacher with `precision` computes. Between two computations in bfloat16 lie the roundings of
+both: what eight bits add is seen against float32, beside bfloat16's own error. Prints a line of JSON for each network;
+with --save=NAME it is kept in `results/eight_bits-NAME.jsonl`.
 """
 
 from __future__ import annotations
