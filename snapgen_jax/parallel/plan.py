@@ -91,6 +91,7 @@ class Plan:
         argument_bytes: state, frozen networks and batch, on one device.
         temporary_bytes: what the step allots beside them.
         flops: of one step on one device, as XLA estimates them, with loops counted as often as they run.
+        int8_flops: those of `flops` that are products of int8 by int8.
         memory_bytes: that one step reads from and writes to the memory of one device, see `parallel.traffic`; 0 in a
             plan that was stored without.
         bytes_accessed: XLA's estimate of the same: of all operands and results, on the chip or not, and of the body of
@@ -121,6 +122,7 @@ class Plan:
     collectives: Mapping[str, Collective] = dataclasses.field(default_factory=dict)
     part: str = ""
     derived_from: str = ""
+    int8_flops: int = 0
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Plan:
@@ -171,7 +173,8 @@ class Plan:
     def roofline(self) -> Roofline:
         """What the step needs of one device, and the time that this takes at the chip's peaks: no step is faster."""
         wire_bytes = sum(found.wire_bytes for found in self.collectives.values())
-        return Roofline(chip_of(self.chip), self.flops, self.memory_bytes or self.bytes_accessed, wire_bytes)
+        moved = self.memory_bytes or self.bytes_accessed
+        return Roofline(chip_of(self.chip), self.flops, moved, wire_bytes, self.int8_flops)
 
     @property
     def examples_per_second(self) -> float:
@@ -232,6 +235,7 @@ class Plan:
                 "a step",
                 f"{tera(self.flops)}FLOP (XLA's estimate), {gigabytes(self.roofline.bytes_accessed)} of memory traffic",
             ),
+            *([("", f"of that {tera(self.int8_flops)}FLOP in int8")] if self.int8_flops else []),
             ("an example", f"{tera(j['flops_per_example'])}FLOP, {gigabytes(j['bytes_per_example'])}"),
             ("intensity", f"{j['intensity']:.1f} FLOP/byte"),
             *sent,
@@ -327,6 +331,7 @@ def plan_step(
         temporary_bytes=memory.temp_size_in_bytes,
         peak_bytes=held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
         flops=float(cost.get("flops", 0.0)) + found.repeated_flops,
+        int8_flops=found.int8_flops,
         memory_bytes=found.memory_bytes,
         bytes_accessed=float(cost.get("bytes accessed", 0.0)),
         collectives=collectives(text),
