@@ -28,6 +28,8 @@ class Chip:
         kinds: what `device_kind` calls it.
         source: where the figures stand.
         int8_flops: operations a second on int8; those on bfloat16 where the maker states none.
+        network_bandwidth: bytes a second that a chip's share of its host sends to another slice over the data centre's
+            network; 0 where the maker states none.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Chip:
     kinds: tuple[str, ...]
     source: str
     int8_flops: float = 0.0
+    network_bandwidth: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.int8_flops:
@@ -49,9 +52,9 @@ CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v4", 275e12, 32 * 2**30, 1228 * GB, 90 * GB, 1, ("TPU v4",), f"{_CLOUD}v4; link: {_BOOK}", 275e12),
-        Chip("v5e", 197e12, 16 * 2**30, 819 * GB, 100 * GB, 1, _V5E, f"{_CLOUD}v5e; {_BOOK}", 393e12),
-        Chip("v5p", 459e12, 95 * 2**30, 2765 * GB, 200 * GB, 1, _V5P, f"{_CLOUD}v5p; {_BOOK}", 918e12),
-        Chip("v6e", 918e12, 32 * 2**30, 1638 * GB, 200 * GB, 1, _V6E, f"{_CLOUD}v6e; {_BOOK}", 1836e12),
+        Chip("v5e", 197e12, 16 * 2**30, 819 * GB, 100 * GB, 1, _V5E, f"{_CLOUD}v5e; {_BOOK}", 393e12, 3.125 * GB),
+        Chip("v5p", 459e12, 95 * 2**30, 2765 * GB, 200 * GB, 1, _V5P, f"{_CLOUD}v5p; {_BOOK}", 918e12, 6.25 * GB),
+        Chip("v6e", 918e12, 32 * 2**30, 1638 * GB, 200 * GB, 1, _V6E, f"{_CLOUD}v6e; {_BOOK}", 1836e12, 12.5 * GB),
         Chip("tpu7x", 2307e12, 192 * 2**30, 7380 * GB, 200 * GB, 2, ("TPU7x", "TPU v7x"), f"{_CLOUD}tpu7x"),
     )
 }
@@ -67,6 +70,7 @@ class Roofline:
         bytes_accessed: of memory, likewise.
         wire_bytes: sent over links.
         int8_flops: those of `flops` that are products of int8.
+        network_bytes: sent to other slices.
     """
 
     chip: Chip
@@ -74,15 +78,21 @@ class Roofline:
     bytes_accessed: float
     wire_bytes: float = 0.0
     int8_flops: float = 0.0
+    network_bytes: float = 0.0
 
     @property
     def times(self) -> dict[str, float]:
-        """Seconds that each resource takes by itself: "compute", "hbm", "links"."""
+        """Seconds that each resource takes by itself: "compute", "hbm", "links", and "network" between slices.
+
+        Raises:
+            ValueError: there are several slices, and the maker does not say how fast a chip reaches another.
+        """
         chip, at_bfloat16 = self.chip, self.flops - self.int8_flops
         return {
             "compute": chip.devices * (at_bfloat16 / chip.flops + self.int8_flops / chip.int8_flops),
             "hbm": self.bytes_accessed * chip.devices / chip.hbm_bandwidth,
             "links": self.wire_bytes / chip.link_bandwidth,
+            **({"network": self.network_bytes / _network(chip)} if self.network_bytes else {}),
         }
 
     @property
@@ -94,6 +104,12 @@ class Roofline:
     def seconds(self) -> float:
         """The least time that the program can take: all resources overlap wholly."""
         return max(self.times.values())
+
+
+def _network(chip: Chip) -> float:
+    if not chip.network_bandwidth:
+        raise ValueError(f"no bandwidth between slices of {chip.name} is published; plan one slice")
+    return chip.network_bandwidth
 
 
 def chip_of(name: str) -> Chip:
