@@ -6,7 +6,7 @@
 The first writes `results/plan/eight_bits_blocks-v5e_2x2.json`: memory, arithmetic and traffic of one forward pass of a
 joint and a last block at full width, embeddings and output with them, the parameters split over four chips, an image on
 each. The second reads the stored plans of `configs/distill/*` and of their teachers, takes the multiply-adds of the
-whole teacher by dtype, and writes `results/plan/eight_bits_ratios.json`: the arithmetic of a step, with what is int8 at
+whole teacher by dtype, and writes `results/eight_bits_ratios.json`: the arithmetic of a step, with what is int8 at
 the chip's rate for it. No TPU has measured any of it: a time at the peaks is a lower bound.
 """
 
@@ -31,7 +31,7 @@ from snapgen_jax.parallel.sharding import tree_shardings
 
 TOPOLOGY = "v5e:2x2"
 RESULTS = pathlib.Path(__file__).parent / "results" / "plan"
-BLOCKS, RATIOS = RESULTS / "eight_bits_blocks-v5e_2x2.json", RESULTS / "eight_bits_ratios.json"
+BLOCKS, RATIOS = RESULTS / "eight_bits_blocks-v5e_2x2.json", RESULTS.parent / "eight_bits_ratios.json"
 SIZES = {"512x512": 64, "1024x1024": 128}  # of an image in pixels; side of its latent
 PRECISIONS = ("compute", "int8")
 STEPS = {"512x512": "distill_t2i_512_sd35l-v5p_4x4x4-b2048", "1024x1024": "distill_t2i_1024_sd35l-v5p_4x4x4-b2048"}
