@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
+from snapgen_jax.networks.attention_table import KERNELS
 from snapgen_jax.networks.module import sketch
 from snapgen_jax.networks.registry import CONFIGS
 from snapgen_jax.networks.unet import UNetConfig
@@ -28,10 +29,14 @@ PIXELS_PER_LATENT = 8  # side, of the autoencoder that SnapGen works on
 def size(config: Any, *inputs: Sequence[Any]) -> tuple[int, ...]:
     """Number of parameters of the network of a config, and multiply-adds of one call on each of several `inputs`.
 
+    Attention counts as its two products, whichever kernel the config names.
+
     Args:
         inputs: `ShapeDtypeStruct`s of the network's positional arguments, such as `config.input_spec()`.
     """
     found: list[int] = []
+    if getattr(config, "attention", "") in KERNELS:
+        config = dataclasses.replace(config, attention="whole")
 
     def calls(*inputs: Sequence[Any]) -> list[Any]:
         network, count = sketch(config)
@@ -61,7 +66,8 @@ def count_macs(function: Callable, *args: Any) -> int:
     side is.
 
     Raises:
-        ValueError: there is a product inside a loop whose number of turns is not known.
+        ValueError: there is a product inside a loop whose number of turns is not known, or a kernel, which hides its
+            products.
     """
     return _all_macs(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -91,6 +97,8 @@ def _equation_macs(equation: Any) -> int:
         return size * kernel[inputs] * math.prod(kernel[axis] for axis in window)
     if name == "jit" and params["name"] == "depthwise_shifted":
         return size * 9
+    if name == "pallas_call" or name.startswith("dot_product_attention"):
+        raise ValueError(f'multiply-adds inside a kernel ({name}) cannot be counted; count with attention="whole"')
     bodies = [_all_macs(jaxpr) for jaxpr in _subjaxprs(params)]
     if name == "cond":
         return max(bodies)

@@ -24,6 +24,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from snapgen_jax.networks import attention_table
+
 Tree = Any
 Platform = Literal["cpu", "gpu", "tpu"]
 Path = tuple[str, ...]
@@ -79,8 +81,9 @@ def for_platform(config: ConfigT, platform: Platform) -> ConfigT:
 
     `dtype` becomes bfloat16 on TPU and GPU and float32 on CPU; `depthwise` becomes the form that is fastest there (nine
     shifted multiply-adds on CPU, where XLA's grouped convolution is about a hundred times slower; the grouped
-    convolution elsewhere). Fields whose value is not "auto" are left alone, and a config without such fields is
-    returned unchanged.
+    convolution elsewhere); `attention` becomes the kernel that `attention_table` chooses there, and so does a kernel
+    that does not run there. Other values than "auto" are left alone, and a config without such fields is returned
+    unchanged.
     """
     if not dataclasses.is_dataclass(config):
         return config
@@ -95,6 +98,9 @@ def for_platform(config: ConfigT, platform: Platform) -> ConfigT:
             changes[field.name] = choice[field.name]
         elif dataclasses.is_dataclass(value):
             changes[field.name] = for_platform(value, platform)
+        elif field.name == "attention" and hasattr(config, "dtype"):
+            dtype = choice["dtype"] if config.dtype == "auto" else config.dtype
+            changes[field.name] = attention_table.fixed(value, platform, dtype)
     return dataclasses.replace(config, **changes)  # type: ignore[type-var]
 
 
