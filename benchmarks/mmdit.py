@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.measuring import fastest, machine, random_like
-from snapgen_jax.networks.counting import macs
 from snapgen_jax.networks.attention_table import AttentionKernel
+from snapgen_jax.networks.counting import macs
 from snapgen_jax.networks.mmdit import MMDiTConfig
 from snapgen_jax.networks.module import Tree, apply, build, count_parameters
 

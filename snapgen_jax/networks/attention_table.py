@@ -8,8 +8,8 @@ A config names a kernel in its field `attention`. "auto" leaves the choice to `m
 | GPU, bfloat16 or float16 | "cudnn" |
 | GPU, float32; AMD; NVIDIA before Ampere | "whole" |
 
-Some calls of a network do not fit its kernel: a head width, a batch or a number of tokens that the kernel does not take.
-These calls run by "whole", without a message. An exported file holds "whole" alone.
+No kernel but "whole" takes every head width, batch and number of tokens. The calls of a network that its kernel does
+not take run by "whole", without a message. An exported file holds "whole" alone.
 """
 
 from __future__ import annotations
