@@ -90,6 +90,7 @@ KERNELS: dict[AttentionKernel, Kernel] = {
         masks="keys",
     ),
 }
+AUTO_DTYPE = {"cpu": "float32", "gpu": "bfloat16", "tpu": "bfloat16"}
 PLATFORMS = {"cpu": "CPUs", "gpu": "NVIDIA GPUs", "tpu": "TPUs"}
 
 
@@ -139,9 +140,8 @@ def check_named(config: Any, platform: str, path: str = "") -> None:
     Raises:
         ValueError: a kernel does not run there, or not in the dtype of its network; names the field.
     """
-    dtype = getattr(config, "dtype", "float32")
-    if dtype == "auto":
-        dtype = "float32" if platform == "cpu" else "bfloat16"
+    dtype = getattr(config, "dtype", "auto")
+    dtype = AUTO_DTYPE[platform] if dtype == "auto" else dtype
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):

@@ -145,7 +145,7 @@ class PixelAttention(nnx.Module):
             scores = jnp.einsum("blc,bmc->blm", q * c**-0.5, k, preferred_element_type=jnp.float32)
             y = jnp.einsum("blm,bmc->blc", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
         else:
-            y = attend_by("chunked", *(part[:, :, None, :] for part in (q, k, v)), chunk=self.chunk)
+            y = attend_by("chunked", q[:, :, None], k[:, :, None], v[:, :, None], chunk=self.chunk)
         return x + self.out(y.reshape(b, h * w, c)).reshape(b, h, w, c)
 
 

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 
 from snapgen_jax.bounds import above, at_least, check
 from snapgen_jax.networks.attention_kernels import attend_by
-from snapgen_jax.networks.attention_table import AttentionChoice, kernel_of
+from snapgen_jax.networks.attention_table import AttentionChoice, AttentionKernel, kernel_of
 from snapgen_jax.networks.depth import Remat
 from snapgen_jax.networks.layers import Conv, Linear
 from snapgen_jax.networks.mmdit_blocks import FeedForward, layer_norm, modulate
@@ -149,7 +149,7 @@ class SelfAttention(nnx.Module):
         width, dtype = config.width, compute_dtype(config)
         self.query, self.key, self.value, self.back = (Linear(width, width, dtype=dtype, rngs=rngs) for _ in range(4))
         self.heads, self.chunk = config.heads, config.attention_chunk
-        self.kernel = kernel_of(config)
+        self.kernel: AttentionKernel = kernel_of(config)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         q, k, v = (part(x).reshape(*x.shape[:2], self.heads, -1) for part in (self.query, self.key, self.value))

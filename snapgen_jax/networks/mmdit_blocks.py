@@ -14,7 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from snapgen_jax.networks.attention_kernels import Mask, attend_by
-from snapgen_jax.networks.attention_table import kernel_of
+from snapgen_jax.networks.attention_table import AttentionKernel, kernel_of
 from snapgen_jax.networks.layers import Linear, RMSNorm
 from snapgen_jax.networks.mmdit_config import MMDiTArchitecture
 from snapgen_jax.networks.module import compute_dtype, shard
@@ -113,7 +113,7 @@ class Block(nnx.Module):
     def __init__(self, config: MMDiTArchitecture, kind: Literal["joint", "dual", "last"], rngs: nnx.Rngs):
         self.image = Stream(config, "dual" if kind == "dual" else "full", rngs)
         self.text = Stream(config, "read" if kind == "last" else "full", rngs)
-        self.kernel = kernel_of(config)
+        self.kernel: AttentionKernel = kernel_of(config)
         self.chunk = config.attention_chunk
 
     def __call__(

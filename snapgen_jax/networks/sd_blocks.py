@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from snapgen_jax.networks.attention_kernels import Mask, attend_by
-from snapgen_jax.networks.attention_table import AttentionChoice, kernel_of
+from snapgen_jax.networks.attention_table import AttentionChoice, AttentionKernel, kernel_of
 from snapgen_jax.networks.layers import GEGLU, Conv, GroupNorm, LayerNorm, Linear, upsample_nearest
 from snapgen_jax.networks.module import compute_dtype, shard
 
@@ -97,7 +97,7 @@ class MultiHeadAttention(nnx.Module):
         self.key = Linear(context_width, width, bias=False, dtype=dtype, rngs=rngs)
         self.value = Linear(context_width, width, bias=False, dtype=dtype, rngs=rngs)
         self.out = Linear(width, width, dtype=dtype, rngs=rngs)
-        self.kernel = kernel_of(config)
+        self.kernel: AttentionKernel = kernel_of(config)
         self.heads, self.chunk = heads, config.attention_chunk
 
     def __call__(self, x: jax.Array, context: jax.Array | None = None, mask: Mask | None = None) -> jax.Array:
