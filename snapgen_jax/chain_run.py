@@ -18,6 +18,7 @@ from snapgen_jax.chain import ChainConfig, RowConfig, StageConfig, with_earlier
 from snapgen_jax.chain_table import Numbers, table
 from snapgen_jax.config import Resolved, from_json, read_one, resolve, to_json
 from snapgen_jax.experiment import Experiment
+from snapgen_jax.networks.attention_table import KERNELS
 from snapgen_jax.networks.module import count_parameters
 from snapgen_jax.scoring import evaluate
 from snapgen_jax.training.exits import ConfigError
@@ -29,8 +30,9 @@ from snapgen_jax.workdir import differences
 
 BEGAN = "began.json"  # in the folder of a stage: what it was when it began
 
-# How a run is watched and kept, and over which devices it is spread.
+# How a run is watched and kept, and over which devices it is spread. Nor does it matter which kernel attention has.
 LEARNS_THE_SAME = {f.name for f in dataclasses.fields(LoopConfig)} - {"seed", "train_steps", "microbatches"}
+KERNEL_NAMES = {"auto", *KERNELS}
 
 
 def run_chain(
@@ -236,7 +238,9 @@ def changes(chain: ChainConfig, name: str, began: Mapping[str, str], now: Mappin
         if stage.name in depends:
             old = _described(began[stage.name]) if stage.name in began else {}
             for key, (was, is_now) in differences(old, _described(now[stage.name])).items():
-                if stage.derive or (key not in stage.earlier and key.partition(".")[0] not in LEARNS_THE_SAME):
+                kernels = key.endswith(".attention") and {was, is_now} <= KERNEL_NAMES
+                same = kernels or key.partition(".")[0] in LEARNS_THE_SAME
+                if stage.derive or (key not in stage.earlier and not same):
                     found.append(f"{stage.name}.{key} was {was}, is now {is_now}")
     return "; ".join(found)
 

@@ -25,6 +25,7 @@ from snapgen_jax import typed
 from snapgen_jax.config_file import read
 from snapgen_jax.data.config import DataConfig
 from snapgen_jax.inputs.interfaces import StoredInputsConfig
+from snapgen_jax.networks.attention_table import check_named
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.loop import LoopConfig
 from snapgen_jax.training.recipe import Recipe
@@ -102,6 +103,19 @@ class Resolved:
         if unstored is None:
             return self
         return dataclasses.replace(self, recipe=dataclasses.replace(self.recipe, inputs=unstored))
+
+    def start(self, platform: str) -> Recipe:
+        """The method for training on a platform: as `build`, but a kernel of attention that the config names must run
+        there. A run that exists is drawn from and exported anywhere, by whatever kernel runs.
+
+        Raises:
+            ConfigError: as `build`; or a kernel does not run on the platform, or not in the dtype of its network.
+        """
+        try:
+            check_named(self.recipe, platform)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        return self.build(platform)
 
     def build(self, platform: str) -> Recipe:
         """The method for a platform, "cpu", "gpu" or "tpu".

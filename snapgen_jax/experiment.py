@@ -64,13 +64,14 @@ class Experiment:
         """`backend` is "cpu", "gpu" or "tpu", by default the one JAX runs on.
 
         Raises:
-            ConfigError: the fields of the config do not fit each other.
+            ConfigError: the fields of the config do not fit each other, or a kernel of attention that they name does
+                not run there.
         """
         self.workdir = epath.Path(workdir)
         self.resolved, self.config = resolved, resolved.experiment
         self.warned = False  # that validation repeats the training split
         self.platform: Any = backend or jax.default_backend()
-        self.recipe: Recipe = resolved.build(self.platform)
+        self.recipe: Recipe = resolved.start(self.platform)
 
     @property
     def is_synthetic(self) -> bool:

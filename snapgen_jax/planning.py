@@ -26,7 +26,7 @@ def plan(resolved: Resolved, name: str, part: str = "") -> list[Plan]:
     Raises:
         ConfigError: the topology is unknown, the mesh or the batch does not fit it, or there is no such part.
     """
-    experiment, recipe = resolved.experiment, resolved.build("tpu")
+    experiment, recipe = resolved.experiment, resolved.start("tpu")
     try:
         where = topology(name)
         mesh = make_mesh(experiment.mesh, where.devices)

@@ -162,6 +162,9 @@ def test_a_stage_goes_on_with_what_learns_the_same_and_with_nothing_else(tmp_pat
         return changes(chain, name, began, now)
 
     assert changed("student", configs("/moved", "log_every_steps=3", "checkpoint.keep_every_steps=3")) == ""
+    assert changed("teacher", configs("/runs", "network.attention=whole", of="teacher")) == "", (
+        "all kernels learn alike"
+    )
     assert changed("student", configs("/runs", "train_steps=7")) == "clip.train_steps was 6, is now 7"
     assert changed("teacher", configs("/runs", "train_steps=7", of="student")) == ""
 

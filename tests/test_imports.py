@@ -131,6 +131,7 @@ MAY_IMPORT = {
         "overrides",
         "data.config",
         "inputs.interfaces",
+        "networks.attention_table",
         "training",
         "recipes",
         "systems",

@@ -13,8 +13,8 @@ of the teacher's captions and runs its encoders in the step.
 
 Where every encoder of the student is left out the teacher is told nothing either; where any is kept it reads the whole
 caption. The student's highest stage on the way up is compared with the teacher's last block, 37 (SnapGen++, arXiv
-2601.08303, eq. 7). The teacher attends by a kernel for TPUs; on NVIDIA GPUs add
-`--config.teacher.network.attention=cudnn`. Losses are scaled by the paper's running ratio; what the shapes world shows
+2601.08303, eq. 7). The teacher attends by a kernel for TPUs; elsewhere add
+`--config.teacher.network.attention=auto`. Losses are scaled by the paper's running ratio; what the shapes world shows
 is the weighting without it, `--config.scaling.ratio=none`, and students that were worse with it (docs/measured.md).
 `--config.teacher.precision=int8` multiplies the teacher's tokens in int8, at twice the rate of v5e, v5p and v6e
 (docs/measured.md); on NVIDIA GPUs from Ada on `fp8` does so in e4m3.

@@ -1,8 +1,4 @@
-"""Attention by hand-written einsum: multi-head, grouped-query and multi-query, with QK-RMSNorm and 2-D RoPE.
-
-Nothing here exceeds four dimensions, and masks are additive floats: `jax.nn.dot_product_attention` reshapes to five,
-and a boolean `where` does not compile on mobile GPUs.
-"""
+"""The attention layer: multi-head, grouped-query and multi-query, with QK-RMSNorm and 2-D RoPE."""
 
 from __future__ import annotations
 
@@ -13,61 +9,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from snapgen_jax.networks.attention_kernels import Mask, attend_by
+from snapgen_jax.networks.attention_table import AttentionKernel
 from snapgen_jax.networks.layers import Init, Linear, RMSNorm
-
-MASKED = -1e4  # large enough that exp(MASKED) is 0 in float32, small enough for float16
-
-
-def mask_bias(mask: jax.Array) -> jax.Array:
-    """`[B, L]`, 1 to attend and 0 to ignore -> `[B, 1, 1, L]` float32 to add to attention scores."""
-    return ((1.0 - mask.astype(jnp.float32)) * MASKED)[:, None, None, :]
-
-
-def causal_bias(length: int) -> jax.Array:
-    """`[1, 1, L, L]` float32 to add to attention scores, so that no token sees a later one."""
-    later = np.triu(np.ones((length, length), np.float32), k=1)
-    return jnp.asarray(later * MASKED)[None, None]
-
-
-def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    bias: jax.Array | None = None,
-    *,
-    scale: float | None = None,
-    softcap: float | None = None,
-) -> jax.Array:
-    """Scaled dot-product attention (Vaswani et al. 2017, equation 1); scores and softmax are float32.
-
-    Args:
-        q: `[B, L, H, D]`.
-        k, v: `[B, M, K, D]`, where K = H (multi-head), 1 (multi-query, Shazeer 2019) or a divisor of H (grouped-query,
-            Ainslie et al. 2023); query heads `g*H/K ... (g+1)*H/K - 1` share key head g.
-        bias: float32, broadcastable to `[B, H, L, M]`.
-        scale: factor of the scores; None for `D^-1/2`.
-        softcap: bounds the scaled scores s to `softcap * tanh(s / softcap)` before the bias (Gemma 2, section 2).
-
-    Returns:
-        `[B, L, H, D]` in the dtype of v.
-    """
-    heads, kv_heads = q.shape[2], k.shape[2]
-    if 1 < kv_heads < heads:
-        parts = zip(
-            jnp.split(q, kv_heads, axis=2), jnp.split(k, kv_heads, axis=2), jnp.split(v, kv_heads, axis=2), strict=True
-        )
-        return jnp.concatenate([attend(*part, bias, scale=scale, softcap=softcap) for part in parts], axis=2)
-    keys = "bmhd" if kv_heads == heads else "bmd"
-    if kv_heads != heads:
-        k, v = k[:, :, 0], v[:, :, 0]
-    factor: float = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = jnp.einsum(f"blhd,{keys}->bhlm", q * factor, k, preferred_element_type=jnp.float32)
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    if bias is not None:
-        scores = scores + bias
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum(f"bhlm,{keys}->blhd", weights, v)
 
 
 def rope_table(height: int, width: int, dim: int, theta: float = 10_000.0) -> tuple[np.ndarray, np.ndarray]:
@@ -107,6 +51,7 @@ class Attention(nnx.Module):
         qkv_bias, key_bias: bias of the query and value projections, and of the key projection. Softmax removes a key
             bias exactly; it exists for published checkpoints that hold one.
         out_init: initial kernel of the output projection.
+        kernel, chunk: of the attention, see `attention_kernels.attend_by`.
     """
 
     def __init__(
@@ -121,6 +66,8 @@ class Attention(nnx.Module):
         qkv_bias: bool = False,
         key_bias: bool = False,
         out_init: Init = "fan_in",
+        kernel: AttentionKernel = "whole",
+        chunk: int = 512,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -135,13 +82,15 @@ class Attention(nnx.Module):
         self.query_norm = RMSNorm(head_dim, dtype=dtype) if qk_norm else None
         self.key_norm = RMSNorm(head_dim, dtype=dtype) if qk_norm else None
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.kernel: AttentionKernel = kernel
+        self.chunk = chunk
 
     def __call__(
         self,
         x: jax.Array,
         context: jax.Array | None = None,
         *,
-        bias: jax.Array | None = None,
+        mask: Mask | None = None,
         rope: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> jax.Array:
         source = x if context is None else context
@@ -152,7 +101,7 @@ class Attention(nnx.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        y = checkpoint_name(attend(q, k, v, bias), "attention")
+        y = checkpoint_name(attend_by(self.kernel, q, k, v, mask, chunk=self.chunk), "attention")
         return self.out(y.reshape(*y.shape[:2], self.heads * self.head_dim))
 
     def _split(self, x: jax.Array, heads: int) -> jax.Array:

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from snapgen_jax.networks.attention_kernels import attend_by
 from snapgen_jax.networks.layers import Conv, GroupNorm, Linear, upsample_nearest
-from snapgen_jax.networks.long_attention import attend_long
 from snapgen_jax.networks.module import Network, Preset, Rules, Tree, apply, compute_dtype, frozen_spec, shard
 from snapgen_jax.networks.sizes import reduced
 from snapgen_jax.networks.tiling import decode_tiled
@@ -145,7 +145,7 @@ class PixelAttention(nnx.Module):
             scores = jnp.einsum("blc,bmc->blm", q * c**-0.5, k, preferred_element_type=jnp.float32)
             y = jnp.einsum("blm,bmc->blc", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
         else:
-            y = attend_long(*(part[:, :, None, :] for part in (q, k, v)), kernel="chunked", chunk=self.chunk)
+            y = attend_by("chunked", q[:, :, None], k[:, :, None], v[:, :, None], chunk=self.chunk)
         return x + self.out(y.reshape(b, h * w, c)).reshape(b, h, w, c)
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from snapgen_jax.networks.attention import Attention, causal_bias, mask_bias
+from snapgen_jax.networks.attention import Attention
+from snapgen_jax.networks.attention_kernels import Mask, causal_bias, mask_bias
 from snapgen_jax.networks.layers import LayerNorm, Linear
 from snapgen_jax.networks.module import Preset, Rules, compute_dtype, draw, shard
 from snapgen_jax.networks.text import TextContext
@@ -147,7 +148,7 @@ class ClipLayer(nnx.Module):
         self.activation = config.activation
 
     def __call__(self, x: jax.Array, bias: jax.Array | None) -> jax.Array:
-        x = x + self.attention(self.norm_1(x), bias=bias)
+        x = x + self.attention(self.norm_1(x), mask=None if bias is None else Mask(bias))
         h = self.inner(self.norm_2(x))
         h = h * jax.nn.sigmoid(1.702 * h) if self.activation == "quick_gelu" else gelu(h)
         return x + self.outer(h)

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
+from snapgen_jax.networks.attention_table import KERNELS
 from snapgen_jax.networks.module import sketch
 from snapgen_jax.networks.registry import CONFIGS
 from snapgen_jax.networks.unet import UNetConfig
@@ -30,10 +31,14 @@ Macs = collections.Counter[str]  # multiply-adds by dtype
 def size(config: Any, *inputs: Sequence[Any]) -> tuple[int, ...]:
     """Number of parameters of the network of a config, and multiply-adds of one call on each of several `inputs`.
 
+    Attention counts as its two products, whichever kernel the config names.
+
     Args:
         inputs: `ShapeDtypeStruct`s of the network's positional arguments, such as `config.input_spec()`.
     """
     found: list[int] = []
+    if getattr(config, "attention", "") in KERNELS:
+        config = dataclasses.replace(config, attention="whole")
 
     def calls(*inputs: Sequence[Any]) -> list[Any]:
         network, count = sketch(config)
@@ -63,7 +68,8 @@ def count_macs(function: Callable, *args: Any) -> int:
     side is.
 
     Raises:
-        ValueError: there is a product inside a loop whose number of turns is not known.
+        ValueError: there is a product inside a loop whose number of turns is not known, or a kernel, which hides its
+            products.
     """
     return count_macs_by_dtype(function, *args).total()
 
@@ -102,6 +108,10 @@ def _equation_macs(equation: Any) -> Macs:
         return of_operands(size * kernel[inputs] * math.prod(kernel[axis] for axis in window))
     if name == "jit" and params["name"] == "depthwise_shifted":
         return of_operands(size * 9)
+    if name == "pallas_call" and "fused_separable" in str(params.get("name") or params.get("name_and_src_info")):
+        return of_operands(equation.invars[0].aval.size * (9 + equation.outvars[0].aval.shape[-1]))
+    if name == "pallas_call" or name.startswith("dot_product_attention"):
+        raise ValueError(f'multiply-adds inside a kernel ({name}) cannot be counted; count with attention="whole"')
     bodies = [_all_macs(jaxpr) for jaxpr in _subjaxprs(params)]
     if name == "cond":
         return max(bodies, key=Macs.total)

@@ -18,9 +18,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from snapgen_jax.bounds import above, at_least, check
+from snapgen_jax.networks.attention_kernels import attend_by
+from snapgen_jax.networks.attention_table import AttentionChoice, AttentionKernel, kernel_of
 from snapgen_jax.networks.depth import Remat
 from snapgen_jax.networks.layers import Conv, Linear
-from snapgen_jax.networks.long_attention import AttentionKernel, attend_long
 from snapgen_jax.networks.mmdit_blocks import FeedForward, layer_norm, modulate
 from snapgen_jax.networks.module import Preset, Rules, compute_dtype, shard
 from snapgen_jax.networks.patches import on_tokens, positions
@@ -66,7 +67,7 @@ class DiTConfig(Preset):
         base: side, in patches, of the latents that it was trained on: the positions of another grid are stretched over
             the same range, as diffusers does; None to count them in steps of one in every grid, as the first code did.
         ffn_epsilon: of the norm before the feed-forward network; diffusers has another one there than elsewhere.
-        attention: kernel of the attention, see `long_attention`.
+        attention: kernel of the attention, a platform choice, see `attention_table`.
         attention_chunk: queries at a time, "chunked" only.
         remat: "block" keeps only what enters each block for the backward pass.
         dtype: platform choice, fixed by `module.for_platform`.
@@ -83,7 +84,7 @@ class DiTConfig(Preset):
     sigma: Literal["learned", "none"] = "learned"
     base: int | None = None
     ffn_epsilon: float = 1e-6
-    attention: AttentionKernel = "whole"
+    attention: AttentionChoice = "auto"
     attention_chunk: int = 512
     remat: Remat = "none"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -149,11 +150,11 @@ class SelfAttention(nnx.Module):
         width, dtype = config.width, compute_dtype(config)
         self.query, self.key, self.value, self.back = (Linear(width, width, dtype=dtype, rngs=rngs) for _ in range(4))
         self.heads, self.chunk = config.heads, config.attention_chunk
-        self.kernel: AttentionKernel = config.attention
+        self.kernel: AttentionKernel = kernel_of(config)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         q, k, v = (part(x).reshape(*x.shape[:2], self.heads, -1) for part in (self.query, self.key, self.value))
-        y = attend_long(q, k, v, kernel=self.kernel, chunk=self.chunk)
+        y = attend_by(self.kernel, q, k, v, chunk=self.chunk)
         return self.back(y.reshape(x.shape))
 
 

@@ -17,7 +17,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from snapgen_jax.networks.attention import MASKED, attend, causal_bias, mask_bias, rotate
+from snapgen_jax.networks.attention import rotate
+from snapgen_jax.networks.attention_kernels import MASKED, attend, causal_bias, mask_bias
 from snapgen_jax.networks.depth import scan, stack
 from snapgen_jax.networks.layers import Linear
 from snapgen_jax.networks.module import Preset, Rules, compute_dtype, draw, shard, take_apart

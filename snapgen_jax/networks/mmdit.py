@@ -18,7 +18,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from snapgen_jax.networks import depth
-from snapgen_jax.networks.attention import mask_bias
+from snapgen_jax.networks.attention_kernels import key_mask, real_first
+from snapgen_jax.networks.attention_table import kernel_of
 from snapgen_jax.networks.layers import Conv, Linear
 from snapgen_jax.networks.mmdit_blocks import Block, layer_norm, modulate
 from snapgen_jax.networks.mmdit_config import MMDiTArchitecture
@@ -138,14 +139,16 @@ class MMDiT(nnx.Module):
         reused = {names.index(name): on_tokens(name, given, like) for name, given in tap.reuse.items()}
         image = image + self._positions(h, w).astype(dtype)
         image = shard(rearrange(image, "b h w d -> b (h w) d"), "tokens")
-        text = shard(self.context(context.sequence), "tokens")
-        embedding = jax.nn.silu(shard(self.time(time) + self.pooled(context.pooled), "vector"))
-        bias = None
+        kernel, sequence, real, mask = kernel_of(config), context.sequence, context.mask, None
         if config.text_mask == "attend":
-            bias = mask_bias(jnp.concatenate([jnp.ones((b, h * w)), context.mask], axis=1))
+            sequence, real = real_first(kernel, sequence, real)
+        text = shard(self.context(sequence), "tokens")
+        embedding = jax.nn.silu(shard(self.time(time) + self.pooled(context.pooled), "vector"))
+        if config.text_mask == "attend":
+            mask = key_mask(kernel, jnp.concatenate([jnp.ones((b, h * w)), real], axis=1))
 
         def run(block: Block, streams: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            return block(*streams, embedding, bias)
+            return block(*streams, embedding, mask)
 
         streams, found, first = (image, text), {}, 0
         for blocks, count in ((self.dual_blocks, config.dual), (self.joint_blocks, config.depth - config.dual - 1)):

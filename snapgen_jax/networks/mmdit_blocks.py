@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from snapgen_jax.networks.attention_kernels import Mask, attend_by
+from snapgen_jax.networks.attention_table import AttentionKernel, kernel_of
 from snapgen_jax.networks.layers import Linear, RMSNorm
-from snapgen_jax.networks.long_attention import AttentionKernel, attend_long
 from snapgen_jax.networks.mmdit_config import MMDiTArchitecture
 from snapgen_jax.networks.module import compute_dtype, shard
 
@@ -112,11 +113,11 @@ class Block(nnx.Module):
     def __init__(self, config: MMDiTArchitecture, kind: Literal["joint", "dual", "last"], rngs: nnx.Rngs):
         self.image = Stream(config, "dual" if kind == "dual" else "full", rngs)
         self.text = Stream(config, "read" if kind == "last" else "full", rngs)
-        self.kernel: AttentionKernel = config.attention
+        self.kernel: AttentionKernel = kernel_of(config)
         self.chunk = config.attention_chunk
 
     def __call__(
-        self, image: jax.Array, text: jax.Array, embedding: jax.Array, bias: jax.Array | None
+        self, image: jax.Array, text: jax.Array, embedding: jax.Array, mask: Mask | None
     ) -> tuple[jax.Array, jax.Array]:
         """Updates both streams.
 
@@ -124,7 +125,7 @@ class Block(nnx.Module):
             image: `[B, N, D]` tokens.
             text: `[B, L, D]` tokens.
             embedding: `[B, D]` of time and pooled text, already activated.
-            bias: float32 `[B, 1, 1, N + L]` added to the scores of the joint attention.
+            mask: of the N + L keys of the joint attention.
         """
         normed, of_image = layer_norm(image), self.image.modulations(embedding)
         of_text = self.text.modulations(embedding)
@@ -140,7 +141,7 @@ class Block(nnx.Module):
         length = image.shape[1]
         if read_only:
             q = q[:, :length]  # nothing follows from what the text tokens would find
-        y = self._attend(q, k, v, bias)
+        y = self._attend(q, k, v, mask)
 
         image = self.image.finish(image, y[:, :length], of_image)
         if (dual := self.image.self_attention) is not None:
@@ -153,5 +154,5 @@ class Block(nnx.Module):
             text = shard(self.text.feed(text, of_text), "tokens")
         return image, text
 
-    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
-        return attend_long(q, k, v, bias, kernel=self.kernel, chunk=self.chunk)
+    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask | None) -> jax.Array:
+        return attend_by(self.kernel, q, k, v, mask, chunk=self.chunk)

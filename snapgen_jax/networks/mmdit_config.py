@@ -6,8 +6,8 @@ import dataclasses
 from typing import Any, ClassVar, Literal
 
 from snapgen_jax.bounds import at_least, check
+from snapgen_jax.networks.attention_table import AttentionChoice
 from snapgen_jax.networks.depth import Remat
-from snapgen_jax.networks.long_attention import AttentionKernel
 from snapgen_jax.networks.module import Preset
 
 _SD35_LARGE: dict[str, Any] = {"depth": 38, "heads": 38, "position_size": 192}
@@ -29,7 +29,7 @@ class MMDiTArchitecture(Preset):
         position_size: side of the stored position table in patches; a latent takes the middle of it.
         position_base: side, in patches, of the images whose positions a fresh table counts in steps of one.
         text_mask: whether padding is hidden from attention ("attend") or taken for text ("ignore", as SD3 was trained).
-        attention: kernel of the attention, see `long_attention`.
+        attention: kernel of the attention, a platform choice, see `attention_table`.
         attention_chunk: queries at a time, "chunked" only.
         remat: what the backward pass recomputes, see `depth.scan`.
         dtype: platform choice, fixed by `module.for_platform`.
@@ -49,7 +49,7 @@ class MMDiTArchitecture(Preset):
     position_size: int = 192
     position_base: int = 64
     text_mask: Literal["ignore", "attend"] = "ignore"
-    attention: AttentionKernel = "whole"
+    attention: AttentionChoice = "auto"
     attention_chunk: int = 512
     remat: Remat = "block"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from snapgen_jax.networks import attention_table
 from snapgen_jax.networks.eight_bits import SCALE
 
 Tree = Any
@@ -81,13 +82,14 @@ def for_platform(config: ConfigT, platform: Platform) -> ConfigT:
 
     `dtype` becomes bfloat16 on TPU and GPU and float32 on CPU; `depthwise` becomes the form that is fastest there (nine
     shifted multiply-adds on CPU, where XLA's grouped convolution is about a hundred times slower; the grouped
-    convolution elsewhere); `separable_block` becomes "composed" where there is no kernel. Other fields whose value is
-    not "auto" are left alone, and a config without such fields is returned unchanged.
+    convolution elsewhere); `attention` becomes the kernel that `attention_table` chooses there, also if it names one
+    that does not run; `separable_block` becomes "composed" where there is no kernel. Other fields whose value is not
+    "auto" are left alone, and a config without such fields is returned unchanged.
     """
     if not dataclasses.is_dataclass(config):
         return config
     choice = {
-        "dtype": "float32" if platform == "cpu" else "bfloat16",
+        "dtype": attention_table.AUTO_DTYPE[platform],
         "depthwise": "shifted" if platform == "cpu" else "grouped",
     }
     changes = {}
@@ -99,6 +101,10 @@ def for_platform(config: ConfigT, platform: Platform) -> ConfigT:
             changes[field.name] = "composed"
         elif dataclasses.is_dataclass(value):
             changes[field.name] = for_platform(value, platform)
+        elif field.name == "attention":
+            dtype = getattr(config, "dtype", "auto")
+            dtype = choice["dtype"] if dtype == "auto" else dtype
+            changes[field.name] = attention_table.fixed(value, platform, dtype)
     return dataclasses.replace(config, **changes)  # type: ignore[type-var]
 
 

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from snapgen_jax.networks.attention_kernels import Mask, attend_by
+from snapgen_jax.networks.attention_table import AttentionChoice, AttentionKernel, kernel_of
 from snapgen_jax.networks.layers import GEGLU, Conv, GroupNorm, LayerNorm, Linear, upsample_nearest
-from snapgen_jax.networks.long_attention import AttentionKernel, attend_long
 from snapgen_jax.networks.module import compute_dtype, shard
 
 TRANSFORMER_EPSILON = 1e-6
@@ -31,7 +32,7 @@ class BlockConfig(Protocol):
     @property
     def exact_gelu(self) -> bool: ...
     @property
-    def attention(self) -> AttentionKernel: ...
+    def attention(self) -> AttentionChoice: ...
     @property
     def attention_chunk(self) -> int: ...
     @property
@@ -46,13 +47,13 @@ class Conditions:
     Attributes:
         embedding: `[B, E]` of the time and what is pooled, activated.
         states: `[B, L, D]` text states.
-        bias: `[B, 1, 1, L]` float32 to add to the scores of cross-attention; None where all text is attended to.
+        mask: of the text states, for cross-attention; None where all text is attended to.
         frames: of a clip, which are folded into the batch: B is clips times frames.
     """
 
     embedding: jax.Array
     states: jax.Array
-    bias: jax.Array | None = None
+    mask: Mask | None = None
     frames: int = dataclasses.field(default=1, metadata={"static": True})
 
 
@@ -96,19 +97,16 @@ class MultiHeadAttention(nnx.Module):
         self.key = Linear(context_width, width, bias=False, dtype=dtype, rngs=rngs)
         self.value = Linear(context_width, width, bias=False, dtype=dtype, rngs=rngs)
         self.out = Linear(width, width, dtype=dtype, rngs=rngs)
-        self.kernel: AttentionKernel = config.attention
+        self.kernel: AttentionKernel = kernel_of(config)
         self.heads, self.chunk = heads, config.attention_chunk
 
-    def __call__(self, x: jax.Array, context: jax.Array | None = None, bias: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, context: jax.Array | None = None, mask: Mask | None = None) -> jax.Array:
         """`[B, L, width]` to a context `[B, M, context_width]`, or to itself where none is given."""
         source = x if context is None else context
         q, k, v = (
             y.reshape(*y.shape[:2], self.heads, -1) for y in (self.query(x), self.key(source), self.value(source))
         )
-        kernel = self.kernel
-        if context is not None and kernel in ("cudnn", "flash"):  # a text is short, and may have a mask
-            kernel = "chunked"
-        y = attend_long(q, k, v, bias, kernel=kernel, chunk=self.chunk)
+        y = attend_by(self.kernel, q, k, v, mask, chunk=self.chunk)
         return self.out(y.reshape(x.shape))
 
 
@@ -124,10 +122,10 @@ class TransformerBlock(nnx.Module):
         self.ffn_norm = LayerNorm(width, dtype=dtype)
         self.ffn = GEGLU(width, 4 * width, exact=config.exact_gelu, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, states: jax.Array, bias: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, states: jax.Array, mask: Mask | None) -> jax.Array:
         """`[B, L, width] -> [B, L, width]`."""
         x = x + self.self_attention(self.self_norm(x))
-        x = x + self.cross_attention(self.cross_norm(x), states, bias)
+        x = x + self.cross_attention(self.cross_norm(x), states, mask)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -156,7 +154,7 @@ class Transformer(nnx.Module):
         b, h, w, c = x.shape
         tokens = shard(self.project_in(self.norm(x)).reshape(b, h * w, c), "tokens")
         for block in self.blocks:
-            tokens = block(tokens, conditions.states, conditions.bias)
+            tokens = block(tokens, conditions.states, conditions.mask)
         return shard(x + self.project_out(tokens.reshape(b, h, w, c)), "image")
 
 

@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from snapgen_jax.networks.attention import mask_bias
+from snapgen_jax.networks.attention_kernels import key_mask, real_first
+from snapgen_jax.networks.attention_table import kernel_of
 from snapgen_jax.networks.layers import Conv, GroupNorm
 from snapgen_jax.networks.module import compute_dtype, shard
 from snapgen_jax.networks.sd_blocks import Conditions, Downsample, ResidualBlock, Transformer, Upsample
@@ -218,9 +219,13 @@ class SDUNet(nnx.Module):
         embedding = self.time(time)
         if self.pooled is not None:
             embedding = embedding + self.pooled(context.pooled)
-        bias = mask_bias(context.mask) if self.config.text_mask == "attend" else None
-        states = context.sequence.astype(compute_dtype(self.config))
-        return Conditions(shard(jax.nn.silu(embedding), "vector"), shard(states, "tokens"), bias)
+        states, mask = context.sequence, None
+        if self.config.text_mask == "attend":
+            kernel = kernel_of(self.config)
+            states, real = real_first(kernel, states, context.mask)
+            mask = key_mask(kernel, real)
+        states = states.astype(compute_dtype(self.config))
+        return Conditions(shard(jax.nn.silu(embedding), "vector"), shard(states, "tokens"), mask)
 
     def enter(self, x: jax.Array) -> jax.Array:
         """`[B, H, W, latent_channels] -> [B, H, W, channels[0]]`, the first skip."""

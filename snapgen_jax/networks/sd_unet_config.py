@@ -9,7 +9,7 @@ from typing import Literal
 
 from jax.sharding import PartitionSpec
 
-from snapgen_jax.networks.long_attention import AttentionKernel
+from snapgen_jax.networks.attention_table import AttentionChoice
 from snapgen_jax.networks.module import Preset, Rules
 
 # First match wins. Kernels are split over their outputs, or over their inputs where the outputs are the residual
@@ -48,7 +48,8 @@ class SDUNetArchitecture(Preset):
         projection: form of the projections around a transformer's blocks; the published weights have either.
         exact_gelu: as the published weights; without, the approximation that phones have an operator for.
         text_mask: "attend" leaves out what the mask says is padding; "ignore" attends to it, as the reference does.
-        attention, attention_chunk: see `long_attention.attend_long`.
+        attention: kernel of the attention, a platform choice, see `attention_table`.
+        attention_chunk: queries at a time, "chunked" only.
         remat: "blocks" keeps only what enters each block for the backward pass.
         dtype: platform choice, fixed by `module.for_platform`.
     """
@@ -69,7 +70,7 @@ class SDUNetArchitecture(Preset):
     projection: Literal["conv", "linear"] = "conv"
     exact_gelu: bool = True
     text_mask: Literal["attend", "ignore"] = "ignore"
-    attention: AttentionKernel = "whole"
+    attention: AttentionChoice = "auto"
     attention_chunk: int = 512
     remat: Literal["none", "blocks"] = "none"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -173,6 +173,6 @@ class SpaceTimeTransformer(nnx.Module):
         position = self.frame_position(time_features(jnp.arange(frames), c, 1.0))
         position = jnp.tile(position, (rows // frames, 1))[:, None]
         for block, temporal in zip(self.blocks, self.temporal_blocks, strict=True):
-            tokens = block(tokens, conditions.states, conditions.bias)
+            tokens = block(tokens, conditions.states, conditions.mask)
             tokens = self.blend(tokens, temporal(tokens + position, conditions))
         return shard(x + self.project_out(tokens).reshape(rows, h, w, c), "image")

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from snapgen_jax.networks.attention import attend, mask_bias
+from snapgen_jax.networks.attention_kernels import attend, mask_bias
 from snapgen_jax.networks.depth import scan, stack
 from snapgen_jax.networks.layers import Linear, RMSNorm
 from snapgen_jax.networks.module import Preset, Rules, compute_dtype, draw, shard

@@ -17,7 +17,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from snapgen_jax.networks.attention import mask_bias, rope_table
+from snapgen_jax.networks.attention import rope_table
+from snapgen_jax.networks.attention_kernels import Mask, key_mask, real_first
+from snapgen_jax.networks.attention_table import kernel_of
 from snapgen_jax.networks.layers import Conv, GroupNorm
 from snapgen_jax.networks.module import Rules, compute_dtype, shard
 from snapgen_jax.networks.taps import Reuse, Taps
@@ -168,8 +170,9 @@ class UNet(nnx.Module):
         if self.pooled is not None:
             embedding = embedding + self.pooled(context.pooled)
         embedding = jax.nn.silu(embedding)
-        states = context.sequence.astype(compute_dtype(config))
-        bias = mask_bias(context.mask)
+        kernel = kernel_of(config)
+        states, mask = real_first(kernel, context.sequence.astype(compute_dtype(config)), context.mask)
+        keys = key_mask(kernel, mask)
 
         h = tap.module("conv_in", lambda x: shard(self.conv_in(shard(x, "image")), "image"), x)
         skips = [h]
@@ -177,32 +180,32 @@ class UNet(nnx.Module):
             rope = _rope(config, stage, h)
             for i, unit in enumerate(units):
                 names = [f"down_{stage}_{i}", *([f"down_{stage}"] if i == config.units - 1 else [])]
-                h = tap.module(names, remember(unit), h, embedding, states, bias, rope)
+                h = tap.module(names, remember(unit), h, embedding, states, keys, rope)
                 skips.append(h)
             if stage < stages - 1:
                 h = tap.module(f"downsample_{stage}", self.downsamplers[stage], h)
                 skips.append(h)
 
-        h = tap.module("mid", self._middle, h, embedding, states, bias)
+        h = tap.module("mid", self._middle, h, embedding, states, keys)
 
         for stage in reversed(range(stages)):
             rope = _rope(config, stage, h)
             for i, unit in enumerate(self.up[stage]):
                 joined = jnp.concatenate([h, skips.pop()], axis=-1)
                 names = [f"up_{stage}_{i}", *([f"up_{stage}"] if i == config.units else [])]
-                h = tap.module(names, remember(unit), joined, embedding, states, bias, rope)
+                h = tap.module(names, remember(unit), joined, embedding, states, keys, rope)
             if stage:
                 h = tap.module(f"upsample_{stage}", self.upsamplers[stage - 1], h)
 
         v = self.conv_out(jax.nn.silu(self.norm_out(h)))
         return shard(v.astype(jnp.float32), "image"), tap.found
 
-    def _middle(self, h: jax.Array, embedding: jax.Array, states: jax.Array, bias: jax.Array) -> jax.Array:
+    def _middle(self, h: jax.Array, embedding: jax.Array, states: jax.Array, keys: Mask) -> jax.Array:
         """The lowest resolution: `[B, h, w, C] -> [B, h, w, C]`."""
         h = self.mid_residual(h, embedding)
         if self.mid_transformer is not None:
             rope = _rope(self.config, len(self.config.channels) - 1, h)
-            h = REMAT[self.config.remat](self.mid_transformer)(h, states, bias, rope)
+            h = REMAT[self.config.remat](self.mid_transformer)(h, states, keys, rope)
         if self.mid_residual_2 is not None:
             h = self.mid_residual_2(h, embedding)
         return shard(h, "image")

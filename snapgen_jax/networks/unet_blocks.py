@@ -8,6 +8,8 @@ import numpy as np
 from flax import nnx
 
 from snapgen_jax.networks.attention import Attention, rope_table
+from snapgen_jax.networks.attention_kernels import Mask
+from snapgen_jax.networks.attention_table import kernel_of
 from snapgen_jax.networks.depthwise import DepthwiseConv
 from snapgen_jax.networks.fused_separable import Norm, fused
 from snapgen_jax.networks.layers import GEGLU, Conv, GroupNorm, Init, LayerNorm, Linear, upsample_nearest
@@ -114,6 +116,8 @@ class TransformerBlock(nnx.Module):
                 context_width=context_width,
                 kv_heads=config.kv_heads,
                 qk_norm=config.qk_norm,
+                kernel=kernel_of(config),
+                chunk=config.attention_chunk,
                 dtype=dtype,
                 rngs=rngs,
             )
@@ -125,11 +129,11 @@ class TransformerBlock(nnx.Module):
         self.ffn_norm = LayerNorm(width, dtype=dtype)
         self.ffn = GEGLU(width, config.ffn_ratio * width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, context: jax.Array, context_bias: jax.Array, rope: Rope | None) -> jax.Array:
+    def __call__(self, x: jax.Array, context: jax.Array, keys: Mask, rope: Rope | None) -> jax.Array:
         if self.self_attention is not None and self.self_norm is not None:
             x = x + self.self_attention(self.self_norm(x), rope=rope)
         if self.cross_attention is not None and self.cross_norm is not None:
-            x = x + self.cross_attention(self.cross_norm(x), context, bias=context_bias)
+            x = x + self.cross_attention(self.cross_norm(x), context, mask=keys)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -145,8 +149,8 @@ class Transformer(nnx.Module):
         self.project_out = Linear(width, width, init="zeros", dtype=dtype, rngs=rngs)
         self.absolute = config.absolute_positions
 
-    def __call__(self, x: jax.Array, context: jax.Array, context_bias: jax.Array, rope: Rope | None) -> jax.Array:
-        """`[B, H, W, C] -> [B, H, W, C]`; context `[B, L, D]`, context_bias `[B, 1, 1, L]`."""
+    def __call__(self, x: jax.Array, context: jax.Array, keys: Mask, rope: Rope | None) -> jax.Array:
+        """`[B, H, W, C] -> [B, H, W, C]`; context `[B, L, D]`, `keys` says which of its L states count."""
         b, h, w, c = x.shape
         tokens = self.project_in(self.norm(x).reshape(b, h * w, c))
         if self.absolute:
@@ -156,7 +160,7 @@ class Transformer(nnx.Module):
             tokens = (tokens.reshape(b, h, w, c) + table.reshape(h, w, c)).reshape(b, h * w, c)
         tokens = shard(tokens, "tokens")
         for block in self.blocks:
-            tokens = block(tokens, context, context_bias, rope)
+            tokens = block(tokens, context, keys, rope)
         return x + self.project_out(tokens).reshape(b, h, w, c)
 
 
@@ -168,12 +172,12 @@ class Unit(nnx.Module):
         self.transformer = Transformer(config, stage, depth, rngs) if depth else None
 
     def __call__(
-        self, x: jax.Array, embedding: jax.Array, context: jax.Array, context_bias: jax.Array, rope: Rope | None
+        self, x: jax.Array, embedding: jax.Array, context: jax.Array, keys: Mask, rope: Rope | None
     ) -> jax.Array:
         if self.residual is not None:
             x = self.residual(x, embedding)
         if self.transformer is not None:
-            x = self.transformer(x, context, context_bias, rope)
+            x = self.transformer(x, context, keys, rope)
         return shard(x, "image")
 
 

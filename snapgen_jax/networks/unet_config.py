@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, ClassVar, Literal
 
 from snapgen_jax.bounds import above, at_least, check
+from snapgen_jax.networks.attention_table import AttentionChoice
 from snapgen_jax.networks.module import Preset
 
 _SNAPGEN: dict[str, Any] = {"channels": (256, 512, 896), "down_depth": (1, 2, 4), "mid_depth": 4, "up_depth": (0, 2, 4)}
@@ -51,6 +52,8 @@ class UNetArchitecture(Preset):
         separable_block: how norm, SiLU and separable convolution of a residual block run on a TPU: as XLA's operations,
             or as one kernel ("fused", see `networks.fused_separable`). Elsewhere they are always composed.
         dtype, depthwise: platform choices, fixed by `module.for_platform`.
+        attention: kernel of the attention, a platform choice, see `attention_table`.
+        attention_chunk: queries at a time, "chunked" only.
     """
 
     kind: Literal["unet"] = "unet"
@@ -84,10 +87,13 @@ class UNetArchitecture(Preset):
     separable_block: Literal["composed", "fused"] = "composed"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     depthwise: Literal["auto", "grouped", "shifted"] = "auto"
+    attention: AttentionChoice = "auto"
+    attention_chunk: int = 512
 
     def __post_init__(self):
         sizes = ("latent_channels", "channels", "units", "expand_ratio", "ffn_ratio", "head_dim", "kv_heads", "groups")
-        check(self, **dict.fromkeys((*sizes, "time_width", "embedding_width"), at_least(1)), context_width=at_least(0))
+        check(self, **dict.fromkeys((*sizes, "time_width", "embedding_width", "attention_chunk"), at_least(1)))
+        check(self, context_width=at_least(0))
         check(self, down_depth=at_least(0), mid_depth=at_least(0), up_depth=at_least(0), rope_theta=above(0))
         stages = len(self.channels)
         for name in ("down_depth", "up_depth", "self_attention", "cross_attention"):

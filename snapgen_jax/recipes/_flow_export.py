@@ -21,6 +21,7 @@ from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.exports import ExportPlan, ExportUnit, GoldenInputs, InputsExport
 
 Tree = Any
+PHONE = {"depthwise": "grouped", "attention": "whole"}  # the forms of an exported file
 
 
 def flow_plan(
@@ -114,7 +115,8 @@ def denoiser_unit(role: str, config: Any, latent_shape: tuple[int, ...], context
         latent_shape: `(h, w, c)`.
         context: ShapeDtypeStructs `[1, ...]` of what it attends to.
     """
-    form = {"depthwise": "grouped"} if "depthwise" in {field.name for field in dataclasses.fields(config)} else {}
+    fields = {field.name for field in dataclasses.fields(config)}
+    form = {name: value for name, value in PHONE.items() if name in fields}
     config = dataclasses.replace(config, dtype="float32", **form)
     shapes = {
         "latent": (1, *latent_shape),

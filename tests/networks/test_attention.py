@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from snapgen_jax.networks.attention import Attention, attend, causal_bias, mask_bias, rope_table, rotate
+from snapgen_jax.networks.attention import Attention, rope_table, rotate
+from snapgen_jax.networks.attention_kernels import attend, causal_bias, mask_bias
 
 
 def normal(*shape, seed=0):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from snapgen_jax.networks.attention import attend, mask_bias
+from snapgen_jax.networks.attention_kernels import attend, mask_bias
 from snapgen_jax.networks.context import ENCODERS, ConditionerConfig, draw_kept, join_clip, kept_shares, sd3_context
 from snapgen_jax.networks.module import apply, build, count_parameters, flatten, init, unflatten
 from snapgen_jax.networks.text import TextContext

@@ -9,9 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas.tpu import force_tpu_interpret_mode
 
-from snapgen_jax.networks.long_attention import attend_long
 from snapgen_jax.networks.mmdit import MMDiTConfig
 from snapgen_jax.networks.module import apply, build, count_parameters, flatten, init, unflatten
 from snapgen_jax.networks.text import TextContext
@@ -203,54 +201,6 @@ def test_ways_to_save_memory_change_no_number(changes):
     given = velocity_and_gradient(MMDiTConfig.preset("smoke", **changes))
     for a, b in zip(given, expected, strict=True):
         assert relative_error(a, b) <= 1e-5
-
-
-def test_chunked_attention_holds_no_matrix_of_scores():
-    q = jax.ShapeDtypeStruct((1, 1030, 2, 8), jnp.float32)
-    scores = 1030 * 1030 * 2 * 4
-
-    def memory(kernel):
-        loss = jax.grad(lambda q, k, v: jnp.sum(attend_long(q, k, v, kernel=kernel, chunk=128)), (0, 1, 2))
-        return jax.jit(loss).lower(q, q, q).compile().memory_analysis().temp_size_in_bytes
-
-    assert memory("chunked") < scores / 2 < scores <= memory("whole")
-
-
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
-def test_the_cudnn_kernel_agrees_with_the_others():
-    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 333, 4, 64), jnp.bfloat16)
-    expected = attend_long(q, k, v, kernel="whole")
-    assert relative_error(attend_long(q, k, v, kernel="cudnn"), expected) <= TOLERANCE["bfloat16"]
-
-
-@pytest.mark.parametrize("lengths", [(150, 150), (96, 260)])
-def test_the_flash_kernel_agrees_with_the_others_where_no_tile_is_full(lengths):
-    """Interpreted, since it is compiled for TPUs alone."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    q, k, v = (jax.random.normal(key, (2, n, 2, 64)) for key, n in zip(keys, (*lengths, lengths[1]), strict=True))
-
-    def value_and_gradients(kernel):
-        return jax.value_and_grad(lambda *x: jnp.sum(attend_long(*x, kernel=kernel) ** 2), argnums=(0, 1, 2))(q, k, v)
-
-    with force_tpu_interpret_mode():
-        found = value_and_gradients("flash")
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(value_and_gradients("whole")), strict=True):
-        assert relative_error(a, b) <= TOLERANCE["float32"]
-
-
-def test_each_device_runs_the_flash_kernel_on_its_share_of_the_batch():
-    q = jax.ShapeDtypeStruct((8, 32, 2, 64), jnp.float32)
-    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=4))):
-        program = jax.make_jaxpr(lambda q: attend_long(q, q, q, kernel="flash"))(q)
-    (on_all,) = [equation for equation in program.eqns if equation.primitive.name == "shard_map"]
-    assert on_all.params["jaxpr"].out_avals[0].shape == (1, 32, 2, 64)
-
-
-@pytest.mark.parametrize("kernel", ["cudnn", "flash"])
-def test_a_kernel_that_forms_no_scores_refuses_a_mask(kernel):
-    q = jnp.ones((1, 4, 1, 8))
-    with pytest.raises(ValueError, match=f"the {kernel} kernel takes no bias; use the chunked kernel"):
-        attend_long(q, q, q, jnp.zeros((1, 1, 1, 4)), kernel=kernel)
 
 
 @pytest.mark.parametrize("what", ["forward", "input gradient", "input gradient, recomputed"])

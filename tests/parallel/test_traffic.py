@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from snapgen_jax.networks.attention_kernels import attend_by
 from snapgen_jax.networks.eight_bits import product
-from snapgen_jax.networks.long_attention import attend_long
 from snapgen_jax.parallel.hlo import collectives
 from snapgen_jax.parallel.mesh import MeshConfig, make_mesh
 from snapgen_jax.parallel.plan import _no_compilation_cache, topology
@@ -126,7 +126,7 @@ def test_a_kernel_in_a_loop_is_counted_by_what_it_says_of_itself_as_often_as_it_
     place = SingleDeviceSharding(topology("v5e:2x2").devices[0])
     x = jax.ShapeDtypeStruct((4, 1, 128, 2, 64), jnp.bfloat16, sharding=place)
     with _no_compilation_cache():
-        attend = jax.jit(lambda x: jax.lax.map(lambda x: attend_long(x, x, x, kernel="flash"), x))
+        attend = jax.jit(lambda x: jax.lax.map(lambda x: attend_by("flash", x, x, x), x))
         compiled = attend.lower(x).compile()
     found, once = traffic(str(compiled.as_text())), compiled.cost_analysis() or {}
     products = 2 * (2 * 2 * 128 * 128 * 64)
