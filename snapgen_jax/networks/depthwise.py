@@ -18,8 +18,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from snapgen_jax.networks.layers import PRODUCT
 from snapgen_jax.networks.module import draw
 
 Form = Literal["auto", "grouped", "shifted"]
@@ -178,4 +180,4 @@ class DepthwiseConv(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = depthwise(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.stride, self.form)
-        return y + self.bias[...].astype(self.dtype)
+        return checkpoint_name(y + self.bias[...].astype(self.dtype), PRODUCT)

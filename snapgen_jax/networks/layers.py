@@ -12,11 +12,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from snapgen_jax.networks.module import draw
 
 Init = Literal["fan_in", "zeros"]
+PRODUCT = "product"  # the name, for policies of `jax.checkpoint`, of what a matrix product or a convolution made
 
 
 def _kernel(rngs: nnx.Rngs, shape: tuple[int, ...], init: Init) -> nnx.Param:
@@ -46,7 +48,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = product(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        return checkpoint_name(y if self.bias is None else y + self.bias[...].astype(self.dtype), PRODUCT)
 
 
 class Conv(nnx.Module):
@@ -85,7 +87,7 @@ class Conv(nnx.Module):
                 padding=[self.padding] * 2,
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        return checkpoint_name(y if self.bias is None else y + self.bias[...].astype(self.dtype), PRODUCT)
 
 
 @jax.custom_jvp

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from snapgen_jax.networks import remat
 from snapgen_jax.networks.attention import Attention, rope_table
 from snapgen_jax.networks.depthwise import DepthwiseConv
 from snapgen_jax.networks.layers import GEGLU, Conv, GroupNorm, Init, LayerNorm, Linear, upsample_nearest
@@ -68,9 +69,13 @@ class ResidualBlock(nnx.Module):
         self.norm_2 = GroupNorm(middle, config.groups, dtype=dtype)
         self.conv_2 = _conv(config, separable, middle, out_width, rngs, init="zeros")
         self.skip = Conv(in_width, out_width, 1, dtype=dtype, rngs=rngs) if in_width != out_width else None
+        self.remat: remat.Remat = config.remat
 
     def __call__(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
         """`[B, H, W, in] -> [B, H, W, out]`; `embedding` is `[B, E]`, already activated."""
+        return remat.block(self.remat, self._block)(x, embedding)
+
+    def _block(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
         h = self.conv_1(jax.nn.silu(self.norm_1(x)))
         h = h + self.embedding(embedding)[:, None, None, :]
         h = self.conv_2(jax.nn.silu(self.norm_2(h)))
@@ -123,11 +128,12 @@ class Transformer(nnx.Module):
         self.blocks = nnx.List([TransformerBlock(config, width, *flags, rngs) for _ in range(depth)])
         self.project_out = Linear(width, width, init="zeros", dtype=dtype, rngs=rngs)
         self.absolute = config.absolute_positions
+        self.remat: remat.Remat = config.remat
 
     def __call__(self, x: jax.Array, context: jax.Array, context_bias: jax.Array, rope: Rope | None) -> jax.Array:
         """`[B, H, W, C] -> [B, H, W, C]`; context `[B, L, D]`, context_bias `[B, 1, 1, L]`."""
         b, h, w, c = x.shape
-        tokens = self.project_in(self.norm(x).reshape(b, h * w, c))
+        tokens = remat.block(self.remat, lambda x: self.project_in(self.norm(x).reshape(b, h * w, c)))(x)
         if self.absolute:
             # Added to the image: a table of rank 3 added to rows of rank 2, which converters make of a sum of tokens,
             # is read as N images of one cell by mobile GPU delegates, and the result is wrong without an error.
@@ -135,7 +141,7 @@ class Transformer(nnx.Module):
             tokens = (tokens.reshape(b, h, w, c) + table.reshape(h, w, c)).reshape(b, h * w, c)
         tokens = shard(tokens, "tokens")
         for block in self.blocks:
-            tokens = block(tokens, context, context_bias, rope)
+            tokens = remat.block(self.remat, block)(tokens, context, context_bias, rope)
         return x + self.project_out(tokens).reshape(b, h, w, c)
 
 

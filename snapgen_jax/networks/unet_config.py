@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from snapgen_jax.bounds import above, at_least, check
 from snapgen_jax.networks.module import Preset
+from snapgen_jax.networks.remat import Remat
 
 _SNAPGEN: dict[str, Any] = {"channels": (256, 512, 896), "down_depth": (1, 2, 4), "mid_depth": 4, "up_depth": (0, 2, 4)}
 
@@ -78,7 +79,7 @@ class UNetArchitecture(Preset):
     time_width: int = 256
     embedding_width: int = 1024
     groups: int = 32
-    remat: Literal["none", "blocks", "attention"] = "none"
+    remat: Remat = "none"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     depthwise: Literal["auto", "grouped", "shifted"] = "auto"
 
