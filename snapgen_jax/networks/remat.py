@@ -21,7 +21,7 @@ import jax
 
 from snapgen_jax.networks.layers import PRODUCT
 
-Remat = Literal["auto", "none", "products", "attention", "blocks"]
+Remat = Literal["none", "products", "attention", "blocks"]
 
 _keeping = jax.checkpoint_policies.save_only_these_names
 _UNIT = {"blocks": jax.checkpoint, "attention": functools.partial(jax.checkpoint, policy=_keeping("attention"))}

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, ClassVar, Literal
 
 from snapgen_jax.bounds import above, at_least, check
+from snapgen_jax.networks.depthwise import Form
 from snapgen_jax.networks.module import Preset
 from snapgen_jax.networks.remat import Remat
 
@@ -47,8 +48,9 @@ class UNetArchitecture(Preset):
         time_width: number of time features that go in.
         embedding_width: width of the time embedding.
         groups: groups of every GroupNorm.
-        remat: what the backward pass finds computed: everything ("none"), the inputs of each unit alone ("blocks"), or
-            beside these the outputs of attention ("attention"). The less, the less memory and the more arithmetic.
+        remat: what the backward pass finds computed: everything ("none"); what matrix products, convolutions and
+            attention made ("products"); the inputs of each unit alone ("blocks"), or beside these the outputs of
+            attention ("attention"). The less, the less memory and the more arithmetic; see `networks/remat.py`.
         dtype, depthwise: platform choices, fixed by `module.for_platform`.
     """
 
@@ -81,7 +83,7 @@ class UNetArchitecture(Preset):
     groups: int = 32
     remat: Remat = "none"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    depthwise: Literal["auto", "grouped", "shifted"] = "auto"
+    depthwise: Form = "auto"
 
     def __post_init__(self):
         sizes = ("latent_channels", "channels", "units", "expand_ratio", "ffn_ratio", "head_dim", "kv_heads", "groups")
