@@ -69,7 +69,9 @@ def main() -> None:
             records.append({"pixels": pixels, "batch": batch, "remat": remat, **total, "by_dtype": found})
             print(json.dumps(records[-1]), flush=True)
     if options.save:
-        RESULT.write_text(json.dumps({"network": "unet t2i, bfloat16", "commit": commit(), "kept": records}, indent=2))
+        RESULT.write_text(
+            json.dumps({"network": "unet t2i, bfloat16", "commit": commit(), "kept": records}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":
