@@ -58,30 +58,34 @@ def depthwise_grouped(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.A
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def depthwise_flipped(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
     """`depthwise_grouped`, and its gradient as GPUs compute it fastest; arguments and result as there.
 
     It can be differentiated in reverse mode, any number of times.
     """
+    return _flipped(x, kernel, stride)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _flipped(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     return depthwise_grouped(x, kernel, stride)
 
 
 def _flipped_forward(x: jax.Array, kernel: jax.Array, stride: int):
-    return depthwise_flipped(x, kernel, stride), (x, kernel)
+    return _flipped(x, kernel, stride), (x, kernel)
 
 
 def _flipped_backward(stride: int, saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     if stride == 1:
-        dx = depthwise_flipped(dy, kernel[::-1, ::-1], 1)
+        dx = depthwise_flipped(dy, kernel[::-1, ::-1])
     else:
         (dx,) = jax.linear_transpose(lambda x: depthwise_grouped(x, kernel, stride), x)(dy)
     (dkernel,) = jax.linear_transpose(lambda kernel: depthwise_grouped(x, kernel, stride), kernel)(dy)
     return dx, dkernel
 
 
-depthwise_flipped.defvjp(_flipped_forward, _flipped_backward)
+_flipped.defvjp(_flipped_forward, _flipped_backward)
 
 
 def _rows(x: jax.Array, stride: int) -> jax.Array:

@@ -51,6 +51,8 @@ class UNetArchitecture(Preset):
         remat: what the backward pass finds computed: everything ("none"); what matrix products, convolutions and
             attention made ("products"); the inputs of each unit alone ("blocks"), or beside these the outputs of
             attention ("attention"). The less, the less memory and the more arithmetic; see `networks/remat.py`.
+        separable_block: how norm, SiLU and separable convolution of a residual block run on a TPU: as XLA's operations,
+            or as one kernel ("fused", see `networks.fused_separable`). Elsewhere they are always composed.
         dtype, depthwise: platform choices, fixed by `module.for_platform`.
     """
 
@@ -82,6 +84,7 @@ class UNetArchitecture(Preset):
     embedding_width: int = 1024
     groups: int = 32
     remat: Remat = "none"
+    separable_block: Literal["composed", "fused"] = "composed"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     depthwise: Form = "auto"
 
