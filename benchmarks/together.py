@@ -18,13 +18,14 @@ import pathlib
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import jax
 
 from benchmarks.claims.runs import fix_platform
 from benchmarks.measuring import append, machine, random_like
 from snapgen_jax.config import load_config, resolve
+from snapgen_jax.networks.depthwise import Form
 from snapgen_jax.process import prepare
 from snapgen_jax.training.keys import key
 from snapgen_jax.training.recipe import Recipe
@@ -72,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="student", help="a stage under configs/shapes that draws pictures")
     parser.add_argument("--runs", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--depthwise", choices=("auto", "grouped", "shifted"), default="auto")
+    parser.add_argument("--depthwise", choices=get_args(Form), default="auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--updates", type=int, default=50)
     parser.add_argument("--save", default="", help="name of the machine, for benchmarks/results/")

@@ -23,6 +23,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Sequence
+from typing import get_args
 
 import jax
 
@@ -30,6 +31,7 @@ from benchmarks.claims import landing, table
 from benchmarks.claims.runs import Runs
 from benchmarks.claims.trials import BUDGETS, paper, paper_names
 from benchmarks.jobs import Job, make_all, make_at_once
+from snapgen_jax.networks.depthwise import Form
 from snapgen_jax.process import prepare
 
 RESULTS = pathlib.Path(__file__).parents[1] / "results" / "claims"
@@ -50,7 +52,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, action="append", help="make this seed alone; --join adds those of others")
     parser.add_argument("--join", type=pathlib.Path, action="append", default=[], help="an --out of another machine")
     parser.add_argument("--together", action=argparse.BooleanOptionalAction, help="all seeds of a trial in one program")
-    parser.add_argument("--depthwise", choices=("auto", "grouped", "shifted"), default="auto", help="form of it")
+    parser.add_argument("--depthwise", choices=get_args(Form), default="auto", help="form of it")
     parser.add_argument("--job", type=Job.from_json, help=argparse.SUPPRESS)  # what --jobs gives each process
     options = parser.parse_args(argv)
     options.papers = options.papers or paper_names()

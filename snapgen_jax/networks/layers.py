@@ -12,12 +12,14 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from snapgen_jax.networks import eight_bits
 from snapgen_jax.networks.module import draw
 
 Init = Literal["fan_in", "zeros"]
+PRODUCT = "product"  # the name, for policies of `jax.checkpoint`, of what a matrix product or a convolution made
 
 
 def _kernel(rngs: nnx.Rngs, shape: tuple[int, ...], init: Init) -> nnx.Param:
@@ -55,7 +57,7 @@ class Linear(nnx.Module):
             y = product(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
         else:
             y = eight_bits.product(x, self.kernel[...], self.kernel_scale[...], self.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        return checkpoint_name(y if self.bias is None else y + self.bias[...].astype(self.dtype), PRODUCT)
 
 
 class Conv(nnx.Module):
@@ -94,7 +96,7 @@ class Conv(nnx.Module):
                 padding=[self.padding] * 2,
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        return checkpoint_name(y if self.bias is None else y + self.bias[...].astype(self.dtype), PRODUCT)
 
 
 @jax.custom_jvp

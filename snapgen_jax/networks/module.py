@@ -82,15 +82,16 @@ def for_platform(config: ConfigT, platform: Platform) -> ConfigT:
 
     `dtype` becomes bfloat16 on TPU and GPU and float32 on CPU; `depthwise` becomes the form that is fastest there (nine
     shifted multiply-adds on CPU, where XLA's grouped convolution is about a hundred times slower; the grouped
-    convolution elsewhere); `attention` becomes the kernel that `attention_table` chooses there, also if it names one
-    that does not run; `separable_block` becomes "composed" where there is no kernel. Other fields whose value is not
-    "auto" are left alone, and a config without such fields is returned unchanged.
+    convolution elsewhere, on GPU with its own rule for the gradient); `attention` becomes the kernel that
+    `attention_table` chooses there, also if it names one that does not run; `separable_block` becomes "composed" where
+    there is no kernel. Other fields whose value is not "auto" are left alone, and a config without such fields is
+    returned unchanged.
     """
     if not dataclasses.is_dataclass(config):
         return config
     choice = {
         "dtype": attention_table.AUTO_DTYPE[platform],
-        "depthwise": "shifted" if platform == "cpu" else "grouped",
+        "depthwise": {"cpu": "shifted", "gpu": "flipped", "tpu": "grouped"}[platform],
     }
     changes = {}
     for field in dataclasses.fields(config):

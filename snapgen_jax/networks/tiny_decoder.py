@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from snapgen_jax.networks.depthwise import DepthwiseConv
+from snapgen_jax.networks.depthwise import DepthwiseConv, Form
 from snapgen_jax.networks.layers import Conv, GroupNorm, Init, upsample_nearest
 from snapgen_jax.networks.module import Network, Preset, Rules, Tree, apply, compute_dtype, frozen_spec, shard
 from snapgen_jax.networks.sizes import reduced
@@ -54,7 +54,7 @@ class TinyDecoderConfig(Preset):
     scale: float = 1.5305
     shift: float = 0.0609
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    depthwise: Literal["auto", "grouped", "shifted"] = "auto"
+    depthwise: Form = "auto"
 
     def __post_init__(self):
         if len(self.blocks) != len(self.channels):

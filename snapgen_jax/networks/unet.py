@@ -8,8 +8,7 @@ input on the way up.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from snapgen_jax.networks import remat
 from snapgen_jax.networks.attention import rope_table
 from snapgen_jax.networks.attention_kernels import Mask, key_mask, real_first
 from snapgen_jax.networks.attention_table import kernel_of
@@ -77,14 +77,6 @@ class UNetConfig(UNetArchitecture):
             names += [*(f"up_{stage}_{i}" for i in range(self.units + 1)), f"up_{stage}"]
             names += [f"upsample_{stage}"] if stage else []
         return tuple(names)
-
-
-_KEPT = jax.checkpoint_policies.save_only_these_names("attention")
-REMAT: dict[str, Callable[[Any], Any]] = {
-    "none": lambda unit: unit,
-    "blocks": jax.checkpoint,
-    "attention": functools.partial(jax.checkpoint, policy=_KEPT),
-}
 
 
 class UNet(nnx.Module):
@@ -164,7 +156,6 @@ class UNet(nnx.Module):
         config, stages = self.config, len(self.config.channels)
         _check_inputs(config, x, time, context)
         tap = Taps(config.tap_names(), taps, reuse)
-        remember = REMAT[config.remat]
 
         embedding = self.time(time)
         if self.pooled is not None:
@@ -180,7 +171,7 @@ class UNet(nnx.Module):
             rope = _rope(config, stage, h)
             for i, unit in enumerate(units):
                 names = [f"down_{stage}_{i}", *([f"down_{stage}"] if i == config.units - 1 else [])]
-                h = tap.module(names, remember(unit), h, embedding, states, keys, rope)
+                h = tap.module(names, remat.unit(config.remat, unit), h, embedding, states, keys, rope)
                 skips.append(h)
             if stage < stages - 1:
                 h = tap.module(f"downsample_{stage}", self.downsamplers[stage], h)
@@ -193,11 +184,12 @@ class UNet(nnx.Module):
             for i, unit in enumerate(self.up[stage]):
                 joined = jnp.concatenate([h, skips.pop()], axis=-1)
                 names = [f"up_{stage}_{i}", *([f"up_{stage}"] if i == config.units else [])]
-                h = tap.module(names, remember(unit), joined, embedding, states, keys, rope)
+                h = tap.module(names, remat.unit(config.remat, unit), joined, embedding, states, keys, rope)
             if stage:
-                h = tap.module(f"upsample_{stage}", self.upsamplers[stage - 1], h)
+                upsample = remat.block(config.remat, self.upsamplers[stage - 1])
+                h = tap.module(f"upsample_{stage}", upsample, h)
 
-        v = self.conv_out(jax.nn.silu(self.norm_out(h)))
+        v = remat.block(config.remat, lambda h: self.conv_out(jax.nn.silu(self.norm_out(h))))(h)
         return shard(v.astype(jnp.float32), "image"), tap.found
 
     def _middle(self, h: jax.Array, embedding: jax.Array, states: jax.Array, keys: Mask) -> jax.Array:
@@ -205,7 +197,7 @@ class UNet(nnx.Module):
         h = self.mid_residual(h, embedding)
         if self.mid_transformer is not None:
             rope = _rope(self.config, len(self.config.channels) - 1, h)
-            h = REMAT[self.config.remat](self.mid_transformer)(h, states, keys, rope)
+            h = remat.unit(self.config.remat, self.mid_transformer)(h, states, keys, rope)
         if self.mid_residual_2 is not None:
             h = self.mid_residual_2(h, embedding)
         return shard(h, "image")

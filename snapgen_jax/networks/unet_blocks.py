@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
+from snapgen_jax.networks import remat
 from snapgen_jax.networks.attention import Attention, rope_table
 from snapgen_jax.networks.attention_kernels import Mask
 from snapgen_jax.networks.attention_table import kernel_of
 from snapgen_jax.networks.depthwise import DepthwiseConv
 from snapgen_jax.networks.fused_separable import Norm, fused
-from snapgen_jax.networks.layers import GEGLU, Conv, GroupNorm, Init, LayerNorm, Linear, upsample_nearest
+from snapgen_jax.networks.layers import GEGLU, PRODUCT, Conv, GroupNorm, Init, LayerNorm, Linear, upsample_nearest
 from snapgen_jax.networks.module import compute_dtype, shard
 from snapgen_jax.networks.unet_config import UNetArchitecture
 
@@ -78,10 +80,14 @@ class ResidualBlock(nnx.Module):
         self.norm_2 = GroupNorm(middle, config.groups, dtype=dtype)
         self.conv_2 = _conv(config, separable, middle, out_width, rngs, init="zeros")
         self.skip = Conv(in_width, out_width, 1, dtype=dtype, rngs=rngs) if in_width != out_width else None
+        self.remat: remat.Remat = config.remat
         self.fuses = config.separable_block == "fused"
 
     def __call__(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
         """`[B, H, W, in] -> [B, H, W, out]`; `embedding` is `[B, E]`, already activated."""
+        return remat.block(self.remat, self._block)(x, embedding)
+
+    def _block(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
         h = self._half(self.norm_1, self.conv_1, x, self.embedding(embedding))
         h = self._half(self.norm_2, self.conv_2, h, None)
         return h + (x if self.skip is None else self.skip(x))
@@ -95,9 +101,10 @@ class ResidualBlock(nnx.Module):
 
         if not self.fuses or not isinstance(conv, SeparableConv):
             return composed(x, offset)
-        return jax.lax.platform_dependent(
+        h = jax.lax.platform_dependent(
             x, offset, tpu=lambda x, offset: conv.fused(norm, x.astype(conv.pointwise.dtype), offset), default=composed
         )
+        return checkpoint_name(h, PRODUCT)
 
 
 class TransformerBlock(nnx.Module):
@@ -148,11 +155,12 @@ class Transformer(nnx.Module):
         self.blocks = nnx.List([TransformerBlock(config, width, *flags, rngs) for _ in range(depth)])
         self.project_out = Linear(width, width, init="zeros", dtype=dtype, rngs=rngs)
         self.absolute = config.absolute_positions
+        self.remat: remat.Remat = config.remat
 
     def __call__(self, x: jax.Array, context: jax.Array, keys: Mask, rope: Rope | None) -> jax.Array:
         """`[B, H, W, C] -> [B, H, W, C]`; context `[B, L, D]`, `keys` says which of its L states count."""
         b, h, w, c = x.shape
-        tokens = self.project_in(self.norm(x).reshape(b, h * w, c))
+        tokens = remat.block(self.remat, lambda x: self.project_in(self.norm(x).reshape(b, h * w, c)))(x)
         if self.absolute:
             # Added to the image: a table of rank 3 added to rows of rank 2, which converters make of a sum of tokens,
             # is read as N images of one cell by mobile GPU delegates, and the result is wrong without an error.
@@ -160,7 +168,7 @@ class Transformer(nnx.Module):
             tokens = (tokens.reshape(b, h, w, c) + table.reshape(h, w, c)).reshape(b, h * w, c)
         tokens = shard(tokens, "tokens")
         for block in self.blocks:
-            tokens = block(tokens, context, keys, rope)
+            tokens = remat.block(self.remat, block)(tokens, context, keys, rope)
         return x + self.project_out(tokens).reshape(b, h, w, c)
 
 

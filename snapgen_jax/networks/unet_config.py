@@ -7,7 +7,9 @@ from typing import Any, ClassVar, Literal
 
 from snapgen_jax.bounds import above, at_least, check
 from snapgen_jax.networks.attention_table import AttentionChoice
+from snapgen_jax.networks.depthwise import Form
 from snapgen_jax.networks.module import Preset
+from snapgen_jax.networks.remat import Remat
 
 _SNAPGEN: dict[str, Any] = {"channels": (256, 512, 896), "down_depth": (1, 2, 4), "mid_depth": 4, "up_depth": (0, 2, 4)}
 
@@ -47,8 +49,9 @@ class UNetArchitecture(Preset):
         time_width: number of time features that go in.
         embedding_width: width of the time embedding.
         groups: groups of every GroupNorm.
-        remat: what the backward pass finds computed: everything ("none"), the inputs of each unit alone ("blocks"), or
-            beside these the outputs of attention ("attention"). The less, the less memory and the more arithmetic.
+        remat: what the backward pass finds computed: everything ("none"); what matrix products, convolutions and
+            attention made ("products"); the inputs of each unit alone ("blocks"), or beside these the outputs of
+            attention ("attention"). The less, the less memory and the more arithmetic; see `networks/remat.py`.
         separable_block: how norm, SiLU and separable convolution of a residual block run on a TPU: as XLA's operations,
             or as one kernel ("fused", see `networks.fused_separable`). Elsewhere they are always composed.
         dtype, depthwise: platform choices, fixed by `module.for_platform`.
@@ -83,10 +86,10 @@ class UNetArchitecture(Preset):
     time_width: int = 256
     embedding_width: int = 1024
     groups: int = 32
-    remat: Literal["none", "blocks", "attention"] = "none"
+    remat: Remat = "none"
     separable_block: Literal["composed", "fused"] = "composed"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    depthwise: Literal["auto", "grouped", "shifted"] = "auto"
+    depthwise: Form = "auto"
     attention: AttentionChoice = "auto"
     attention_chunk: int = 512
 

@@ -10,7 +10,7 @@ import pytest
 
 from snapgen_jax.networks import counting
 from snapgen_jax.networks.clip import ClipTextConfig
-from snapgen_jax.networks.depthwise import depthwise_grouped, depthwise_shifted
+from snapgen_jax.networks.depthwise import depthwise_flipped, depthwise_grouped, depthwise_shifted
 from snapgen_jax.networks.module import apply, build, count_parameters, flatten
 from snapgen_jax.networks.registry import CONFIGS
 from snapgen_jax.networks.unet import UNetConfig
@@ -178,16 +178,29 @@ def test_convolutions_are_counted_by_their_window_and_group():
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
     assert counting.count_macs(conv, x, kernel) == 2 * 8 * 8 * 4 * 9 * 6
-    for form in (depthwise_grouped, depthwise_shifted):
+    for form in (depthwise_grouped, depthwise_flipped, depthwise_shifted):
         assert counting.count_macs(form, x, depthwise) == 2 * 8 * 8 * 6 * 9
 
 
-def test_both_forms_of_the_depthwise_convolution_count_the_same():
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_gradient_of_a_depthwise_convolution_counts_twice_the_convolution_whoever_derives_it(stride):
+    x, kernel = jnp.zeros((2, 8, 8, 6)), jnp.zeros((3, 3, 1, 6))
+
+    def backward(form):
+        y, pullback = jax.vjp(lambda x, kernel: form(x, kernel, stride), x, kernel)
+        return counting.count_macs(pullback, y)
+
+    assert backward(depthwise_flipped) == backward(depthwise_grouped)
+    if stride == 1:
+        assert backward(depthwise_flipped) == 2 * 2 * 8 * 8 * 6 * 9
+
+
+def test_all_forms_of_the_depthwise_convolution_count_the_same():
     def count(form):
         config = UNetConfig.preset("smoke", depthwise=form)
         return counting.macs(config, config.input_spec(height=8, width=8))
 
-    assert count("shifted") == count("grouped")
+    assert count("shifted") == count("flipped") == count("grouped")
 
 
 def test_the_sharding_rules_of_a_network_split_nearly_all_of_it():

@@ -132,8 +132,9 @@ def test_the_platform_fixes_what_is_automatic_and_nothing_else():
         depthwise: Literal["auto", "grouped", "shifted"] = "grouped"
         name: str = "auto"
 
-    cpu, tpu = for_platform(Outer(), "cpu"), for_platform(Outer(), "tpu")
+    cpu, gpu, tpu = (for_platform(Outer(), platform) for platform in ("cpu", "gpu", "tpu"))
     assert (cpu.unet.dtype, cpu.unet.depthwise) == ("float32", "shifted")
+    assert (gpu.unet.dtype, gpu.unet.depthwise) == ("bfloat16", "flipped")
     assert (tpu.unet.dtype, tpu.unet.depthwise) == ("bfloat16", "grouped")
     assert (cpu.depthwise, cpu.name) == ("grouped", "auto")
     assert for_platform(tpu, "cpu") == tpu, "a choice once made stays"
