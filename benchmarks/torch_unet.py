@@ -314,7 +314,7 @@ class UNet(nn.Module):
             time: `[B, time_width]` from `time_features`.
             sequence, mask, pooled: `[B, L, D]`, `[B, L]`, `[B, P]`, as `networks.text.TextContext` has them.
         """
-        config, stages = self.config, len(self.config.channels)
+        stages = len(self.config.channels)
         embedding = self.time(time)
         if self.pooled is not None:
             embedding = embedding + self.pooled(pooled)
