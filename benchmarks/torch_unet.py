@@ -22,7 +22,7 @@ EPSILON = 1e-5
 MASKED = -1e4
 FIXED = {"convolution": "separable", "expand_base": "out", "qk_norm": True, "rope": True}  # the port has no other form
 Fields = types.SimpleNamespace
-Tensor = torch.Tensor
+Tensor = Any  # `torch.Tensor`: types are checked where there is no torch
 Table = tuple[Tensor, Tensor]
 
 
@@ -179,9 +179,9 @@ class TransformerBlock(nn.Module):
         self.ffn = GEGLU(width, config.ffn_ratio * width)
 
     def forward(self, x: Tensor, context: Tensor, bias: Tensor, rope: Table | None) -> Tensor:
-        if self.self_attention is not None:
+        if self.self_attention is not None and self.self_norm is not None:
             x = x + self.self_attention(self.self_norm(x), rope=rope)
-        if self.cross_attention is not None:
+        if self.cross_attention is not None and self.cross_norm is not None:
             x = x + self.cross_attention(self.cross_norm(x), context, bias=bias)
         return x + self.ffn(self.ffn_norm(x))
 

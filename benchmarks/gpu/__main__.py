@@ -91,7 +91,9 @@ def _of_diffusers(config: MMDiTConfig) -> Line:
     }
 
 
-def measure(command: Sequence[str], framework: Framework, rows: Sequence[Row], tiny: bool, until: float, write: Write) -> None:
+def measure(
+    command: Sequence[str], framework: Framework, rows: Sequence[Row], tiny: bool, until: float, write: Write
+) -> None:
     """Measures rows in a process, and in another one what a process left when it ended early.
 
     Args:
@@ -101,28 +103,19 @@ def measure(command: Sequence[str], framework: Framework, rows: Sequence[Row], t
         write: takes each line of results.
     """
     left = list(rows)
-    while left:
-        if time.monotonic() >= until:
-            for row in left:
-                write({"row": row.name, "framework": framework, "skipped": "the time was up"})
-            return
-        task, current = task_of(left, tiny), list(left)
+    while left and time.monotonic() < until:
         with tempfile.TemporaryDirectory() as caches:
-            why = _run(command, caches, task, until, lambda line: _take(line, current, write))
-        left = current[1:]
-        if current:
-            write({"row": current[0].name, "framework": framework, "error": why})
+            done, why = _run(command, caches, task_of(left, tiny), until, write)
+        if done < len(left):
+            write({"row": left[done].name, "framework": framework, "error": why})
+        left = left[done + 1 :]
+    for row in left:
+        write({"row": row.name, "framework": framework, "skipped": "the time was up"})
 
 
-def _take(line: Line, current: list[Row], write: Write) -> None:
-    if "finished" in line:
-        current.pop(0)
-    else:
-        write(line)
-
-
-def _run(command: Sequence[str], caches: str, task: Line, until: float, take: Callable[[Line], None]) -> str:
-    """Runs a process to its end; returns how it ended."""
+def _run(command: Sequence[str], caches: str, task: Line, until: float, write: Write) -> tuple[int, str]:
+    """Runs a process to its end; returns how many rows it came to the end of, and how it ended itself."""
+    done = 0
     environment = {
         **os.environ,
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
@@ -158,16 +151,19 @@ def _run(command: Sequence[str], caches: str, task: Line, until: float, take: Ca
             except BrokenPipeError:
                 pass  # how it ended tells why
             for text in process.stdout:
-                if text.startswith(MARK):
-                    take(json.loads(text.removeprefix(MARK)))
+                line = json.loads(text.removeprefix(MARK)) if text.startswith(MARK) else {}
+                if "finished" in line:
+                    done += 1
+                elif line:
+                    write(line)
             process.wait()
         finally:
             timer.cancel()
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
         said.seek(0)
-        tail = " / ".join(said.read().strip().splitlines()[-3:])
-    return "the time was up" if late.is_set() else f"the process ended with {process.returncode}: {tail}"[:600]
+        last = (said.read().strip().splitlines() or [""])[-1]
+    return done, "the time was up" if late.is_set() else f"the process ended with {process.returncode}: {last}"[:600]
 
 
 def card() -> str:
@@ -193,7 +189,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """What the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="", help="names with commas, see rows.py; all by default")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="in all; a row that does not fit is left out")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="in all; a row that does not fit is left out"
+    )
     parser.add_argument("--torch", default="", metavar="PYTHON", help="that has torch; 'none' for our rows alone")
     parser.add_argument("--tiny", action="store_true", help="a few pixels, which any machine computes")
     parser.add_argument("--out", type=pathlib.Path, help="file of the lines")
@@ -208,7 +206,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("nvidia-smi lists no GPU here; run this on a machine with one, or with --tiny")
     if options.out is None:
         word = re.sub(r"^nvidia[ -]", "", options.card.lower()).replace(" ", "-")
-        options.out = pathlib.Path(tempfile.gettempdir()) / "gpu-tiny.jsonl" if options.tiny else RESULTS / f"gpu-{word}.jsonl"
+        options.out = (
+            pathlib.Path(tempfile.gettempdir()) / "gpu-tiny.jsonl" if options.tiny else RESULTS / f"gpu-{word}.jsonl"
+        )
     if options.table and not options.out.exists():
         parser.error(f"{options.out} does not exist; measure first, or name a file with --out")
     options.torch = torch_python(options.torch)

@@ -7,7 +7,7 @@ import functools
 import platform
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import flax
 import jax
@@ -21,7 +21,7 @@ from snapgen_jax.inputs.stored import StoredConfig
 from snapgen_jax.networks.attention import mask_bias, rope_table
 from snapgen_jax.networks.depthwise import DepthwiseConv
 from snapgen_jax.networks.mmdit import MMDiTConfig
-from snapgen_jax.networks.module import Network, Tree, apply, build, compute_dtype, for_platform, stand_in
+from snapgen_jax.networks.module import Network, Platform, Tree, apply, build, compute_dtype, for_platform, stand_in
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.time_features import time_features
 from snapgen_jax.networks.unet import UNetConfig
@@ -41,7 +41,8 @@ class Side:
     """What a process measures its rows with."""
 
     def __init__(self, task: Line):
-        self.task, self.platform = task, jax.default_backend()
+        self.task = task
+        self.platform: Platform = cast(Platform, jax.default_backend())
         self.unet: UNetConfig = for_platform(UNetConfig.preset(task["unet"]), self.platform)
         product, (a, b) = jax.jit(jnp.dot), _normal(0, (2, task["matmul"], task["matmul"]), jnp.bfloat16)
         found = timed(lambda: product(a, b), wait, task["seconds"] / 4)
@@ -88,7 +89,7 @@ class Side:
 
         return lower, call
 
-    def recipe(self, row: Line) -> FlowMatching:
+    def recipe(self, row: Line) -> Any:
         """Flow matching of the UNet on stored latents and text states."""
         config = FlowMatchingConfig(
             batch_size=row["batch"],
@@ -200,12 +201,12 @@ def operation(config: UNetConfig, row: Line, tokens: int) -> tuple[Callable[...,
     width = config.channels[stage]
     image = _normal(2, (b, side, side, 2 * width), dtype)
     sequence = _normal(3, (b, side * side, width), dtype)
-    text, bias = _normal(4, (b, tokens, config.context_width), dtype), mask_bias(_mask((b, tokens)))
+    text, bias = _normal(4, (b, tokens, config.context_width), dtype), mask_bias(jnp.asarray(_mask((b, tokens))))
     rope = rope_table(side, side, config.head_dim, config.rope_theta)
     flags = config.self_attention[stage], config.cross_attention[stage]
 
-    def block(*flags: bool) -> Callable[[nnx.Rngs], TransformerBlock]:
-        return lambda rngs: TransformerBlock(config, width, *flags, rngs)
+    def block(own: bool, cross: bool) -> Callable[[nnx.Rngs], Any]:
+        return lambda rngs: TransformerBlock(config, width, own, cross, rngs)
 
     match row["operation"]:
         case "self_attention":
@@ -217,7 +218,11 @@ def operation(config: UNetConfig, row: Line, tokens: int) -> tuple[Callable[...,
             return block(*flags), functools.partial(_with, text, bias, rope if flags[0] else None), sequence
         case "residual":
             embedding = _normal(5, (b, config.embedding_width), dtype)
-            return lambda rngs: ResidualBlock(config, 2 * width, width, rngs), functools.partial(_with, embedding), image
+            return (
+                lambda rngs: ResidualBlock(config, 2 * width, width, rngs),
+                functools.partial(_with, embedding),
+                image,
+            )
         case _:
             form = config.depthwise
             return lambda rngs: DepthwiseConv(2 * width, form=form, dtype=dtype, rngs=rngs), apply, image
@@ -269,7 +274,8 @@ def _inputs(spec: tuple[Any, Any, TextContext]) -> tuple[jax.Array, jax.Array, T
 
 def _batch(spec: dict[str, Any]) -> dict[str, Any]:
     return {
-        name: _mask(s.shape) if name == "mask" else _normal(i, s.shape, s.dtype) for i, (name, s) in enumerate(spec.items())
+        name: _mask(s.shape) if name == "mask" else _normal(i, s.shape, s.dtype)
+        for i, (name, s) in enumerate(spec.items())
     }
 
 

@@ -1,4 +1,4 @@
-"""What both frameworks' processes share: how a call is timed, and the lines that they print. Imports neither of them."""
+"""What the processes of both frameworks share: how a call is timed, and the lines they print. Imports neither."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def first(call: Callable[[], Any], wait: Callable[[Any], Any]) -> float:
     return time.perf_counter() - start
 
 
-def serve(framework: str, versions: Mapping[str, str], begin: Callable[[Line], Callable[[Line], Iterable[Line]]]) -> None:
+def serve(
+    framework: str, versions: Mapping[str, str], begin: Callable[[Line], Callable[[Line], Iterable[Line]]]
+) -> None:
     """Measures the rows that standard input asks for, and prints a line for each result, as it is made.
 
     Args:

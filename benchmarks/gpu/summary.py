@@ -10,7 +10,15 @@ from typing import Any
 from benchmarks.gpu.rows import ROWS, Row
 
 Line = dict[str, Any]
-HEADER = ("work", "ours", "PyTorch", "PyTorch / ours", "share of the matmul rate", "compile, cold and warm", "peak memory")
+HEADER = (
+    "work",
+    "ours",
+    "PyTorch",
+    "PyTorch / ours",
+    "share of the matmul rate",
+    "compile, cold and warm",
+    "peak memory",
+)
 
 
 def read(path: pathlib.Path, run: str = "") -> list[Line]:
@@ -61,7 +69,11 @@ def _time(lines: Sequence[Line]) -> str:
     timed = sorted((line for line in lines if "ms" in line), key=lambda line: line["ms"])
     if not timed:
         said = [line.get("error") or line.get("skipped", "") for line in lines]
-        return f"failed: {said[0][:80]}".replace("|", "/").replace("\n", " ") if said and lines[0].get("error") else "".join(said)
+        return (
+            f"failed: {said[0][:80]}".replace("|", "/").replace("\n", " ")
+            if said and lines[0].get("error")
+            else "".join(said)
+        )
     texts = [f"{line['ms']:.4g} ms" + (f", {line['form']}" if line.get("form") else "") for line in timed]
     return texts[0] + (f" ({'; '.join(texts[1:])})" if texts[1:] else "")
 

@@ -14,8 +14,16 @@ from typing import Any
 import torch  # pyright: ignore[reportMissingImports]
 
 from benchmarks.gpu.side import Line, first, rates, serve, timed
-from benchmarks.torch_unet import MASKED, ResidualBlock, TransformerBlock, UNet, fields_of, randomise, rope_table
-from benchmarks.torch_unet import time_features
+from benchmarks.torch_unet import (
+    MASKED,
+    ResidualBlock,
+    TransformerBlock,
+    UNet,
+    fields_of,
+    randomise,
+    rope_table,
+    time_features,
+)
 
 Call = Callable[[], Any]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -30,7 +38,9 @@ def wait(_: Any = None) -> None:
 
 def compiled(function: Callable) -> Callable:
     """By torch.compile."""
-    return torch.compile(function, fullgraph=True, dynamic=False, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+    return torch.compile(
+        function, fullgraph=True, dynamic=False, backend="inductor" if DEVICE == "cuda" else "aot_eager"
+    )
 
 
 def autocast() -> Any:
