@@ -26,6 +26,7 @@ from snapgen_jax.cli_exit import run_to_exit_code
 from snapgen_jax.cli_parser import build_parser, generation_options, split_beam, split_overrides
 from snapgen_jax.cli_precisions import chosen_precisions
 from snapgen_jax.cli_prepare import run_prepare, start_cluster
+from snapgen_jax.cli_sample import run_sample, say_compiling
 from snapgen_jax.process import began, prepare
 from snapgen_jax.training.exits import ConfigError
 
@@ -160,111 +161,13 @@ def _show_config(options: argparse.Namespace) -> None:
     print(to_json(_load(options)), end="")
 
 
-def _sample(options: argparse.Namespace) -> None:
-    from snapgen_jax.image_files import destination
-
-    if options.overrides and not options.weights:
-        raise ConfigError("--config overrides go with --weights; a run or a bundle is sampled as it was configured")
-    if options.decoder and not options.workdir:
-        raise ConfigError("--decoder goes with --workdir; a bundle holds the decoder that it was exported with")
-    if options.adapters and not options.workdir:
-        raise ConfigError("--adapters goes with --workdir: the run that they adapt")
-    if options.precision and not options.bundle:
-        raise ConfigError("--precision goes with --bundle; a run computes in the precision of its device")
-    if options.accelerator and not options.bundle:
-        raise ConfigError("--accelerator goes with --bundle; a run draws on the devices of JAX")
-    if not (options.prompt or options.condition):
-        raise ConfigError("there is nothing to draw; give --prompt, or --condition where the run takes no prompts")
-    conditions, where = _conditions(options.condition), destination(options.out)
-    if not options.bundle:
-        _say_compiling("the generator")
-    try:
-        images = _draw(options, conditions)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    files = where.write(images, options.prompt or _titles(conditions, len(images)))
-    to = f"{files[0]}" if len(files) == 1 else f"{files[0]} ... {files[-1]}"
-    print(f"wrote {len(images)} image{'s' * (len(images) > 1)} of {images.shape[2]} x {images.shape[1]} px to {to}")
-
-
-def _say_compiling(what: str) -> None:
-    """Says on stderr what keeps the command silent for so long."""
-    print(f"compiling {what}; a large run takes minutes, the first time ...", file=sys.stderr, flush=True)
-
-
-def _conditions(assignments: Sequence[str]) -> dict[str, Any]:
-    """`{name: values [N, ...]}` of "NAME=VALUES", in which one value may stand without brackets."""
-    from snapgen_jax.overrides import parse_override
-
-    found = {}
-    for text in assignments:
-        path, value = parse_override(text, "--condition ")
-        literal = value.literal
-        found[".".join(path)] = list(literal) if isinstance(literal, list | tuple) else [literal]
-    return found
-
-
-def _titles(conditions: dict[str, Any], count: int) -> list[str]:
-    """What each image was told, where that are numbers."""
-    plain = {
-        name: values for name, values in conditions.items() if not any(isinstance(v, list | tuple) for v in values)
-    }
-    if any(len(values) < count for values in plain.values()):  # one condition became the frames of a clip
-        return [f"frame {i + 1}" for i in range(count)]
-    return [", ".join(f"{name} {values[i]}" for name, values in plain.items()) for i in range(count)]
-
-
-def _draw(options: argparse.Namespace, conditions: dict[str, Any]) -> Any:
-    """The images of the prompts and conditions, from whichever source was named."""
-    chosen = options.generation
-    if options.bundle:
-        from snapgen_jax.export.client import LiteRTGenerator
-        from snapgen_jax.export.runtime import AcceleratorError
-        from snapgen_jax.typed import Written
-
-        placing = {"precision": options.precision, "accelerator": options.accelerator}
-        try:
-            generator: Any = LiteRTGenerator(options.bundle, **{name: how for name, how in placing.items() if how})
-        except AcceleratorError as error:
-            raise ConfigError(f"--accelerator={options.accelerator}: {error}") from error
-        chosen = {name: value.literal if isinstance(value, Written) else value for name, value in chosen.items()}
-        if conditions:
-            return _draw_bundle(generator, options, conditions, chosen)
-    elif options.weights:
-        from snapgen_jax.generation import load_system
-
-        options.overrides += [f"{name}={value}" for name, value in chosen.items()]
-        generator, chosen = load_system(_load(options), options.weights), {"conditions": conditions}
-    else:
-        from snapgen_jax.generation import load
-
-        generator = load(options.workdir, decoder=options.decoder, adapters=options.adapters)
-        chosen = {**chosen, "conditions": conditions}
-    return generator.generate(options.prompt or None, seed=options.seed, **chosen)
-
-
-def _draw_bundle(
-    generator: Any, options: argparse.Namespace, conditions: dict[str, Any], chosen: dict[str, Any]
-) -> Any:
-    """The images that a bundle draws from named arrays, and from prompts where there are some."""
-    import numpy as np
-
-    inputs = {name: np.asarray(values) for name, values in conditions.items()}
-    texts = generator.bundle.tokenize(options.prompt) if options.prompt else {}
-    try:
-        outputs = generator.run({**texts, **inputs}, seed=options.seed, **chosen)
-    except RuntimeError as error:  # LiteRT's, for a number that stands for nothing
-        raise ConfigError(f"the bundle does not run on {', '.join(options.condition)}: {error}") from error
-    if "image" not in outputs:
-        raise ConfigError(f"this bundle makes {', '.join(outputs)} and no image")
-    return outputs["image"]
-
-
 def _draw_many(options: argparse.Namespace) -> None:
     from snapgen_jax.drawing import draw_run
+    from snapgen_jax.generation import load_config
 
     start_cluster(options)
-    _say_compiling("the generator")
+    load_config(options.workdir)  # a mistyped name is said before all else
+    say_compiling("the generator")
     drawn, count = draw_run(
         options.workdir,
         options.out,
@@ -282,11 +185,13 @@ def _draw_many(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from snapgen_jax.generation import load_config
     from snapgen_jax.scoring import configured, evaluate
 
     names = configured(options.workdir) if options.names is None else options.names.split(",")
     of_evaluators = _evaluator_options(options.set, names)
-    _say_compiling(f"what {', '.join(names)} {'needs' if len(names) == 1 else 'need'}")
+    load_config(options.workdir)  # a mistyped name is said before all else
+    say_compiling(f"what {', '.join(names)} {'needs' if len(names) == 1 else 'need'}")
     numbers = evaluate(
         options.workdir,
         names,
@@ -327,7 +232,8 @@ def _export(options: argparse.Namespace) -> None:
 
 def _export_bundle(options: argparse.Namespace, out: str) -> dict[str, float]:
     from snapgen_jax.export.latents import Carried
-    from snapgen_jax.export.run import export_run
+    from snapgen_jax.export.run import export_run, image_sizes
+    from snapgen_jax.generation import load_config
 
     precisions, limits, budget = chosen_precisions(options)
     names = ("clip_l", "clip_g", "language")
@@ -336,7 +242,8 @@ def _export_bundle(options: argparse.Namespace, out: str) -> dict[str, float]:
         {name: folder for name in names if (folder := getattr(options, name))},
         {name: folder for name in names if (folder := getattr(options, f"{name}_tokenizer"))},
     )
-    _say_compiling("the run's networks, converting them, and holding each file against JAX")
+    load_config(options.workdir)  # a mistyped name is said before all else
+    say_compiling("the run's networks, converting them, and holding each file against JAX")
     return export_run(
         options.workdir,
         out,
@@ -350,6 +257,7 @@ def _export_bundle(options: argparse.Namespace, out: str) -> dict[str, float]:
         adapters=options.adapters,
         title=options.title,
         licence=options.license,
+        sizes=image_sizes(options.sizes),
     )
 
 
@@ -457,7 +365,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "chain": _chain,
     "train": _train,
     "config": _show_config,
-    "sample": _sample,
+    "sample": run_sample,
     "draw": _draw_many,
     "evaluate": _evaluate,
     "export": _export,

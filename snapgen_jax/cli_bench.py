@@ -19,6 +19,7 @@ def add_bench(commands: Any) -> None:
     parser.add_argument("--bundle", required=True, help="folder that `snapgen export` wrote")
     parser.add_argument("--precisions", help="of the bundle, with commas (default: all)")
     parser.add_argument("--units", help="of the bundle, with commas (default: all)")
+    parser.add_argument("--size", metavar="HxW", help="of the images, where the bundle has several (default: its own)")
     parser.add_argument("--accelerators", default="cpu", help="of cpu and gpu, with commas (default: %(default)s)")
     parser.add_argument("--threads", default="1,2", help="of the CPU's kernels, with commas (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=50, help="calls of a measurement, at most (default: %(default)s)")
@@ -36,6 +37,7 @@ def run_bench(options: argparse.Namespace) -> None:
     from snapgen_jax.export.bench import Asked, BenchError, bench, table
     from snapgen_jax.export.bench_picture import draw
     from snapgen_jax.export.program import BundleError
+    from snapgen_jax.export.run import image_size
 
     def names(text: str | None) -> list[str] | None:
         return text.split(",") if text else None
@@ -52,7 +54,13 @@ def run_bench(options: argparse.Namespace) -> None:
     accelerators: Any = names(options.accelerators) or ["cpu"]
     try:
         asked = Asked(
-            names(options.precisions), names(options.units), accelerators, threads, options.runs, options.rounds
+            names(options.precisions),
+            names(options.units),
+            accelerators,
+            threads,
+            options.runs,
+            options.rounds,
+            image_size(options.size),
         )
         found = bench(options.bundle, asked, lambda line: print(line, file=sys.stderr, flush=True))
     except FieldError as error:

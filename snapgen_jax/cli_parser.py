@@ -62,7 +62,15 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0, help="of the noise, from 0 to 4294967295 (default: %(default)s)")
     sample.add_argument("--decoder", help="a run of a tiny decoder, in place of the run's own; with --workdir")
     _adapters(sample)
+    sample.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="in which a run's networks compute (default: float32 on a CPU, else bfloat16)",
+    )
+    sample.add_argument("--time", action="store_true", help="also say how many milliseconds each part of drawing takes")
+    sample.add_argument("--loop", action="store_true", help="draw each line of standard input as it comes")
     sample.add_argument("--precision", help="of a bundle's networks: f32 (the default), f16, or another that it has")
+    sample.add_argument("--size", metavar="HxW", help="of a bundle's images, where it has several (default: its own)")
     sample.add_argument(
         "--accelerator",
         choices=("cpu", "gpu", "auto"),
@@ -124,6 +132,12 @@ def build_parser() -> argparse.ArgumentParser:
         "a run of an autoencoder, or a folder of a published one",
     )
     add_precisions(export)
+    export.add_argument(
+        "--sizes",
+        metavar="HxW,HxW",
+        help="further image sizes of the bundle, height by width, whose files share the weights: 64x64,96x64; "
+        "with --backend=litert",
+    )
     export.add_argument("--title", default="", help="name of the model that apps show (default: the workdir's)")
     export.add_argument("--license", default="", help="of the weights, as the hub calls it: apache-2.0, cc-by-4.0")
     export.add_argument(

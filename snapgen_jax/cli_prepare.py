@@ -177,15 +177,15 @@ def _dry_run(options: argparse.Namespace, resolved: Any) -> None:
 
     from etils import epath
 
-    from snapgen_jax.data.shards import read_manifest
     from snapgen_jax.parallel.plan import topology
+    from snapgen_jax.preparation.encode import read_collected
     from snapgen_jax.preparation.estimate import estimate, with_text
     from snapgen_jax.preparation.stored import Encoding
     from snapgen_jax.training.exits import ConfigError
 
     if not options.images and not options.examples:
         raise ConfigError("give --images, the folder of `snapgen prepare collect`, or --examples, how many images")
-    count = options.examples or read_manifest(options.images).examples()
+    count = options.examples or read_collected(options.images).examples()
     try:
         where = topology(options.topology)
     except ValueError as error:

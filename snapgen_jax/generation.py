@@ -14,7 +14,7 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, cast, get_type_hints, runtime_checkable
+from typing import Any, Literal, Protocol, cast, get_type_hints, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,9 @@ from snapgen_jax.data.pretrained_tokenizers import PretrainedTokenizer
 from snapgen_jax.data.tokenizer import CaptionTokenizer
 from snapgen_jax.data.tokenizer_specs import load_tokenizers
 from snapgen_jax.diffusion.noise import word
+from snapgen_jax.diffusion.stages import Staged, Stages
 from snapgen_jax.networks.lora import merge
-from snapgen_jax.networks.module import Network, Platform
+from snapgen_jax.networks.module import Network, Platform, narrowed
 from snapgen_jax.parallel.mesh import make_mesh, put_batch
 from snapgen_jax.systems.published import Generator as PublishedGenerator
 from snapgen_jax.training.exits import ConfigError
@@ -169,6 +170,30 @@ class Generator:
             outputs = jitted(self.params, self.frozen, batch, drawn_from, indices_here)
             parts.append(jax.device_get(outputs))
         return {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
+
+    def staged(
+        self,
+        prompts: Sequence[str] | None = None,
+        conditions: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> Staged:
+        """The batch that `run` would draw with the same arguments, in stages; see `snapgen_jax.timing`.
+
+        Raises:
+            ValueError: as for `run`, or this recipe does not draw in stages.
+        """
+        if not isinstance(self.recipe, _HasStages):
+            raise ValueError(f"a run of {type(self.recipe).__name__} does not draw in stages that could be timed")
+        chosen, arrays = chosen_options(self.recipe.options, options), self._arrays(prompts, conditions or {})
+        count = _same_length({name: len(array) for name, array in arrays.items()})
+        keys = jax.jit(example_keys)(word("seed", seed), np.arange(count, dtype=np.uint32))
+        given = {"conditions": arrays, "keys": keys}
+        if self.mesh is not None:
+            given = put_batch(given, self.mesh)
+        networks = self.recipe.weights(self.params, self.frozen)
+        tokenize = None if prompts is None else functools.partial(self._arrays, prompts, conditions or {})
+        return Staged(self.recipe.stages(chosen), networks, given, chosen.steps, count, tokenize)
 
     def _arrays(self, prompts: Sequence[str] | None, conditions: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """All that generation reads, `{name: [N, ...]}`; N is not compared yet."""
@@ -340,12 +365,35 @@ def load_recipe(workdir: epath.PathLike, platform: str | None = None, decoder: e
     return resolve(config, name=str(workdir)).build(platform or jax.default_backend())
 
 
-def load_drawing(workdir: epath.PathLike, platform: str | None = None, decoder: epath.PathLike | None = None) -> Recipe:
+def load_drawing(
+    workdir: epath.PathLike,
+    platform: str | None = None,
+    decoder: epath.PathLike | None = None,
+    dtype: str | None = None,
+) -> Recipe:
     """As `load_recipe`, but of a run on stored inputs with their encoders in place of what is stored, where its config
-    names weights of these: the recipe that takes prompts and gives images."""
+    names weights of these: the recipe that takes prompts and gives images. `dtype` is as for `load`."""
     config = load_config(workdir)
-    resolved = resolve(config if decoder is None else _with_decoder(config, decoder), name=str(workdir))
+    config = config if decoder is None else _with_decoder(config, decoder)
+    if dtype is not None:
+        with config.unlocked():
+            _set_dtype(config, dtype)
+    resolved = resolve(config, name=str(workdir))
     return resolved.drawing().build(platform or jax.default_backend())
+
+
+def _set_dtype(config: ConfigDict, dtype: str) -> None:
+    """Every network's dtype that the platform would choose."""
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            _set_dtype(value, dtype)
+        elif name == "dtype" and value == "auto":
+            config[name] = dtype
+
+
+def _narrowed(networks: Mapping[str, Network], held: Tree) -> Tree:
+    """What a player holds, `{role: parameters}`, as `module.narrowed` keeps networks."""
+    return {role: narrowed(networks[role], tree) if role in networks else tree for role, tree in held.items()}
 
 
 def _with_decoder(config: ConfigDict, decoder: epath.PathLike) -> ConfigDict:
@@ -372,6 +420,7 @@ def load(
     decoder: epath.PathLike | None = None,
     adapters: str | os.PathLike[str] | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
 ) -> Generator:
     """The generator of a trained run. One on stored inputs runs their encoders, where its config names weights of them,
     so that it takes prompts and gives images.
@@ -383,20 +432,33 @@ def load(
         decoder: a run of `decoder_distillation` whose tiny decoder takes the place of the codec's decoder.
         adapters: local folder of peft's files, one folder a network (`unet/`, `text/`), which are merged.
         mesh: of devices of this process, which each hold all weights and share out a batch; None for one device.
+        dtype: in which the networks compute; by default float32 on a CPU and bfloat16 elsewhere. Where it is bfloat16
+            their kernels are kept so, too.
 
     Raises:
         ConfigError: there is no run, no checkpoint, or one of another shape; or the adapters do not fit.
     """
     workdir = epath.Path(workdir)
-    recipe = load_drawing(workdir, platform, decoder)
+    recipe = load_drawing(workdir, platform, decoder, dtype)
     weights = load_weights(workdir, recipe, step)  # first: a run that has none yet may have no tokenizer either
     tokenizer = load_tokenizers(recipe.tokenizers(), workdir / "tokenizer.json")
+    if isinstance(recipe, _HasNetworks):
+        weights = {player: _narrowed(recipe.networks(), held) for player, held in weights.items()}
     if mesh is not None:
         weights = jax.device_put(weights, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
     frozen = recipe.load_frozen(mesh, "generate")
     if adapters is not None:
         weights, frozen = with_adapters(recipe, weights, frozen, pathlib.Path(adapters))
     return Generator(recipe, weights, frozen, tokenizer, mesh)
+
+
+@runtime_checkable
+class _HasStages(Protocol):
+    """A recipe whose `generate` is a chain of stages, from `{"conditions", "keys"}`."""
+
+    def weights(self, params: Tree, frozen: Tree) -> Tree: ...
+
+    def stages(self, options: Any) -> Stages: ...
 
 
 @runtime_checkable

@@ -71,6 +71,12 @@ class Destination:
             write_whole(file, data)
         return files
 
+    def write_one(self, image: np.ndarray, index: int) -> epath.Path:
+        """Writes image number `index`, uint8 `[H, W, 3]`; returns its file. Raises as `write`."""
+        file = self.file(index)
+        write_whole(file, _encoded(image, file))
+        return file
+
 
 def destination(out: str) -> Destination:
     """What `--out` asks for.

@@ -38,6 +38,7 @@ def test_an_option_of_no_evaluator_that_was_asked_for_is_named(assignment, messa
 
 def test_options_of_evaluators_come_from_the_command_line(monkeypatch, tmp_path, capsys):
     asked = {}
+    monkeypatch.setattr("snapgen_jax.generation.load_config", lambda workdir: None)
     monkeypatch.setattr("snapgen_jax.scoring.evaluate", lambda *run, **choices: asked.update(choices) or {})
     options = ["--set=frechet.examples=2048", "--set=frechet.seed=1", "--set=diversity.prompts=('a star',)"]
     assert main(["evaluate", f"--workdir={tmp_path}", "--names=frechet,diversity", *options]) == ExitCode.DONE
@@ -247,3 +248,11 @@ def test_bundles_and_published_systems_refuse_options_of_others(monkeypatch, tmp
     monkeypatch.setattr("snapgen_jax.export.client.LiteRTGenerator", Bundle)
     assert main(["sample", f"--{source}={tmp_path}", "--prompt=1", option]) == ExitCode.BAD_CONFIG
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["evaluate", "--names=frechet"], ["export"], ["draw", "--out=x", "--count=1"]])
+def test_a_run_that_is_not_there_is_said_before_anything_compiles(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "--workdir=nowhere"]) == ExitCode.BAD_CONFIG
+    said = capsys.readouterr().err
+    assert "nowhere is not a workdir" in said and "compiling" not in said

@@ -191,6 +191,8 @@ MAY_IMPORT = {
     ],
     "cli_precisions": ["export", "training.exits"],
     "cli_prepare": ["*"],
+    "cli_sample": ["config", "export", "generation", "image_files", "overrides", "timing", "training.exits", "typed"],
+    "timing": ["diffusion.stages"],
     "cli_exit": ["data.errors", "parallel.hosts", "training.exits"],
     "__init__": ["*"],
 }

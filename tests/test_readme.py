@@ -34,8 +34,8 @@ MADE = re.compile(
     | transformer/ | moon/[\w/.]+ | adapter_model\.safetensors | text/token_embedding  # of adapters
     | draw\.json | \d+\.png | drawn\.npz | imagenet_classes\.txt | LOC_synset_mapping\.txt   # of docs/imagenet.md
     | weights\.json | (text_encoder|vae|runs)/[\w/]* | model\.safetensors  # of a folder of weights
-    | manifest\.json | tokenizer\.json | program\.json | golden/[\w./]* | scheduler\.json     # of a bundle
-    | SPEC\.md | spec\.json | npu/
+    | manifest\.json | tokenizer\.json | program\.json | programs/[\w.]+ | golden/[\w./]*  # of a bundle
+    | SPEC\.md | spec\.json | npu/ | scheduler\.json
     | (client|noise|program|sampler|verify)\.py
     """,
     flags=re.VERBOSE,

@@ -47,6 +47,7 @@ class Asked:
         threads: of LiteRT's CPU kernels, one measurement for each. The GPU is measured with the first alone.
         runs: calls of a measurement after the first, as many as fit into 20 seconds.
         rounds: how often each is measured.
+        size: (height, width) of the images, where the bundle has several; None for its own.
     """
 
     precisions: Sequence[str] | None = None
@@ -55,6 +56,7 @@ class Asked:
     threads: Sequence[int] = (1, 2)
     runs: int = 50
     rounds: int = 3
+    size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         check(self, threads=at_least(1), runs=at_least(1), rounds=at_least(1))
@@ -77,8 +79,9 @@ def bench(folder: str | pathlib.Path, asked: Asked, say: Callable[[str], None] |
 
     Raises:
         BenchError: the bundle has no such precision or unit, or there is no such accelerator.
+        BundleError: this is no bundle, or one without the size.
     """
-    bundle = Bundle(folder)
+    bundle = Bundle(folder, asked.size)
     units = _known("unit", asked.units, bundle.manifest["units"])
     precisions = _known("precision", asked.precisions, bundle.manifest["precisions"])
     accelerators = _known("accelerator", asked.accelerators, ("cpu", "gpu"))
@@ -117,7 +120,9 @@ def describe_file(bundle: Bundle, unit: str, precision: str) -> Numbers:
         are not in the list of what the GPU accelerator takes.
     """
     path = bundle.network_file(unit, precision)
-    operators = describe(path).operators
+    described = describe(path)
+    graph = described.graphs[bundle.manifest["units"][unit]["signature"]]
+    operators = [operator for operator in described.operators if operator.graph == graph]
     total_macs = sum(map(macs, operators))
     total_written = sum(map(_written, operators))
     found: dict[str, Numbers] = {}
@@ -193,7 +198,7 @@ def _measure(bundle: Bundle, row: Numbers, runs: int) -> Numbers:
 
 def _recorded(bundle: Bundle, unit: str, name: str) -> str | None:
     """The file of a recorded input, where the bundle has one; older ones do not."""
-    path = bundle.folder / "golden" / "self_test" / unit / "inputs" / f"{name}.npy"
+    path = bundle.folder / bundle.golden_folder / "self_test" / unit / "inputs" / f"{name}.npy"
     return str(path) if path.is_file() else None
 
 

@@ -2,7 +2,8 @@
 
     manifest.json     what is here: units, signatures, shapes, ranges, operators, errors, versions, SHA-256 of each file
     <unit>_<precision>.tflite, of f32, f16, int8 and mixed
-    program.json      which calls make an example, as data; its schema stands at the top of program.py
+    program.json      which calls make an example, as data; its schema stands at the top of program.py;
+                      programs/<H>x<W>.json and golden/<H>x<W>/ are those of further image sizes
     tokenizer.json    of the `tokenizers` library, where the program takes prompts; tokenizers/<encoder>.json where
                       several encoders read them
     golden/           .npy arrays, whose names `golden.run` explains, golden.json: prompts, tolerances, and
@@ -18,14 +19,12 @@ A bundle is written beside its place under another name, verified there, and mov
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import pathlib
-import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -50,22 +49,19 @@ from snapgen_jax.export.convert import Backend, to_tflite, to_tflite_apart
 from snapgen_jax.export.flatbuffer import Description
 from snapgen_jax.export.frames import framed
 from snapgen_jax.export.judging import LIMITS, Judge, Limits
-from snapgen_jax.export.manifest import About, Ranges, describe_unit, fingerprints, versions, write_json
+from snapgen_jax.export.manifest import About, fingerprints, versions, write_json
 from snapgen_jax.export.mixed import BUDGET, Budget
-from snapgen_jax.export.precision import DEFAULT, QUANTISED, Precision, checked
-from snapgen_jax.export.program import Flow, Program
+from snapgen_jax.export.precision import DEFAULT, Precision, checked
 from snapgen_jax.export.readme import readme
 from snapgen_jax.export.sampler import Arrays, Sampler
-from snapgen_jax.export.storage import describe_storage
-from snapgen_jax.export.unit_files import GPUCheck, UnitFiles
+from snapgen_jax.export.sized import Reference, Sized
+from snapgen_jax.export.unit_files import GPUCheck
 from snapgen_jax.export.variants import Examples, Variants
 from snapgen_jax.training.exports import ExportPlan, ExportUnit, GoldenInputs
 
 ACTIVATION_EXAMPLES = 24
 ACTIVATION_SECONDS = 30.0
 OWN_PROCESS = 50_000_000  # a unit of more parameters is converted in a process of its own: it takes 35 bytes for each
-Reference = Callable[[Mapping[str, np.ndarray], np.ndarray | None], Mapping[str, np.ndarray]]
-"""`({input: [N, ...]}, noise [N, *noise_shape] or None) -> {output: [N, ...]}`"""
 
 
 class Exportable(Protocol):
@@ -79,6 +75,19 @@ class Exportable(Protocol):
     def weights(self, params: Any, frozen: Any) -> dict[str, Any]: ...
 
     def generate(self, *arguments: Any, **options: Any) -> dict[str, jax.Array]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The image sizes of a bundle beside its own; none by default.
+
+    Attributes:
+        own: the name of the bundle's own, "64x64": height and width.
+        others: {name: the recipe at that size}, over the same weights.
+    """
+
+    own: str = ""
+    others: Mapping[str, Exportable] = dataclasses.field(default_factory=dict)
 
 
 log = logging.getLogger(__name__)
@@ -100,7 +109,8 @@ class BundleReport:
             `export.median_db_<precision>`, and `export.paired.difference_<precision>` and `.low_<precision>` where the
             run has an exact score (see `judging.paired`); of each output `export.<output>.max_grey_f32` and,
             against the recipe's own generator, `.max_grey_to_generator`. The last two are `.rel_l2_f32` and
-            `.rel_l2_to_generator` for an output that is no picture.
+            `.rel_l2_to_generator` for an output that is no picture. Those of a further image size begin with
+            `export.<H>x<W>.`.
         operators: {unit: {operator: nodes}} of the float32 files.
         refused: {precision: why}, of those that are written as a rule and were not good enough.
     """
@@ -127,6 +137,7 @@ def export_bundle(
     limits: Limits = LIMITS,
     budget: Budget = BUDGET,
     about: About | None = None,
+    sizes: Sizes = Sizes(),
 ) -> BundleReport:
     """Exports a recipe's generator.
 
@@ -150,6 +161,7 @@ def export_bundle(
         limits: what they must hold.
         budget: of "mixed".
         about: the model's name, licence and provenance, for the manifest.
+        sizes: further image sizes.
 
     Raises:
         FileExistsError: `out_dir` holds something else.
@@ -167,12 +179,19 @@ def export_bundle(
     if isinstance(tokenizers, str | pathlib.Path):
         tokenizers = {"tokenizer.json": pathlib.Path(tokenizers)}
     with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}.partial.", dir=out_dir.parent) as scratch:
-        weights = recipe.weights(params, frozen)
-        folder = pathlib.Path(scratch) / "bundle"
-        plan, files = recipe.exports(), tokenizers or {}
-        plan = dataclasses.replace(plan, program=framed(plan.program, files))
-        export = _Export(plan, weights, folder, wanted, backend, gpu_check, about or About())
-        report = export.run(files, golden_inputs, reference)
+        folder, files = pathlib.Path(scratch) / "bundle", tokenizers or {}
+
+        def at(recipe: Exportable, *size: Any) -> Sized:
+            plan, weights = recipe.exports(), recipe.weights(params, frozen)
+            plan = dataclasses.replace(plan, program=framed(plan.program, files))
+            return Sized(plan, weights, folder, gpu_check, *size)
+
+        own = at(recipe)
+        others = {name: at(other, name, own.units) for name, other in sizes.others.items()}
+        references = [] if reference is None else [reference]
+        references += [generator_of(other, params, frozen) for other in sizes.others.values() if references]
+        export = _Export(own, others, wanted, backend, gpu_check, about or About())
+        report = export.run(files, golden_inputs, references, sizes.own)
         if out_dir.exists():
             out_dir.rename(pathlib.Path(scratch) / "before")
         report.folder.rename(out_dir)
@@ -209,121 +228,97 @@ def _generate(recipe: Exportable, params: Any, frozen: Any, conditions: Any, key
     return jax.jit(generate)(params, frozen, conditions, keys)
 
 
-def _parsed(plan: ExportPlan) -> Program:
-    """The program of a plan, held against its units. Raises `ValueError` that names what does not fit."""
-    try:
-        parsed = program.parse(json.loads(json.dumps(plan.program, allow_nan=False)))
-    except TypeError as error:
-        raise ValueError(f"the plan's program is no plain JSON: {error}") from error
-    names = [unit.name for unit in plan.units]
-    if bad := [name for name in [*names, *parsed.inputs, *parsed.outputs] if not re.fullmatch(r"[a-z0-9_]+", name)]:
-        raise ValueError(f"{bad[0]!r} is no name of a file: lower-case letters, digits and underscores are")
-    if set(names) != parsed.units() or len(set(names)) < len(names):
-        raise ValueError(f"the program calls the units {sorted(parsed.units())}; the plan has {names}")
-    if both := set(names) & set(parsed.outputs):
-        raise ValueError(f"{both.pop()!r} is both a unit and an output; rename one")
-    return parsed
-
-
 class _Export:
     """One export, step by step; the state that its steps share."""
 
     def __init__(
         self,
-        plan: ExportPlan,
-        weights: Mapping[str, Any],
-        folder: pathlib.Path,
+        own: Sized,
+        others: Mapping[str, Sized],
         variants: Variants,
         backend: Backend,
         gpu_check: GPUCheck,
         about: About,
     ) -> None:
-        self.plan, self.program = plan, _parsed(plan)
-        self.units = {unit.name: unit for unit in plan.units}
-        self.weights = {name: unit.select(weights) for name, unit in self.units.items()}
-        storage = {name: describe_storage(unit, weights) for name, unit in self.units.items()}
-        self.shapes = {
-            name: {tensor: tuple(spec.shape) for tensor, spec in unit.inputs.items()}
-            for name, unit in self.units.items()
-        }
-        self.folder, self.variants = folder, variants
+        self.own, self.others, self.sizes = own, others, [own, *others.values()]
+        self.program, self.folder, self.variants = own.program, own.folder, variants
         self.backend: Backend = backend
         self.gpu: GPUCheck = gpu_check
         self.about = about
-        self.files = UnitFiles(folder, gpu_check, storage)
-        self.numbers, self.described = self.files.numbers, self.files.described
+        self.units, self.files = own.units, own.files
+        self.numbers, self.described = own.numbers, own.described
 
     def run(
-        self, tokenizers: Mapping[str, pathlib.Path], inputs: GoldenInputs | None, reference: Reference | None
+        self,
+        tokenizers: Mapping[str, pathlib.Path],
+        inputs: GoldenInputs | None,
+        references: Sequence[Reference],
+        own_size: str,
     ) -> BundleReport:
-        inputs = self.plan.golden if inputs is None else inputs
-        begin, noise = golden.begin(self.program, inputs, tokenizers)
+        log.info("golden examples in JAX")
+        for size in self.sizes:
+            size.draw_golden(inputs, tokenizers)
         self.folder.mkdir()
         for name in {entry.file for entry in self.program.tokenizers}:
             (self.folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(tokenizers[name], self.folder / name)
         for module in (noise_module, program, sampler, runtime, older, client, verify):
             shutil.copyfile(str(module.__file__), self.folder / pathlib.Path(str(module.__file__)).name)
-        write_json(self.folder / "program.json", self.plan.program)
+        for size in self.sizes:
+            size.write_program()
         spec.write(self.folder)
 
-        jax_units = {name: compare.jax_unit(unit, self.weights[name]) for name, unit in self.units.items()}
-        ranges, calls = Ranges(), golden.Calls()
-        watched = {name: calls.watch(name, ranges.watch(name, unit)) for name, unit in jax_units.items()}
-        log.info("golden examples in JAX")
-        arrays = golden.run(Sampler(self.program, watched, self.shapes), begin, noise, golden.RECORDED)
-
         descriptions = {name: self._convert(unit) for name, unit in self.units.items()}
-        for name in self.units:
-            free = golden.takes_any_time(self.program, name)
-            exact = Sampler(self.program, jax_units, self.shapes)
-            cases = golden.denoiser_cases(exact, arrays) if free else calls.cases(name)
-            self.files.begin(name, describe_unit(name, descriptions[name], ranges), jax_units[name], cases)
-            self.files.compare(name, "f32")
-        examples = self._activations(inputs, tokenizers)
-        tolerances = {"f32": self._trajectory("f32", arrays)}
-        if reference is not None:
-            self._outputs(reference, arrays)
+        for size in self.sizes:
+            size.compare_f32(descriptions)
+        examples = self._activations(tokenizers)
+        for size in self.sizes:
+            size.note_activations(log)
+            size.measure("f32", self.variants)
+        for size, reference in zip(self.sizes, references, strict=bool(references)):
+            size.hold_outputs(reference)
         for precision in self.variants.others():
-            with self.variants.refusing(precision, self.files.forget):
+            with self.variants.refusing(precision, self._forget):
                 self._variant(precision, examples)
-                tolerances[precision] = self._trajectory(precision, arrays)
+                for size in self.sizes:
+                    size.measure(precision, self.variants)
                 self.numbers |= self.variants.numbers(precision)
         if "f32" not in self.variants.precisions:
-            self.files.forget("f32")
-            del tolerances["f32"]
+            self._forget("f32")
 
-        for name, array in {**arrays, **golden.self_test(calls, jax_units)}.items():
-            path = self.folder / "golden" / f"{name}.npy"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(path, array, allow_pickle=False)
-        count = len(next(iter(arrays.values())))
-        facts = {"prompts": list(inputs.prompts), "seed": inputs.seed, "examples": count, "tolerances": tolerances}
-        facts["self_test"] = {precision: self._self_test(precision) for precision in self.variants.precisions}
-        facts["gpu_factor"] = {p: compare.GPU_LIMITS[p] / compare.LIMITS[p] for p in self.variants.precisions}
-        write_json(self.folder / "golden" / "golden.json", facts)
+        for size in self.sizes:
+            size.write_golden(self.variants.precisions)
         cases = conformance.conformance(self.program, lambda name: self.folder / name)
         conformance.write(self.folder / "golden" / "conformance.json", cases)
-        self._finish()
+        self._finish(own_size)
         operators = {name: description.histogram for name, description in descriptions.items()}
         return BundleReport(self.folder, self.numbers, operators, self.variants.refused)
+
+    def _forget(self, precision: Precision) -> None:
+        for size in self.sizes:
+            size.forget(precision)
 
     def _convert(self, unit: ExportUnit) -> Description:
         """Writes a unit's float32 file and holds it to what phones take; of a large unit, its variants as well."""
         f32 = self.files.path(unit.name, "f32")
         log.info("converting %s by %s", unit.name, self.backend)
-        start, weights = time.perf_counter(), self.weights[unit.name]
+        start, weights = time.perf_counter(), self.own.weights[unit.name]
+        further = {
+            signature: (size.units[unit.name].function, size.units[unit.name].inputs)
+            for size in self.others.values()
+            if (signature := size.signatures[unit.name]) != unit.name
+        }
         conversion = unit.function, weights, unit.inputs, unit.name, f32, self.backend
         if sum(np.size(leaf) for leaf in jax.tree.leaves(weights)) > OWN_PROCESS:
-            others: dict[Any, Any] = {
+            variants: dict[Any, Any] = {
                 precision: self.files.path(unit.name, precision) for precision in self.variants.at_once()
             }
-            peak = to_tflite_apart(*conversion, variants=others)
+            peak = to_tflite_apart(*conversion, variants, further)
             self.numbers[f"export.{unit.name}.convert_peak_bytes"] = peak
         else:
-            to_tflite(*conversion)
+            to_tflite(*conversion, further)
         self.numbers[f"export.{unit.name}.convert_seconds"] = time.perf_counter() - start
-        description = check(f32, Requirements(gpu=self._for_gpu(unit)))
+        description = check(f32, Requirements(gpu=self.own.for_gpu(unit.name)))
         flex = flex_operators(description)
         self.numbers["export.flex_ops"] = self.numbers.get("export.flex_ops", 0) + flex
         return description
@@ -332,26 +327,20 @@ class _Export:
         """Writes the files of a precision, and holds them to what phones take, to JAX, and to what float32 draws."""
         sources, targets = ({name: self.files.path(name, p) for name in self.units} for p in ("f32", precision))
         self.variants.write(precision, sources, targets, examples)
-        for name, unit in self.units.items():
-            check(targets[name], Requirements(gpu=self._for_gpu(unit)))
-            self.files.compare(name, precision)
-        self.variants.judge(precision, self._litert("f32"), self._litert(precision), examples)
+        for name in self.units:
+            check(targets[name], Requirements(gpu=self.own.for_gpu(name)))
+            for size in self.sizes:
+                size.files.compare(name, precision)
+        self.variants.judge(precision, self.own.litert("f32"), self.own.litert(precision), examples)
 
-    def _for_gpu(self, unit: ExportUnit) -> bool:
-        """Whether a phone's GPU runs a unit. An embedding table is read by a gather, which none does: an encoder of
-        token ids is for the CPU."""
-        encoders = self.program.encoders() if isinstance(self.program, Flow) else set()
-        ids = any(np.issubdtype(spec.dtype, np.integer) for spec in unit.inputs.values())
-        return not (unit.name in encoders and ids)
-
-    def _activations(self, inputs: GoldenInputs, tokenizers: Mapping[str, pathlib.Path]) -> Examples:
+    def _activations(self, tokenizers: Mapping[str, pathlib.Path]) -> Examples:
         """How large numbers grow over other prompts and noise, and all steps; as many as fit into the time. Returns
         those examples, with what float32 makes of them."""
         until = time.monotonic() + ACTIVATION_SECONDS
-        units = {name: client.litert_unit(self.files.path(name, "f32"), name) for name in self.units}
+        units = {name: self.files.load(name, self.files.path(name, "f32")) for name in self.units}
         watched = {name: self.files.activations[name].watch(unit, until) for name, unit in units.items()}
-        varied = Sampler(self.program, watched, self.shapes)
-        given, noise = golden.begin(self.program, golden.others(inputs, ACTIVATION_EXAMPLES), tokenizers)
+        varied = Sampler(self.program, watched, self.own.shapes)
+        given, noise = golden.begin(self.program, golden.others(self.own.given, ACTIVATION_EXAMPLES), tokenizers)
         made: list[Arrays] = []
         for i in range(ACTIVATION_EXAMPLES):
             if time.monotonic() > until:
@@ -360,74 +349,8 @@ class _Export:
             made.append(
                 varied.run({name: array[i] for name, array in given.items()}, None if noise is None else noise[i])
             )
-        for name, seen in self.files.activations.items():
-            self.numbers[f"export.{name}.max_activation"] = seen.value
-            self.described[name]["max_activation"] = {"value": seen.value, "tensor": seen.tensor, "calls": seen.calls}
-            if self.gpu == "check" and self._for_gpu(self.units[name]):
-                seen.hold(name)
-            elif not seen.value <= compare.FLOAT16_HEADROOM:
-                log.warning(
-                    "%s: |%s| reaches %.3g, and float16 ends at 65504: on a GPU, ask for float32 arithmetic",
-                    name, seen.tensor, seen.value,
-                )  # fmt: skip
         outputs = {name: np.stack([one[name] for one in made]) for name in made[0]}
-        return Examples(self.program, self.shapes, tokenizers, given, noise, outputs)
-
-    def _trajectory(self, precision: Precision, arrays: Arrays) -> dict[str, Any]:
-        """The tolerances of the golden arrays in a precision, and how close LiteRT comes here."""
-        inputs, noise = golden.inputs_of(arrays), arrays.get("noise")
-        found = golden.run(self._litert(precision), inputs, noise)
-        if noise is not None:
-            last = max(map(verify.relative_l2, found["latents"][:, -1], arrays["latents"][:, -1]))
-            self.numbers[f"export.trajectory.rel_l2_{precision}"] = last
-        if precision == "f32":
-            for name in self.program.outputs:
-                kind, error = self._difference(name, found[f"outputs/{name}"], arrays)
-                self.numbers[f"export.{name}.{kind}_f32"] = error
-        if precision not in QUANTISED:
-            return golden.tolerances(self._litert("f32"), arrays, precision)
-        with tempfile.TemporaryDirectory(dir=self.folder.parent) as scratch:
-            floats = self.variants.in_floats(
-                precision, {name: self.files.path(name, "f32") for name in self.units}, pathlib.Path(scratch)
-            )
-            units = {name: client.litert_unit(path, name) for name, path in floats.items()}
-            other = golden.run(Sampler(self.program, units, self.shapes), inputs, noise)
-        return golden.measured_tolerances(self.program, arrays, (found, other))
-
-    def _litert(self, precision: Precision) -> Sampler:
-        units = {name: client.litert_unit(self.files.path(name, precision), name) for name in self.units}
-        return Sampler(self.program, units, self.shapes)
-
-    def _difference(self, name: str, made: np.ndarray, arrays: Arrays) -> tuple[str, float]:
-        """How far an output is from the golden one: ("max_grey", levels) or ("rel_l2", error)."""
-        expected = arrays[f"outputs/{name}"]
-        if self.program.outputs[name].dtype == "uint8":
-            return "max_grey", int(verify.grey_levels(made, expected).max())
-        return "rel_l2", max(map(verify.relative_l2, made, expected))
-
-    def _outputs(self, reference: Reference, arrays: Arrays) -> None:
-        """The golden outputs against those of an independent sampler."""
-        made = reference(golden.inputs_of(arrays), arrays.get("noise"))
-        if missing := [name for name in self.program.outputs if name not in made]:
-            raise compare.VerificationError(
-                f"the recipe's own generator gives {', '.join(made)}, and the program also {', '.join(missing)}"
-            )
-        limits = {"max_grey": 1, "rel_l2": golden.SAFETY * compare.LIMITS["f32"]}
-        for name in self.program.outputs:
-            kind, worst = self._difference(name, np.asarray(made[name]), arrays)
-            self.numbers[f"export.{name}.{kind}_to_generator"] = worst
-            if not worst <= limits[kind]:
-                measure = "grey levels" if kind == "max_grey" else "in relative L2"
-                raise compare.VerificationError(
-                    f"{name}: the client's sampler and the recipe's own differ by {worst:g} {measure} for the same "
-                    f"inputs and noise; {limits[kind]:g} is accepted. Does program.json say what the recipe does? "
-                    "Nothing was written."
-                )
-
-    def _self_test(self, precision: Precision) -> float:
-        """How far a recorded call may be off on an accelerator for a client to use it: relative L2."""
-        worst = max(self.numbers[f"export.{name}.rel_l2_{precision}"] for name in self.units)
-        return 2 * worst + golden.SELF_TEST
+        return Examples(self.program, self.own.shapes, tokenizers, given, noise, outputs)
 
     def _memory(self) -> dict[str, Any]:
         """The peak of a process that runs the files, for the manifest: unit by unit, in turn, and together."""
@@ -458,14 +381,13 @@ class _Export:
                 self.numbers[f"export.peak_bytes_{way}_{precision}"] = peak
         return found
 
-    def _finish(self) -> None:
+    def _finish(self, own_size: str) -> None:
         """Writes the manifest last, and reads the whole bundle as its user will."""
         held = self._memory()
-        for unit in self.described.values():
-            unit["accelerators_verified"] = {
-                "cpu": list(self.variants.precisions),
-                "gpu": [p for p in self.variants.precisions if unit["gpu"]["checked"] and p in unit["gpu"]["rel_l2"]],
-            }
+        for size in self.sizes:
+            size.note_accelerators(self.variants.precisions)
+        for size in self.others.values():
+            self.numbers |= size.measured()
         manifest = {
             "schema": client.MANIFEST_SCHEMA,
             **self.about.fields(),
@@ -478,6 +400,9 @@ class _Export:
             "measured": self.numbers,
             "versions": versions(),
         }
+        if self.others:
+            own = {"program": "program.json", "golden": "golden", "units": {}}
+            manifest["sizes"] = {own_size: own, **{name: size.describe() for name, size in self.others.items()}}
         (self.folder / "README.md").write_text(readme(manifest, self.program), "utf-8")
         manifest["files"] = fingerprints(self.folder)
         write_json(self.folder / "manifest.json", manifest)

@@ -16,6 +16,7 @@ import functools
 import json
 import logging
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -75,23 +76,46 @@ class Placed:
     reason: str = ""
 
 
+def read_size(text: str) -> tuple[int, int]:
+    """The (height, width) of "96x64". Raises `BundleError` where it is no such text."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if not match:
+        raise BundleError(f"{text!r} is no image size; write height and width, as in 96x64")
+    return int(match[1]), int(match[2])
+
+
+def check_manifest(folder: str | pathlib.Path) -> pathlib.Path:
+    """The folder, absolute. Raises `BundleError` where it holds no manifest.json, and says where there is one."""
+    path = pathlib.Path(folder).absolute()
+    if not (path / "manifest.json").is_file():
+        inside = path / "export" / "bundle"  # where `snapgen export` writes the bundle of a run
+        hint = f"; its bundle is {inside}" if (inside / "manifest.json").is_file() else ""
+        raise BundleError(f"{folder} holds no manifest.json, so it is not an export bundle{hint}")
+    return path
+
+
 class Bundle:
     """A bundle's folder: its manifest, and its files by name.
 
     No name leads out of the folder. Links are followed: a snapshot of the Hugging Face hub is links into its cache.
 
+    Args:
+        folder: the bundle.
+        size: (height, width) of the images; None for the bundle's own.
+
     Attributes:
-        manifest: what manifest.json says.
-        program: what program.json says.
+        manifest: what manifest.json says; its units as they are at the size.
+        program: what the program of that size says, program.json for the bundle's own.
+        sizes: names of the image sizes to choose from, "96x64"; empty where there is only the bundle's own.
+        golden_folder: where the golden data of the size lies.
         placed: {unit: where it runs}, of those that were loaded last.
+
+    Raises:
+        BundleError: this is no bundle, or one without the size.
     """
 
-    def __init__(self, folder: str | pathlib.Path) -> None:
-        self.folder = pathlib.Path(folder).absolute()
-        if not (self.folder / "manifest.json").is_file():
-            inside = self.folder / "export" / "bundle"  # where `snapgen export` writes the bundle of a run
-            hint = f"; its bundle is {inside}" if (inside / "manifest.json").is_file() else ""
-            raise BundleError(f"{folder} holds no manifest.json, so it is not an export bundle{hint}")
+    def __init__(self, folder: str | pathlib.Path, size: tuple[int, int] | None = None) -> None:
+        self.folder = check_manifest(folder)
         self.placed: dict[str, Placed] = {}
         self.manifest = self.json("manifest.json")
         if missing := {"schema", "precisions", "units", "files"} - self.manifest.keys():
@@ -104,11 +128,30 @@ class Bundle:
                 f"this bundle is newer than its client: manifest.json has schema {self.schema}, and this client knows "
                 f"1 to {MANIFEST_SCHEMA}. Update snapgen-jax, or run the client.py that lies in the bundle"
             )
+        program = self._at(size)
         if self.schema == 1:
             self.program = parse(from_schema_1(self.json("scheduler.json")))
         else:
-            data = self.json("program.json")
+            data = self.json(program)
             self.program = parse(from_schema_2(data) if self.schema == 2 else data)
+
+    def _at(self, size: tuple[int, int] | None) -> str:
+        """Makes this bundle that of an image size; returns the name of its program."""
+        described = self.manifest.get("sizes", {})
+        self.sizes, self.golden_folder = tuple(described), "golden"
+        if size is None:
+            return "program.json"
+        name = "x".join(map(str, size))
+        if name not in described:
+            known = f"it has {', '.join(described)}" if described else "it has its own alone; leave out the size"
+            raise BundleError(f"no image size {name} in this bundle; {known}")
+        if missing := {"program", "golden", "units"} - described[name].keys():
+            raise BundleError(f"the size {name} in manifest.json lacks {', '.join(sorted(missing))}")
+        self.golden_folder = described[name]["golden"]
+        units = self.manifest["units"]
+        units = {unit: {**units[unit], **described[name]["units"].get(unit, {})} for unit in units}
+        self.manifest = {**self.manifest, "units": units}
+        return described[name]["program"]
 
     def file(self, name: str) -> pathlib.Path:
         """The path of a file that the manifest or a caller names. Raises `BundleError` where it leaves the folder."""
@@ -142,9 +185,13 @@ class Bundle:
             raise BundleError(f"{name} holds a {type(data).__name__}; an object was expected")
         return data
 
+    def golden_facts(self) -> dict[str, Any]:
+        """What golden.json says."""
+        return self.json(f"{self.golden_folder}/golden.json")
+
     def golden(self, name: str) -> np.ndarray:
         """One golden array, read without pickle."""
-        return np.load(self.file(f"golden/{name}.npy"), allow_pickle=False)
+        return np.load(self.file(f"{self.golden_folder}/{name}.npy"), allow_pickle=False)
 
     def sampler(
         self,
@@ -235,7 +282,7 @@ class Bundle:
             BundleError: the bundle has no recorded calls.
         """
         described = self.manifest["units"][name]
-        limits = self.json("golden/golden.json").get("self_test")
+        limits = self.golden_facts().get("self_test")
         if limits is None:
             raise BundleError("this bundle has no recorded calls to try an accelerator with; export it anew")
         inputs = {n: self.golden(f"self_test/{name}/inputs/{n}") for n in described["inputs"]}
@@ -315,6 +362,7 @@ class LiteRTGenerator:
         residency: whether all units are in memory "together", or are loaded and freed "in turn"; manifest.json says
             how much memory either takes.
         accelerator: see `Placing`; `generator.bundle.placed` says where each unit runs, and why.
+        size: (height, width) of the images, one of the manifest's `sizes`; None for the bundle's own.
 
     Raises:
         AcceleratorError: a unit does not run on "cpu" or "gpu", or computes something else there.
@@ -328,8 +376,9 @@ class LiteRTGenerator:
         num_threads: int | None = None,
         residency: Residency = "together",
         accelerator: Placing | None = None,
+        size: tuple[int, int] | None = None,
     ) -> None:
-        self.bundle = Bundle(bundle)
+        self.bundle = Bundle(bundle, size)
         self.program = self.bundle.program
         self.sampler = self.bundle.sampler(precision, num_threads, residency=residency, accelerator=accelerator)
 

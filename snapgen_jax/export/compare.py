@@ -100,7 +100,8 @@ class Activations:
     def __init__(self, path: pathlib.Path, signature: str) -> None:
         from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
-        operators = describe(path).operators
+        description = describe(path)
+        operators, self._graph = description.operators, description.graphs[signature]
         self._scores = {tensor.name for op in operators if op.name == "SOFTMAX" for tensor in op.inputs}
         made = {tensor.name for op in operators for tensor in op.outputs if tensor.dtype == "float32"}
         self._interpreter = Interpreter(
@@ -109,7 +110,9 @@ class Activations:
             experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,  # it would hide its tensors
         )
         self._runner = self._interpreter.get_signature_runner(signature)
-        self._indices = [(d["index"], d["name"]) for d in self._interpreter.get_tensor_details() if d["name"] in made]
+        self._indices = [
+            (d["index"], d["name"]) for d in self._interpreter.get_tensor_details(self._graph) if d["name"] in made
+        ]
         self.value, self.tensor, self.calls = 0.0, "", 0
 
     def look(self, inputs: Mapping[str, np.ndarray]) -> None:
@@ -117,7 +120,7 @@ class Activations:
         self._runner(**{name: np.ones_like(array) if name == "mask" else array for name, array in inputs.items()})
         self.calls += 1
         for index, name in self._indices:
-            values = self._interpreter.get_tensor(index)
+            values = self._interpreter.get_tensor(index, self._graph)
             top = float(values.max() if name in self._scores else np.abs(values).max())
             top = np.inf if np.isnan(top) else top
             if top > self.value:

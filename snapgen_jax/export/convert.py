@@ -27,8 +27,8 @@ BACKENDS: dict[Backend, tuple[str, str]] = {  # the library, and the extra of se
     "jax2tf": ("tensorflow", "export"),
     "litert": ("litert_converter", "export-litert"),
 }
-
-
+# A function and its inputs, as `to_tflite` takes them.
+Call = tuple[Callable[..., dict[str, jax.Array]], Mapping[str, jax.ShapeDtypeStruct]]
 MOST_BYTES = 2**31 - 2**24  # of weights; the graph beside them is small
 
 
@@ -53,6 +53,7 @@ def to_tflite(
     signature: str,
     path: str | pathlib.Path,
     backend: Backend = "jax2tf",
+    others: Mapping[str, Call] = MappingProxyType({}),
 ) -> pathlib.Path:
     """Converts `function(params, **inputs) -> {name: array}` to a float32 `.tflite` file with one named signature.
 
@@ -64,19 +65,27 @@ def to_tflite(
         signature: name under which a client finds the function.
         path: the file to write.
         backend: "jax2tf" through TensorFlow, "litert" without it. Both give the same numbers.
+        others: further signatures of the file, `{signature: (function, inputs)}` over the same parameters, which the
+            file holds once. "litert" alone writes them.
 
     Returns:
         `path`.
 
     Raises:
-        ValueError: an input or a parameter has a dtype that does not export, or the backend is unknown.
+        ValueError: an input or a parameter has a dtype that does not export, or the backend is unknown, or writes no
+            further signatures.
         ConversionError: the converter refused; says what it said.
         ImportError: the backend is not installed; says how to install it.
     """
     path = pathlib.Path(path)
     if backend not in BACKENDS:
         raise ValueError(f"unknown export backend {backend!r}; expected one of {', '.join(BACKENDS)}")
-    for name, spec in inputs.items():
+    if others and backend != "litert":
+        raise ValueError(
+            f"{signature}: the backend {backend!r} writes one signature to a file, and several image sizes are several "
+            "signatures; use the backend 'litert', or export one image size"
+        )
+    for name, spec in [*inputs.items(), *(pair for _, named in others.values() for pair in named.items())]:
         if spec.dtype not in (np.float32, np.int32):
             raise ValueError(f"{signature}: input {name!r} is {spec.dtype}; a file takes float32 and int32 only")
     if (size := sum(4 * np.size(leaf) for leaf in jax.tree.leaves(params))) > MOST_BYTES:
@@ -86,10 +95,11 @@ def to_tflite(
         )
     require(backend)
     params = jax.tree.map(_float32, params)
-    jax.eval_shape(function, params, **inputs)  # the function's own errors, before a converter dresses them up
+    for called, named in ((function, inputs), *others.values()):
+        jax.eval_shape(called, params, **named)  # the function's own errors, before a converter dresses them up
     try:
         converter = importlib.import_module(f"snapgen_jax.export.{backend}_backend")
-        converter.convert(function, params, inputs, signature, path)
+        converter.convert(function, params, inputs, signature, path, *([others] if others else []))
     except Exception as error:  # both converters raise their own kinds, some private
         raise ConversionError(f"{signature}: the {backend!r} backend failed: {_brief(error)}") from error
     return path
@@ -103,6 +113,7 @@ def to_tflite_apart(
     path: str | pathlib.Path,
     backend: Backend = "jax2tf",
     variants: Mapping[Precision, str | pathlib.Path] = MappingProxyType({}),
+    others: Mapping[str, Call] = MappingProxyType({}),
 ) -> int:
     """`to_tflite` in a process of its own, which returns all memory when it ends; arguments and errors are the same.
 
@@ -117,7 +128,14 @@ def to_tflite_apart(
     """
     path = pathlib.Path(path)
     arrays = jax.tree.map(_float32, params)
-    rest = dict(inputs), signature, str(path), backend, {name: str(target) for name, target in variants.items()}
+    rest = (
+        dict(inputs),
+        signature,
+        str(path),
+        backend,
+        dict(others),
+        {name: str(target) for name, target in variants.items()},
+    )
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".convert.") as folder:
         job = pathlib.Path(folder) / "job.pickle"
         try:

@@ -28,23 +28,27 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Operator:
-    """One node of the graph. `name` is the builtin's ("CONV_2D"), or "CUSTOM:<code>" for anything else."""
+    """One node of a graph. `name` is the builtin's ("CONV_2D"), or "CUSTOM:<code>" for anything else; `graph` is the
+    index of the graph."""
 
     name: str
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+    graph: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Description:
     """The graphs of one file. `inputs` and `outputs` are {signature name: {tensor name of the signature: Tensor}};
-    `orphans` are tensors that no operator makes or reads, and that are no input or output."""
+    `orphans` are tensors that no operator makes or reads, and that are no input or output; `graphs` is {signature name:
+    index of its graph}."""
 
     operators: tuple[Operator, ...]
     tensors: tuple[Tensor, ...]
     inputs: dict[str, dict[str, Tensor]]
     outputs: dict[str, dict[str, Tensor]]
     orphans: tuple[Tensor, ...] = ()
+    graphs: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def histogram(self) -> dict[str, int]:
@@ -80,25 +84,25 @@ class _Reader:
         graphs = [self.model.Subgraphs(i) for i in range(self.model.SubgraphsLength())]
         tensors = [[self._tensor(graph.Tensors(i)) for i in range(graph.TensorsLength())] for graph in graphs]
         operators, orphans = [], []
-        for graph, known in zip(graphs, tensors, strict=True):
+        for g, (graph, known) in enumerate(zip(graphs, tensors, strict=True)):
             for i in range(graph.OperatorsLength()):
                 node = graph.Operators(i)
                 inputs = tuple(known[node.Inputs(j)] for j in range(node.InputsLength()) if node.Inputs(j) >= 0)
                 outputs = tuple(known[node.Outputs(j)] for j in range(node.OutputsLength()))
-                operators.append(Operator(self._operator_name(node.OpcodeIndex()), inputs, outputs))
+                operators.append(Operator(self._operator_name(node.OpcodeIndex()), inputs, outputs, g))
             used = _used(graph)
             orphans += [tensor for i, tensor in enumerate(known) if i not in used]
-        inputs, outputs = {}, {}
+        inputs, outputs, places = {}, {}, {}
         for i in range(self.model.SignatureDefsLength()):
             signature = self.model.SignatureDefs(i)
             index, key = signature.SubgraphIndex(), signature.SignatureKey().decode()
-            graph, known = graphs[index], tensors[index]
+            graph, known, places[key] = graphs[index], tensors[index], index
             order = [graph.Inputs(j) for j in range(graph.InputsLength())]
             inputs[key] = _mapped(signature.Inputs, signature.InputsLength(), known, order)
             order = [graph.Outputs(j) for j in range(graph.OutputsLength())]
             outputs[key] = _mapped(signature.Outputs, signature.OutputsLength(), known, order)
         return Description(
-            tuple(operators), tuple(t for known in tensors for t in known), inputs, outputs, tuple(orphans)
+            tuple(operators), tuple(t for known in tensors for t in known), inputs, outputs, tuple(orphans), places
         )
 
     def _tensor(self, tensor) -> Tensor:

@@ -74,7 +74,7 @@ class Ranges:
         return self._seen[unit_name, name]
 
 
-def describe_unit(name: str, description: Description, ranges: Ranges) -> dict[str, Any]:
+def describe_unit(name: str, signature: str, description: Description, ranges: Ranges) -> dict[str, Any]:
     """The signature of a unit: its named tensors with shape, dtype, layout and the range that they were seen in,
     and the order in which the file itself has them."""
 
@@ -90,11 +90,11 @@ def describe_unit(name: str, description: Description, ranges: Ranges) -> dict[s
         }
 
     return {
-        "signature": name,
-        "inputs": tensors(description.inputs[name]),
-        "outputs": tensors(description.outputs[name]),
-        "input_order": list(description.inputs[name]),
-        "output_order": list(description.outputs[name]),
+        "signature": signature,
+        "inputs": tensors(description.inputs[signature]),
+        "outputs": tensors(description.outputs[signature]),
+        "input_order": list(description.inputs[signature]),
+        "output_order": list(description.outputs[signature]),
         "max_rank": description.max_rank,
     }
 

@@ -17,7 +17,7 @@ PAGE = """\
 To run it from another language, read `SPEC.md`: every formula, in words. `spec.json` has the same constants as data,
 and `golden/` the numbers that your client must reproduce. You need to read no Python.
 
-{story}{tokenizers}
+{story}{tokenizers}{sizes}
 
 {memory}
 
@@ -60,6 +60,11 @@ library), the ids after, and padding. A prompt that is too long loses its last i
 |---|---|---|---|---|---|---|---|
 {rows}"""
 
+SIZES = """
+
+Image sizes, height by width: {names}. All that this page says is of {own}, the default. `sizes` in `manifest.json`
+names the program, the golden data and the signatures of the others; the files are the same."""
+
 MEMORY = """\
 Memory: a process that loads and frees one unit after the other peaks at {in_turn}, one that holds all at {together},
 of which Python, numpy and LiteRT are {process:.0f} MB (measured where the bundle was made, on the CPU)."""
@@ -90,6 +95,7 @@ def readme(manifest: Mapping[str, Any], program: Program) -> str:
         whose=licence,
         story=_story(program),
         tokenizers=_tokenizers(program),
+        sizes=_sizes(manifest),
         memory=_memory(manifest),
         units=units,
         flow=flow,
@@ -118,6 +124,12 @@ def _tokenizers(program: Program) -> str:
         for one in program.tokenizers
     ]
     return TOKENIZERS.format(rows="\n".join(rows)) if rows else ""
+
+
+def _sizes(manifest: Mapping[str, Any]) -> str:
+    """What there is beside the bundle's own size; empty where there is nothing."""
+    names = list(manifest.get("sizes", ()))
+    return SIZES.format(names=", ".join(names), own=names[0]) if names else ""
 
 
 def _memory(manifest: Mapping[str, Any]) -> str:

@@ -11,15 +11,17 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from etils import epath
 
 from snapgen_jax.evaluation.compositional import PER_CATEGORY, fixed_prompts
 from snapgen_jax.evaluation.detector import detect
-from snapgen_jax.export.bundle import GPUCheck, check_place, export_bundle, generator_of
+from snapgen_jax.export.bundle import GPUCheck, Sizes, check_place, export_bundle, generator_of
+from snapgen_jax.export.client import read_size
 from snapgen_jax.export.convert import Backend, require
 from snapgen_jax.export.frames import spelled_out
 from snapgen_jax.export.judging import LIMITS, Judge, Limits, VariantError
-from snapgen_jax.export.latents import Carried, load_latents, save_tokenizers
+from snapgen_jax.export.latents import Carried, Decoded, load_latents, save_tokenizers
 from snapgen_jax.export.manifest import About
 from snapgen_jax.export.mixed import BUDGET, Budget
 from snapgen_jax.export.precision import Precision
@@ -41,6 +43,7 @@ def export_run(
     budget: Budget = BUDGET,
     title: str = "",
     licence: str = "",
+    sizes: Sequence[tuple[int, int]] = (),
 ) -> dict[str, float]:
     """Exports a trained run as a bundle for phones, checked against JAX on the way.
 
@@ -56,13 +59,15 @@ def export_run(
         adapters: folder of peft's files, which are merged; see `generation.with_adapters`.
         title: the model's name; the workdir's where none is given.
         licence: of the weights, an identifier such as "apache-2.0".
+        sizes: further image sizes, (height, width); the run's first one is always in the bundle.
 
     Returns:
         What was measured, `export.*`.
 
     Raises:
-        ConfigError: `out` is in an object store or holds something else, the backend is not installed, the run cannot
-            be exported, or a precision that was given is not good enough.
+        ConfigError: `out` is in an object store or holds something else, the backend is not installed or cannot write
+            several sizes, the run cannot be exported, or not at one of the sizes, or a precision that was given is not
+            good enough.
     """
     if on_object_store(out):
         raise ConfigError(f"a bundle is made of local files, and {out} is not; give --out a local folder, and copy it")
@@ -71,6 +76,11 @@ def export_run(
         require(backend)
     except (FileExistsError, ImportError) as error:
         raise ConfigError(str(error)) from error
+    if sizes and backend != "litert":
+        raise ConfigError(
+            f"several image sizes share their weights in files of --backend=litert, and the backend is {backend}; "
+            "give --backend=litert, or leave out --sizes and export a bundle for each size"
+        )
     carried = dataclasses.replace(carried or Carried(), decoder="" if decoder is None else str(decoder))
     recipe = load_latents(workdir, carried)
     params = load_weights(workdir, recipe)
@@ -78,6 +88,7 @@ def export_run(
         recipe.exports()
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    offered = at_sizes(recipe, sizes)
     frozen = recipe.load_frozen(None, "generate")
     if adapters is not None:
         params, frozen = with_adapters(recipe, params, frozen, pathlib.Path(adapters))
@@ -93,11 +104,72 @@ def export_run(
                 recipe, params, frozen, tokenizers, str(out),
                 backend=backend, reference=reference, gpu_check=gpu_check, precisions=precisions,
                 judge=judge_of(recipe, load_config(workdir)), limits=limits, budget=budget,
-                about=about_run(workdir, title, licence),
+                about=about_run(workdir, title, licence), sizes=offered,
             )  # fmt: skip
         except VariantError as error:
             raise ConfigError(str(error)) from error
     return report.numbers
+
+
+def at_sizes(recipe: Any, sizes: Sequence[tuple[int, int]]) -> Sizes:
+    """A recipe at further image sizes than the first of its inputs, over the same weights.
+
+    Raises:
+        ConfigError: the inputs have no image sizes, the recipe is none at a size, or its weights depend on it.
+    """
+    if not sizes:
+        return Sizes()
+    if isinstance(recipe, Decoded) or not hasattr(recipe.config.inputs, "image_sizes"):
+        raise ConfigError(
+            "--sizes: the image size of this run is not that of its inputs' `image_sizes`; leave out --sizes"
+        )
+    own, others = recipe.config.inputs.image_sizes[0], {}
+    for size in dict.fromkeys(size for size in sizes if size != tuple(own)):
+        name = _name(size)
+        try:
+            inputs = dataclasses.replace(recipe.config.inputs, image_sizes=(size,))
+            other = type(recipe)(dataclasses.replace(recipe.config, inputs=inputs), "cpu")
+            other.exports()
+            weights = _weights(other)
+        except ValueError as error:
+            raise ConfigError(f"--sizes: this run does not draw images of {name}: {error}") from error
+        if unlike := [role for role, shapes in _weights(recipe).items() if weights[role] != shapes]:
+            raise ConfigError(
+                f"--sizes: the weights of {', '.join(unlike)} depend on the image size, and those of {_name(own)} are "
+                f"none of {name}; leave {name} out, or train at that size and export that run"
+            )
+        others[name] = other
+    return Sizes(_name(own), others)
+
+
+def image_sizes(text: str | None) -> list[tuple[int, int]]:
+    """The sizes of "64x64,96x64", (height, width). Raises `ConfigError` where it is no such list."""
+    try:
+        return [read_size(part) for part in text.split(",")] if text is not None else []
+    except ValueError as error:
+        raise ConfigError(f"--sizes={text}: {error}") from error
+
+
+def image_size(text: str | None) -> tuple[int, int] | None:
+    """The (height, width) of "96x64"; None where nothing is given. Raises `ConfigError` where it is no size."""
+    try:
+        return None if text is None else read_size(text)
+    except ValueError as error:
+        raise ConfigError(f"--size={text}: {error}") from error
+
+
+def _name(size: Sequence[int]) -> str:
+    return "x".join(map(str, size))
+
+
+def _weights(recipe: Any) -> dict[str, Any]:
+    """{role: shapes of its weights}, of those that are trained."""
+    players = jax.eval_shape(lambda key: recipe.init(key).players, jax.random.key(0))
+    return {
+        role: jax.tree.map(lambda leaf: leaf.shape, tree)
+        for player in players.values()
+        for role, tree in player.params.items()
+    }
 
 
 def about_run(workdir: epath.PathLike, title: str = "", licence: str = "") -> About:

@@ -30,8 +30,14 @@ class UnitFiles:
         activations: {unit: how large numbers grow in its float32 file}.
     """
 
-    def __init__(self, folder: pathlib.Path, gpu_check: GPUCheck, storage: Mapping[str, Mapping[str, Any]]) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        gpu_check: GPUCheck,
+        storage: Mapping[str, Mapping[str, Any]],
+        signatures: Mapping[str, str],
+    ) -> None:
+        self.folder, self._signatures = folder, signatures
         self.described: dict[str, dict[str, Any]] = {}
         self.numbers: dict[str, float] = {}
         self.activations: dict[str, compare.Activations] = {}
@@ -42,6 +48,10 @@ class UnitFiles:
     def path(self, name: str, precision: Precision) -> pathlib.Path:
         """Where a unit's file lies, or will."""
         return self.folder / f"{name}_{precision}.tflite"
+
+    def load(self, name: str, path: pathlib.Path) -> Unit:
+        """A unit's function on LiteRT's CPU, of a file with its signature."""
+        return client.litert_unit(path, self._signatures[name])
 
     def begin(self, name: str, described: Mapping[str, Any], reference: Unit, cases: Mapping[str, Arrays]) -> None:
         """A unit: its signature as the manifest describes it, its function in JAX, and the calls to compare at."""
@@ -61,12 +71,12 @@ class UnitFiles:
         """
         path, cases, found = self.path(name, precision), self._cases[name], self.described[name]
         try:
-            errors = compare.compare(self._references[name], client.litert_unit(path, name), cases)
+            errors = compare.compare(self._references[name], self.load(name, path), cases)
         except (RuntimeError, ValueError) as error:  # LiteRT's
             raise compare.VerificationError(f"{name} in {precision} does not run on LiteRT: {error}") from error
         compare.hold(name, precision, errors)
         if precision == "f32":
-            activations = self.activations[name] = compare.Activations(path, name)
+            activations = self.activations[name] = compare.Activations(path, self._signatures[name])
             for inputs in cases.values():
                 activations.look(inputs)
         description, size = describe(path), path.stat().st_size
@@ -95,7 +105,7 @@ class UnitFiles:
         cases, found, reference = self._cases[name], self.described[name]["gpu"], self._references[name]
         chosen = {case: cases[case] for case in list(cases)[:: max(1, len(cases) // 2)]}
         try:
-            run = gpu.run(self.path(name, precision), name, list(chosen.values()))
+            run = gpu.run(self.path(name, precision), self._signatures[name], list(chosen.values()))
         except (gpu.NoGPUError, gpu.GPURunError) as error:
             log.warning("%s in %s was NOT checked on a GPU accelerator: %s", name, precision, error)
             self.described[name]["gpu"] = {"checked": False, "reason": str(error)}

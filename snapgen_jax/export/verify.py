@@ -18,13 +18,13 @@ from typing import Literal
 import numpy as np
 
 if __package__:
-    from snapgen_jax.export.client import MANIFEST_SCHEMA, Bundle
+    from snapgen_jax.export.client import MANIFEST_SCHEMA, Bundle, read_size
     from snapgen_jax.export.program import BundleError, Flow
     from snapgen_jax.export.runtime import AcceleratorError
     from snapgen_jax.export.sampler import Arrays, Contexts, Sampler, Unit, relative_l2
 else:  # beside its own copy of the client, in a bundle; each may be a link into a store of blobs
     sys.path.insert(0, str(pathlib.Path(__file__).absolute().parent))
-    from client import MANIFEST_SCHEMA, Bundle  # type: ignore[import-not-found]
+    from client import MANIFEST_SCHEMA, Bundle, read_size  # type: ignore[import-not-found]
     from program import BundleError, Flow  # type: ignore[import-not-found]
     from runtime import AcceleratorError  # type: ignore[import-not-found]
     from sampler import Arrays, Contexts, Sampler, Unit, relative_l2  # type: ignore[import-not-found]
@@ -69,6 +69,20 @@ def checks(
     if not all(check.passed for check in files):
         return  # nothing that a damaged file computes is worth looking at
     yield from _token_ids(bundle)
+    yield from _at_size(bundle, precisions, num_threads, accelerator)
+    for name in bundle.sizes:
+        if (other := Bundle(folder, read_size(name))).golden_folder != bundle.golden_folder:
+            for check in _at_size(other, precisions, num_threads, accelerator):
+                yield dataclasses.replace(check, name=f"{name}: {check.name}")
+
+
+def _at_size(
+    bundle: Bundle,
+    precisions: Sequence[str] | None,
+    num_threads: int | None,
+    accelerator: Literal["cpu", "gpu"] | None,
+) -> Iterator[Check]:
+    """All but the files and the tokens, at one image size."""
     yield from _replays(bundle)
     for precision in precisions or bundle.manifest["precisions"]:
         yield from _signatures(bundle, precision)
@@ -99,7 +113,7 @@ def _files(bundle: Bundle) -> Iterator[Check]:
 
 def _token_ids(bundle: Bundle) -> Iterator[Check]:
     """Only where the program takes prompts and the `tokenizers` library is installed."""
-    prompts = _facts(bundle)["prompts"]
+    prompts = bundle.golden_facts()["prompts"]
     if not prompts or importlib.util.find_spec("tokenizers") is None:
         return
     same = all(np.array_equal(made, bundle.golden(f"inputs/{name}")) for name, made in bundle.tokenize(prompts).items())
@@ -142,7 +156,7 @@ def _replay(bundle: Bundle, flow: Flow, i: int, predictions: np.ndarray) -> np.n
 
 def _encoded(bundle: Bundle, context: str, i: int) -> Arrays:
     """What the encoders of a context gave for example i."""
-    prefix = f"golden/contexts/{context}/"
+    prefix = f"{bundle.golden_folder}/contexts/{context}/"
     names = [name[len(prefix) : -len(".npy")] for name in bundle.manifest["files"] if name.startswith(prefix)]
     return {name: bundle.golden(f"contexts/{context}/{name}")[i] for name in names}
 
@@ -172,7 +186,7 @@ def _signatures(bundle: Bundle, precision: str) -> Iterator[Check]:
 
 
 def _golden(bundle: Bundle, plain: Sampler, precision: str, accelerator: str | None) -> Iterator[Check]:
-    facts, bad = _facts(bundle), set()
+    facts, bad = bundle.golden_facts(), set()
     limits = facts["tolerances"][precision]
     if accelerator == "gpu":
         limits = _widened(limits, facts["gpu_factor"][precision])
@@ -252,10 +266,6 @@ def _flow(
 
 def _below(name: str, value: float, limit: float) -> Check:
     return Check(name, f"{value:.3g}, at most {limit:.3g}", bool(value <= limit))
-
-
-def _facts(bundle: Bundle) -> dict:
-    return bundle.json("golden/golden.json")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

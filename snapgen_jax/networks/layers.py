@@ -157,18 +157,29 @@ class GroupNorm(nnx.Module):
         self.groups, self.epsilon, self.dtype = groups, epsilon, dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        y, _, gain, bias = self._parts(x)
+        channels = (x.shape[0], 1, 1, x.shape[-1])
+        return (y * gain.reshape(channels) + bias.reshape(channels)).astype(self.dtype)
+
+    def coefficients(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`mean`, `gain` and `bias`, float32 `[B, C]`, of which the result is `(x - mean) * gain + bias`."""
+        _, *found = self._parts(x)
+        mean, gain, bias = (part.reshape(x.shape[0], x.shape[-1]) for part in found)
+        return mean, gain, bias
+
+    def _parts(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """x without the mean of each channel, that mean, and the gain and bias of each channel."""
         b, _, _, c = x.shape
         grouped, channels = (b, self.groups, c // self.groups), (b, 1, 1, c)
         y = x.astype(jnp.float32)
-        mean = y.mean(axis=2).mean(axis=1)
+        of_channels = mean = y.mean(axis=2).mean(axis=1)
         y = y - mean.reshape(channels)
         variance = jnp.square(y * _SMALL).mean(axis=2).mean(axis=1) * _SMALL**-2
         variance, mean = variance.reshape(grouped), mean.reshape(grouped)
         mean = mean - mean.mean(axis=2, keepdims=True)  # of the channel, against its group
         variance = (variance + jnp.square(mean)).mean(axis=2, keepdims=True)
         gain = jax.lax.rsqrt(variance + self.epsilon) * self.scale[...].reshape(grouped[1:])
-        bias = mean * gain + self.bias[...].reshape(grouped[1:])
-        return (y * gain.reshape(channels) + bias.reshape(channels)).astype(self.dtype)
+        return y, of_channels, gain, mean * gain + self.bias[...].reshape(grouped[1:])
 
 
 class LayerNorm(nnx.Module):
@@ -216,6 +227,13 @@ class GEGLU(nnx.Module):
 
 
 def upsample_nearest(x: jax.Array, factor: int = 2) -> jax.Array:
-    """`[B, H, W, C] -> [B, factor*H, factor*W, C]` by repetition: one operator in TFLite, where `repeat` is five."""
+    """`[B, H, W, C] -> [B, factor*H, factor*W, C]` by repetition: one operator in TFLite, where `repeat` is five.
+
+    Its converters know that operator where height and width are equal. Elsewhere it would be two gathers, which no GPU
+    delegate takes; two concatenations give the same.
+    """
     b, h, w, c = x.shape
+    if h != w:
+        x = jnp.concatenate([x] * factor, axis=3).reshape(b, h, 1, factor * w * c)
+        return jnp.concatenate([x] * factor, axis=2).reshape(b, factor * h, factor * w, c)
     return jax.image.resize(x, (b, factor * h, factor * w, c), method="nearest")

@@ -79,8 +79,8 @@ def for_platform(config: ConfigT, platform: Platform) -> ConfigT:
 
     `dtype` becomes bfloat16 on TPU and GPU and float32 on CPU; `depthwise` becomes the form that is fastest there (nine
     shifted multiply-adds on CPU, where XLA's grouped convolution is about a hundred times slower; the grouped
-    convolution elsewhere). Fields whose value is not "auto" are left alone, and a config without such fields is
-    returned unchanged.
+    convolution elsewhere); `separable_block` becomes "composed" where there is no kernel. Other fields whose value is
+    not "auto" are left alone, and a config without such fields is returned unchanged.
     """
     if not dataclasses.is_dataclass(config):
         return config
@@ -93,6 +93,8 @@ def for_platform(config: ConfigT, platform: Platform) -> ConfigT:
         value = getattr(config, field.name)
         if value == "auto" and field.name in choice:
             changes[field.name] = choice[field.name]
+        elif field.name == "separable_block" and platform != "tpu":
+            changes[field.name] = "composed"
         elif dataclasses.is_dataclass(value):
             changes[field.name] = for_platform(value, platform)
     return dataclasses.replace(config, **changes)  # type: ignore[type-var]
@@ -249,6 +251,18 @@ def frozen_spec(network: Network) -> Tree:
     """Shapes of the parameters of a network that is used and not trained: in the dtype in which it computes."""
     _, spec = build(network.config)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, compute_dtype(network.config)), spec)
+
+
+def narrowed(network: Network, params: Tree) -> Tree:
+    """Parameters of a network that is only used: every `kernel` in the dtype in which it computes.
+
+    A layer would cast it to that at every call, so its output is the same, bit for bit, and half the bytes are kept and
+    read. All else stays as it is: norms read their gains in float32.
+    """
+    dtype = compute_dtype(network.config)
+    return unflatten(
+        {path: leaf.astype(dtype) if path[-1] == "kernel" else leaf for path, leaf in flatten(params).items()}
+    )
 
 
 def take_apart(module: nnx.Module) -> tuple[Callable[[Tree], nnx.Module], Tree]:

@@ -9,6 +9,7 @@ from flax import nnx
 
 from snapgen_jax.networks.attention import Attention, rope_table
 from snapgen_jax.networks.depthwise import DepthwiseConv
+from snapgen_jax.networks.fused_separable import Norm, fused
 from snapgen_jax.networks.layers import GEGLU, Conv, GroupNorm, Init, LayerNorm, Linear, upsample_nearest
 from snapgen_jax.networks.module import compute_dtype, shard
 from snapgen_jax.networks.unet_config import UNetArchitecture
@@ -35,6 +36,13 @@ class SeparableConv(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.pointwise(self.depthwise(x))
+
+    def fused(self, norm: GroupNorm, x: jax.Array, offset: jax.Array | None, interpret: bool = False) -> jax.Array:
+        """This convolution of `silu(norm(x))`, plus an offset `[B, O]` of all pixels, as one kernel for TPUs."""
+        depthwise, weights = self.depthwise, self.pointwise.kernel[...]
+        coefficients = Norm(*norm.coefficients(x))
+        offset = jnp.zeros((x.shape[0], weights.shape[-1])) if offset is None else offset
+        return fused(x, coefficients, depthwise.kernel[...], depthwise.bias[...], weights, offset, interpret)
 
 
 def _conv(
@@ -68,13 +76,26 @@ class ResidualBlock(nnx.Module):
         self.norm_2 = GroupNorm(middle, config.groups, dtype=dtype)
         self.conv_2 = _conv(config, separable, middle, out_width, rngs, init="zeros")
         self.skip = Conv(in_width, out_width, 1, dtype=dtype, rngs=rngs) if in_width != out_width else None
+        self.fuses = config.separable_block == "fused"
 
     def __call__(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
         """`[B, H, W, in] -> [B, H, W, out]`; `embedding` is `[B, E]`, already activated."""
-        h = self.conv_1(jax.nn.silu(self.norm_1(x)))
-        h = h + self.embedding(embedding)[:, None, None, :]
-        h = self.conv_2(jax.nn.silu(self.norm_2(h)))
+        h = self._half(self.norm_1, self.conv_1, x, self.embedding(embedding))
+        h = self._half(self.norm_2, self.conv_2, h, None)
         return h + (x if self.skip is None else self.skip(x))
+
+    def _half(self, norm: GroupNorm, conv: SeparableConv | Conv, x: jax.Array, offset: jax.Array | None) -> jax.Array:
+        """Norm, SiLU and convolution, and an offset `[B, O]` of all pixels."""
+
+        def composed(x: jax.Array, offset: jax.Array | None) -> jax.Array:
+            h = conv(jax.nn.silu(norm(x)))
+            return h if offset is None else h + offset[:, None, None, :]
+
+        if not self.fuses or not isinstance(conv, SeparableConv):
+            return composed(x, offset)
+        return jax.lax.platform_dependent(
+            x, offset, tpu=lambda x, offset: conv.fused(norm, x.astype(conv.pointwise.dtype), offset), default=composed
+        )
 
 
 class TransformerBlock(nnx.Module):

@@ -48,6 +48,8 @@ class UNetArchitecture(Preset):
         groups: groups of every GroupNorm.
         remat: what the backward pass finds computed: everything ("none"), the inputs of each unit alone ("blocks"), or
             beside these the outputs of attention ("attention"). The less, the less memory and the more arithmetic.
+        separable_block: how norm, SiLU and separable convolution of a residual block run on a TPU: as XLA's operations,
+            or as one kernel ("fused", see `networks.fused_separable`). Elsewhere they are always composed.
         dtype, depthwise: platform choices, fixed by `module.for_platform`.
     """
 
@@ -79,6 +81,7 @@ class UNetArchitecture(Preset):
     embedding_width: int = 1024
     groups: int = 32
     remat: Literal["none", "blocks", "attention"] = "none"
+    separable_block: Literal["composed", "fused"] = "composed"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     depthwise: Literal["auto", "grouped", "shifted"] = "auto"
 

@@ -170,7 +170,7 @@ def _moved(computations: _Computations, computation: _Computation, i: _Instructi
         source, target = i.arrays[:2]
         size = min(source.bytes, target.bytes)
         return sum(size for array in (source, target) if not array.on_chip)
-    operands = [computation[name] for name in i.operands if name in computation]
+    operands = [computation[name] for name in dict.fromkeys(i.operands) if name in computation]  # each is read once
     if i.kind.endswith("-start"):  # its type repeats its operands before its results
         return sum(o.memory_bytes for o in operands) * 2
     if i.kind == "dynamic-update-slice":

@@ -126,6 +126,8 @@ def listed(rejected: Mapping[str, int]) -> str:
 def _begin(folder: epath.Path, config: CollectConfig) -> epath.Path:
     """The folder of the work of just this config, without what an earlier run left that was stopped."""
     asked = json.dumps([_VERSION, dataclasses.asdict(config)], sort_keys=True)
+    if folder.exists() and not (folder / WORK).exists() and (others := sorted(folder.iterdir())):
+        raise DataError(f"{folder} holds files of something else, {others[0].name} for one; give an empty folder")
     work = folder / WORK / hashlib.blake2b(asked.encode(), digest_size=10).hexdigest()
     with writing(folder):
         if (folder / WORK).exists():  # so that these files are ours

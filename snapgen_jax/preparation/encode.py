@@ -93,7 +93,7 @@ def encode(
         PreemptedError: a signal asked for the end; all whole shards are kept.
     """
     cluster = cluster or current()
-    source = read_manifest(images)
+    source = read_collected(images)
     if source.kind != "images":
         raise DataError(f"{images} holds what was encoded already; give the folder of `snapgen prepare collect`")
     check_readable(images, source)
@@ -123,6 +123,16 @@ def encode(
             manifest.write(out)
         _together(cluster, "manifest", life)
     return manifest
+
+
+def read_collected(images: epath.PathLike) -> Manifest:
+    """The manifest of a folder of `snapgen prepare collect`. Raises `DataError` where it is none."""
+    if not (epath.Path(images) / MANIFEST).exists():
+        raise DataError(
+            f"{images} holds no {MANIFEST}, so nothing was collected there, or not to the end; run `snapgen prepare "
+            "collect --path=PHOTOGRAPHS --out=COLLECTED` first, and give --images=COLLECTED"
+        )
+    return read_manifest(images)
 
 
 def _together(cluster: Cluster, what: str, life: Lifetime) -> None:
@@ -156,8 +166,10 @@ def _begin(out: epath.Path, job: Mapping[str, Any], cluster: Cluster) -> None:
     """
     path = out / PROGRESS / "job.json"
     if cluster.index == 0 and not path.exists():
-        if (out / MANIFEST).exists():
-            raise DataError(f"{out} holds shards that `snapgen prepare encode` did not make; give another --out")
+        if out.exists() and (others := sorted(path.name for path in out.iterdir())):
+            raise DataError(
+                f"{out} holds files that `snapgen prepare encode` did not make, {others[0]} for one; give another --out"
+            )
         try:
             write_whole(path, json.dumps(job, indent=2, sort_keys=True))
         except OSError as error:

@@ -22,6 +22,7 @@ import optax
 from etils import epath
 from jax.sharding import Mesh, PartitionSpec
 
+from snapgen_jax.diffusion.stages import Stages
 from snapgen_jax.inputs.interfaces import Inputs, TokenizerSpec
 from snapgen_jax.networks.lora import A, B, LoraConfig, adapted, init_adapters, merge
 from snapgen_jax.networks.mmdit import MMDiTConfig
@@ -197,6 +198,10 @@ class Adapters:
     ) -> dict[str, jax.Array]:
         """As `flow_matching`, by the merged weights."""
         return self.method.generate(*self._merged(params, frozen), conditions, keys, options)
+
+    def stages(self, options: SamplingConfig) -> Stages:
+        """As `flow_matching`; of merged weights, `{role: parameters}`."""
+        return self.method.stages(options)
 
     def validation_loss(self, params: Tree, frozen: Tree, batch: Tree, key: jax.Array) -> dict[str, jax.Array]:
         """As `flow_matching`, by the merged weights."""

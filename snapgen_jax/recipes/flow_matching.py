@@ -22,6 +22,7 @@ from jax.sharding import Mesh, PartitionSpec
 from snapgen_jax.bounds import SHARE, at_least, check, check_texts
 from snapgen_jax.diffusion.path import interpolate, velocity
 from snapgen_jax.diffusion.schedules import FlowSchedule, Level, Schedule
+from snapgen_jax.diffusion.stages import Stages, run_stages
 from snapgen_jax.evaluation.interfaces import EvaluationConfig, EvaluatorSpec
 from snapgen_jax.inputs.captions import CaptionsConfig
 from snapgen_jax.inputs.interfaces import TokenizerSpec
@@ -333,18 +334,33 @@ class FlowMatching:
         Raises:
             ValueError: the given noise has another shape.
         """
-        networks, shape = (
-            self.weights(params, frozen),
-            noise_shape(self.inputs.latent_shape(options.image_size), options),
-        )
-        noise = conditions["noise"] if "noise" in conditions else initial_noise(keys, shape)
-        expected = (*keys.shape, *shape)
-        if noise.shape != expected:
-            raise ValueError(f"the noise is {noise.shape}; this method, number of steps and image size take {expected}")
-        told = self.inputs.draw_condition(networks, conditions, keys[0], {})  # nothing is dropped, so nothing is drawn
-        condition, null = self.inputs.condition(networks, told), self.inputs.null_condition(networks)
-        latent = self.sample(networks, noise, condition, null, options)
-        return {**self.inputs.decode(networks, latent), "latent": latent, "noise": noise}
+        begin = {"conditions": conditions, "keys": keys}
+        return run_stages(self.stages(options), self.weights(params, frozen), begin)
+
+    def stages(self, options: SamplingConfig) -> Stages:
+        """Those of `generate`, from `{"conditions", "keys"}`."""
+        shape = noise_shape(self.inputs.latent_shape(options.image_size), options)
+
+        def encoders(networks: Tree, given: Tree) -> Tree:
+            conditions, keys = given["conditions"], given["keys"]
+            noise = conditions["noise"] if "noise" in conditions else initial_noise(keys, shape)
+            expected = (*keys.shape, *shape)
+            if noise.shape != expected:
+                raise ValueError(
+                    f"the noise is {noise.shape}; this method, number of steps and image size take {expected}"
+                )
+            told = self.inputs.draw_condition(networks, conditions, keys[0], {})  # drops nothing, so it draws nothing
+            condition, null = self.inputs.condition(networks, told), self.inputs.null_condition(networks)
+            return {"noise": noise, "condition": condition, "null": null}
+
+        def steps(networks: Tree, given: Tree) -> Tree:
+            latent = self.sample(networks, given["noise"], given["condition"], given["null"], options)
+            return {"latent": latent, "noise": given["noise"]}
+
+        def decoder(networks: Tree, given: Tree) -> Tree:
+            return {**self.inputs.decode(networks, given["latent"]), **given}
+
+        return {"encoders": encoders, "steps": steps, "decoder": decoder}
 
     def sample(self, networks: Tree, noise: jax.Array, condition: Any, null: Any, options: SamplingConfig) -> jax.Array:
         """The `x_0` `[B, ...]` that noise `[B, *noise_shape]` leads to under guidance; `null` is `[1, ...]`."""

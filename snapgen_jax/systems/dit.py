@@ -23,6 +23,7 @@ from snapgen_jax.bounds import FINITE, at_least, check
 from snapgen_jax.diffusion.guidance import ALL_TIMES, check_interval, guided_times, with_guidance
 from snapgen_jax.diffusion.samplers import sample
 from snapgen_jax.diffusion.schedules import Level
+from snapgen_jax.diffusion.stages import Stages
 from snapgen_jax.networks.autoencoder import AutoencoderConfig
 from snapgen_jax.networks.dit import DiTConfig
 from snapgen_jax.networks.label import LabelEmbeddingConfig
@@ -36,7 +37,6 @@ from snapgen_jax.systems.published import (
     System,
     Training,
     check_size,
-    drawn,
     read_parts,
     read_training,
 )
@@ -152,34 +152,42 @@ class DiTSystem(System):
         near = closest(prompt, self.names)
         raise ValueError(f"{prompt!r} is no class: a prompt is a number from 0 to {classes - 1}, {known}{near}")
 
-    def generate(
-        self, params: Tree, tokens: dict[str, jax.Array], null: dict[str, jax.Array], noise: jax.Array
-    ) -> dict[str, jax.Array]:
-        """As `System.generate`, of labels `[B]`."""
+    def stages(self) -> Stages:
+        """As `System.stages`, of labels `[B]`."""
         config, schedule, network = self.config, self.training.schedule, self.networks["transformer"]
         grid = schedule.grid(config.steps)
-        asked, none = (apply(self.networks["labels"], params["labels"], t["labels"]) for t in (tokens, null))
+        scale, when = 1, None
+        if config.guidance > 1:
+            channels = np.arange(network.config.latent_channels)
+            guided = channels < (config.guided_channels or len(channels))
+            scale = np.where(guided, config.guidance, 1.0).astype(np.float32).reshape(1, 1, 1, -1)
+            when = guided_times(np.asarray(grid.t), config.guidance_interval)
 
-        def velocity(x_t: jax.Array, level: Level, c: TextContext) -> jax.Array:
+        def encoders(params: Tree, given: Tree) -> Tree:
+            contexts = {
+                name: apply(self.networks["labels"], params["labels"], given[name]["labels"])
+                for name in ("tokens", "null")
+            }
+            return {"noise": given["noise"], **contexts}
+
+        def velocity(params: Tree, x_t: jax.Array, level: Level, c: TextContext) -> jax.Array:
             time = jnp.asarray(level.time)
             features = time_features(time, network.config.time_width, 1.0, shift=config.frequency_shift)
             z = schedule.network_input(x_t, level)
             output, _ = apply(network, params["transformer"], z, features, c)
             return schedule.velocity(output, x_t, level, self.training.prediction)
 
-        def denoise(x_t: jax.Array, t: jax.Array, i: jax.Array, carry: Any, c: TextContext) -> tuple[jax.Array, Any]:
-            del t
-            return velocity(x_t, grid.at(i, x_t.shape[0]), c), carry
+        def steps(params: Tree, given: Tree) -> jax.Array:
+            def denoise(
+                x_t: jax.Array, t: jax.Array, i: jax.Array, carry: Any, c: TextContext
+            ) -> tuple[jax.Array, Any]:
+                del t
+                return velocity(params, x_t, grid.at(i, x_t.shape[0]), c), carry
 
-        scale, when = 1, None
-        if config.guidance > 1:
-            channels = np.arange(noise.shape[-1])
-            guided = channels < (config.guided_channels or len(channels))
-            scale = np.where(guided, config.guidance, 1.0).astype(np.float32).reshape(1, 1, 1, -1)
-            when = guided_times(np.asarray(grid.t), config.guidance_interval)
-        walk = with_guidance(denoise, asked, none, scale, when)
-        latent, _ = sample(walk, schedule.initial(noise, grid), grid.t)
-        return drawn(self.codec(params).decode(latent), latent)
+            walk = with_guidance(denoise, given["tokens"], given["null"], scale, when)
+            return sample(walk, schedule.initial(given["noise"], grid), grid.t)[0]
+
+        return {"encoders": encoders, "steps": steps, "decoder": self.decoder}
 
 
 SYSTEM = DiTSystem

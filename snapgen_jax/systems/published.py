@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from snapgen_jax.diffusion.noise import draw_noise
 from snapgen_jax.diffusion.schedules import Prediction, VPSchedule
+from snapgen_jax.diffusion.stages import Staged, Stages, run_stages
 from snapgen_jax.networks.autoencoder import AutoencoderCodec
 from snapgen_jax.networks.codec import to_uint8
 from snapgen_jax.networks.module import Network, Platform, build, for_platform
@@ -264,7 +265,19 @@ class System:
         Raises:
             ValueError: the system draws from something else.
         """
+        return run_stages(self.stages(), params, {"tokens": tokens, "null": null, "noise": noise})
+
+    def stages(self) -> Stages:
+        """Those of `generate`, from `{"tokens", "null", "noise"}`.
+
+        Raises:
+            ValueError: the system draws from something else.
+        """
         raise ValueError(f"{type(self).__name__} draws from no prompts")
+
+    def decoder(self, params: Tree, latent: jax.Array) -> dict[str, jax.Array]:
+        """The last of `stages`: images of latents `[B, h, w, c]`."""
+        return drawn(self.codec(params).decode(latent), latent)
 
 
 class Generator:
@@ -276,42 +289,70 @@ class Generator:
         self._jitted = jax.jit(system.generate)
 
     def run(
-        self, prompts: list[str], *, negative_prompt: str = "", seed: int = 0, noise: Any = None
+        self,
+        prompts: list[str],
+        *,
+        negative_prompt: str = "",
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        noise: Any = None,
     ) -> dict[str, np.ndarray]:
         """One image after the other, since a teacher fills the memory: everything that `System.generate` returns.
 
         Args:
             prompts: N texts.
             negative_prompt: what guidance leads away from.
-            seed: of the noise, see `diffusion.noise`; image n depends on (seed, n, prompt n) alone.
+            seed: of the noise, see `diffusion.noise`; image n depends on (seed, indices[n], prompt n) alone.
+            indices: N integers, by default 0 .. N-1.
             noise: `[N, h, w, c]` in place of noise from the seed.
         """
         system = self.system
         tokens, null = (system.tokens(texts, self.tokenizers) for texts in (list(prompts), [negative_prompt]))
-        shape = system.latent_shape()
+        shape, where = system.latent_shape(), range(len(prompts)) if indices is None else indices
         parts = []
-        for n in range(len(prompts)):
-            start = draw_noise(seed, n, shape)[None] if noise is None else noise[n : n + 1]
+        for n, index in enumerate(where):
+            start = draw_noise(seed, index, shape)[None] if noise is None else noise[n : n + 1]
             one = {name: ids[n : n + 1] for name, ids in tokens.items()}
-            arguments = (one, null, start)
-            if self.mesh is not None:
-                arguments = jax.device_put(arguments, NamedSharding(self.mesh, PartitionSpec()))
-            parts.append(jax.device_get(self._jitted(self.params, *arguments)))
+            parts.append(jax.device_get(self._jitted(self.params, *self._placed((one, null, start)))))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def staged(
+        self, prompts: Sequence[str] | None = None, conditions: Mapping[str, Any] | None = None, seed: int = 0
+    ) -> Staged:
+        """The drawing of the first prompt in stages; see `snapgen_jax.timing`. Raises as `generate`."""
+        first = self._prompts(prompts, conditions)[:1]
+
+        def tokenize() -> tuple[Tree, Tree]:
+            return self.system.tokens(first, self.tokenizers), self.system.tokens([""], self.tokenizers)
+
+        tokens, null = tokenize()
+        noise = draw_noise(seed, 0, self.system.latent_shape())[None]
+        given = self._placed({"tokens": tokens, "null": null, "noise": noise})
+        return Staged(self.system.stages(), self.params, given, self.system.config.steps, 1, tokenize)
+
+    def _placed(self, arrays: Tree) -> Tree:
+        """Arrays whole on every device of the mesh."""
+        return arrays if self.mesh is None else jax.device_put(arrays, NamedSharding(self.mesh, PartitionSpec()))
+
+    @staticmethod
+    def _prompts(prompts: Sequence[str] | None, conditions: Mapping[str, Any] | None) -> list[str]:
+        if conditions or not prompts:
+            raise ValueError("this system draws from prompts; give --prompt, and no --condition")
+        return list(prompts)
 
     def generate(
         self,
         prompts: list[str] | None,
         *,
         seed: int = 0,
+        indices: Sequence[int] | None = None,
         negative_prompt: str = "",
         conditions: Mapping[str, Any] | None = None,
     ) -> np.ndarray:
-        """Images uint8 `[N, H, W, 3]`.
+        """Images uint8 `[N, H, W, 3]`; arguments as for `run`.
 
         Raises:
             ValueError: there is no prompt, or a condition, which this system does not take.
         """
-        if conditions or not prompts:
-            raise ValueError("this system draws from prompts; give --prompt, and no --condition")
-        return self.run(prompts, seed=seed, negative_prompt=negative_prompt)["image"]
+        asked = self._prompts(prompts, conditions)
+        return self.run(asked, seed=seed, indices=indices, negative_prompt=negative_prompt)["image"]

@@ -24,6 +24,7 @@ import numpy as np
 from snapgen_jax.bounds import FINITE, at_least, check
 from snapgen_jax.diffusion.guidance import ALL_TIMES, check_interval, guided_times, with_guidance
 from snapgen_jax.diffusion.samplers import sample
+from snapgen_jax.diffusion.stages import Stages
 from snapgen_jax.networks.autoencoder import AutoencoderConfig
 from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.module import Platform, apply
@@ -38,7 +39,6 @@ from snapgen_jax.systems.published import (
     System,
     Training,
     check_size,
-    drawn,
     read_parts,
     read_training,
 )
@@ -231,25 +231,30 @@ class SD(System):
             pooled = jnp.concatenate([pooled, jnp.broadcast_to(sizes, (len(pooled), features))], axis=-1)
         return TextContext(states, jnp.ones(states.shape[:2]), pooled)
 
-    def generate(
-        self, params: Tree, tokens: dict[str, jax.Array], null: dict[str, jax.Array], noise: jax.Array
-    ) -> dict[str, jax.Array]:
-        """As `System.generate`."""
+    def stages(self) -> Stages:
+        """As `System.stages`."""
         config, schedule = self.config, self.training.schedule
         grid = schedule.grid(config.steps)
-        context = self.encode_text(params, tokens)
-
-        def denoise(x_t: jax.Array, t: jax.Array, i: jax.Array, carry: Any, c: TextContext) -> tuple[jax.Array, Any]:
-            del t
-            return self.denoiser(params["unet"], x_t, grid.at(i, x_t.shape[0]), c)[0], carry
-
         # As in the reference, where a scale of 1 or less means no guidance.
         scale = config.guidance if config.guidance > 1 else 1
-        null_context = self.null_context(params, null) if scale != 1 else context
         when = None if scale == 1 else guided_times(np.asarray(grid.t), config.guidance_interval)
-        guided = with_guidance(denoise, context, null_context, scale, when)
-        latent, _ = sample(guided, schedule.initial(noise, grid), grid.t)
-        return drawn(self.codec(params).decode(latent), latent)
+
+        def encoders(params: Tree, given: Tree) -> Tree:
+            context = self.encode_text(params, given["tokens"])
+            null = self.null_context(params, given["null"]) if scale != 1 else context
+            return {"noise": given["noise"], "context": context, "null": null}
+
+        def steps(params: Tree, given: Tree) -> jax.Array:
+            def denoise(
+                x_t: jax.Array, t: jax.Array, i: jax.Array, carry: Any, c: TextContext
+            ) -> tuple[jax.Array, Any]:
+                del t
+                return self.denoiser(params["unet"], x_t, grid.at(i, x_t.shape[0]), c)[0], carry
+
+            guided = with_guidance(denoise, given["context"], given["null"], scale, when)
+            return sample(guided, schedule.initial(given["noise"], grid), grid.t)[0]
+
+        return {"encoders": encoders, "steps": steps, "decoder": self.decoder}
 
 
 SYSTEM = SD

@@ -21,6 +21,7 @@ import numpy as np
 from snapgen_jax.bounds import FINITE, above, at_least, check
 from snapgen_jax.diffusion.guidance import ALL_TIMES, check_interval, guided_times, with_guidance
 from snapgen_jax.diffusion.samplers import sample
+from snapgen_jax.diffusion.stages import Stages
 from snapgen_jax.diffusion.timesteps import shift_time
 from snapgen_jax.networks.autoencoder import AutoencoderConfig
 from snapgen_jax.networks.clip import ClipTextConfig
@@ -31,7 +32,7 @@ from snapgen_jax.networks.t5 import T5Config
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.time_features import time_features
 from snapgen_jax.parallel.mesh import MeshConfig
-from snapgen_jax.systems.published import NetworkConfigs, Part, System, check_size, drawn, read_parts
+from snapgen_jax.systems.published import NetworkConfigs, Part, System, check_size, read_parts
 from snapgen_jax.weights.maps import clip as clip_map
 from snapgen_jax.weights.maps import sd3_autoencoder, sd3_mmdit
 from snapgen_jax.weights.maps import t5 as t5_map
@@ -164,25 +165,30 @@ class SD35(System):
         """As `System.unit`: the autoencoder's reduction times the patch."""
         return self.networks["autoencoder"].config.reduction * self.networks["transformer"].config.patch
 
-    def generate(
-        self, params: Tree, tokens: dict[str, jax.Array], null: dict[str, jax.Array], noise: jax.Array
-    ) -> dict[str, jax.Array]:
-        """As `System.generate`."""
+    def stages(self) -> Stages:
+        """As `System.stages`."""
         config = self.config
-        context = self.encode_text(params, tokens)
-
-        def denoise(x_t: jax.Array, t: jax.Array, i: jax.Array, carry: Any, c: TextContext) -> tuple[jax.Array, Any]:
-            del i
-            return self.velocity(params, x_t, t, c)[0], carry
-
         # As in the reference, where a scale of 1 or less means no guidance.
         scale = config.guidance if config.guidance > 1 else 1
-        null_context = self.encode_text(params, null) if scale != 1 else context
         times = reference_times(config.steps, config.shift)
         when = None if scale == 1 else guided_times(times, config.guidance_interval)
-        guided = with_guidance(denoise, context, null_context, scale, when)
-        latent, _ = sample(guided, noise, times)
-        return drawn(self.codec(params).decode(latent), latent)
+
+        def encoders(params: Tree, given: Tree) -> Tree:
+            context = self.encode_text(params, given["tokens"])
+            null = self.encode_text(params, given["null"]) if scale != 1 else context
+            return {"noise": given["noise"], "context": context, "null": null}
+
+        def steps(params: Tree, given: Tree) -> jax.Array:
+            def denoise(
+                x_t: jax.Array, t: jax.Array, i: jax.Array, carry: Any, c: TextContext
+            ) -> tuple[jax.Array, Any]:
+                del i
+                return self.velocity(params, x_t, t, c)[0], carry
+
+            guided = with_guidance(denoise, given["context"], given["null"], scale, when)
+            return sample(guided, given["noise"], times)[0]
+
+        return {"encoders": encoders, "steps": steps, "decoder": self.decoder}
 
 
 SYSTEM = SD35

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from snapgen_jax.bounds import FINITE, at_least, check
 from snapgen_jax.diffusion.guidance import with_guidance
 from snapgen_jax.diffusion.noise import draw_noise
 from snapgen_jax.diffusion.samplers import sample
 from snapgen_jax.diffusion.schedules import EDMSchedule
+from snapgen_jax.diffusion.stages import Staged, Stages, run_stages
 from snapgen_jax.networks.clip_vision import ClipVisionConfig
 from snapgen_jax.networks.module import Platform, apply
 from snapgen_jax.networks.rewards import DEVIATION, MEAN
@@ -160,18 +161,28 @@ class SVD(System):
         Returns:
             `image` uint8 `[F, H, W, 3]`, `pixels` float32 in [-1, 1] before rounding, and `latent` `[1, F, h, w, c]`.
         """
-        config, schedule, network = self.config, self.schedule, self.networks["unet"]
-        auto = self.networks["autoencoder"]
-        normal = (small / 2 + 0.5 - np.asarray(MEAN, np.float32)) / np.asarray(DEVIATION, np.float32)
+        return run_stages(self.stages(), params, {"picture": picture, "small": small, "noise": noise})
+
+    def stages(self) -> Stages:
+        """Those of `clip`, from `{"picture", "small", "noise"}`."""
+        return {"encoders": self._encode, "steps": self._steps, "decoder": self._decode}
+
+    def _encode(self, params: Tree, given: Tree) -> Tree:
+        config, network, auto = self.config, self.networks["unet"], self.networks["autoencoder"]
+        normal = (given["small"] / 2 + 0.5 - np.asarray(MEAN, np.float32)) / np.asarray(DEVIATION, np.float32)
         embedding = apply(self.networks["image_encoder"], params["image_encoder"], normal)[:, None]
         # The frames are given the mean as the encoder makes it, without the scale of the latents.
-        first = apply(auto, params["autoencoder"], picture, method="encode") / auto.config.scale
-        first = jnp.broadcast_to(first[:, None], noise.shape)
+        first = apply(auto, params["autoencoder"], given["picture"], method="encode") / auto.config.scale
+        first = jnp.broadcast_to(first[:, None], given["noise"].shape)
         numbers = jnp.asarray([config.frames_per_second - 1, config.motion, config.augmentation], jnp.float32)
         pooled = time_features(numbers, network.config.pooled_width // len(numbers), 1.0).reshape(1, -1)
         ones = jnp.ones(embedding.shape[:2])
         told = {"first": first, "context": TextContext(embedding, ones, pooled)}
         nothing = {"first": jnp.zeros_like(first), "context": TextContext(jnp.zeros_like(embedding), ones, pooled)}
+        return {"noise": given["noise"], "told": told, "nothing": nothing}
+
+    def _steps(self, params: Tree, given: Tree) -> jax.Array:
+        config, schedule, network = self.config, self.schedule, self.networks["unet"]
         grid = schedule.grid(config.steps)
 
         def denoise(x_t: jax.Array, t: jax.Array, i: jax.Array, carry: Any, c: Any) -> tuple[jax.Array, Any]:
@@ -184,12 +195,14 @@ class SVD(System):
 
         scale = np.linspace(config.first_guidance, config.guidance, config.frames, dtype=np.float32)
         by_frame = scale.reshape(1, -1, 1, 1, 1) if (scale != 1).any() else 1
-        walk = with_guidance(denoise, told, nothing, by_frame)
-        latent, _ = sample(walk, schedule.initial(noise, grid), grid.t)
+        walk = with_guidance(denoise, given["told"], given["nothing"], by_frame)
+        return sample(walk, schedule.initial(given["noise"], grid), grid.t)[0]
+
+    def _decode(self, params: Tree, latent: jax.Array) -> dict[str, jax.Array]:
+        config, auto = self.config, self.networks["autoencoder"]
         chunks = jnp.split(latent, [*range(config.chunk, config.frames, config.chunk)], axis=1)
         decoded = [apply(auto, params["autoencoder"], chunk, method="decode") for chunk in chunks]
-        pixels = jnp.concatenate(decoded, axis=1)[0]
-        return drawn(pixels, latent)
+        return drawn(jnp.concatenate(decoded, axis=1)[0], latent)
 
 
 class ClipGenerator(Generator):
@@ -212,6 +225,18 @@ class ClipGenerator(Generator):
             noise: `[1, F, h, w, c]` in place of noise from the seed.
             grain: `[1, H, W, 3]` standard normal, for the photograph, in place of noise from the seed.
         """
+        given = self._given(picture, seed, noise, grain)
+        return jax.device_get(self._clip(self.params, **given))
+
+    def staged(
+        self, prompts: Sequence[str] | None = None, conditions: Mapping[str, Any] | None = None, seed: int = 0
+    ) -> Staged:
+        """As `Generator.staged`, of the photograph."""
+        given = self._given(self._photograph(prompts, "", conditions), seed, None, None)
+        return Staged(self.system.stages(), self.params, given, self.system.config.steps, 1)
+
+    def _given(self, picture: np.ndarray, seed: int, noise: Any, grain: Any) -> dict[str, Any]:
+        """The arrays that `SVD.clip` takes."""
         from PIL import Image
 
         config = self.system.config
@@ -223,16 +248,15 @@ class ClipGenerator(Generator):
         noise = draw_noise(seed, 0, self.system.latent_shape())[None] if noise is None else noise
         grain = draw_noise(seed, 1, (height, width, 3))[None] if grain is None else grain
         small = shrink(whole, side)[None]
-        arguments = fitted + np.float32(config.augmentation) * grain, small, noise
-        if self.mesh is not None:
-            arguments = jax.device_put(arguments, NamedSharding(self.mesh, PartitionSpec()))
-        return jax.device_get(self._clip(self.params, *arguments))
+        fitted += np.float32(config.augmentation) * grain
+        return self._placed({"picture": fitted, "small": small, "noise": noise})
 
     def generate(
         self,
         prompts: list[str] | None = None,
         *,
         seed: int = 0,
+        indices: Sequence[int] | None = None,
         negative_prompt: str = "",
         conditions: Mapping[str, Any] | None = None,
     ) -> np.ndarray:
@@ -241,6 +265,14 @@ class ClipGenerator(Generator):
         Raises:
             ValueError: there is a prompt, or not one photograph that can be read.
         """
+        del indices
+        return self.animate(self._photograph(prompts, negative_prompt, conditions), seed=seed)["image"]
+
+    @staticmethod
+    def _photograph(
+        prompts: Sequence[str] | None, negative_prompt: str, conditions: Mapping[str, Any] | None
+    ) -> np.ndarray:
+        """uint8 `[H, W, 3]` of the one file that is named."""
         from PIL import Image, UnidentifiedImageError
 
         files = list((conditions or {}).get("image", ()))
@@ -251,10 +283,9 @@ class ClipGenerator(Generator):
             )
         try:
             with Image.open(files[0]) as image:
-                picture = np.asarray(image.convert("RGB"))
+                return np.asarray(image.convert("RGB"))
         except (OSError, UnidentifiedImageError) as error:
             raise ValueError(f"{files[0]!r} is no picture that can be read: {error}") from error
-        return self.animate(picture, seed=seed)["image"]
 
 
 def shrink(image: np.ndarray, side: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from snapgen_jax.data.tokenizer import train
 from snapgen_jax.diffusion.guidance import with_guidance
 from snapgen_jax.diffusion.samplers import sample
 from snapgen_jax.diffusion.timesteps import time_grid
-from snapgen_jax.export.bundle import BundleReport, export_bundle, generator_of
+from snapgen_jax.export.bundle import BundleReport, Sizes, export_bundle, generator_of
 from snapgen_jax.export.manifest import About, fingerprints
 from snapgen_jax.inputs.captions import CaptionsConfig
 from snapgen_jax.networks.clip import ClipTextConfig
@@ -146,6 +146,18 @@ class Exported:
         return self.report.folder
 
 
+class TallToy(ToyRecipe):
+    """The toy at 6 x 4 pixels, over the same weights."""
+
+    def exports(self):
+        plan = super().exports()
+        net, text = plan.units
+        program = {**plan.program, "latent_shape": [6, 4, 3], "outputs": {"image": {"shape": [6, 4, 3]}}}
+        program["outputs"]["image"]["dtype"] = "uint8"
+        net = dataclasses.replace(net, inputs={**net.inputs, "latent": array(1, 6, 4, 3)})
+        return dataclasses.replace(plan, units=[net, text], program=program)
+
+
 @pytest.fixture(scope="session")
 def tokenizer_json(tmp_path_factory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
@@ -159,6 +171,19 @@ def toy(tmp_path_factory, tokenizer_json) -> Exported:
     recipe = ToyRecipe()
     params, folder = recipe.params(), tmp_path_factory.mktemp("toy") / "bundle"
     return Exported(recipe, params, export_bundle(recipe, params, {}, tokenizer_json, folder, backend=QUICK))
+
+
+@pytest.fixture(scope="session")
+def two_sizes(tmp_path_factory, tokenizer_json):
+    """The folder of the toy's bundle at 4 x 4 and at 6 x 4."""
+    if QUICK != "litert":
+        pytest.skip("litert-converter, which writes several signatures to a file, is published for Linux only")
+    recipe, folder = ToyRecipe(), tmp_path_factory.mktemp("two") / "bundle"
+    reference, sizes = generator_of(recipe, recipe.params(), {}), Sizes("4x4", {"6x4": TallToy()})
+    options = {"backend": "litert", "gpu_check": "skip", "reference": reference, "sizes": sizes}
+    report = export_bundle(recipe, recipe.params(), {}, tokenizer_json, folder, **options)
+    assert report.numbers["export.6x4.image.max_grey_to_generator"] <= 1
+    return folder
 
 
 @pytest.fixture(scope="session")

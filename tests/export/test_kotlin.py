@@ -82,6 +82,12 @@ def test_networks_on_litert_are_within_the_tolerances_of_the_bundle(probe, small
         assert [check for check in checks if not check[0]] == []
 
 
+def test_a_bundle_of_several_sizes_draws_at_its_own(probe, two_sizes):
+    for precision in precisions(two_sizes):
+        checks = probe.ask("verify", folder=two_sizes, precision=precision, in_turn=False)
+        assert checks and [check for check in checks if not check[0]] == []
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"steps": 2, "guidance": 1.0}, {"steps": 3, "guidance": 4.5, "method": "heun"}], ids=str
 )

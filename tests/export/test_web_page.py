@@ -131,6 +131,12 @@ def test_every_golden_latent_comes_out_by_webassembly(site, page, precision):
     assert len(checks) == 14
 
 
+def test_a_bundle_of_several_sizes_draws_at_its_own(site, page, two_sizes):
+    write_app("web", two_sizes, site.folder / "sizes")
+    _opened(page, f"{site.address}/sizes/?accelerator=wasm&precision=int8")
+    assert [check for check in _check(page) if "latent after step" in check]
+
+
 def test_every_golden_latent_comes_out_by_webgpu(site, page):
     page.open(f"{site.address}/app/?accelerator=webgpu")
     if not page.evaluate("navigator.gpu?.requestAdapter().then((adapter) => adapter !== null) ?? false"):

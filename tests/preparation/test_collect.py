@@ -243,13 +243,13 @@ def test_images_without_captions_are_kept_where_none_is_asked_for(one, tmp_path)
     assert records_of(tmp_path / "out")["noise.bmp"]["captions"] == [""]
 
 
-def test_a_first_start_removes_nothing(one, tmp_path, monkeypatch):
-    report = tmp_path / "report.html"
-    report.write_text("mine")
-    monkeypatch.setattr(collection, "_run", lambda *arguments: None)
-    with pytest.raises(FileNotFoundError):
-        collection.collect(CollectConfig(path=str(one)), tmp_path)
-    assert report.read_text() == "mine"
+def test_a_folder_of_other_files_is_refused_and_left_alone(one, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "report.html").write_text("mine")
+    with pytest.raises(DataError, match=r"holds files of something else, report.html for one; give an empty folder"):
+        collection.collect(CollectConfig(path=str(one)), out)
+    assert contents(out) == {"report.html": b"mine"}
 
 
 def test_a_source_that_changes_meanwhile_is_an_error(one, tmp_path, monkeypatch):

@@ -171,6 +171,19 @@ def test_two_hosts_write_what_one_writes_and_a_lost_shard_is_made_again(images, 
     assert contents(tmp_path) == contents(stored)
 
 
+def test_photographs_that_were_not_collected_are_refused_with_the_command(two_sizes, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "cat.png")
+    with pytest.raises(DataError, match=r"run `snapgen prepare collect --path=PHOTOGRAPHS --out=COLLECTED` first"):
+        encode(two_sizes, tmp_path, tmp_path / "out")
+
+
+def test_a_folder_of_other_files_is_refused_and_left_alone(images, two_sizes, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match=r"did not make, notes.txt for one; give another --out"):
+        encode(two_sizes, images, tmp_path, batch_per_device=1)
+    assert contents(tmp_path) == {"notes.txt": b"mine"}
+
+
 def test_another_encoding_in_the_same_folder_is_refused_by_what_differs(images, stored, two_sizes):
     before = contents(stored)
     with pytest.raises(DataError, match=r"holds an encoding(.|\n)*computed.rows is 16 by the config, and 8 there"):

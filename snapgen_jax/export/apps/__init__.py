@@ -10,6 +10,8 @@ import shutil
 import tempfile
 from typing import Literal
 
+from snapgen_jax.export.client import check_manifest
+from snapgen_jax.export.program import BundleError
 from snapgen_jax.training.exits import ConfigError
 
 Kind = Literal["web", "android"]
@@ -36,9 +38,10 @@ def write_app(kind: Kind, bundle: str | pathlib.Path, out: str | pathlib.Path) -
     """
     if kind not in KINDS:
         raise ConfigError(f"there is no app {kind!r}; there is {' and '.join(KINDS)}")
-    bundle, out = pathlib.Path(bundle).absolute(), pathlib.Path(out).absolute()
-    if not (bundle / "manifest.json").is_file():
-        raise ConfigError(f"{bundle} holds no manifest.json, so it is not an export bundle; name one that is")
+    try:
+        bundle, out = check_manifest(bundle), pathlib.Path(out).absolute()
+    except BundleError as error:
+        raise ConfigError(str(error)) from error
     if out == bundle or out.is_relative_to(bundle) or bundle.is_relative_to(out):
         raise ConfigError(f"the app {out} and the bundle {bundle} would lie in each other; give --out another folder")
     check_place(kind, out)
