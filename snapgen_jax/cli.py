@@ -86,9 +86,11 @@ def _given(options: argparse.Namespace) -> list[str]:
 
 
 def _keep_compiled_programs() -> None:
-    """Lets a resumed run, and the parts of one command, find what was compiled before."""
+    """Lets a resumed run, and the parts of one command, find what was compiled before; and a changed program find what
+    XLA measured on a GPU of the kernels that it shares with an earlier one, which is most of a compilation there."""
     cache = epath.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "snapgen_jax" / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "xla_gpu_per_fusion_autotune_cache_dir")
 
 
 def _load(options: argparse.Namespace) -> Any:

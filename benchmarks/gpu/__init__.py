@@ -1,0 +1,1 @@
+"""Our networks beside PyTorch on one GPU: `python -m benchmarks.gpu`, see `__main__.py`."""
