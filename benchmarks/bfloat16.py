@@ -113,9 +113,9 @@ def as_drawn(config: UNetConfig, batch: int = 16, size: int = 8, tokens: int = 2
     return compare(Denoiser(network), params, [Points(x_0, eps, condition)])
 
 
-def of_run(workdir: str, batches: int = 4) -> tuple[UNetConfig, dict[str, dict[str, float]]]:
-    """The network of a trained run of flow matching, and `compare` for its averaged weights on validation batches,
-    under the condition in float32."""
+def points_of_run(workdir: str, batches: int = 4) -> tuple[Denoiser, Tree, list[Points]]:
+    """The denoiser of a trained run of flow matching, its averaged weights, and its validation batches under the
+    condition in float32."""
     generator = load(workdir)
     experiment = Experiment(resolve(config_of(workdir)), workdir, "cpu")
     recipe: Any = experiment.recipe
@@ -128,7 +128,13 @@ def of_run(workdir: str, batches: int = 4) -> tuple[UNetConfig, dict[str, dict[s
             eps = jax.random.normal(jax.random.key(n), x_0.shape)
             yield Points(x_0, eps, recipe.inputs.condition(networks, told))
 
-    return recipe.config.network, compare(recipe.denoiser, networks[recipe.role], list(points()))
+    return recipe.denoiser, networks[recipe.role], list(points())
+
+
+def of_run(workdir: str) -> tuple[Any, dict[str, dict[str, float]]]:
+    """The config of the network of a trained run, and `compare` on its validation batches."""
+    denoiser, params, points = points_of_run(workdir)
+    return denoiser.network.config, compare(denoiser, params, points)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

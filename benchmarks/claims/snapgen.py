@@ -110,6 +110,8 @@ FEW_STEP = {
 }
 # What the short budget has no room for.
 LONG_STUDENT, LONG_FEW_STEP = ({k: e for k, e in efforts.items() if k != "short"} for efforts in (STUDENT, FEW_STEP))
+# In the other budgets the teacher is a UNet, most of which is convolutions.
+INT8 = {budget: effort for budget, effort in STUDENT.items() if budget in ("ci", "world")}
 DESIGN_STEP = {"ci": Effort(), "night": Effort(4_000), "gpu": Effort(4_000, 3), "world": Effort(34_400, 3)}
 
 UNGUIDED = {"guidance": 1.0}
@@ -164,6 +166,7 @@ TRIALS = {  # in the order in which they are made
         f"first stage {reading}": Trial("student", DESIGN_STEP, functools.partial(first_stage_changes, reading), TEXT)
         for reading in FIRST_STAGES
     },
+    "teacher in int8": Trial("student_distilled", INT8, ("teacher.precision=int8",), TAUGHT),
     "with ratio": Trial("student_distilled", LONG_STUDENT, ("scaling.ratio=running",), TAUGHT),
     "ratio of each": Trial("student_distilled", LONG_STUDENT, ("scaling.ratio=running", "scaling.terms=each"), TAUGHT),
     "alone in bfloat16": Trial("student", {"gpu": Effort(4_000, 3)}, earlier=TEXT, dtype="bfloat16"),
@@ -237,6 +240,7 @@ CLAIMS = (
             no_worse("four steps, own samples", "four steps"),
         ),
     ),
+    Claim("a teacher in int8 teaches as much", (no_worse("teacher in int8", "distilled"),)),
     Claim("bfloat16 costs no score", (no_worse("alone in bfloat16", "alone"),)),
     Claim(
         "captions do not matter: another prompt's images score as well",

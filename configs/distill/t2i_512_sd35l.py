@@ -16,6 +16,8 @@ caption. The student's highest stage on the way up is compared with the teacher'
 2601.08303, eq. 7). The teacher attends by a kernel for TPUs; elsewhere add
 `--config.teacher.network.attention=auto`. Losses are scaled by the paper's running ratio; what the shapes world shows
 is the weighting without it, `--config.scaling.ratio=none`, and students that were worse with it (docs/measured.md).
+`--config.teacher.precision=int8` multiplies the teacher's tokens in int8, at twice the rate of v5e, v5p and v6e
+(docs/measured.md); on NVIDIA GPUs from Ada on `fp8` does so in e4m3.
 
 Machine: 64 chips of TPU v5p; runlocal, a laptop in some minutes. Metric: the fixed-noise validation loss. Weights, taps
 and lengths: SnapGen (arXiv 2412.09619) publishes none but the form of the loss. Batch and length are those with which

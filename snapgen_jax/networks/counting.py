@@ -6,6 +6,7 @@ SnapGen (arXiv 2412.09619, section 3.1): eight networks, each one design step fr
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import math
@@ -21,6 +22,7 @@ from snapgen_jax.networks.registry import CONFIGS
 from snapgen_jax.networks.unet import UNetConfig
 
 PIXELS_PER_LATENT = 8  # side, of the autoencoder that SnapGen works on
+Macs = collections.Counter[str]  # multiply-adds by dtype
 
 
 # --- counting --------------------------------------------------------------------------------------------------------
@@ -45,7 +47,7 @@ def size(config: Any, *inputs: Sequence[Any]) -> tuple[int, ...]:
 
     jaxpr, outputs = jax.make_jaxpr(calls, return_shape=True)(*inputs)
     leaves = iter(jaxpr.jaxpr.outvars)
-    return *found, *(_macs(jaxpr.jaxpr, [next(leaves) for _ in jax.tree.leaves(output)]) for output in outputs)
+    return *found, *(_macs(jaxpr.jaxpr, [next(leaves) for _ in jax.tree.leaves(output)]).total() for output in outputs)
 
 
 def parameters(config: Any) -> int:
@@ -69,16 +71,21 @@ def count_macs(function: Callable, *args: Any) -> int:
         ValueError: there is a product inside a loop whose number of turns is not known, or a kernel, which hides its
             products.
     """
+    return count_macs_by_dtype(function, *args).total()
+
+
+def count_macs_by_dtype(function: Callable, *args: Any) -> Macs:
+    """As `count_macs`, by the dtype of what is multiplied: `{"int8": ..., "bfloat16": ...}`."""
     return _all_macs(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 @functools.lru_cache(maxsize=256)  # equal blocks share a jaxpr
-def _all_macs(jaxpr: Jaxpr) -> int:
+def _all_macs(jaxpr: Jaxpr) -> Macs:
     return _macs(jaxpr, jaxpr.outvars)
 
 
-def _macs(jaxpr: Jaxpr, outputs: Sequence[Any]) -> int:
-    needed, total = {v for v in outputs if isinstance(v, Var)}, 0
+def _macs(jaxpr: Jaxpr, outputs: Sequence[Any]) -> Macs:
+    needed, total = {v for v in outputs if isinstance(v, Var)}, Macs()
     for equation in reversed(jaxpr.eqns):
         if not needed.isdisjoint(equation.outvars):
             needed |= {v for v in equation.invars if isinstance(v, Var)}
@@ -86,27 +93,32 @@ def _macs(jaxpr: Jaxpr, outputs: Sequence[Any]) -> int:
     return total
 
 
-def _equation_macs(equation: Any) -> int:
+def _equation_macs(equation: Any) -> Macs:
     name, params, size = equation.primitive.name, equation.params, sum(v.aval.size for v in equation.outvars)
+
+    def of_operands(macs: int) -> Macs:
+        return Macs({str(max((v.aval.dtype for v in equation.invars[:2]), key=lambda dtype: dtype.itemsize)): macs})
+
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
-        return size * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+        return of_operands(size * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted))
     if name == "conv_general_dilated":
         _, inputs, *window = params["dimension_numbers"].rhs_spec
         kernel = equation.invars[1].aval.shape
-        return size * kernel[inputs] * math.prod(kernel[axis] for axis in window)
+        return of_operands(size * kernel[inputs] * math.prod(kernel[axis] for axis in window))
     if name == "jit" and params["name"] == "depthwise_shifted":
-        return size * 9
+        return of_operands(size * 9)
     if name == "pallas_call" or name.startswith("dot_product_attention"):
         raise ValueError(f'multiply-adds inside a kernel ({name}) cannot be counted; count with attention="whole"')
     bodies = [_all_macs(jaxpr) for jaxpr in _subjaxprs(params)]
     if name == "cond":
-        return max(bodies)
+        return max(bodies, key=Macs.total)
+    total = sum(bodies, Macs())
     if name == "scan":
-        return params["length"] * sum(bodies)
+        return Macs({dtype: params["length"] * macs for dtype, macs in total.items()})
     if name == "while" and any(bodies):
         raise ValueError("multiply-adds inside a while loop cannot be counted; use lax.scan or a fixed number of turns")
-    return sum(bodies)
+    return total
 
 
 def _subjaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:

@@ -89,6 +89,7 @@ class DiTConfig(Preset):
     remat: Remat = "none"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
+    EIGHT_BITS: ClassVar[str] = r"^blocks/.*/(query|key|value|back|inner|outer)$"
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {"depth": 2, "heads": 2, "head_dim": 8, "time_width": 16},
         "shapes": {"latent_channels": 48, "patch": 1, "depth": 6, "heads": 4, "head_dim": 32, "sigma": "none"},

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from snapgen_jax.networks import eight_bits
 from snapgen_jax.networks.module import draw
 
 Init = Literal["fan_in", "zeros"]
@@ -28,7 +29,11 @@ def _constant(value: float, *shape: int) -> nnx.Param:
 
 
 class Linear(nnx.Module):
-    """Affine map of the last axis, `[..., in] -> [..., out]`."""
+    """Affine map of the last axis, `[..., in] -> [..., out]`.
+
+    Attributes:
+        kernel_scale: of a frozen network whose kernel is in eight bits, see `networks/eight_bit_network.py`; else None.
+    """
 
     def __init__(
         self,
@@ -41,11 +46,15 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.kernel = _kernel(rngs, (in_width, out_width), init)
+        self.kernel_scale: nnx.Param | None = None
         self.bias = _constant(0, out_width) if bias else None
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = product(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        if self.kernel_scale is None:
+            y = product(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        else:
+            y = eight_bits.product(x, self.kernel[...], self.kernel_scale[...], self.dtype)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 

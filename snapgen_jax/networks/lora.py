@@ -152,7 +152,8 @@ def merge(weights: Mapping[str, Tree], adapters: Mapping[str, Tree], scale: floa
     first changes would be rounded away. Roles and weights without an adapter are as they were.
 
     Raises:
-        ValueError: an adapter is of a role or a weight that is not there, or of another shape.
+        ValueError: an adapter is of a role or a weight that is not there, of another shape, or the weight is in eight
+            bits.
     """
     merged = dict(weights)
     for role, tree in adapters.items():
@@ -164,6 +165,11 @@ def merge(weights: Mapping[str, Tree], adapters: Mapping[str, Tree], scale: floa
             if path not in flat:
                 raise ValueError(f"there is an adapter of {role}/{'/'.join(path)}, which the network does not have")
             w = flat[path]
+            if w.dtype.itemsize == 1:
+                raise ValueError(
+                    f"{role}/{'/'.join(path)} is in eight bits, to which no adapter can be added; merge it into the "
+                    "weights as they were trained, and round them after"
+                )
             expected = adapter_shapes(path, w.shape, a.shape[1 if kind_of(path, w.shape) == "stack" else 0])
             if (a.shape, b.shape) != expected:
                 raise ValueError(

@@ -70,6 +70,7 @@ class MMDiTArchitecture(Preset):
         """Width of both streams."""
         return self.heads * self.head_dim
 
+    EIGHT_BITS: ClassVar[str] = r"_blocks?/.*/(query|key|value|back|inner|outer)$"
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {
             "latent_channels": 4,

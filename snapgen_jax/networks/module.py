@@ -25,6 +25,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from snapgen_jax.networks import attention_table
+from snapgen_jax.networks.eight_bits import SCALE
 
 Tree = Any
 Platform = Literal["cpu", "gpu", "tpu"]
@@ -112,7 +113,8 @@ def compute_dtype(config: Any) -> jnp.dtype:
     return jnp.dtype("float32" if config.dtype == "auto" else config.dtype)
 
 
-def _name(part: Any) -> str:  # nnx types a part of a path as anything that can be compared; it is a name or an index
+def part_name(part: Any) -> str:
+    """A part of a path in nnx, a name or an index, as our trees name it."""
     return f"block_{part:02d}" if isinstance(part, int) else part
 
 
@@ -140,9 +142,9 @@ def _named_leaves(module: nnx.Module) -> tuple[nnx.GraphDef, dict[Path, Any]]:
     for path, variable in nnx.to_flat_state(state):
         if not isinstance(variable, nnx.Param):
             raise TypeError(
-                f"{'/'.join(map(_name, path))} is a {type(variable).__name__}; a network may hold nnx.Param only"
+                f"{'/'.join(map(part_name, path))} is a {type(variable).__name__}; a network may hold nnx.Param only"
             )
-        flat[tuple(map(_name, path))] = variable.get_value()
+        flat[tuple(map(part_name, path))] = variable.get_value()
     return graphdef, flat
 
 
@@ -255,9 +257,15 @@ def _difference(network: Network, given: Mapping[Path, Any]) -> str:
 
 
 def frozen_spec(network: Network) -> Tree:
-    """Shapes of the parameters of a network that is used and not trained: in the dtype in which it computes."""
+    """Shapes of the parameters of a network that is used and not trained: in the dtype in which it computes. Kernels in
+    eight bits and their scales keep their own."""
     _, spec = build(network.config)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, compute_dtype(network.config)), spec)
+
+    def kept(path: Path, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        own = path[-1] == SCALE or leaf.dtype != jnp.float32
+        return leaf if own else jax.ShapeDtypeStruct(leaf.shape, compute_dtype(network.config))
+
+    return unflatten({path: kept(path, leaf) for path, leaf in flatten(spec).items()})
 
 
 def narrowed(network: Network, params: Tree) -> Tree:
@@ -346,10 +354,12 @@ def shard(x: jax.Array, kind: Literal["tokens", "image", "vector"] = "tokens") -
 class Preset:
     """Base of the network configs: named presets, and no taps unless a network says which it has.
 
-    A class attribute `PRESETS` maps a preset's name to field values.
+    Class attributes: `PRESETS` maps a preset's name to field values. `EIGHT_BITS` is a pattern of the paths of the
+    linear layers that may compute in eight bits where the network is frozen; "" for none.
     """
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    EIGHT_BITS: ClassVar[str] = ""
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:

@@ -119,6 +119,7 @@ class UNetArchitecture(Preset):
         """Height and width of a latent must be multiples of this."""
         return 2 ** (len(self.channels) - 1)
 
+    EIGHT_BITS: ClassVar[str] = r"transformer/"
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {
             "latent_channels": 4,

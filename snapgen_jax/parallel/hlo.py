@@ -15,6 +15,9 @@ _ARRAY = re.compile(r"([a-z]+\d*(?:e\d+m\d+(?:fn)?)?)\[([\d,]*)\]")
 # Groups are listed ({{0,1},{2,3}}), counted ([groups,size]<=...), or named as axes of a mesh, whole or in part:
 # mesh['a'=4,'b'=2] {'a','b':(1)2}.
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\]|mesh\[([^\]]*)\] *\{([^}]*)\})")
+# What leaves a slice is handed to the host, which exchanges it with those of the other slices.
+_LEAVES = re.compile(r'= \((?P<type>\S+), .* send\(.*_xla_megascale_transfer_type="(?P<transfer>\w+)"')
+ACROSS = "across slices"
 _AXIS = re.compile(r"'(\w+)'(?:=(\d+)|:\(\d+\)(\d+))?")
 
 
@@ -33,14 +36,23 @@ class Collective:
     wire_bytes: int
 
 
-def collectives(text: str) -> dict[str, Collective]:
+def collectives(text: str, slices: int = 1) -> dict[str, Collective]:
     """The collectives of a program by kind, from the text of its compiled module; one in a loop is counted as often as
-    the loop runs.
+    the loop runs. What a device sends to other slices is of the kind `ACROSS`.
 
     A ring of n devices moves (n-1)/n of a gathered or scattered array past each device, and twice that for a sum.
+
+    Args:
+        text: of the module.
+        slices: that the program was compiled for.
     """
     found: dict[str, list[tuple[int, int]]] = collections.defaultdict(list)
     for line, times in repeated_lines(text):
+        if leaves := _LEAVES.search(line):
+            size = sum(_size(*array) for array in _ARRAY.findall(leaves["type"]))
+            factor = 2 * (slices - 1) / slices if leaves["transfer"] == "ALL_REDUCE" else slices - 1
+            found[ACROSS] += [(size, round(factor * size))] * times
+            continue
         match = _LINE.search(line)
         if match is None:
             continue

@@ -21,7 +21,7 @@ import jax
 from jax.sharding import Mesh
 
 from snapgen_jax.parallel.chips import Chip, Roofline, chip_of
-from snapgen_jax.parallel.hlo import Collective, collectives
+from snapgen_jax.parallel.hlo import ACROSS, Collective, collectives
 from snapgen_jax.parallel.traffic import traffic
 
 Tree = Any
@@ -48,6 +48,16 @@ class Topology:
     def chips(self) -> int:
         """How many there are."""
         return len(self.devices) // self.chip.devices
+
+    @property
+    def slices(self) -> int:
+        """Groups of chips that only the data centre's network joins."""
+        return slices_of(self.name)
+
+
+def slices_of(name: str) -> int:
+    """How many slices a topology of that name has: 2 of "2*v5e:4x4"."""
+    return int(name.rpartition("*")[0] or 1)
 
 
 def topology(name: str) -> Topology:
@@ -91,6 +101,7 @@ class Plan:
         argument_bytes: state, frozen networks and batch, on one device.
         temporary_bytes: what the step allots beside them.
         flops: of one step on one device, as XLA estimates them, with loops counted as often as they run.
+        int8_flops: those of `flops` that are products of int8 by int8.
         memory_bytes: that one step reads from and writes to the memory of one device, see `parallel.traffic`; 0 in a
             plan that was stored without.
         bytes_accessed: XLA's estimate of the same: of all operands and results, on the chip or not, and of the body of
@@ -121,6 +132,7 @@ class Plan:
     collectives: Mapping[str, Collective] = dataclasses.field(default_factory=dict)
     part: str = ""
     derived_from: str = ""
+    int8_flops: int = 0
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Plan:
@@ -131,8 +143,10 @@ class Plan:
     def on(self, where: Topology) -> Plan:
         """What this step would need and cost on other chips, each with the same share of a batch; not compiled there.
 
-        A replica does the same work wherever it is, and a sum over n replicas sends 2 (n-1)/n of its size. Another
-        chip's compiler may fuse and lay out otherwise, so that its bytes are a guess.
+        A replica does the same work wherever it is, and a sum over n replicas sends 2 (n-1)/n of its size. Over several
+        slices of n replicas each sum is made in its slice first; then each replica exchanges its n-th part with those
+        of the other slices, and gathers the other parts. Another chip's compiler may fuse and lay out otherwise, so
+        that its bytes are a guess.
 
         Raises:
             ValueError: the step does not fit, or its parameters are split: a replica's work then depends on the mesh.
@@ -141,12 +155,20 @@ class Plan:
             raise ValueError(
                 f"only a plan that fits, on a mesh of replicas, tells of other chips; this one is {self.mesh}"
             )
-        devices, before = len(where.devices), self.mesh["data"]
-        grown = ((devices - 1) / devices) / ((before - 1) / before)
+        if slices_of(self.topology) > 1:
+            raise ValueError(f"only a plan for one slice tells of other chips; this one is for {self.topology}")
+        devices, before, slices = len(where.devices), self.mesh["data"], where.slices
+        near = devices // slices
+        grown = ((near - 1) / near) / ((before - 1) / before)
         sent = {
             kind: dataclasses.replace(found, wire_bytes=round(found.wire_bytes * grown))
             for kind, found in self.collectives.items()
         }
+        if slices > 1:
+            summed = sum(found.bytes for found in self.collectives.values())
+            part = Collective(1, summed // near, round(2 * (slices - 1) / slices * summed / near))
+            gathered = Collective(1, summed, round((near - 1) / near * summed))
+            sent |= {ACROSS: part, "all-gather": gathered}
         hbm = int(where.chip.hbm_bytes / where.chip.devices)
         return dataclasses.replace(
             self,
@@ -170,8 +192,10 @@ class Plan:
     @property
     def roofline(self) -> Roofline:
         """What the step needs of one device, and the time that this takes at the chip's peaks: no step is faster."""
-        wire_bytes = sum(found.wire_bytes for found in self.collectives.values())
-        return Roofline(chip_of(self.chip), self.flops, self.memory_bytes or self.bytes_accessed, wire_bytes)
+        wire_bytes = sum(found.wire_bytes for kind, found in self.collectives.items() if kind != ACROSS)
+        across = self.collectives.get(ACROSS, Collective(0, 0, 0)).wire_bytes
+        moved = self.memory_bytes or self.bytes_accessed
+        return Roofline(chip_of(self.chip), self.flops, moved, wire_bytes, self.int8_flops, across)
 
     @property
     def examples_per_second(self) -> float:
@@ -191,6 +215,7 @@ class Plan:
             "compute_seconds": at_peaks.times["compute"],
             "hbm_seconds": at_peaks.times["hbm"],
             "link_seconds": at_peaks.times["links"],
+            **({"network_seconds": at_peaks.times["network"]} if "network" in at_peaks.times else {}),
             "bound": at_peaks.bound,
             "step_seconds": at_peaks.seconds,
             "flops_per_example": self.flops * per_example,
@@ -223,7 +248,11 @@ class Plan:
     def _cost_rows(self) -> list[tuple[str, str]]:
         j = self.to_json()
         sent = [
-            (kind, f"{found.count}, {gigabytes(found.bytes)}; {gigabytes(found.wire_bytes)} over links")
+            (
+                kind,
+                f"{found.count}, {gigabytes(found.bytes)}; {gigabytes(found.wire_bytes)} over "
+                f"{'the network' if kind == ACROSS else 'links'}",
+            )
             for kind, found in self.collectives.items()
         ]
         return [
@@ -232,13 +261,16 @@ class Plan:
                 "a step",
                 f"{tera(self.flops)}FLOP (XLA's estimate), {gigabytes(self.roofline.bytes_accessed)} of memory traffic",
             ),
+            *([("", f"of that {tera(self.int8_flops)}FLOP in int8")] if self.int8_flops else []),
             ("an example", f"{tera(j['flops_per_example'])}FLOP, {gigabytes(j['bytes_per_example'])}"),
             ("intensity", f"{j['intensity']:.1f} FLOP/byte"),
             *sent,
             (
                 "at the peaks",
                 f"compute {1000 * j['compute_seconds']:.1f} ms, HBM {1000 * j['hbm_seconds']:.1f} ms, links "
-                f"{1000 * j['link_seconds']:.1f} ms: bound by {j['bound']}",
+                f"{1000 * j['link_seconds']:.1f} ms"
+                + (f", network {1000 * j['network_seconds']:.1f} ms" if "network_seconds" in j else "")
+                + f": bound by {j['bound']}",
             ),
             ("at best", f"{j['examples_per_second']:,.0f} examples/s, {j['examples_per_second_per_chip']:.2f} a chip"),
             ("the run", f"{self.train_steps:,} steps: {j['days']:.2f} days, {j['chip_hours']:,.0f} chip-hours at best"),
@@ -327,9 +359,10 @@ def plan_step(
         temporary_bytes=memory.temp_size_in_bytes,
         peak_bytes=held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
         flops=float(cost.get("flops", 0.0)) + found.repeated_flops,
+        int8_flops=found.int8_flops,
         memory_bytes=found.memory_bytes,
         bytes_accessed=float(cost.get("bytes accessed", 0.0)),
-        collectives=collectives(text),
+        collectives=collectives(text, where.slices),
         compile_seconds=seconds,
     )
 

@@ -37,14 +37,17 @@ class Traffic:
             are not XLA's own are taken to read each operand once.
         repeated_flops: of matrix products and convolutions in the iterations of loops after the first, which XLA's
             count leaves out.
+        int8_flops: of products of int8 by int8, as often as they run.
     """
 
     memory_bytes: int
     repeated_flops: int
+    int8_flops: int
 
 
 @dataclasses.dataclass(frozen=True)
 class _Array:
+    dtype: str
     shape: tuple[int, ...]
     bytes: int
     on_chip: bool
@@ -81,12 +84,13 @@ def traffic(text: str) -> Traffic:
         ValueError: the text is not that of a module.
     """
     computations, entry = _parse(text)
-    moved = repeated = 0
+    moved = repeated = int8 = 0
     for name, times in _runs(computations, entry, 1):
         for instruction in computations[name].values():
             moved += times * _moved(computations, computations[name], instruction)
         repeated += (times - 1) * _products(computations, computations[name])
-    return Traffic(moved, repeated)
+        int8 += times * _products(computations, computations[name], of="s8")
+    return Traffic(moved, repeated, int8)
 
 
 def repeated_lines(text: str) -> Iterator[tuple[str, int]]:
@@ -140,7 +144,7 @@ def _array(dtype: str, dims: str, layout: str) -> _Array:
         tile = [int(size) for size in tiled[2].split(",")]
         for axis, size in zip(order, reversed(tile), strict=False):
             room[axis] = -(-shape[axis] // size) * size
-    return _Array(shape, math.prod(room) * BITS.get(dtype, 32) // 8, "S(" in layout)
+    return _Array(dtype, shape, math.prod(room) * BITS.get(dtype, 32) // 8, "S(" in layout)
 
 
 def _runs(computations: _Computations, name: str, times: int) -> Iterator[tuple[str, int]]:
@@ -234,18 +238,19 @@ def _parameter(body: _Computation, index: int) -> _Instruction:
     return next(i for i in body.values() if i.kind == "parameter" and f" parameter({index})" in i.text)
 
 
-def _products(computations: _Computations, computation: _Computation) -> int:
+def _products(computations: _Computations, computation: _Computation, of: str = "") -> int:
     """Operations of the matrix products and convolutions of a computation and of its fusions, and what kernels that are
-    not XLA's own say of themselves."""
+    not XLA's own say of themselves; with `of` those alone of two operands of this dtype."""
     total = 0
     for i in computation.values():
         if i.kind == "fusion":
-            total += _products(computations, computations[i.called("calls")])
+            total += _products(computations, computations[i.called("calls")], of)
         elif i.kind in ("convolution", "dot"):
-            operands = [computation[name].arrays[0].shape for name in i.operands[:2]]
+            operands = [computation[name].arrays[0] for name in i.operands[:2]]
             flops = _convolution_flops if i.kind == "convolution" else _dot_flops
-            total += flops(i, *operands)
-        elif i.kind == "custom-call" and (stated := _STATED_FLOPS.search(i.text)):
+            if all(of in ("", operand.dtype) for operand in operands):
+                total += flops(i, *(operand.shape for operand in operands))
+        elif not of and i.kind == "custom-call" and (stated := _STATED_FLOPS.search(i.text)):
             total += int(stated[1])
     return total
 

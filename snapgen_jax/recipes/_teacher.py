@@ -24,8 +24,9 @@ from snapgen_jax.diffusion.schedules import FlowSchedule, Level, Schedule
 from snapgen_jax.inputs.captions import same_tokens
 from snapgen_jax.inputs.interfaces import Inputs, Networks, TokenizerSpec
 from snapgen_jax.inputs.registry import InputsConfig
+from snapgen_jax.networks.eight_bit_network import as_trained, in_precision
 from snapgen_jax.networks.mmdit import MMDiTConfig
-from snapgen_jax.networks.module import Network, Platform, build, for_platform
+from snapgen_jax.networks.module import Network, Platform, build, for_platform, frozen_spec
 from snapgen_jax.networks.registry import DenoiserConfig
 from snapgen_jax.networks.rules import rules_of
 from snapgen_jax.recipes._assembly import Specs, merged_specs, merged_tokenizers, specs_of, trained_roles
@@ -33,13 +34,15 @@ from snapgen_jax.recipes._sampling import SamplingConfig, sampling_grid
 from snapgen_jax.systems.denoiser import Denoiser, Prediction
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.weights.folder import is_weights_folder
-from snapgen_jax.weights.frozen import draw_stand_ins, load_mmdit, load_run
+from snapgen_jax.weights.frozen import draw_stand_ins, in_eight_bits, load_mmdit, load_run
 
 Tree = Any
 TEACHER = "teacher"
 FEW_STEP_RECIPE = "adversarial"  # whose runs are few-step generators
 SAME_TIME = 1e-3  # times that differ by less are one
+FP8_CAPABILITY = 8.9  # of NVIDIA GPUs, from which on they multiply e4m3: Ada, Hopper and later
 Taken = Literal["condition", "latent"]
+Precision = Literal["compute", "int8", "fp8"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,9 @@ class TeacherConfig:
         guidance: scale of classifier-free guidance in the target, so that the student need not be guided.
         rollout_steps: 1 takes the velocity at x_t. More follow the teacher's flow from x_t to the data in so many Euler
             steps, and take their mean velocity, which leads there in one: a target that is sharp even at much noise.
+        precision: of the products of its tokens with its weights: "compute" is the dtype in which all networks compute,
+            "int8" and "fp8" are eight bits (see `networks/eight_bits.py`). Its weights are rounded when they are read.
+            Attention, norms, modulation, embeddings and output stay as they are.
         few_step_times: of a few-step teacher: the times at which its own sampler asks it, from noise down; () for a
             full-step one. Weights do not tell which they are. A run does: it is held to what is said here.
     """
@@ -75,6 +81,7 @@ class TeacherConfig:
     takes: tuple[Taken, ...] = ("condition",)
     guidance: float = 1.0
     rollout_steps: int = 1
+    precision: Precision = "compute"
     few_step_times: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
@@ -116,7 +123,9 @@ class Teacher:
         self.config, self.student, self.name = config, student, name
         self.knows_levels = config.schedule == schedule
         self.role = config.network.kind
-        self.denoiser = Denoiser(build(for_platform(config.network, platform))[0], config.prediction, config.schedule)
+        self._check_precision(platform)
+        network = in_precision(for_platform(config.network, platform), config.precision)
+        self.denoiser = Denoiser(build(network)[0], config.prediction, config.schedule)
         self.inputs: Inputs | None = None
         if config.inputs is not None:
             sizes = {"image_sizes": student.config.image_sizes}
@@ -130,6 +139,30 @@ class Teacher:
                 if role in beside.places and self._origin(role) == beside._origin(role)
             }
         self._check()
+
+    def _check_precision(self, platform: Platform) -> None:
+        """Raises where its network cannot compute in the precision that is asked for, or the platform cannot."""
+        precision, network = self.config.precision, self.config.network
+        if precision == "fp8" and platform == "tpu":
+            raise ConfigError(
+                f"{self.name}.precision='fp8' is for NVIDIA GPUs (Ada, Hopper and later): XLA for TPU multiplies e4m3 "
+                f"as bfloat16. Set {self.name}.precision to 'int8', at which v5e, v5p and v6e multiply twice as fast"
+            )
+        if precision != "compute" and not network.EIGHT_BITS:
+            raise ConfigError(
+                f"{self.name}.precision={precision!r} is of linear layers of tokens, of which a network of the kind "
+                f"{network.kind!r} names none; set {self.name}.precision to 'compute'"
+            )
+
+    def _check_devices(self, mesh: Mesh | None) -> None:
+        """Raises where the GPUs at hand do not multiply e4m3."""
+        device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+        capability = getattr(device, "compute_capability", None)
+        if self.config.precision == "fp8" and capability is not None and float(capability) < FP8_CAPABILITY:
+            raise ConfigError(
+                f"{self.name}.precision='fp8' needs a GPU of compute capability {FP8_CAPABILITY} or more; "
+                f"{device.device_kind} has {capability}; set {self.name}.precision to 'int8' or 'compute'"
+            )
 
     def _check(self) -> None:
         config, name = self.config, self.name
@@ -260,6 +293,10 @@ class Teacher:
         elsewhere = () if self.inputs is None else tuple(r for r in self.inputs.pretrained() if r in networks)
         own = {role: network for role, network in networks.items() if role not in elsewhere}
         rules = rules_of(networks)
+        rounded = own.get(self.role) if config.precision != "compute" else None
+        if rounded is not None:
+            self._check_devices(mesh)
+            own[self.role] = as_trained(rounded)
         if not own:
             read = {}
         elif config.random:
@@ -271,6 +308,8 @@ class Teacher:
             read = load_run(config.workdir, specs_of(own, own), mesh=mesh, rules=rules)
         else:
             raise ConfigError(f"there is no {self.name}: set {self.name}.workdir to a trained run, or its weights")
+        if rounded is not None:
+            read[self.role] = in_eight_bits(read[self.role], rounded, mesh)
         brought = {} if self.inputs is None else self.inputs.load(elsewhere, mesh)
         return {self.places[role]: tree for role, tree in {**read, **brought}.items()}
 
@@ -414,7 +453,7 @@ def run_config(workdir: epath.PathLike) -> dict[str, Any]:
 
 def tap_shapes(denoiser: Denoiser, size: tuple[int, ...], taps: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """`{tap: [1, h, w, C]}` of a network at a latent of height and width `size[:2]`."""
-    _, spec = build(denoiser.network.config)
+    spec = frozen_spec(denoiser.network)
     inputs = denoiser.network.config.input_spec(1, *size[:2])
 
     def features(params: Tree, x: jax.Array, time: jax.Array, context: Any) -> dict[str, jax.Array]:

@@ -234,9 +234,10 @@ class Run:
             )
         for name, now in self.meta().items():
             if saved[name] != now:
+                what = " (the weights and the precision of each frozen network)" if name == "frozen" else ""
                 raise ConfigError(
                     f"{name} of this workdir is {saved[name]} (checkpoint {step}), the config asks for {now}; "
-                    "it is fixed within a workdir: restore it, or start in a new workdir"
+                    f"it is fixed within a workdir: restore it{what}, or start in a new workdir"
                 )
 
     def compile(self, state: TrainState, frozen: Tree, say: Callable[[str], None]) -> None:

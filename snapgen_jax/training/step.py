@@ -93,7 +93,8 @@ def roofline(compiled: jax.stages.Compiled) -> Roofline | None:
     if chip is None or not cost:
         return None
     found = traffic(compiled.as_text() or "")
-    return Roofline(chip, float(cost.get("flops", 0.0)) + found.repeated_flops, found.memory_bytes)
+    flops = float(cost.get("flops", 0.0)) + found.repeated_flops
+    return Roofline(chip, flops, found.memory_bytes, int8_flops=found.int8_flops)
 
 
 def lower_abstract_step(

@@ -279,6 +279,24 @@ def draw_stand_ins(networks: dict[str, Network], rules: Rules = (), mesh: Mesh |
     return jax.jit(draw, out_shardings=_places(spec, mesh, rules))()
 
 
+def in_eight_bits(params: Tree, network: Network, mesh: Mesh | None = None) -> Tree:
+    """The parameters of a frozen network as it was trained, rounded where they lie. Until the caller drops them the
+    kernels are held in both forms.
+
+    Args:
+        params: of `eight_bit_network.as_trained(network)`.
+        network: of an `EightBitConfig`.
+        mesh: where the parameters are; without one on one device.
+
+    Returns:
+        a tree like `frozen_spec(network)`.
+    """
+    config, flat = network.config, flatten(params)
+    kernels = {path: flat[path] for path in config.kernels()}
+    places = _places(jax.eval_shape(config.rounded, kernels), mesh, config.rules())
+    return unflatten({**flat, **flatten(jax.jit(config.rounded, out_shardings=places)(kernels))})
+
+
 def load_perceptual(network: Network, folder: str = "", mesh: Mesh | None = None) -> Tree:
     """The parameters of a perceptual distance; without a folder of published weights they are drawn, always the same.
 

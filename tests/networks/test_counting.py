@@ -160,6 +160,17 @@ def test_products_are_counted_inside_loops_branches_and_custom_rules():
         counting.count_macs(lambda a: jax.lax.while_loop(lambda c: c.sum() > 0, lambda c: c @ jnp.zeros((5, 5)), a), a)
 
 
+def test_products_are_counted_by_what_is_multiplied():
+    x, w, kernel = jnp.zeros((2, 3, 5), jnp.int8), jnp.zeros((5, 7), jnp.int8), jnp.zeros((7, 7), jnp.bfloat16)
+
+    def both(x):
+        y = jax.lax.dot_general(x, w, (((2,), (0,)), ((), ())), preferred_element_type=jnp.int32)
+        return jax.lax.scan(lambda c, _: (c @ kernel, None), y.astype(jnp.bfloat16), length=4)[0]
+
+    assert counting.count_macs_by_dtype(both, x) == {"int8": 2 * 3 * 5 * 7, "bfloat16": 4 * 2 * 3 * 7 * 7}
+    assert counting.count_macs(both, x) == counting.count_macs_by_dtype(both, x).total()
+
+
 def test_convolutions_are_counted_by_their_window_and_group():
     x, kernel, depthwise = jnp.zeros((2, 8, 8, 6)), jnp.zeros((3, 3, 6, 4)), jnp.zeros((3, 3, 1, 6))
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from snapgen_jax.parallel.hlo import Collective, collectives
+from snapgen_jax.parallel.hlo import ACROSS, Collective, collectives
 from snapgen_jax.parallel.mesh import MeshConfig, make_mesh
 
 LINES = """
@@ -30,6 +30,17 @@ def test_kinds_counts_and_bytes():
     assert found["reduce-scatter"] == Collective(1, 64, 192)
     assert found["collective-permute"] == Collective(1, 40, 40)
     assert len(found) == 4
+
+
+def test_what_a_device_sends_to_other_slices_is_a_kind_of_its_own():
+    sent = (
+        "  %send.1 = (bf16[2,8,128]{2,1,0:T(8,128)(2,1)}, u32[], token[]) send(%a, %b), channel_id=4, "
+        'is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}\n'
+        "  %done = token[] send-done(%send.1), channel_id=4\n"
+    )
+    found = collectives(LINES.rstrip().removesuffix("}") + sent + "}\n", slices=4)
+    assert found[ACROSS] == Collective(1, 4096, 4096 * 2 * 3 // 4)
+    assert found["all-reduce"] == collectives(LINES)["all-reduce"]
 
 
 @pytest.mark.parametrize(("axes", "kind"), [({"data": 8}, "all-reduce"), ({"data": 1, "fsdp": 8}, "all-gather")])

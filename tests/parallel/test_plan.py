@@ -121,6 +121,22 @@ def test_two_slices_make_one_mesh_with_data_between_them():
     assert [set(row.ravel()) for row in slices] == [{0}, {1}]
 
 
+@needs_libtpu
+def test_over_slices_each_replica_exchanges_its_part_of_every_sum():
+    record = json.loads((STORED / "t2i_256-v5e_4x4-b256.json").read_text())[0]
+    one = Plan.from_json(record)
+    two, four = one.on(topology("2*v5e:4x4")), one.on(topology("4*v5e:16x16"))
+    summed = one.collectives["all-reduce"].bytes
+    assert (two.chips, two.global_batch, four.chips) == (32, 512, 1024)
+    assert two.collectives["all-reduce"].wire_bytes == one.collectives["all-reduce"].wire_bytes
+    assert two.collectives["across slices"].wire_bytes == pytest.approx(summed / 16, rel=1e-6)
+    assert four.collectives["across slices"].wire_bytes == pytest.approx(1.5 * summed / 256, rel=1e-6)
+    assert two.to_json()["network_seconds"] == pytest.approx(summed / 16 / 3.125e9, rel=1e-6)
+    assert "over the network" in two.table() and ", network 15.4 ms" in two.table()
+    with pytest.raises(ValueError, match="only a plan for one slice tells of other chips"):
+        two.on(topology("v5e:4x4"))
+
+
 @pytest.mark.usefixtures("quick_to_compile")
 def test_what_is_planned_is_the_very_program_that_a_run_compiles():
     """From shapes alone and from a run's arrays: the same text, on eight devices."""

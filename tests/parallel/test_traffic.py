@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from snapgen_jax.networks.attention_kernels import attend_by
+from snapgen_jax.networks.eight_bits import product
 from snapgen_jax.parallel.hlo import collectives
 from snapgen_jax.parallel.mesh import MeshConfig, make_mesh
 from snapgen_jax.parallel.plan import _no_compilation_cache, topology
@@ -100,6 +101,24 @@ def test_a_loop_is_counted_as_often_as_it_runs():
     assert found.repeated_flops == 7 * 2 * (2 * 4096 * 1024 * 1024)
     assert once["flops"] == pytest.approx(2 * (2 * 4096 * 1024 * 1024), rel=0.01)
     assert found.memory_bytes == pytest.approx(8 * (2 * x.size // 8 * 2 + 2 * w.size * 2), rel=0.01)
+
+
+@needs_libtpu
+def test_products_of_int8_are_compiled_as_such_and_told_from_others():
+    """Eight products of tokens in eight bits, and one of bfloat16, of the chip's own types."""
+    place = SingleDeviceSharding(topology("v5e:2x2").devices[0])
+    x = jax.ShapeDtypeStruct((8, 512, 1024), jnp.bfloat16, sharding=place)
+    kernel = jax.ShapeDtypeStruct((1024, 1024), jnp.int8, sharding=place)
+    scale = jax.ShapeDtypeStruct((1024,), jnp.float32, sharding=place)
+
+    def run(x, kernel, scale):
+        y = jax.lax.map(lambda x: product(x, kernel, scale, jnp.bfloat16), x)
+        return y[0] @ y[1].T
+
+    with _no_compilation_cache():
+        compiled = jax.jit(run).lower(x, kernel, scale).compile()
+    found = traffic(str(compiled.as_text()))
+    assert found.int8_flops == 8 * 2 * 512 * 1024 * 1024
 
 
 @needs_libtpu
