@@ -54,9 +54,9 @@ CASES = {
 }
 
 
-def plan(name: str) -> dict[str, Any]:
-    """The plan of one network, as plain data."""
-    case, where = CASES[name], topology(TOPOLOGY)
+def plan(case: Case, place: str = TOPOLOGY) -> dict[str, Any]:
+    """The plan of a forward pass, as plain data."""
+    where = topology(place)
     mesh = make_mesh(MeshConfig(), where.devices)
     network, spec = build(for_platform(case.config, "tpu"))
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), spec)
@@ -75,7 +75,7 @@ def plan(name: str) -> dict[str, Any]:
             train_steps=1,
             part="forward",
         )
-    return {"network": name, **found.to_json()}
+    return found.to_json()
 
 
 def main() -> None:
@@ -86,7 +86,7 @@ def main() -> None:
     if unknown := [name for name in names if name not in CASES]:
         parser.error(f"no network {unknown[0]!r}; choose of {', '.join(CASES)}")
     for name in names:
-        entry = plan(name)
+        entry = {"network": name, **plan(CASES[name])}
         known = json.loads(RESULT.read_text()) if RESULT.exists() else []
         kept = {one["network"]: one for one in known} | {name: entry}
         RESULT.write_text(json.dumps([kept[n] for n in CASES if n in kept], indent=2) + "\n")

@@ -18,7 +18,9 @@ from flax import nnx
 
 from benchmarks.gpu.side import Line, first, rates, serve, timed
 from snapgen_jax.inputs.stored import StoredConfig
-from snapgen_jax.networks.attention import mask_bias, rope_table
+from snapgen_jax.networks.attention import rope_table
+from snapgen_jax.networks.attention_kernels import key_mask, real_first
+from snapgen_jax.networks.attention_table import kernel_of
 from snapgen_jax.networks.depthwise import DepthwiseConv
 from snapgen_jax.networks.mmdit import MMDiTConfig
 from snapgen_jax.networks.module import Network, Platform, Tree, apply, build, compute_dtype, for_platform, stand_in
@@ -201,7 +203,10 @@ def operation(config: UNetConfig, row: Line, tokens: int) -> tuple[Callable[...,
     width = config.channels[stage]
     image = _normal(2, (b, side, side, 2 * width), dtype)
     sequence = _normal(3, (b, side * side, width), dtype)
-    text, bias = _normal(4, (b, tokens, config.context_width), dtype), mask_bias(jnp.asarray(_mask((b, tokens))))
+    kernel = kernel_of(config)
+    text = _normal(4, (b, tokens, config.context_width), dtype)
+    text, mask = real_first(kernel, text, jnp.asarray(_mask((b, tokens))))
+    keys = key_mask(kernel, mask)
     rope = rope_table(side, side, config.head_dim, config.rope_theta)
     flags = config.self_attention[stage], config.cross_attention[stage]
 
@@ -212,10 +217,10 @@ def operation(config: UNetConfig, row: Line, tokens: int) -> tuple[Callable[...,
         case "self_attention":
             return lambda rngs: block(True, False)(rngs).self_attention, lambda *a: apply(*a, rope=rope), sequence
         case "cross_attention":
-            run = functools.partial(_with, text, bias=bias)
+            run = functools.partial(_with, text, mask=keys)
             return lambda rngs: block(False, True)(rngs).cross_attention, run, sequence
         case "transformer":
-            return block(*flags), functools.partial(_with, text, bias, rope if flags[0] else None), sequence
+            return block(*flags), functools.partial(_with, text, keys, rope if flags[0] else None), sequence
         case "residual":
             embedding = _normal(5, (b, config.embedding_width), dtype)
             return (

@@ -1,0 +1,47 @@
+"""What the fused separable block moves in the t2i UNet's forward pass, by plan: no TPU has timed it.
+
+    python -m benchmarks.plan_fused            # six sizes and chips, composed and fused: some twenty minutes
+    python -m benchmarks.plan_fused v5e:4x4-1024
+
+Writes `results/plan/fused_forward.json`, two plans of each: XLA's own operations, and one kernel for norm, SiLU and
+separable convolution (`snapgen_jax/networks/fused_separable.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+
+from benchmarks.plan_published import Case, plan
+from snapgen_jax.networks.unet import UNetConfig
+
+RESULT = pathlib.Path(__file__).parent / "results" / "plan" / "fused_forward.json"
+BATCHES = {256: 256, 512: 128, 1024: 64}
+CASES = {f"{place}-{size}": (place, size) for size in BATCHES for place in ("v5e:4x4", "v6e:4x4")}
+
+
+def main() -> None:
+    """Plans and stores what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=list(CASES), help=f"of {', '.join(CASES)}; all by default")
+    names = parser.parse_args().names
+    if unknown := [name for name in names if name not in CASES]:
+        parser.error(f"no case {unknown[0]!r}; choose of {', '.join(CASES)}")
+    for name in names:
+        place, size = CASES[name]
+        side, found = size // 8, {}
+        for form in ("composed", "fused"):
+            config = UNetConfig.preset("t2i", separable_block=form)
+            case = Case(config, BATCHES[size], {"height": side, "width": side}, f"{size}x{size}")
+            found[form] = plan(case, place)
+        known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+        RESULT.write_text(
+            json.dumps({n: (known | {name: found}).get(n) for n in CASES if n in {*known, name}}, indent=1)
+        )
+        ms = {form: [1e3 * one[f"{part}_seconds"] for part in ("compute", "hbm")] for form, one in found.items()}
+        print(f"{name}: compute and HBM, ms: {ms}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
