@@ -7,7 +7,7 @@ of classes is a network of its own.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -25,7 +25,7 @@ from snapgen_jax.networks.layers import Conv, Linear
 from snapgen_jax.networks.mmdit_blocks import FeedForward, layer_norm, modulate
 from snapgen_jax.networks.module import Preset, Rules, compute_dtype, shard
 from snapgen_jax.networks.patches import on_tokens, positions
-from snapgen_jax.networks.taps import Reuse, Taps, decision
+from snapgen_jax.networks.taps import Reuse, Taps
 from snapgen_jax.networks.text import TextContext, check_widths, denoiser_spec
 from snapgen_jax.networks.unet_blocks import EmbeddingMLP
 
@@ -138,9 +138,9 @@ class DiTConfig(Preset):
 
 
 def _names(i: int) -> tuple[str, dict[str, str]]:
-    """Names of a block's output, and of those of its modules by their roles."""
+    """Names of a block's output, and by their roles of what enters and leaves its modules."""
     block = f"block_{i:02d}"
-    return block, {role: f"{block}_{role}" for role in ("attention", "ffn")}
+    return block, {role: f"{block}_{role}" for role in ("attention_input", "attention", "ffn_input", "ffn")}
 
 
 class SelfAttention(nnx.Module):
@@ -176,19 +176,22 @@ class Block(nnx.Module):
         Args:
             x: the tokens.
             embedding: `[B, D]` of time and class, already activated.
-            reuse: outputs `[B, L, D]` to use in place of the module "attention" or "ffn". What enters a module is
-                modulated; what leaves it is not gated yet.
+            reuse: `[B, L, D]` to use in place of the output of the module "attention" or "ffn", or of what enters it,
+                "attention_input" or "ffn_input". What enters a module is modulated; what leaves it is not gated yet.
 
         Returns:
-            the tokens, and both modules' outputs.
+            the tokens, and what entered and left both modules.
         """
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = jnp.split(self.modulation(embedding), 6, axis=-1)
         outputs = {}
 
-        def run(role: str, module: nnx.Module, entering: jax.Array) -> jax.Array:
-            given = reuse.get(role, Reuse(entering, run=True))
-            outputs[role] = given.instead_of(module, entering.astype(x.dtype), name=role)  # type: ignore[arg-type]
+        def named(role: str, module: Callable[[jax.Array], jax.Array], entering: jax.Array) -> jax.Array:
+            outputs[role] = reuse.get(role, Reuse(entering, run=True)).instead_of(module, entering, name=role)
             return outputs[role]
+
+        def run(role: str, module: nnx.Module, entering: jax.Array) -> jax.Array:
+            entering = named(f"{role}_input", lambda entering: entering, entering.astype(x.dtype))
+            return named(role, module, entering)  # type: ignore[arg-type]
 
         x = x + gate[:, None] * run("attention", self.attention, modulate(layer_norm(x), shift, scale))
         entering = modulate(layer_norm(x, self.ffn_epsilon), ffn_shift, ffn_scale)
@@ -226,7 +229,8 @@ class DiT(nnx.Module):
                 the published networks were trained with by `shift=0`.
             context: pooled `[B, width]` from `LabelEmbedding`; nothing else of it is read.
             taps: intermediates to return: "block_00" for what leaves a block, "block_00_attention" and "block_00_ffn"
-                for what leaves its modules before it is gated.
+                for what leaves its modules before it is gated, "block_00_attention_input" and "block_00_ffn_input" for
+                what enters them, modulated.
             reuse: intermediates `[B, H/patch, W/patch, width]` to use in place of the network's own. What enters a
                 module, and a function in `Reuse.run` is given, is modulated. Inside a block whose intermediates are
                 tapped everything runs, even where the block itself is replaced.
@@ -247,7 +251,7 @@ class DiT(nnx.Module):
         tap.reuse = {name: on_tokens(name, given, like) for name, given in tap.reuse.items()}
         for name, given in tap.reuse.items():
             if isinstance(given.run, jax.Array):
-                decision(given.run, b, name)
+                given.checked(given.run, b, name)
 
         x = shard(rearrange(x + _grid(config, h, w).astype(dtype), "b h w d -> b (h w) d"), "tokens")
         embedding = jax.nn.silu(shard(self.time(time) + context.pooled.astype(dtype), "vector"))

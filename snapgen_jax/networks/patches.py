@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,6 +44,8 @@ def on_tokens(name: str, reuse: Reuse, like: jax.ShapeDtypeStruct) -> Reuse:
     """A replacement, called `name`, of a map like `like` `[B, h, w, D]` as one of tokens `[B, h * w, D]`."""
     value = rearrange(reuse.fitted(like, name), "b h w d -> b (h w) d")
     run = reuse.run
-    if not callable(run):
-        return Reuse(value, run)
-    return Reuse(value, lambda tokens: run(rearrange(tokens, "b (h w) d -> b h w d", h=like.shape[1])))
+    if callable(run):
+        return dataclasses.replace(
+            reuse, value=value, run=lambda tokens: run(rearrange(tokens, "b (h w) d -> b h w d", h=like.shape[1]))
+        )
+    return dataclasses.replace(reuse, value=value)

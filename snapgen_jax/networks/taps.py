@@ -33,8 +33,8 @@ class Reuse:
             - `False`: the value; the module is no part of the program.
             - `True`: the module, as without `Reuse`.
             - a scalar bool array: one of them, by `lax.cond`. What does not run costs nothing.
-            - a `[B]` bool array: the module where true and the value elsewhere, row by row. The module runs on every
-              row: this chooses and saves nothing.
+            - a `[B]` bool array: the module where true and the value elsewhere, row by row. If any row runs, the module
+              runs on every row; if none does, it does not run.
             - a function of the activation that enters the module, which returns either kind of array.
     """
 
@@ -66,10 +66,17 @@ class Reuse:
         value = self.fitted(jax.eval_shape(lambda: function(x, *args)), name)
         if run is False:
             return value
-        run = decision(run, value.shape[0], name)
+        return self.chosen(self.checked(run, value.shape[0], name), lambda: function(x, *args), value)
+
+    def checked(self, run: Any, batch: int, name: str) -> jax.Array:
+        """`run` as an array; raises `ValueError` if it has another dtype or shape than it may have."""
+        return decision(run, batch, name)
+
+    def chosen(self, run: jax.Array, module: Callable[[], jax.Array], value: jax.Array) -> jax.Array:
+        """What the module gives, or the value, by `run` as `checked`."""
         if run.ndim == 0:
-            return jax.lax.cond(run, lambda: function(x, *args), lambda: value)
-        return select_rows(run, function(x, *args), value)
+            return jax.lax.cond(run, module, lambda: value)
+        return jax.lax.cond(jnp.any(run), lambda: select_rows(run, module(), value), lambda: value)
 
     def fitted(self, like: Any, name: str) -> jax.Array:
         """The value in the dtype of `like`, an array or a `ShapeDtypeStruct`; raises if it has another shape."""
@@ -78,6 +85,30 @@ class Reuse:
                 f"intermediate {name} has shape {like.shape}; the one given to reuse has {self.value.shape}"
             )
         return self.value.astype(like.dtype)
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class Blend(Reuse):
+    """A value that is mixed with what the module gives, for training what decides: `r module + (1 - r) value`.
+
+    Here `run` is the share r: a float array, scalar or `[B]`, or a function that returns one. Blocks that are one scan
+    take no shares.
+    """
+
+    def checked(self, run: Any, batch: int, name: str) -> jax.Array:
+        """See `Reuse.checked`."""
+        run = jnp.asarray(run)
+        if not jnp.issubdtype(run.dtype, jnp.floating) or run.shape not in ((), (batch,)):
+            raise ValueError(
+                f"intermediate {name}: its share is {run.dtype}{list(run.shape)}; give one float, or [{batch}] of them"
+            )
+        return run
+
+    def chosen(self, run: jax.Array, module: Callable[[], jax.Array], value: jax.Array) -> jax.Array:
+        """The mixture, in the dtype of the value."""
+        share = run.astype(jnp.float32).reshape(-1, *[1] * (value.ndim - 1))
+        return (share * module() + (1 - share) * value).astype(value.dtype)
 
 
 def decision(run: Any, batch: int, name: str) -> jax.Array:

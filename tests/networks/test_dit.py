@@ -40,7 +40,7 @@ def load_label(folder, config, layout="diffusers"):
 
 def assert_equals_reference(network, params, label, example, tolerance):
     """`example`: a mapping with x, step, label, output and the taps, as the oracle writes it."""
-    taps = network.config.tap_names()
+    taps = [name for name in network.config.tap_names() if not name.endswith("_input")]  # diffusers shows outputs
     time = time_features(jnp.asarray(example["step"]), network.config.time_width, 1.0, shift=1)
 
     def run(params, table, x, time, labels):
@@ -245,7 +245,8 @@ def test_a_module_is_replaced_by_what_enters_it(remat):
     network, _ = build(dataclasses.replace(SMOKE, remat=remat))
     _, params, args = tiny()
     names = SMOKE.tap_names()
-    assert names[:3] == ("block_00_attention", "block_00_ffn", "block_00") and len(names) == 3 * SMOKE.depth
+    modules = ("block_00_attention_input", "block_00_attention", "block_00_ffn_input", "block_00_ffn")
+    assert names[:5] == (*modules, "block_00") and len(names) == 5 * SMOKE.depth
     expected, own = jax.jit(lambda: apply(network, params, *args, taps=names))()
     zeros = jax.tree.map(jnp.zeros_like, own)
     for role in ("attention", "ffn"):
@@ -268,6 +269,12 @@ def test_a_module_is_replaced_by_what_enters_it(remat):
         )()
         np.testing.assert_allclose(rows, jnp.stack([expected[0], silent[1]]), rtol=1e-4, atol=1e-5)
         assert set(entered) == {own[name].shape}
+        # A function is given what the tap of the input returns, and what replaces that input.
+        entering = jnp.sum(own[f"{name}_input"])
+        told = Reuse(zeros[name], lambda z, entering=entering: jnp.abs(jnp.sum(z) - entering) < 1e-3)
+        np.testing.assert_allclose(output_of(network, params, args, {name: told}), expected, rtol=1e-4, atol=1e-5)
+        other = {name: told, f"{name}_input": own[f"{name}_input"] + 1}
+        np.testing.assert_allclose(output_of(network, params, args, other), silent, rtol=1e-4, atol=1e-5)
     # Both in a block and the block itself: each tap is what its module gives or is given.
     reuse = {"block_00": zeros["block_00"], "block_00_ffn": Reuse(own["block_00_ffn"], jnp.array(False))}
     _, found = jax.jit(lambda reuse: apply(network, params, *args, taps=names, reuse=reuse))(reuse)

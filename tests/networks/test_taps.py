@@ -9,7 +9,7 @@ from snapgen_jax.networks.counting import count_macs
 from snapgen_jax.networks.dit import DiTConfig
 from snapgen_jax.networks.mmdit import MMDiTConfig
 from snapgen_jax.networks.module import apply, build, for_platform
-from snapgen_jax.networks.taps import Reuse, Taps
+from snapgen_jax.networks.taps import Blend, Reuse, Taps
 from snapgen_jax.networks.unet import UNetConfig
 from tests.networks.tiny import drawn, inputs
 
@@ -88,6 +88,32 @@ def test_rows_are_taken_one_by_one(case):
         for given in (run, lambda x, run=run: run):
             v = jax.jit(lambda n=name, given=given: case.call({n: Reuse(case.other[n], given)})[0])()
             close(v, jnp.stack([case.v[0], case.replaced(name)[1]]))
+
+
+def test_a_module_that_no_row_needs_does_not_run():
+    calls = []
+
+    def module(x):
+        jax.debug.callback(lambda: calls.append(1))
+        return 2 * x
+
+    x = jnp.ones((B, 3))
+    run = jax.jit(lambda rows: Reuse(5 * x, rows).instead_of(module, x))
+    for rows in ([False, False], [False, True]):
+        np.testing.assert_array_equal(run(jnp.array(rows)), jnp.where(jnp.array(rows)[:, None], 2 * x, 5 * x))
+    jax.effects_barrier()
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("share", [0.5, [1.0, 0.25]])
+def test_a_blend_mixes_the_value_with_what_the_module_gives(share):
+    case = Case("dit")
+    name, rows = case.taps[1], jnp.broadcast_to(jnp.asarray(share), (B,))[:, None, None, None]
+    mixed = case.velocity({name: rows * case.own[name] + (1 - rows) * case.other[name]})
+    for given in (jnp.asarray(share), lambda x: jnp.asarray(share)):
+        v = jax.jit(lambda given=given: case.call({name: Blend(case.other[name], given)})[0])()
+        close(v, mixed)
+    assert jnp.abs(mixed - case.v).max() > 1e-3
 
 
 def test_a_function_decides_by_what_enters_the_module(case):
@@ -200,6 +226,8 @@ def test_a_reuse_is_a_pytree_whose_bool_is_static():
         (Reuse(jnp.zeros((B, 3))), "intermediate mid has shape"),
         (Reuse(jnp.zeros((B, 4, 4, 16)), jnp.zeros(B + 1, bool)), r"mid: whether it runs is bool\[3\]; give one bool"),
         (Reuse(jnp.zeros((B, 4, 4, 16)), lambda x: x.sum()), r"mid: whether it runs is float32\[\]"),
+        (Blend(jnp.zeros((B, 4, 4, 16)), jnp.array(True)), r"mid: its share is bool\[\]; give one float, or \[2\]"),
+        (Blend(jnp.zeros((B, 4, 4, 16)), jnp.ones(3)), r"mid: its share is float32\[3\]"),
     ],
 )
 def test_a_replacement_that_does_not_fit_is_refused(reuse, message):
