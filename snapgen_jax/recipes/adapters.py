@@ -19,26 +19,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from etils import epath
 from jax.sharding import Mesh, PartitionSpec
 
 from snapgen_jax.diffusion.stages import Stages
 from snapgen_jax.inputs.interfaces import Inputs, TokenizerSpec
 from snapgen_jax.networks.lora import A, B, LoraConfig, adapted, init_adapters, merge
-from snapgen_jax.networks.mmdit import MMDiTConfig
 from snapgen_jax.networks.module import Platform, build
-from snapgen_jax.networks.rules import rules_of
-from snapgen_jax.recipes._assembly import Specs, specs_of, taken_from, trained_roles
+from snapgen_jax.recipes._assembly import Specs, specs_of, taken_from
+from snapgen_jax.recipes._base import base_tokenizers, load_base
 from snapgen_jax.recipes._sampling import SamplingConfig
-from snapgen_jax.recipes._teacher import run_config
 from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig
 from snapgen_jax.training.accumulate import accumulate_gradients
-from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.exports import ExportPlan
 from snapgen_jax.training.optimizer import learning_rate_schedule, make_optimizer, new_player, step_player
 from snapgen_jax.training.recipe import Metrics, Part, Use
 from snapgen_jax.training.state import Player, TrainState
-from snapgen_jax.weights.frozen import is_published, load_mmdit, load_run
 
 Tree = Any
 ROLE = "adapters"
@@ -112,35 +107,7 @@ class Adapters:
             ConfigError: there is no base, or it is not what the config says.
         """
         del use
-        config, networks = self.config, self.method.networks()
-        if not config.base:
-            raise ConfigError("there is no network to adapt: set base to a trained run, or to published weights")
-        brought = self.inputs.load(self.inputs.pretrained(), mesh)
-        own = {role: network for role, network in networks.items() if role not in brought}
-        if is_published(epath.Path(config.base)):
-            if not isinstance(config.network, MMDiTConfig) or len(own) > 1:
-                raise ConfigError(
-                    f"{config.base} holds an MMDiT alone: set network.kind to 'mmdit', and inputs whose text encoders "
-                    "are published or of a run"
-                )
-            spec = specs_of(own, own)[self.method.role]
-            return {self.method.role: load_mmdit(config.base, config.network, spec, mesh), **brought}
-        self._check_run(run_config(config.base))
-        return {**load_run(config.base, specs_of(own, own), mesh=mesh, rules=rules_of(own)), **brought}
-
-    def _check_run(self, run: Mapping[str, Any]) -> None:
-        """Raises where the base run, of which `run` is the config, is not what the config here says of it."""
-        config = self.config
-        for name, said, was in (
-            ("prediction", config.prediction, run.get("prediction")),
-            ("schedule.kind", config.schedule.kind, run.get("schedule", {}).get("kind")),
-        ):
-            if was not in (None, said):
-                raise ConfigError(f"the run {config.base!r} has {name}={was!r}, and the config says {said!r}; set it")
-        if isinstance(inputs := run.get("inputs"), Mapping):
-            # A text encoder that comes from the run itself fits it.
-            parts = ("latent",) if trained_roles(self.inputs) else ("latent", "condition")
-            self.inputs.check_run(config.base, inputs, parts)
+        return load_base(self.config.base, self.method, mesh)
 
     def rules(self) -> Sequence[tuple[str, PartitionSpec]]:
         """Adapters are replicated; the networks lie as they say."""
@@ -154,12 +121,7 @@ class Adapters:
 
     def tokenizers(self) -> Mapping[str, TokenizerSpec]:
         """Those of the inputs; where the base run trained one, that."""
-        return {
-            name: dataclasses.replace(spec, workdir=self.config.base)
-            if spec.kind == "trained" and not spec.workdir
-            else spec
-            for name, spec in self.method.tokenizers().items()
-        }
+        return base_tokenizers(self.config.base, self.method.tokenizers())
 
     def conditions(self) -> tuple[str, ...]:
         """Those of the inputs."""

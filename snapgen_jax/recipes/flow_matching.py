@@ -354,22 +354,25 @@ class FlowMatching:
             return {"noise": noise, "condition": condition, "null": null}
 
         def steps(networks: Tree, given: Tree) -> Tree:
-            latent = self.sample(networks, given["noise"], given["condition"], given["null"], options)
-            return {"latent": latent, "noise": given["noise"]}
+            latent, carry = self.sample(networks, given["noise"], given["condition"], given["null"], options)
+            return {"latent": latent, "noise": given["noise"], **self.recorded(carry)}
 
         def decoder(networks: Tree, given: Tree) -> Tree:
             return {**self.inputs.decode(networks, given["latent"]), **given}
 
         return {"encoders": encoders, "steps": steps, "decoder": decoder}
 
-    def sample(self, networks: Tree, noise: jax.Array, condition: Any, null: Any, options: SamplingConfig) -> jax.Array:
-        """The `x_0` `[B, ...]` that noise `[B, *noise_shape]` leads to under guidance; `null` is `[1, ...]`."""
+    def sample(
+        self, networks: Tree, noise: jax.Array, condition: Any, null: Any, options: SamplingConfig
+    ) -> tuple[jax.Array, Any]:
+        """The `x_0` `[B, ...]` that noise `[B, *noise_shape]` leads to under guidance, and the last carry; `null` is
+        `[1, ...]`."""
 
         def denoise(x_t: jax.Array, level: Level, i: jax.Array, carry: Any, c: Any) -> tuple[jax.Array, Any]:
             return self.denoise(networks, x_t, level, i, carry, c, options)
 
         carry = self.first_carry(networks, noise, condition, options)
-        return sample_flow(denoise, self.config.schedule, noise, condition, null, options, carry)[0]
+        return sample_flow(denoise, self.config.schedule, noise, condition, null, options, carry)
 
     def denoise(
         self, networks: Tree, x_t: jax.Array, level: Level, i: jax.Array, carry: Any, condition: Any, options: Any
@@ -382,6 +385,11 @@ class FlowMatching:
         """What `denoise` carries into its first call."""
         del networks, noise, condition, options
         return None
+
+    def recorded(self, carry: Any) -> dict[str, jax.Array]:
+        """What `generate` returns of the last carry, `{name: [B, ...]}`."""
+        del carry
+        return {}
 
     def codec(self, params: Tree, frozen: Tree) -> Any:
         """That of the inputs."""

@@ -151,7 +151,7 @@ def test_what_it_exports_are_the_merged_weights(base, tuned):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"base": ""}, "no network to adapt: set base to a trained run"),
+        ({"base": ""}, "no network to start from: set base to a trained run"),
         ({"base": "nowhere"}, "'nowhere' is no trained run"),
     ],
 )

@@ -1,0 +1,73 @@
+"""The frozen network of an earlier run, or of published weights, that something small beside it is trained for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+from jax.sharding import Mesh
+
+from snapgen_jax.inputs.interfaces import Inputs, TokenizerSpec
+from snapgen_jax.networks.mmdit import MMDiTConfig
+from snapgen_jax.networks.rules import rules_of
+from snapgen_jax.recipes._assembly import specs_of, trained_roles
+from snapgen_jax.recipes._teacher import run_config
+from snapgen_jax.recipes.flow_matching import FlowMatching
+from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.weights.frozen import is_published, load_mmdit, load_run
+
+Tree = Any
+
+
+def load_base(base: str, method: FlowMatching, mesh: Mesh | None) -> Tree:
+    """`{role: parameters}` of all networks of a method: its own from `base`, what the inputs bring from where they say.
+
+    Args:
+        base: a trained run, whose averaged weights are read; or the folder `transformer/` of a published Stable
+            Diffusion 3.5.
+        method: whose config says what the base is.
+        mesh: where the weights go; None for one device.
+
+    Raises:
+        ConfigError: there is no base, or it is not what the config says.
+    """
+    networks, inputs = method.networks(), method.inputs
+    if not base:
+        raise ConfigError("there is no network to start from: set base to a trained run, or to published weights")
+    brought = inputs.load(inputs.pretrained(), mesh)
+    own = {role: network for role, network in networks.items() if role not in brought}
+    if is_published(epath.Path(base)):
+        network = method.config.network
+        if not isinstance(network, MMDiTConfig) or len(own) > 1:
+            raise ConfigError(
+                f"{base} holds an MMDiT alone: set network.kind to 'mmdit', and inputs whose text encoders are "
+                "published or of a run"
+            )
+        return {method.role: load_mmdit(base, network, specs_of(own, own)[method.role], mesh), **brought}
+    _check_run(base, method.config, inputs)
+    return {**load_run(base, specs_of(own, own), mesh=mesh, rules=rules_of(own)), **brought}
+
+
+def _check_run(base: str, config: Any, inputs: Inputs) -> None:
+    """Raises where the base run is not what the config says of it."""
+    run = run_config(base)
+    for name, said, was in (
+        ("prediction", config.prediction, run.get("prediction")),
+        ("schedule.kind", config.schedule.kind, run.get("schedule", {}).get("kind")),
+    ):
+        if was not in (None, said):
+            raise ConfigError(f"the run {base!r} has {name}={was!r}, and the config says {said!r}; set it")
+    if isinstance(of_run := run.get("inputs"), Mapping):
+        # A text encoder that comes from the run itself fits it.
+        parts = ("latent",) if trained_roles(inputs) else ("latent", "condition")
+        inputs.check_run(base, of_run, parts)
+
+
+def base_tokenizers(base: str, tokenizers: Mapping[str, TokenizerSpec]) -> dict[str, TokenizerSpec]:
+    """The tokenizers of the inputs; where the base run trained one, that."""
+    return {
+        name: dataclasses.replace(spec, workdir=base) if spec.kind == "trained" and not spec.workdir else spec
+        for name, spec in tokenizers.items()
+    }
