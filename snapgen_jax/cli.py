@@ -233,6 +233,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _export_bundle(options: argparse.Namespace, out: str) -> dict[str, float]:
+    from snapgen_jax.export.convert import require
     from snapgen_jax.export.latents import Carried
     from snapgen_jax.export.run import export_run, image_sizes
     from snapgen_jax.generation import load_config
@@ -244,7 +245,11 @@ def _export_bundle(options: argparse.Namespace, out: str) -> dict[str, float]:
         {name: folder for name in names if (folder := getattr(options, name))},
         {name: folder for name in names if (folder := getattr(options, f"{name}_tokenizer"))},
     )
-    load_config(options.workdir)  # a mistyped name is said before all else
+    try:
+        require(options.backend)
+    except ImportError as error:
+        raise ConfigError(str(error)) from error
+    load_config(options.workdir)  # what is missing or mistyped is said before all else
     say_compiling("the run's networks, converting them, and holding each file against JAX")
     return export_run(
         options.workdir,
