@@ -158,6 +158,7 @@ def test_the_command_wraps_a_bundle(small_bundle, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--bundle={bundle}"], "--bundle goes with --app"),
+        (["--bundle={bundle}", "--app=web", "--sizes=64x64", "--title=x"], "--sizes, --title goes with --workdir"),
         (["--bundle={bundle}", "--app=web", "--out={bundle}/x"], "in each other"),
         (["--bundle={bundle}", "--app=web", "--out=gs://bucket/app"], "made of local files"),
         (["--workdir={bundle}", "--app=web", "--out={bundle}/golden"], "is no web app"),
