@@ -254,6 +254,15 @@ def test_what_attention_made_is_not_made_again_where_it_is_kept(cudnn_to_lower, 
     assert calls == {"__cudnn$fmhaSoftmax": forward, "__cudnn$fmhaSoftmaxBackward": 2}
 
 
+@pytest.mark.skipif(ON_GPU, reason="cuDNN is there")
+def test_shapes_of_a_network_for_gpus_are_known_without_cudnn():
+    network, spec = build(for_platform(NETWORKS["unet"], "gpu"))
+    assert network.config.attention == "cudnn"
+    inputs = network.config.input_spec(2, 8, 8, 6)
+    found = jax.eval_shape(lambda params, *inputs: apply(network, params, *inputs)[0], spec, *inputs)
+    assert found.shape == inputs[0].shape
+
+
 def test_calls_that_cudnn_does_not_take_run_by_whole_scores(cudnn_to_lower):
     """Heads of 4 are too narrow; 8 x 8 pixels are a tile, and 4 x 4 are not."""
 
