@@ -35,10 +35,9 @@ def main() -> None:
             config = UNetConfig.preset("t2i", separable_block=form)
             case = Case(config, BATCHES[size], {"height": side, "width": side}, f"{size}x{size}")
             found[form] = plan(case, place)
-        known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-        RESULT.write_text(
-            json.dumps({n: (known | {name: found}).get(n) for n in CASES if n in {*known, name}}, indent=1)
-        )
+        known = json.loads(RESULT.read_text()) if RESULT.exists() else []
+        made = [{"case": name, "form": form, **one} for form, one in found.items()]
+        RESULT.write_text(json.dumps([one for one in known if one["case"] != name] + made, indent=1) + "\n")
         ms = {form: [1e3 * one[f"{part}_seconds"] for part in ("compute", "hbm")] for form, one in found.items()}
         print(f"{name}: compute and HBM, ms: {ms}", flush=True)
 

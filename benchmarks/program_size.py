@@ -15,6 +15,7 @@ import argparse
 import collections
 import re
 import time
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -73,9 +74,18 @@ def parts(recipe: FlowMatching) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "step", size_of(step, state, {}, batch)
 
 
+def pretend_cudnn() -> None:
+    """Lets programs with cuDNN's attention be lowered where there is no cuDNN."""
+    from jax._src.cudnn import fused_attention_stablehlo as jax_cudnn
+
+    if jax_cudnn.cuda_versions is None:
+        jax_cudnn.cuda_versions = types.SimpleNamespace(cudnn_get_version=lambda: 91_000)
+
+
 def main() -> None:
     """Counts, prints and stores."""
     prepare()
+    pretend_cudnn()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", default="", metavar="NAME")
     options = parser.parse_args()

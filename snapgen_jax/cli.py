@@ -235,7 +235,6 @@ def _export(options: argparse.Namespace) -> None:
 def _export_bundle(options: argparse.Namespace, out: str) -> dict[str, float]:
     from snapgen_jax.export.latents import Carried
     from snapgen_jax.export.run import export_run, image_sizes
-    from snapgen_jax.generation import load_config
 
     precisions, limits, budget = chosen_precisions(options)
     names = ("clip_l", "clip_g", "language")
@@ -244,8 +243,6 @@ def _export_bundle(options: argparse.Namespace, out: str) -> dict[str, float]:
         {name: folder for name in names if (folder := getattr(options, name))},
         {name: folder for name in names if (folder := getattr(options, f"{name}_tokenizer"))},
     )
-    load_config(options.workdir)  # a mistyped name is said before all else
-    say_compiling("the run's networks, converting them, and holding each file against JAX")
     return export_run(
         options.workdir,
         out,
@@ -260,6 +257,7 @@ def _export_bundle(options: argparse.Namespace, out: str) -> dict[str, float]:
         title=options.title,
         licence=options.license,
         sizes=image_sizes(options.sizes),
+        begins=lambda: say_compiling("the run's networks, converting them, and holding each file against JAX"),
     )
 
 

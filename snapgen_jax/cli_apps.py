@@ -27,17 +27,25 @@ def add_app(export: argparse.ArgumentParser) -> None:
     )
 
 
+# Options that change a bundle while it is made.
+_OF_A_RUN = ("decoder", "adapters", "precisions", "sizes", "title", "license", "encoders")
+
+
 def export_app(options: argparse.Namespace, export: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
     """Writes the app that `options` name; `export(folder)` writes the run's bundle there, and says what it measured.
 
     Raises:
-        ConfigError: --bundle stands without --app, or `--out` is in an object store; or see `write_app`.
+        ConfigError: --bundle stands without --app, or with an option of exporting a run; `--out` is in an object store;
+            or see `write_app`.
     """
     from snapgen_jax.export.apps import check_place, write_app
     from snapgen_jax.training.files import on_object_store
 
     if not options.app:
         raise ConfigError("--bundle goes with --app=web or --app=android; a run is exported by --workdir")
+    unused = [f"--{name}" for name in _OF_A_RUN if getattr(options, name)] if options.bundle else []
+    if unused:
+        raise ConfigError(f"{', '.join(unused)} goes with --workdir; an app takes the bundle of --bundle as it is")
     beside = pathlib.Path(options.bundle).absolute().parent if options.bundle else f"{options.workdir}/export"
     place = options.out or f"{beside}/{options.app}"
     if on_object_store(place):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -105,19 +106,33 @@ def _generator(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 def _loop(generator: Any, chosen: dict[str, Any], where: Any, seed: int) -> None:
     """An image for each line of standard input, as it comes; what was compiled for the first draws them all. A prompt
-    that cannot be drawn is said, and the next one read."""
+    that cannot be drawn is said, and the next one read.
+
+    Raises:
+        ConfigError: none could be drawn, as where an option is wrong.
+    """
+    drawn, refused = False, False
     for index, prompt in enumerate(_lines()):
         began = time.perf_counter()
         try:
             (image,) = generator.generate([prompt], seed=seed, indices=[index], **chosen)
         except ValueError as error:
-            print(f"{prompt}: {error}", file=sys.stderr, flush=True)
+            refused = True
+            said = f"{prompt}: {error}".encode("utf-8", "backslashreplace").decode()
+            print(said, file=sys.stderr, flush=True)
             continue
+        drawn = True
         took = time.perf_counter() - began
         print(f"{where.write_one(image, index)}  {1e3 * took:.0f} ms  {prompt}", flush=True)
+    if refused and not drawn:
+        raise ConfigError("none of these prompts could be drawn; the reason stands beside each")
 
 
 def _lines() -> Iterator[str]:
+    """The lines that are not empty. Bytes that are no UTF-8 become surrogates, as in a command's arguments: that
+    prompt alone is refused."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
     while line := sys.stdin.readline():
         if text := line.strip():
             yield text

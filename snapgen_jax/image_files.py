@@ -82,9 +82,13 @@ def destination(out: str) -> Destination:
     """What `--out` asks for.
 
     Raises:
-        ConfigError: the suffix is of no format that is written, or the name is no pattern of file names.
+        ConfigError: the suffix is of no format that is written, the name is no pattern of file names, or a file lies
+            where its folder would.
     """
     path = epath.Path(out)
+    above = next((folder for folder in path.parents if folder.exists()), None)
+    if above is not None and not above.is_dir():
+        raise ConfigError(f"--out={out}: {above} is a file, and no folder to write into; give another place")
     if out.endswith("/") or path.is_dir():
         if path.exists() and not path.is_dir():
             raise ConfigError(f"--out={out} is a file; leave the slash out to write a sheet, or name a folder")

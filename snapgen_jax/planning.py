@@ -46,11 +46,19 @@ def derive(earlier: epath.Path, name: str) -> tuple[dict[str, Any], list[Plan]]:
     """What earlier plans say of another topology, see `Plan.on`; with the config and overrides that they were made of.
 
     Raises:
-        ConfigError: the file holds no plans, or plans that tell nothing of others.
+        ConfigError: the topology is unknown, or the file holds no plans, or plans that tell nothing of others.
     """
     try:
         records = json.loads(earlier.read_text())
         asked = {what: records[0][what] for what in ("config", "overrides")}
-        return asked, [Plan.from_json(record).on(topology(name)) for record in records]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        plans = [Plan.from_json(record) for record in records]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(f"{earlier}: {error!r}; give a file that `snapgen plan --json` wrote") from error
+    try:
+        where = topology(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    try:
+        return asked, [found.on(where) for found in plans]
+    except ValueError as error:
+        raise ConfigError(f"{earlier}: {error}") from error

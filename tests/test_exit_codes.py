@@ -3,6 +3,7 @@
 import errno
 import gc
 import os
+import signal
 import time
 
 import pytest
@@ -84,8 +85,10 @@ def test_a_ctrl_c_that_lands_in_a_garbage_collectors_callback_ends_the_command(c
         for _ in range(100):
             time.sleep(0.01)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins without
     try:
         assert run_to_exit_code("export", work) == 130
     finally:
         gc.callbacks.remove(callback)
+        signal.signal(signal.SIGINT, before)
     assert "snapgen export: interrupted" in capsys.readouterr().err

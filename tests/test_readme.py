@@ -35,7 +35,7 @@ MADE = re.compile(
     | draw\.json | \d+\.png | drawn\.npz | imagenet_classes\.txt | LOC_synset_mapping\.txt   # of docs/imagenet.md
     | weights\.json | (text_encoder|vae|runs)/[\w/]* | model\.safetensors  # of a folder of weights
     | manifest\.json | tokenizer\.json | program\.json | programs/[\w.]+ | golden/[\w./]*  # of a bundle
-    | SPEC\.md | spec\.json | npu/ | scheduler\.json
+    | SPEC\.md | spec\.json | npu/ | scheduler\.json | benchmarks/results/gpu-CARD\.jsonl
     | (client|noise|program|sampler|verify)\.py
     """,
     flags=re.VERBOSE,

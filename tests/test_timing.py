@@ -128,6 +128,30 @@ def test_a_stream_of_prompts_is_drawn_by_one_program(run, generator, tmp_path, m
     assert program._cache_size() <= before + 1
 
 
+def test_a_line_that_is_no_text_costs_itself_alone(run, tmp_path, monkeypatch, capsys):
+    lines = b"a \xff star\n" + PROMPTS[0].encode() + b"\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
+    assert main(["sample", "--workdir=run", f"--out={tmp_path}/", "--loop"]) == ExitCode.DONE
+    said = capsys.readouterr()
+    assert "UTF-8" in said.err and PROMPTS[0] in said.out
+    assert [path.name for path in tmp_path.iterdir()] == ["001.png"]
+
+
+def test_a_stream_of_which_nothing_can_be_drawn_does_not_end_well(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{PROMPTS[1]}\n{PROMPTS[0]}\n"))
+    line = ["sample", "--workdir=run", f"--out={tmp_path}/", "--loop", "--nonsense=1"]
+    assert main(line) == ExitCode.BAD_CONFIG
+    said = capsys.readouterr().err
+    assert "unknown option 'nonsense'" in said and "none of these prompts could be drawn" in said
+
+
+@pytest.mark.parametrize("below", ["{index}.png", "sheet.png", "folder/", "folder/sheet.png"])
+def test_a_file_where_the_folder_of_images_would_be_is_refused_before_drawing(below, tmp_path, capsys):
+    (tmp_path / "file").write_text("kept")
+    assert main(["sample", "--workdir=run", "--prompt=x", f"--out={tmp_path}/file/{below}"]) == ExitCode.BAD_CONFIG
+    assert f"{tmp_path}/file is a file, and no folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -44,6 +44,7 @@ def export_run(
     title: str = "",
     licence: str = "",
     sizes: Sequence[tuple[int, int]] = (),
+    begins: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Exports a trained run as a bundle for phones, checked against JAX on the way.
 
@@ -60,6 +61,7 @@ def export_run(
         title: the model's name; the workdir's where none is given.
         licence: of the weights, an identifier such as "apache-2.0".
         sizes: further image sizes, (height, width); the run's first one is always in the bundle.
+        begins: called when all that was given is read and found fit, before minutes are spent.
 
     Returns:
         What was measured, `export.*`.
@@ -99,6 +101,7 @@ def export_run(
             text = (epath.Path(workdir) / "tokenizer.json").read_text()
             tokenizers["tokenizer.json"].write_text(spelled_out(text), "utf-8")
         reference = generator_of(recipe, params, frozen)
+        begins()
         try:
             report = export_bundle(
                 recipe, params, frozen, tokenizers, str(out),

@@ -93,7 +93,8 @@ def attend_by(
     Args:
         kernel: "whole" forms all scores at once; "chunked" those of `chunk` queries at a time, forward and backward, on
             any platform; "cudnn" (NVIDIA GPUs) and "flash" (TPUs) never form them. A call that the kernel does not take
-            (`attention_table.KERNELS`) runs by "whole".
+            (`attention_table.KERNELS`) runs by "whole", and so does "cudnn" in a process that only looks at the shapes
+            of a network for GPUs and has no cuDNN.
         q: `[B, L, H, D]`.
         k, v: `[B, M, K, D]`, where K divides H as for `attend`.
         mask: what is left out, for example by `key_mask`; None for nothing.
@@ -112,7 +113,12 @@ def attend_by(
             return _attend_chunked(q, k, v, bias, chunk)
         case "cudnn":
             lengths = None if mask is None else mask.lengths
-            return _on_each_device(_cudnn_on_a_device, q, k, v, lengths)
+            try:
+                return _on_each_device(_cudnn_on_a_device, q, k, v, lengths)
+            except RuntimeError:  # JAX's, that cuDNN is not there
+                if jax.default_backend() == "gpu":
+                    raise
+                return attend(q, k, v, bias)
         case "flash":
             return _on_each_device(_flash_on_a_device, q, k, v, bias)
 

@@ -23,7 +23,18 @@ from snapgen_jax.networks.layers import PRODUCT
 
 Remat = Literal["none", "products", "attention", "blocks"]
 
-_keeping = jax.checkpoint_policies.save_only_these_names
+
+def _keeping(*names: str) -> Callable[..., bool]:
+    """A policy that keeps what has one of these names, and what cuDNN's attention made: beside its result the
+    statistics of its softmax, which have no name and without which its backward kernel runs the forward one again."""
+    named = jax.checkpoint_policies.save_only_these_names(*names)
+
+    def keeps(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
+        return primitive.name.startswith("dot_product_attention_fwd") or named(primitive, *arguments, **parameters)
+
+    return keeps
+
+
 _UNIT = {"blocks": jax.checkpoint, "attention": functools.partial(jax.checkpoint, policy=_keeping("attention"))}
 _BLOCK = {"products": functools.partial(jax.checkpoint, policy=_keeping("attention", PRODUCT))}
 

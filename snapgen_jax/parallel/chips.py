@@ -92,7 +92,7 @@ class Roofline:
             "compute": chip.devices * (at_bfloat16 / chip.flops + self.int8_flops / chip.int8_flops),
             "hbm": self.bytes_accessed * chip.devices / chip.hbm_bandwidth,
             "links": self.wire_bytes / chip.link_bandwidth,
-            **({"network": self.network_bytes / _network(chip)} if self.network_bytes else {}),
+            **({"network": self.network_bytes / network_bandwidth(chip)} if self.network_bytes else {}),
         }
 
     @property
@@ -106,7 +106,12 @@ class Roofline:
         return max(self.times.values())
 
 
-def _network(chip: Chip) -> float:
+def network_bandwidth(chip: Chip) -> float:
+    """Bytes a second that a chip sends to another slice.
+
+    Raises:
+        ValueError: the maker does not say.
+    """
     if not chip.network_bandwidth:
         raise ValueError(f"no bandwidth between slices of {chip.name} is published; plan one slice")
     return chip.network_bandwidth

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from snapgen_jax.parallel.chips import Chip, Roofline, chip_of
+from snapgen_jax.parallel.chips import Chip, Roofline, chip_of, network_bandwidth
 from snapgen_jax.parallel.hlo import ACROSS, Collective, collectives
 from snapgen_jax.parallel.traffic import traffic
 
@@ -64,10 +64,15 @@ def topology(name: str) -> Topology:
     """Describes "v5e:4x4", "v5p:2x2x2" and the like, or "2*v5e:4x4" for two slices joined by the network.
 
     Raises:
-        ValueError: the chip is unknown, libtpu knows no such shape, or libtpu is not installed.
+        ValueError: the chip is unknown, libtpu knows no such shape, libtpu is not installed, the number of slices is
+            none, or there are several of a chip whose maker does not say how fast one reaches another.
     """
-    slices, _, shape = name.rpartition("*")
+    slices, star, shape = name.rpartition("*")
+    if star and not (slices.isdecimal() and int(slices)):
+        raise ValueError(f"no topology {name!r}: {slices!r} is no number of slices; write 2*v5e:4x4 for two")
     chip = chip_of(shape.partition(":")[0])
+    if slices and int(slices) > 1:
+        network_bandwidth(chip)
     for key, value in {**_LIBTPU, "TPU_ACCELERATOR_TYPE": _ACCELERATORS[chip.name]}.items():
         os.environ.setdefault(key, value)
     from jax.experimental import topologies
@@ -149,7 +154,8 @@ class Plan:
         that its bytes are a guess.
 
         Raises:
-            ValueError: the step does not fit, or its parameters are split: a replica's work then depends on the mesh.
+            ValueError: the step does not fit, its parameters are split, so that a replica's work depends on the mesh,
+                or it has one replica alone, which sends nothing, or several slices.
         """
         if not self.fits or math.prod(self.mesh.values()) != self.mesh["data"]:
             raise ValueError(
@@ -158,6 +164,8 @@ class Plan:
         if slices_of(self.topology) > 1:
             raise ValueError(f"only a plan for one slice tells of other chips; this one is for {self.topology}")
         devices, before, slices = len(where.devices), self.mesh["data"], where.slices
+        if before < 2:
+            raise ValueError(f"only a plan for several devices tells what others send; this one is for {self.topology}")
         near = devices // slices
         grown = ((near - 1) / near) / ((before - 1) / before)
         sent = {

@@ -158,6 +158,7 @@ def test_the_command_wraps_a_bundle(small_bundle, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--bundle={bundle}"], "--bundle goes with --app"),
+        (["--bundle={bundle}", "--app=web", "--sizes=64x64", "--title=x"], "--sizes, --title goes with --workdir"),
         (["--bundle={bundle}", "--app=web", "--out={bundle}/x"], "in each other"),
         (["--bundle={bundle}", "--app=web", "--out=gs://bucket/app"], "made of local files"),
         (["--workdir={bundle}", "--app=web", "--out={bundle}/golden"], "is no web app"),
@@ -177,7 +178,6 @@ def test_the_command_exports_a_run_and_wraps_it(small_bundle, tmp_path, monkeypa
         shutil.copytree(small_bundle, out)
         return {"export.bytes_f32": 1.0}
 
-    monkeypatch.setattr("snapgen_jax.generation.load_config", lambda workdir: None)
     monkeypatch.setattr("snapgen_jax.export.run.export_run", export_run)
     assert main(["export", f"--workdir={tmp_path}/run", "--app=web"]) == 0
     assert asked == [f"{tmp_path}/run"] and "export.bytes_f32" in capsys.readouterr().out

@@ -247,6 +247,22 @@ def test_the_full_size_unet_forms_no_scores_on_a_gpu(cudnn_to_lower):
     assert re.search("<4x14x64x333xf32>", whole), "the search finds scores where they are"
 
 
+@pytest.mark.parametrize(("remat", "forward"), [("none", 2), ("products", 2), ("attention", 2), ("blocks", 4)])
+def test_what_attention_made_is_not_made_again_where_it_is_kept(cudnn_to_lower, remat, forward):
+    config = for_platform(dataclasses.replace(NETWORKS["unet"], remat=remat), "gpu")
+    calls = calls_of(lower_for_gpu(config, batch=2, side=8, tokens=6))
+    assert calls == {"__cudnn$fmhaSoftmax": forward, "__cudnn$fmhaSoftmaxBackward": 2}
+
+
+@pytest.mark.skipif(ON_GPU, reason="cuDNN is there")
+def test_shapes_of_a_network_for_gpus_are_known_without_cudnn():
+    network, spec = build(for_platform(NETWORKS["unet"], "gpu"))
+    assert network.config.attention == "cudnn"
+    inputs = network.config.input_spec(2, 8, 8, 6)
+    found = jax.eval_shape(lambda params, *inputs: apply(network, params, *inputs)[0], spec, *inputs)
+    assert found.shape == inputs[0].shape
+
+
 def test_calls_that_cudnn_does_not_take_run_by_whole_scores(cudnn_to_lower):
     """Heads of 4 are too narrow; 8 x 8 pixels are a tile, and 4 x 4 are not."""
 

@@ -1,5 +1,6 @@
 """Plans: a step compiled for chips that are not here, read and judged. Compiling needs libtpu (Linux, x86-64)."""
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import json
@@ -94,6 +95,8 @@ def test_what_a_refused_step_would_need_is_read_off_the_refusal(refusal, gibibyt
         (["--topology=v5e:2x2", "--config.mesh.fsdp=3"], "does not fit 4 devices"),
         (["--topology=v5e:2x2", "--config.batch_size=10"], "set batch_size to 8 or 12"),
         pytest.param(["--topology=v5e:3x7"], "no topology 'v5e:3x7'", marks=needs_libtpu),
+        (["--topology=two*v5e:2x2"], "'two' is no number of slices"),
+        (["--topology=2*tpu7x:2x2x1"], "no bandwidth between slices of tpu7x is published; plan one slice"),
     ],
 )
 def test_a_plan_that_cannot_be_made_is_refused_in_one_line(arguments, says, capsys):
@@ -147,6 +150,40 @@ def test_what_is_planned_is_the_very_program_that_a_run_compiles():
     state, _ = run.start(None)
     real = step.lower_step(made, 0, mesh, step.carry(state, mesh), run.load_frozen(), "64x64")
     assert abstract.as_text() == real.as_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("v9:4x4", "unknown chip 'v9'; known: v4"),
+        ("0*v5e:4x4", "no topology '0*v5e:4x4': '0' is no number of slices"),
+        ("-2*v5e:4x4", "'-2' is no number of slices"),
+        ("2*tpu7x:2x2x1", "no bandwidth between slices of tpu7x is published; plan one slice"),
+        pytest.param("v5e:16x", "no topology 'v5e:16x'", marks=needs_libtpu),
+    ],
+)
+def test_a_topology_that_a_plan_cannot_tell_of_is_blamed_and_not_the_file(name, says, capsys):
+    stored = STORED / "t2i_256-v5e_4x4-b256.json"
+    assert main(["plan", f"--from={stored}", f"--topology={name}"]) == 78
+    said = capsys.readouterr().err
+    assert says in said
+    assert stored.name not in said
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "not a plan", '[{"config": "", "overrides": [], "collectives": null}]'])
+def test_a_file_without_plans_is_refused_in_one_line(text, tmp_path, capsys):
+    file = tmp_path / "plan.json"
+    file.write_text(text)
+    assert main(["plan", f"--from={file}", "--topology=v5e:4x4"]) == 78
+    assert "give a file that `snapgen plan --json` wrote" in capsys.readouterr().err
+
+
+@needs_libtpu
+def test_a_plan_for_one_device_tells_nothing_of_others():
+    record = json.loads((STORED / "t2i_256-v5e_4x4-b256.json").read_text())[0]
+    alone = dataclasses.replace(Plan.from_json(record), mesh={"data": 1, "fsdp": 1, "tensor": 1})
+    with pytest.raises(ValueError, match="only a plan for several devices"):
+        alone.on(topology("v5e:4x4"))
 
 
 def test_an_unknown_topology_is_a_config_error():
