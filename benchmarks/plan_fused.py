@@ -9,11 +9,10 @@ separable convolution (`snapgen_jax/networks/fused_separable.py`).
 
 from __future__ import annotations
 
-import argparse
 import json
 import pathlib
 
-from benchmarks.plan_published import Case, plan
+from benchmarks.plan_published import Case, chosen, plan
 from snapgen_jax.networks.unet import UNetConfig
 
 RESULT = pathlib.Path(__file__).parent / "results" / "plan" / "fused_forward.json"
@@ -23,12 +22,7 @@ CASES = {f"{place}-{size}": (place, size) for size in BATCHES for place in ("v5e
 
 def main() -> None:
     """Plans and stores what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=list(CASES), help=f"of {', '.join(CASES)}; all by default")
-    names = parser.parse_args().names
-    if unknown := [name for name in names if name not in CASES]:
-        parser.error(f"no case {unknown[0]!r}; choose of {', '.join(CASES)}")
-    for name in names:
+    for name in chosen(CASES, "case", __doc__):
         place, size = CASES[name]
         side, found = size // 8, {}
         for form in ("composed", "fused"):

@@ -14,6 +14,7 @@ import argparse
 import functools
 import json
 import pathlib
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -78,14 +79,20 @@ def plan(case: Case, place: str = TOPOLOGY) -> dict[str, Any]:
     return found.to_json()
 
 
+def chosen(cases: Iterable[str], what: str, description: str | None) -> list[str]:
+    """Those of the cases that the command line names; all where it names none."""
+    known = list(cases)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=known, help=f"of {', '.join(known)}; all by default")
+    names = parser.parse_args().names
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"no {what} {unknown[0]!r}; choose of {', '.join(known)}")
+    return names
+
+
 def main() -> None:
     """Plans and stores what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=list(CASES), help=f"of {', '.join(CASES)}; all by default")
-    names = parser.parse_args().names
-    if unknown := [name for name in names if name not in CASES]:
-        parser.error(f"no network {unknown[0]!r}; choose of {', '.join(CASES)}")
-    for name in names:
+    for name in chosen(CASES, "network", __doc__):
         entry = {"network": name, **plan(CASES[name])}
         known = json.loads(RESULT.read_text()) if RESULT.exists() else []
         kept = {one["network"]: one for one in known} | {name: entry}

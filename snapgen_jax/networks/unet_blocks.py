@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,23 +90,30 @@ class ResidualBlock(nnx.Module):
         return remat.block(self.remat, self._block)(x, embedding)
 
     def _block(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
-        h = self._half(self.norm_1, self.conv_1, x, self.embedding(embedding))
-        h = self._half(self.norm_2, self.conv_2, h, None)
+        h = self._half(self.norm_1, self.conv_1, x, lambda: self.embedding(embedding))
+        h = self._half(self.norm_2, self.conv_2, h)
         return h + (x if self.skip is None else self.skip(x))
 
-    def _half(self, norm: GroupNorm, conv: SeparableConv | Conv, x: jax.Array, offset: jax.Array | None) -> jax.Array:
+    def _half(
+        self,
+        norm: GroupNorm,
+        conv: SeparableConv | Conv,
+        x: jax.Array,
+        offset: Callable[[], jax.Array] | None = None,
+    ) -> jax.Array:
         """Norm, SiLU and convolution, and an offset `[B, O]` of all pixels."""
 
-        def composed(x: jax.Array, offset: jax.Array | None) -> jax.Array:
+        def composed(x: jax.Array) -> jax.Array:
             h = conv(jax.nn.silu(norm(x)))
-            return h if offset is None else h + offset[:, None, None, :]
+            return h if offset is None else h + offset()[:, None, None, :]
 
         if not self.fuses or not isinstance(conv, SeparableConv):
-            return composed(x, offset)
-        h = jax.lax.platform_dependent(
-            x, offset, tpu=lambda x, offset: conv.fused(norm, x.astype(conv.pointwise.dtype), offset), default=composed
-        )
-        return checkpoint_name(h, PRODUCT)
+            return composed(x)
+
+        def fused(x: jax.Array) -> jax.Array:
+            return conv.fused(norm, x.astype(conv.pointwise.dtype), None if offset is None else offset())
+
+        return checkpoint_name(jax.lax.platform_dependent(x, tpu=fused, default=composed), PRODUCT)
 
 
 class TransformerBlock(nnx.Module):
