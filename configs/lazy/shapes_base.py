@@ -8,12 +8,13 @@ half an hour. Metric: `score.overall`.
 
 from ml_collections import ConfigDict
 
-from configs.shapes import quickstart
+from configs.shapes import adapters_base
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """`arg`: None, or "runlocal" for a run of a few seconds that shows only that everything works."""
-    c = quickstart.get_config(arg)
+    """`arg`: None; "quick", single objects in half the updates; or "runlocal" for a run of a few seconds that shows
+    only that everything works."""
+    c = adapters_base.get_config(arg)
     if arg == "runlocal":
         c.network = ConfigDict({"kind": "dit", "preset": "smoke", "latent_channels": 48, "sigma": "none"})
         c.inputs.text.update({"width": 16, "heads": 2, "projection": 16})
