@@ -13,6 +13,7 @@ from snapgen_jax.networks.module import Network, apply, build
 Gates = Mapping[str, Mapping[str, jax.Array]]
 """`{module: {"kernel": [T, D], "mean": [T]}}` for T sampling steps: the gate's weights, and the running mean of its
 logit."""
+ROLE = "gates"
 MEAN_DECAY = 0.9
 RUNS, REUSED = "1", "0"
 
