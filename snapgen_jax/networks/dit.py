@@ -24,7 +24,7 @@ from snapgen_jax.networks.depth import Remat
 from snapgen_jax.networks.layers import Conv, Linear
 from snapgen_jax.networks.mmdit_blocks import FeedForward, layer_norm, modulate
 from snapgen_jax.networks.module import Preset, Rules, compute_dtype, shard
-from snapgen_jax.networks.patches import on_tokens, position_axes
+from snapgen_jax.networks.patches import on_tokens, position_axes, to_map
 from snapgen_jax.networks.taps import Reuse, Taps
 from snapgen_jax.networks.text import TextContext, check_widths, denoiser_spec
 from snapgen_jax.networks.unet_blocks import EmbeddingMLP
@@ -262,7 +262,7 @@ class DiT(nnx.Module):
 
         shift, scale = jnp.split(self.modulation_out(embedding), 2, axis=-1)
         x = self.out(modulate(layer_norm(x), shift, scale))
-        x = rearrange(x, "b (h w) (p q c) -> b (h p) (w q) c", h=h, p=config.patch, q=config.patch)
+        x = to_map(x, h, config.patch)
         found = {name: rearrange(tap.found[name], "b (h w) d -> b h w d", h=h) for name in tap.found}
         return shard(x[..., : config.latent_channels].astype(jnp.float32), "image"), found
 

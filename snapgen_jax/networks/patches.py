@@ -51,6 +51,16 @@ def positions(rows: np.ndarray, columns: np.ndarray, width: int) -> jax.Array:
     return of_rows + of_columns
 
 
+def to_map(tokens: jax.Array, height: int, patch: int) -> jax.Array:
+    """Tokens `[B, h * w, p * p * C]`, the pixels of a patch row by row, to the map `[B, h * p, w * p, C]`.
+
+    No array on the way has more than four axes, which is what phones' GPUs take: a pixel keeps its row of the patch.
+    """
+    b, length, width = tokens.shape
+    rows = tokens.reshape(b * height, length // height, patch, width // patch).swapaxes(1, 2)  # [B h, p, w, p C]
+    return rows.reshape(b, height * patch, length // height * patch, -1)
+
+
 def on_tokens(name: str, reuse: Reuse, like: jax.ShapeDtypeStruct) -> Reuse:
     """A replacement, called `name`, of a map like `like` `[B, h, w, D]` as one of tokens `[B, h * w, D]`."""
     value = rearrange(reuse.fitted(like, name), "b h w d -> b (h w) d")
