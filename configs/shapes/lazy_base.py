@@ -2,8 +2,8 @@
 
     snapgen train --config=configs/shapes/lazy_base.py --workdir=runs/dit
 
-A DiT reads one vector of a whole caption, so that it knows what to draw and hardly where, and learns it slowly. Machine:
-two CPU cores. Time: half an hour. Metric: `score.overall`.
+A DiT reads one vector of a whole caption, so that it knows what to draw and hardly where, and learns it slowly.
+Machine: two CPU cores. Time: half an hour. Metric: `score.overall`.
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,7 @@
     snapgen chain --config=configs/shapes/lazy_chain.py --workdir=lazy --config.rho.share=0.2
 
 Run it where this repository is. Machine: two CPU cores. Time: an hour, most of it for the DiT; `quick`, half of that.
-Metric: `deviation.mse`, how far skipping leads from the full sampler; and the scores, which stay.
+Metric: `deviation.grey_levels`, how far skipping leads from the full sampler; and the scores, which stay.
 """
 
 from ml_collections import ConfigDict

@@ -38,15 +38,17 @@ class Deviation:
         check(self, seed=SEED, examples=at_least(1))
 
     def __call__(self, generator: ImageGenerator, dataset: ValidationData | None = None) -> EvaluationResult:
-        """`deviation.mse`, the mean squared difference of pixels from 0 to 1, and its value for each image.
+        """`deviation.grey_levels`: the root of the mean squared difference of pixels, in levels of 255; its value for
+        each image.
 
         Raises:
             ValueError: there is nothing to draw, or no images by the name of `output`.
         """
         wanted = requests(generator, self.prompts, self.examples, dataset, self.seed)
         both = [
-            read_images(draw(generator, wanted, seed=self.seed, options=options), self.output).astype(np.float64) / 255
+            read_images(draw(generator, wanted, seed=self.seed, options=options), self.output).astype(np.float64)
             for options in (self.options, {**self.options, **self.reference})
         ]
-        errors = np.mean(np.square(both[0] - both[1]), axis=(1, 2, 3))
-        return EvaluationResult({"deviation.mse": float(errors.mean())}, {}, {"deviation.mse": errors})
+        errors = np.sqrt(np.mean(np.square(both[0] - both[1]), axis=(1, 2, 3)))
+        name = "deviation.grey_levels"
+        return EvaluationResult({name: float(errors.mean())}, {}, {name: errors})

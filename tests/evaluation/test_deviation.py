@@ -20,7 +20,7 @@ class Draws:
         return np.stack([np.full((4, 4, 3), value, np.uint8) for value in values])
 
 
-def test_it_is_the_mean_squared_difference_from_the_same_generator_under_the_reference_options():
+def test_it_is_the_root_mean_squared_difference_from_the_same_generator_under_the_reference_options():
     generator = Draws()
     options = {"steps": 5, "guidance": 2.0}
     found = create(
@@ -28,8 +28,8 @@ def test_it_is_the_mean_squared_difference_from_the_same_generator_under_the_ref
             "deviation", options={"reference": {"steps": 10}, "prompts": ("0", "10"), "seed": 3, "options": options}
         )
     )(generator)
-    np.testing.assert_allclose(found.values["deviation.mse"], [0, (127 / 255) ** 2])
-    assert found.numbers["deviation.mse"] == pytest.approx(0.5 * (127 / 255) ** 2)
+    np.testing.assert_allclose(found.values["deviation.grey_levels"], [0, 127])
+    assert found.numbers["deviation.grey_levels"] == pytest.approx(127 / 2)
     assert generator.asked == [(3, 5, 2.0), (3, 10, 2.0)]  # all else is as in the way that is measured
 
 
