@@ -1,7 +1,7 @@
 """What skipped modules save: TFLite and JAX on a CPU, one thread, against how many modules a step skips.
 
-    python -m benchmarks.lazy_latency                 # prints JSON
-    python -m benchmarks.lazy_latency --save=cpu2     # and writes benchmarks/results/lazy_latency-cpu2.json
+    python -m benchmarks.lazy_latency                 # prints a line of JSON for each network
+    python -m benchmarks.lazy_latency --save=cpu2     # and adds it to benchmarks/results/lazy_latency-cpu2.jsonl
 
 For each network, with random weights, in one run in which all take turns:
 
@@ -18,7 +18,6 @@ For each network, with random weights, in one run in which all take turns:
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pathlib
 import tempfile
@@ -34,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.export_full import inputs, weights
-from benchmarks.measuring import commit, machine
+from benchmarks.measuring import append, commit, machine
 from snapgen_jax.export.convert import to_tflite
 from snapgen_jax.export.runtime import litert_unit
 from snapgen_jax.networks.dit import DiTConfig
@@ -45,11 +44,10 @@ from snapgen_jax.recipes._gates import gated_modules
 from snapgen_jax.recipes._lazy_export import adaptive_plan, scheduled_plan
 from snapgen_jax.training.exports import ExportPlan
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 # {network: (config, side of the latent)}
 NETWORKS = {
-    "shapes, width 128, 64 tokens": (DiTConfig.preset("shapes"), 8),
-    "width 512, 256 tokens": (
+    "shapes": (DiTConfig.preset("shapes"), 8),
+    "wide": (
         DiTConfig(latent_channels=16, patch=1, depth=4, heads=8, head_dim=64, sigma="none"),
         16,
     ),
@@ -195,27 +193,29 @@ def main() -> None:
     """Measures all networks."""
     parser = argparse.ArgumentParser(description="What skipped modules save.")
     parser.add_argument("--rounds", type=int, default=30, help="calls of each graph")
+    parser.add_argument("--networks", default=",".join(NETWORKS), help="default: %(default)s")
+    parser.add_argument("--jax", choices=("yes", "no"), default="yes", help="whether JAX is measured, too")
     parser.add_argument("--save", default="", help="name of the machine, for benchmarks/results/")
     options = parser.parse_args()
-    record: dict[str, Any] = {"machine": machine(), "commit": commit(), "rounds": options.rounds, "threads": 1}
-    record["networks"] = {}
-    for name, (config, side) in NETWORKS.items():
+    about = {"machine": machine(), "commit": commit(), "rounds": options.rounds, "threads": 1}
+    for name in options.networks.split(","):
+        config, side = NETWORKS[name]
         lazy = Lazy(config, side)
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = pathlib.Path(scratch)
-            of_static, of_adaptive = static(lazy, folder), adaptive(lazy, folder)
-            named = {f"static {n}": call for n, call in of_static.items()}
-            named |= {f"adaptive {n}": call for n, call in of_adaptive.items()}
-            times = by_turns(named, options.rounds)
-        kinds = {
-            kind: summary(_of_kind(kind, times[0]), _of_kind(kind, times[1]), len(lazy.modules))
-            for kind in ("static", "adaptive")
+        found: dict[str, Any] = {
+            "network": name,
+            "modules": len(lazy.modules),
+            "tokens": side**2,
+            "width": config.width,
         }
-        rows = in_jax(lazy, max(3, options.rounds // 6))
-        record["networks"][name] = {"modules": len(lazy.modules), "steps": STEPS, **kinds, "jax": rows}
-    print(json.dumps(record, indent=2))
-    if options.save:
-        (RESULTS / f"lazy_latency-{options.save}.json").write_text(json.dumps(record, indent=2) + "\n")
+        with tempfile.TemporaryDirectory() as scratch:
+            kinds = {"static": static(lazy, pathlib.Path(scratch)), "adaptive": adaptive(lazy, pathlib.Path(scratch))}
+            named = {f"{kind} {n}": call for kind, calls in kinds.items() for n, call in calls.items()}
+            times = by_turns(named, options.rounds)
+        for kind in kinds:
+            found[kind] = summary(_of_kind(kind, times[0]), _of_kind(kind, times[1]), len(lazy.modules))
+        if options.jax == "yes":
+            found["jax"] = {"steps": STEPS, "rows": in_jax(lazy, max(3, options.rounds // 4))}
+        append({**found, **about}, "lazy_latency", options.save)
 
 
 if __name__ == "__main__":

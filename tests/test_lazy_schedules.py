@@ -38,8 +38,8 @@ def saved(config, overrides, workdir):
 def run(tmp_path_factory):
     """A run of gates that run about half of the modules, other ones for each example."""
     folder = tmp_path_factory.mktemp("runs")
-    base = saved("configs/lazy/shapes_base.py:runlocal", [], folder / "base")
-    return saved("configs/lazy/shapes.py:runlocal", [f"base={base}"], folder / "lazy")
+    base = saved("configs/shapes/lazy_base.py:runlocal", [], folder / "base")
+    return saved("configs/shapes/lazy.py:runlocal", [f"base={base}"], folder / "lazy")
 
 
 def test_agreement_is_that_of_the_decisions_which_the_gates_make():
