@@ -1,6 +1,7 @@
 """Gates on a phone: a bundle in which a static schedule says what runs."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -34,13 +35,16 @@ CONFIG = LazyGatesConfig(
 )
 
 
-def lazy(**changes):
+def lazy(depth=2, **changes):
     sampling = dataclasses.replace(CONFIG.sampling, **changes)
-    return LazyGates(dataclasses.replace(CONFIG, sampling=sampling), "cpu")
+    network = dataclasses.replace(CONFIG.network, depth=depth)
+    return LazyGates(dataclasses.replace(CONFIG, sampling=sampling, network=network), "cpu")
 
 
-# Small enough for pictures that are not black and white, in which a rounded bit would be seen or not by chance.
-FROZEN = jax.tree.map(lambda leaf: 0.4 * leaf, random_like(lazy().frozen_spec(), 1))
+@functools.cache
+def frozen(depth=2):
+    """Small enough for pictures that are not black and white, in which a rounded bit would be seen or not by chance."""
+    return jax.tree.map(lambda leaf: 0.4 * leaf, random_like(lazy(depth).frozen_spec(), 1))
 
 
 def weights_of(recipe):
@@ -48,9 +52,10 @@ def weights_of(recipe):
 
 
 def exported(recipe, params, folder, **options):
-    reference = generator_of(recipe, params, FROZEN)
+    networks = frozen(recipe.config.network.depth)
+    reference = generator_of(recipe, params, networks)
     options = {"backend": QUICK, "precisions": ("f32",), **options}
-    return export_bundle(recipe, params, FROZEN, None, folder, gpu_check="skip", reference=reference, **options)
+    return export_bundle(recipe, params, networks, None, folder, gpu_check="skip", reference=reference, **options)
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +93,14 @@ def test_the_client_draws_what_jax_draws_by_the_same_schedule_each_time_anew(sch
     labels = {"label": np.array([3, 1], np.int32)}
     noise = np.random.default_rng(0).normal(size=(2, 4, 4, 12)).astype(np.float32)
     recipe = lazy(schedule=SCHEDULE)
-    expected = generator_of(recipe, weights_of(recipe), FROZEN)(labels, noise)["image"]
+    expected = generator_of(recipe, weights_of(recipe), frozen())(labels, noise)["image"]
     generator = LiteRTGenerator(scheduled.folder)
     first, second = (generator.run(labels, noise=noise)["image"] for _ in range(2))
     np.testing.assert_array_equal(first, second)
     assert verify.grey_levels(first, expected).max() <= 1
     turned = LiteRTGenerator(scheduled.folder, residency="in turn").run(labels, noise=noise)["image"]
     np.testing.assert_array_equal(turned, first)
-    plain = generator_of(lazy(lazy=0.0), weights_of(recipe), FROZEN)(labels, noise)["image"]
+    plain = generator_of(lazy(lazy=0.0), weights_of(recipe), frozen())(labels, noise)["image"]
     assert verify.grey_levels(first, plain).max() > 1  # skipping is seen
 
 
@@ -105,20 +110,20 @@ def undecided():
     generator = np.random.default_rng(3)
     gates = {
         name: {**gate, "kernel": generator.normal(size=gate["kernel"].shape).astype(np.float32)}
-        for name, gate in weights_of(lazy())["model"]["gates"].items()
+        for name, gate in weights_of(lazy(1))["model"]["gates"].items()
     }
     return {"model": {"gates": gates}}
 
 
 @pytest.fixture(scope="module")
 def adaptive(tmp_path_factory, undecided):
-    recipe = lazy(halves="separate")
+    recipe = lazy(1, halves="separate")
     return exported(recipe, undecided, tmp_path_factory.mktemp("adaptive") / "bundle", backend="jax2tf")
 
 
 def test_gates_decide_in_one_graph_with_a_branch_for_each_module(adaptive):
     found = describe(adaptive.folder / "dit_f32.tflite")
-    assert list(found.graphs) == ["dit"] and found.histogram["IF"] == 4
+    assert list(found.graphs) == ["dit"] and found.histogram["IF"] == 2
     manifest = json.loads((adaptive.folder / "manifest.json").read_text())
     unit = manifest["units"]["dit"]
     assert unit["cpu_only"] and not unit["gpu"]["checked"] and "CPU only" in unit["gpu"]["reason"]
@@ -130,9 +135,9 @@ def test_gates_decide_in_one_graph_with_a_branch_for_each_module(adaptive):
 
 def test_the_gates_of_a_bundle_decide_as_those_of_jax(adaptive, undecided):
     assert adaptive.numbers["export.image.max_grey_to_generator"] <= 1
-    recipe, labels = lazy(halves="separate"), {"label": np.array([2, 0], np.int32)}
+    recipe, labels = lazy(1, halves="separate"), {"label": np.array([2, 0], np.int32)}
     noise = np.random.default_rng(5).normal(size=(2, 4, 4, 12)).astype(np.float32)
-    made = generator_of(recipe, undecided, FROZEN)(labels, noise)
+    made = generator_of(recipe, undecided, frozen(1))(labels, noise)
     assert (made["ran"] != made["ran"][:1, :1]).any() and 0.5 < made["ran"].mean() < 0.95
     generator = LiteRTGenerator(adaptive.folder)
     ran, call = [], generator.sampler.units["dit"]
@@ -148,7 +153,7 @@ def test_the_gates_of_a_bundle_decide_as_those_of_jax(adaptive, undecided):
         image = sampler.run({"label": labels["label"][i]}, noise[i])["image"]
         assert verify.grey_levels(image, made["image"][i]).max() <= 1
         # The null call comes second here, and first among JAX's halves.
-        halves = np.array(ran).reshape(6, 2, 4)[:, ::-1]
+        halves = np.array(ran).reshape(6, 2, 2)[:, ::-1]
         np.testing.assert_array_equal(halves, np.moveaxis(made["ran"][i], 0, 1))
 
 
@@ -157,6 +162,6 @@ def test_what_cannot_be_exported_is_refused_and_nothing_to_skip_is_the_network_a
     assert [unit.name for unit in plan.units] == ["dit", "label_embedding"] and "state" not in plan.program
     with pytest.raises(ConfigError, match="set halves='separate', or give a schedule"):
         lazy().exports()
-    unit = lazy(halves="separate").exports().units[0]
+    unit = lazy(1, halves="separate").exports().units[0]
     with pytest.raises(ValueError, match="'litert' writes no branches; use the backend 'jax2tf'"):
         to_tflite(unit.function, {}, unit.inputs, "dit", "none.tflite", "litert")
