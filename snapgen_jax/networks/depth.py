@@ -47,7 +47,7 @@ def stack(make: Callable[[nnx.Rngs], LayerT], layers: int, rngs: nnx.Rngs) -> La
 
 def scan(
     body: Callable[..., Carry],
-    layers: LayerT,
+    layers: nnx.Module,
     carry: Carry,
     *,
     taps: Sequence[int] = (),

@@ -242,7 +242,7 @@ def load_dit(
     """
     name = "dit_xl_2"
     with _told():
-        layout = dit_map.layout_of(read_folder(folder, source=source(name)))
+        layout = dit_map.layout_of(read_folder(pathlib.Path(folder), source=source(name)))
     loaded = {"dit": _load_mapped(name, folder, dit_map.weight_map(config, layout), config, spec["dit"], mesh)}
     if label is not None:
         table = dit_map.label_map(label, layout)
