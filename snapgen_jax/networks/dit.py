@@ -24,7 +24,7 @@ from snapgen_jax.networks.depth import Remat
 from snapgen_jax.networks.layers import Conv, Linear
 from snapgen_jax.networks.mmdit_blocks import FeedForward, layer_norm, modulate
 from snapgen_jax.networks.module import Preset, Rules, compute_dtype, shard
-from snapgen_jax.networks.patches import on_tokens, positions
+from snapgen_jax.networks.patches import on_tokens, position_axes, to_map
 from snapgen_jax.networks.taps import Reuse, Taps
 from snapgen_jax.networks.text import TextContext, check_widths, denoiser_spec
 from snapgen_jax.networks.unet_blocks import EmbeddingMLP
@@ -237,7 +237,9 @@ class DiT(nnx.Module):
             if isinstance(given.run, jax.Array):
                 given.checked(given.run, b, name)
 
-        x = shard(rearrange(x + _grid(config, h, w).astype(dtype), "b h w d -> b (h w) d"), "tokens")
+        for places in _grid(config, h, w):
+            x = x + places[None].astype(dtype)
+        x = shard(rearrange(x, "b h w d -> b (h w) d"), "tokens")
         embedding = jax.nn.silu(shard(self.time(time) + context.pooled.astype(dtype), "vector"))
         remat = jax.checkpoint if config.remat == "block" else lambda function: function
         for i, block in enumerate(self.blocks):
@@ -245,15 +247,15 @@ class DiT(nnx.Module):
 
         shift, scale = jnp.split(self.modulation_out(embedding), 2, axis=-1)
         x = self.out(modulate(layer_norm(x), shift, scale))
-        x = rearrange(x, "b (h w) (p q c) -> b (h p) (w q) c", h=h, p=config.patch, q=config.patch)
+        x = to_map(x, h, config.patch)
         found = {name: rearrange(tap.found[name], "b (h w) d -> b h w d", h=h) for name in tap.found}
         return shard(x[..., : config.latent_channels].astype(jnp.float32), "image"), found
 
 
-def _grid(config: DiTConfig, height: int, width: int) -> jax.Array:
-    """`[height, width, D]` positions."""
+def _grid(config: DiTConfig, height: int, width: int) -> tuple[jax.Array, jax.Array]:
+    """Positions `[height, 1, D]` of rows and `[1, width, D]` of columns."""
     rows, columns = (np.arange(side) * ((config.base or side) / side) for side in (height, width))
-    return positions(rows, columns, config.width)
+    return position_axes(rows, columns, config.width)
 
 
 def _check_inputs(config: DiTConfig, x: jax.Array, time: jax.Array, context: TextContext) -> None:

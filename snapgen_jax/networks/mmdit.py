@@ -24,7 +24,7 @@ from snapgen_jax.networks.layers import Conv, Linear
 from snapgen_jax.networks.mmdit_blocks import Block, inner_names, layer_norm, modulate
 from snapgen_jax.networks.mmdit_config import MMDiTArchitecture
 from snapgen_jax.networks.module import Rules, compute_dtype, shard
-from snapgen_jax.networks.patches import on_tokens, positions
+from snapgen_jax.networks.patches import on_tokens, positions, to_map
 from snapgen_jax.networks.taps import Reuse, Taps
 from snapgen_jax.networks.text import TextContext, check_widths, denoiser_spec
 from snapgen_jax.networks.unet_blocks import EmbeddingMLP
@@ -188,7 +188,7 @@ class MMDiT(nnx.Module):
 
         scale, shift = jnp.split(self.modulation_out(embedding), 2, axis=-1)
         v = self.out(modulate(layer_norm(image), shift, scale))
-        v = rearrange(v, "b (h w) (p q c) -> b (h p) (w q) c", h=h, p=config.patch, q=config.patch)
+        v = to_map(v, h, config.patch)
         maps = {names[i]: rearrange(tap.found[names[i]], "b (h w) d -> b h w d", h=h) for i in wanted}
         return shard(v.astype(jnp.float32), "image"), {**tap.found, **maps}
 

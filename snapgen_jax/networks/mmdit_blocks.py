@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from snapgen_jax.networks.attention_kernels import Mask, attend_by
 from snapgen_jax.networks.attention_table import AttentionKernel, kernel_of
-from snapgen_jax.networks.layers import Linear, RMSNorm
+from snapgen_jax.networks.layers import Linear, RMSNorm, mean_square
 from snapgen_jax.networks.mmdit_config import MMDiTArchitecture
 from snapgen_jax.networks.module import compute_dtype, shard
 from snapgen_jax.networks.taps import NO_TAPS, Taps
@@ -29,7 +29,7 @@ def layer_norm(x: jax.Array, epsilon: float = EPSILON) -> jax.Array:
     """Layer normalisation of the last axis without gain or bias; float32."""
     x = x.astype(jnp.float32)
     x = x - x.mean(axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + epsilon)
+    return x * jax.lax.rsqrt(mean_square(x) + epsilon)
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ Gates = Mapping[str, Mapping[str, jax.Array]]
 """`{module: {"kernel": [T, D], "mean": [T]}}` for T sampling steps: the gate's weights, and the running mean of its
 logit."""
 Kind = Literal["attention", "ffn", "residual"]
+ROLE = "gates"
 MEAN_DECAY = 0.9
 RUNS, REUSED = "1", "0"
 

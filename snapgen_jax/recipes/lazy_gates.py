@@ -29,11 +29,12 @@ from snapgen_jax.evaluation.interfaces import EvaluatorSpec
 from snapgen_jax.inputs.interfaces import TokenizerSpec
 from snapgen_jax.losses.flow_matching import flow_matching_loss
 from snapgen_jax.networks.dit import DiTConfig
-from snapgen_jax.networks.module import Platform
+from snapgen_jax.networks.module import Platform, build
 from snapgen_jax.networks.registry import DenoiserConfig
 from snapgen_jax.networks.taps import Blend, Reuse
 from snapgen_jax.recipes._base import base_tokenizers, load_base
 from snapgen_jax.recipes._gates import (
+    ROLE,
     Kind,
     calls_to_skip,
     gated_modules,
@@ -45,6 +46,7 @@ from snapgen_jax.recipes._gates import (
     threshold,
     with_means,
 )
+from snapgen_jax.recipes._lazy_export import adaptive_plan, scheduled_plan
 from snapgen_jax.recipes._sampling import SamplingConfig, sample_flow, sampling_grid
 from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig, Point
 from snapgen_jax.training.exits import ConfigError
@@ -56,7 +58,6 @@ from snapgen_jax.training.state import TrainState
 __all__ = ["LazyGates", "LazyGatesConfig", "LazySamplingConfig", "majority_schedule"]
 
 Tree = Any
-ROLE = "gates"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -414,12 +415,24 @@ class LazyGates(FlowMatching):
         return [*(spec for spec in super().evaluators() if spec.name != "similarity"), has]
 
     def exports(self) -> ExportPlan:
-        """None yet.
+        """The network by the schedule of `sampling`, or with gates that decide at each call; the network alone where
+        nothing is skipped.
 
         Raises:
-            ConfigError: always.
+            ConfigError: the gates decide for both halves of guidance together, which are two calls of a bundle.
         """
-        raise ConfigError(f"gates are not exported; export the run that they are of, {self.config.base!r}")
+        plan, options = super().exports(), self.config.sampling
+        if not options.is_lazy:
+            return plan
+        spec = {self.role: build(self.denoiser.network.config)[1]}
+        if not options.schedule:
+            if _halves(options) == 2 and options.halves == "joint":
+                raise ConfigError(
+                    "halves='joint' decides for both halves of guidance, which are two calls of a bundle; set "
+                    "halves='separate', or give a schedule"
+                )
+            return adaptive_plan(plan, self.modules, self.may_skip, options.lazy, spec)
+        return scheduled_plan(plan, self.modules, masks_of(options.schedule, len(self.modules)), spec)
 
 
 def _halves(options: SamplingConfig) -> int:

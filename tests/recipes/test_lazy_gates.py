@@ -318,5 +318,3 @@ def test_what_has_no_place_for_a_gate_is_refused():
         lazy(gate=())
     with pytest.raises(ValueError, match="one step has no step before it"):
         dataclasses.replace(CONFIG, sampling=LazySamplingConfig(steps=1))
-    with pytest.raises(ConfigError, match="gates are not exported"):
-        RECIPE.exports()
