@@ -35,6 +35,7 @@ from snapgen_jax.networks.taps import Blend, Reuse
 from snapgen_jax.recipes._base import base_tokenizers, load_base
 from snapgen_jax.recipes._gates import (
     ROLE,
+    Kind,
     calls_to_skip,
     gated_modules,
     input_of,
@@ -105,6 +106,8 @@ class LazyGatesConfig(FlowMatchingConfig):
     Attributes:
         base: the trained run whose averaged weights are used. A text encoder that was trained in it is read too.
         sampling: its number of steps is that of the gates.
+        gate: at which modules gates stand: "attention", which in a UNet is self- and cross-attention, and "ffn". An
+            extension is "residual": the convolutions of a UNet's residual blocks, whose price is that of a "ffn".
         rho_attention, rho_ffn: the price of a module that runs, beside the squared error of the velocity. A higher one
             skips more.
         refresh: when every module runs: at the "odd_steps", counted from one, as the authors' code does, or at the
@@ -117,6 +120,7 @@ class LazyGatesConfig(FlowMatchingConfig):
     ema_decay: float = 0.0
     sampling: LazySamplingConfig = LazySamplingConfig()
     base: str = ""
+    gate: tuple[Kind, ...] = ("attention", "ffn")
     rho_attention: float = 1e-4
     rho_ffn: float = 1e-4
     refresh: Literal["odd_steps", "first_step"] = "odd_steps"
@@ -124,6 +128,8 @@ class LazyGatesConfig(FlowMatchingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self, rho_attention=at_least(0), rho_ffn=at_least(0))
+        if not self.gate:
+            raise ValueError("gate=() leaves nothing to skip; give attention, ffn or both")
         if self.sampling.steps < 2:
             raise ValueError(f"sampling.steps={self.sampling.steps}: one step has no step before it; give 2 or more")
 
@@ -141,7 +147,7 @@ class LazyGates(FlowMatching):
         """
         super().__init__(config, platform)
         self.trains: Mapping[str, tuple[str, ...]] = {"model": (ROLE,)}
-        self.modules = gated_modules(self.denoiser.network)
+        self.modules = gated_modules(self.denoiser.network, config.gate)
         self.entering = tuple(input_of(module) for module in self.modules)
         steps = np.arange(config.sampling.steps)
         self.may_skip = steps % 2 == 1 if config.refresh == "odd_steps" else steps > 0
