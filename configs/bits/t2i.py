@@ -19,14 +19,15 @@ from ml_collections import ConfigDict
 from configs.pretrain import t2i_1024
 
 BITS = {
-    r".*/ffn/(inner|outer)": 1,
-    r"down/block_0[01]/.*/ffn/(inner|outer)": 2,
-    r".*/cross_attention/key": 4,
-    r".*/(self|cross)_attention/value": 3,
-    r".*/skip": 3,
-    r".*/project_(in|out)": 4,
-    r"(up|mid_residual)/.*pointwise": 1,
-    r"up/.*/residual/embedding": 1,
+    "*/ffn/*": 1,
+    "down/block_0[01]/*/ffn/*": 2,
+    "*/cross_attention/key": 4,
+    "*_attention/value": 3,
+    "*/skip": 3,
+    "*/project_*": 4,
+    "up/*/pointwise": 1,
+    "mid_residual/*/pointwise": 1,
+    "up/*/residual/embedding": 1,
 }
 
 
