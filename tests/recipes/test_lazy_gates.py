@@ -16,6 +16,7 @@ from snapgen_jax.networks.dit import DiTConfig, SelfAttention
 from snapgen_jax.networks.label import LabelEmbeddingConfig
 from snapgen_jax.networks.mmdit_blocks import FeedForward
 from snapgen_jax.networks.module import build
+from snapgen_jax.networks.taps import Blend
 from snapgen_jax.networks.unet import UNetConfig
 from snapgen_jax.recipes._gates import gated_modules, threshold
 from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig
@@ -110,6 +111,19 @@ def test_fresh_gates_draw_what_the_network_draws_without_them(options):
     assert_near(drawn["latent"], run()["latent"])
     assert ("ran" in drawn) == (options.get("lazy") != 0)
     assert drawn.get("ran", np.array(True)).all()
+
+
+def test_training_with_fresh_gates_blends_halves_of_a_module_and_of_its_last_output():
+    networks = RECIPE.weights(fresh(), FROZEN)
+    drawn = jax.jit(lambda: RECIPE.draw(networks, BATCH, key(0, 0, "update")))()
+    rolled = RECIPE._roll_out(networks, drawn)
+    x_t, level, condition, outputs, _ = rolled
+    ones = {module: Blend(value, jnp.float32(0.5)) for module, value in outputs.items()}
+    expected, _ = RECIPE.denoiser(networks["dit"], x_t, level, condition, reuse=ones)
+    v, _ = RECIPE._gated(networks, drawn["step"], rolled, Blend, jax.nn.sigmoid)
+    np.testing.assert_array_equal(v, expected)
+    full, _ = RECIPE.denoiser(networks["dit"], x_t, level, condition)
+    assert np.abs(v - full).max() > 1e-3 * np.abs(full).max()  # the last outputs are others
 
 
 def test_every_other_step_runs_whole_and_what_runs_depends_on_the_example(undecided):
