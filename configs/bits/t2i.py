@@ -6,10 +6,11 @@
     snapgen train --config=configs/bits/t2i.py:data --workdir=gs://BUCKET/t2i_bits_data --config.data.path=SHARDS \
         --config.base=gs://BUCKET/t2i_1024 --config.init_from=gs://BUCKET/t2i_bits
 
-Which layer needs how many bits is to be measured on that run, by the stage `snapgen_jax.layer_bits:derive` of a chain
-(see `configs/shapes/bits.py`). Until it is, the bits are those that BitsFusion gave like layers of Stable Diffusion
-1.5: most to the keys of cross-attention, to projections and to skips, fewest to feed-forward networks and to
-convolutions at low resolution, and one more on the way down than on the way up. They are 2.00 on average.
+Which layer needs how many bits is to be measured on that run, by a chain's stage of the function
+`snapgen_jax.derivations.layer_bits:derive` (see `configs/shapes/bits.py`). Until it is, the bits are those that
+BitsFusion gave like layers of Stable Diffusion 1.5: most to the keys of cross-attention, to projections and to skips,
+fewest to feed-forward networks and to convolutions at low resolution, and one more on the way down than on the way up.
+They are 2.00 on average.
 
 Machine: 16 chips of TPU v5e; runlocal, a laptop in a minute. Metric: the fixed-noise validation loss.
 """
