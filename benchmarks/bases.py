@@ -1,7 +1,8 @@
 """Trained runs that the claims of several papers start from, kept in half precision: `benchmarks/bases/NAME`.
 
-    python -m benchmarks.bases --store=shapes_dit --workdir=runs/dit      # of a run that is trained
-    python -m benchmarks.bases                                            # what is there
+    snapgen train --config=configs/shapes/lazy_base.py:quick --workdir=runs/dit
+    python -m benchmarks.bases --store=shapes_dit --workdir=runs/dit --config=configs/shapes/lazy_base.py:quick
+    python -m benchmarks.bases                             # what is there
 
 A base is what `snapgen weights export` writes, with weights in float16, and `base.json`: the command that trained it,
 machine, commit, updates and score. `snapgen_jax.load` and every `base`, `init_from` and `teacher.workdir` take it.
@@ -45,8 +46,14 @@ def halved(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return half
 
 
-def store(name: str, workdir: pathlib.Path) -> dict[str, Any]:
-    """Keeps a trained run as a base, and returns its record. Its score is of the weights that are kept."""
+def store(name: str, workdir: pathlib.Path, config: str) -> dict[str, Any]:
+    """Keeps a trained run as a base, and returns its record. Its score is of the weights that are kept.
+
+    Args:
+        name: of the base.
+        workdir: of the run.
+        config: "path/to/file.py:arg" that trains it.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         whole = pathlib.Path(temporary) / name
         export_weights(workdir, whole)
@@ -62,7 +69,7 @@ def store(name: str, workdir: pathlib.Path) -> dict[str, Any]:
         copy = shutil.copytree(folder, pathlib.Path(temporary) / name)
         score = evaluate(copy, ["compositional"], options={"compositional": {"categories": SINGLE}})
     record = {
-        "command": " ".join(["snapgen", *run["command"][1:]]),
+        "command": f"snapgen train --config={config} --workdir={workdir}",
         "trained_at": run["commit"],
         "machine": machine(),
         "commit": commit(),
@@ -79,13 +86,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", metavar="NAME", help="keep a run under this name")
     parser.add_argument("--workdir", type=pathlib.Path, help="of the run")
+    parser.add_argument("--config", metavar="FILE[:ARG]", help="that trains it")
     options = parser.parse_args()
-    if bool(options.store) != bool(options.workdir):
-        parser.error("--store and --workdir go together")
+    if len({bool(options.store), bool(options.workdir), bool(options.config)}) > 1:
+        parser.error("--store, --workdir and --config go together")
     if options.store:
         if options.store in names():
             parser.error(f"there is a base {options.store!r}; delete {BASES / options.store} to make it anew")
-        store(options.store, options.workdir)
+        store(options.store, options.workdir, options.config)
     for name in names():
         print(name, json.loads((BASES / name / "base.json").read_text()))
 
