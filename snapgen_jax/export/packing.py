@@ -1,20 +1,5 @@
 """Writes packed files: weights of few levels in about as many bits as their levels are worth.
 
-A weight of b bits takes 2^b + 1 values, so a field of its own would need b + 1 bits: 2 in place of the 1.585 that three
-values are worth. Digits are therefore put together: n digits d_i of radix r become the one number sum d_i r^i, of
-k = ceil(n log2 r) bits, and the numbers follow each other bit by bit.
-
-| bits | levels r | digits n | in k bits | bits a weight | log2 r |
-|---|---|---|---|---|---|
-| 1 | 3 | 29 | 46 | 1.586 | 1.585 |
-| 2 | 5 | 3 | 7 | 2.333 | 2.322 |
-| 3 | 9 | 17 | 54 | 3.176 | 3.170 |
-| 4 | 17 | 11 | 45 | 4.091 | 4.087 |
-| 5 | 33 | 11 | 56 | 5.091 | 5.044 |
-| 6 | 65 | 9 | 55 | 6.111 | 6.022 |
-| 7 | 129 | 8 | 57 | 7.125 | 7.011 |
-| 8 | 255 | 1 | 8 | 8 | 7.994 |
-
 A packed file of a bundle also holds its skeleton: all bytes of a `.tflite` file but those that are made of its packed
 weights. docs/packing.md describes the format.
 """
@@ -35,20 +20,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from snapgen_jax.export.unpacking import (
-    BLOCK,
-    CHUNK,
-    DTYPES,
-    MAGIC,
-    PREFIX,
-    VERSION,
-    Fill,
-    PackedError,
-    PackedFile,
-    group,
-    levels,
-    stored_bytes,
-)
+from snapgen_jax.export.digits import PackedError, encode, levels, stored_bytes
+from snapgen_jax.export.unpacking import CHUNK, DTYPES, MAGIC, PREFIX, VERSION, Fill, PackedFile
 from snapgen_jax.training.exports import Stored
 
 
@@ -75,38 +48,6 @@ class Original:
     path: pathlib.Path
     fillings: Sequence[Filling]
     axes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-
-
-def encode(integers: np.ndarray, bits: int) -> bytes:
-    """The digits of integers, of any shape and integer dtype, in C order.
-
-    Raises:
-        PackedError: an integer is not among the levels of its bits.
-    """
-    (n, k), radix, half = group(bits), levels(bits), levels(bits) // 2
-    flat = np.ascontiguousarray(integers).reshape(-1)
-    if flat.size and (flat.min() < -half or flat.max() > half):
-        raise PackedError(f"integers of {bits} bits lie in -{half}..{half}; got {flat.min()}..{flat.max()}")
-    step = 8 * BLOCK * n
-    made = b"".join(_encoded(flat[place : place + step], n, k, radix) for place in range(0, flat.size, step))
-    return made[: stored_bytes(flat.size, bits)]
-
-
-def _encoded(flat: np.ndarray, n: int, k: int, radix: int) -> bytes:
-    """Some digits, in whole bytes of eight groups each."""
-    blocks = -(-flat.size // (8 * n))
-    digits = np.zeros(blocks * 8 * n, np.uint64)
-    digits[: flat.size] = flat.astype(np.int64) + radix // 2
-    words = np.zeros(blocks * 8, np.uint64)
-    for i in reversed(range(n)):
-        words = words * np.uint64(radix) + digits[i::n]
-    out = np.zeros((blocks, k), np.uint8)
-    for j, word in enumerate(words.reshape(blocks, 8).T):
-        start, shift = divmod(j * k, 8)
-        shifted = word << np.uint64(shift)
-        for i in range((shift + k + 7) // 8):
-            out[:, start + i] |= (shifted >> np.uint64(8 * i)).astype(np.uint8)
-    return out.tobytes()
 
 
 def write_packed(

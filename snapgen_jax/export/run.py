@@ -24,6 +24,7 @@ from snapgen_jax.export.judging import LIMITS, Judge, Limits, VariantError
 from snapgen_jax.export.latents import Carried, Decoded, load_latents, save_tokenizers
 from snapgen_jax.export.manifest import About
 from snapgen_jax.export.mixed import BUDGET, Budget
+from snapgen_jax.export.packed import NOTHING_PACKED, Form
 from snapgen_jax.export.precision import Precision
 from snapgen_jax.generation import load_config, load_weights, with_adapters
 from snapgen_jax.training.exits import ConfigError
@@ -44,6 +45,7 @@ def export_run(
     title: str = "",
     licence: str = "",
     sizes: Sequence[tuple[int, int]] = (),
+    form: Form = "plain",
     begins: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Exports a trained run as a bundle for phones, checked against JAX on the way.
@@ -61,6 +63,7 @@ def export_run(
         title: the model's name; the workdir's where none is given.
         licence: of the weights, an identifier such as "apache-2.0".
         sizes: further image sizes, (height, width); the run's first one is always in the bundle.
+        form: "packed" ships weights of few levels packed; see `export_bundle`.
         begins: called when all that was given is read and found fit, before minutes are spent.
 
     Returns:
@@ -87,9 +90,11 @@ def export_run(
     recipe = load_latents(workdir, carried)
     params = load_weights(workdir, recipe)
     try:
-        recipe.exports()
+        plan = recipe.exports()
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if form == "packed" and not any(unit.storage for unit in plan.units):
+        raise ConfigError(f"--packed: {NOTHING_PACKED}")
     offered = at_sizes(recipe, sizes)
     frozen = recipe.load_frozen(None, "generate")
     if adapters is not None:
@@ -107,7 +112,7 @@ def export_run(
                 recipe, params, frozen, tokenizers, str(out),
                 backend=backend, reference=reference, gpu_check=gpu_check, precisions=precisions,
                 judge=judge_of(recipe, load_config(workdir)), limits=limits, budget=budget,
-                about=about_run(workdir, title, licence), sizes=offered,
+                about=about_run(workdir, title, licence), sizes=offered, form=form,
             )  # fmt: skip
         except VariantError as error:
             raise ConfigError(str(error)) from error

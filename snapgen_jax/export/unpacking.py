@@ -12,13 +12,14 @@ Memory is bounded: a weight is read in blocks of some hundred thousand numbers.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import pathlib
+import re
 import struct
 import sys
 import tempfile
@@ -29,86 +30,27 @@ from typing import Any, Literal
 import numpy as np
 
 if __package__:
-    from snapgen_jax.export.program import BundleError
+    from snapgen_jax.export.digits import BLOCK, PackedError, decode, group, stored_bytes
 else:  # beside its own copy, in a bundle
     sys.path.insert(0, str(pathlib.Path(__file__).absolute().parent))
-    from program import BundleError  # type: ignore[import-not-found]
+    from digits import BLOCK, PackedError, decode, group, stored_bytes  # type: ignore[import-not-found]
 
 MAGIC = b"SNAPPACK"
 VERSION = 1
 PREFIX = struct.Struct("<8sIIIQ")  # magic, version, bytes of the header, its CRC-32, bytes of the whole file
-MOST_BITS = 8
-WORD_BITS = 57  # the widest group: with any offset of 0 to 7 bits it lies in one word of 64
 DTYPES = ("float32", "float16", "int32", "int8", "uint8")
 LARGEST_HEADER = 1 << 26
 CHUNK = 1 << 20  # bytes that are read at a time
-BLOCK = 2048  # times 8 groups that are decoded at a time
 
 Fill = Literal["int8", "float32", "scale"]
 Progress = Callable[[int, int], Any]
 """Is told the bytes that are written and those of the whole file; returns False to end the work."""
 
-
-class PackedError(BundleError):
-    """This is no packed file, or it is damaged, or of a newer format. Says which."""
+log = logging.getLogger(__name__)
 
 
 class Stopped(Exception):
     """A caller's `progress` returned False."""
-
-
-def levels(bits: int) -> int:
-    """How many values a weight of b bits takes: 2^b + 1, symmetric about 0 (Sui et al. 2024, "BitsFusion", section
-    3.2); of 8 bits 255, what int8 holds symmetrically.
-
-    Raises:
-        PackedError: there is no such number of bits; 1 to 8 are.
-    """
-    if type(bits) is not int or not 1 <= bits <= MOST_BITS:
-        raise PackedError(f"weights have 1 to {MOST_BITS} bits, as a whole number; got {bits!r}")
-    return 255 if bits == MOST_BITS else 2**bits + 1
-
-
-@functools.cache
-def group(bits: int) -> tuple[int, int]:
-    """(n, k): n digits of radix `levels(bits)` are stored as one number of k bits.
-
-    k = ceil(n log2(levels)); of all n with k <= 57 the one with the least k / n, and of equal ones the smallest.
-    """
-    radix = levels(bits)
-    fits = [(n, k) for n in range(1, WORD_BITS + 1) if (k := (radix**n - 1).bit_length()) <= WORD_BITS]
-    return min(fits, key=lambda pair: (pair[1] / pair[0], pair[0]))
-
-
-def stored_bytes(count: int, bits: int) -> int:
-    """The bytes that `count` integers take: ceil(ceil(count / n) k / 8)."""
-    n, k = group(bits)
-    return -(-(-(-count // n) * k) // 8)
-
-
-def decode(data: bytes, bits: int) -> np.ndarray:
-    """The integers, int8, of whole groups: as many as `data` has room for.
-
-    Raises:
-        PackedError: a group is above what its digits can be.
-    """
-    (n, k), radix = group(bits), np.uint64(levels(bits))
-    blocks = max(1, -(-len(data) // k))  # of 8 groups, which are k bytes
-    padded = data + bytes(blocks * k - len(data) + 8)
-    words = np.empty((blocks, 8), np.uint64)
-    for j in range(8):
-        start, shift = divmod(j * k, 8)
-        loaded = np.ndarray((blocks,), "<u8", padded, start, (k,))  # overlapping words, which are only read
-        words[:, j] = (loaded >> np.uint64(shift)) & np.uint64(2**k - 1)
-    rest = words.reshape(-1)[: 8 * len(data) // k]
-    out = np.empty((rest.size, n), np.int8)
-    for i in range(n):
-        less = rest // radix
-        out[:, i] = (rest - less * radix).astype(np.int16) - levels(bits) // 2
-        rest = less
-    if rest.any():
-        raise PackedError(f"the packed weights are damaged: a group is larger than {n} digits of radix {radix}")
-    return out.reshape(-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -376,6 +318,44 @@ class PackedFile:
 
     def _damaged(self, reason: str) -> PackedError:
         return PackedError(f"the packed file {self._path} is damaged: {reason}. Copy it again")
+
+
+def unpacked(
+    packed: pathlib.Path, whole: Mapping[str, Any], folder: pathlib.Path, progress: Progress | None = None
+) -> pathlib.Path:
+    """The file that a packed one expands to, in a folder where the next start finds it.
+
+    Its name has its checksum, so that it is never another one's, and it is there only when it was compared with that:
+    later starts look at its length alone.
+
+    Args:
+        packed: the packed file.
+        whole: what the manifest says of the file that it expands to: "bytes" and "sha256".
+        folder: is made where it is not there.
+        progress: see `Progress`; None logs that it is unpacked.
+
+    Raises:
+        PackedError: the file is damaged or not the manifest's, or the folder cannot hold what it expands to.
+        Stopped: `progress` returned False.
+    """
+    digest, size = str(whole["sha256"]), whole["bytes"]
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        raise PackedError(f"manifest.json has {digest!r} as the SHA-256 of {packed.name}")
+    target = folder / f"{packed.stem}_{digest[:16]}.tflite"
+    if target.is_file() and target.stat().st_size == size:
+        return target
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with PackedFile(packed) as file:
+            if file.expanded is None or (file.expanded.bytes, file.expanded.sha256) != (size, digest):
+                raise PackedError(f"{packed.name} is not the packed file that manifest.json describes")
+            log.info("unpacking %s, once, to %s: %s bytes", packed.name, target, f"{size:,}")
+            return file.expand(target, progress)
+    except OSError as error:
+        raise PackedError(
+            f"{packed.name} cannot be unpacked into {folder}: {error.strerror or error}. It takes {size:,} bytes; give "
+            "another folder as `cache`, or as --cache on the command line"
+        ) from error
 
 
 class _Inflated:

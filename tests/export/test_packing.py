@@ -10,9 +10,10 @@ import zlib
 import numpy as np
 import pytest
 
-from snapgen_jax.export import packing, unpacking
-from snapgen_jax.export.packing import Filling, Original, encode, sizes, write_packed
-from snapgen_jax.export.unpacking import PackedError, PackedFile, Stopped, decode, group, levels, stored_bytes
+from snapgen_jax.export import digits, unpacking
+from snapgen_jax.export.digits import PackedError, decode, encode, group, levels, stored_bytes
+from snapgen_jax.export.packing import Filling, Original, sizes, write_packed
+from snapgen_jax.export.unpacking import PackedFile, Stopped
 from snapgen_jax.training.exports import Stored
 
 BITS = range(1, 9)
@@ -297,4 +298,4 @@ def test_the_page_of_the_formula_is_that_of_the_code():
     for bits in BITS:
         (n, k), radix = group(bits), levels(bits)
         cells = f"| {bits} | {radix} | {n} | {k} |"
-        assert cells in (packing.__doc__ or "")
+        assert cells in (digits.__doc__ or "")
