@@ -37,9 +37,9 @@ class ExportUnit:
             is `{role: parameters}` of `roles`.
         roles: which of `recipe.weights(params, frozen)` it needs.
         inputs: named input shapes. The batch is 1; a clip has its frames in the place of the batch.
-        storage: `{path: Stored}`, path being "role/module/kernel": weights that take few values. The exporter checks
-            that they are those values, and the manifest lists them. The `.tflite` file holds them as floats all the
-            same.
+        storage: `{path: Stored}`, path being "role/module/kernel": weights that take few values; or a function that
+            finds them in all of `recipe.weights(params, frozen)`. See `stored`. The exporter checks that they are those
+            values, and the manifest lists them. The `.tflite` file holds them as floats all the same.
         part: `part(weights)`: what `function` reads of its roles, where that is less than all of them, such as some
             layers of an encoder that is split.
     """
@@ -48,8 +48,14 @@ class ExportUnit:
     function: Callable[..., dict[str, jax.Array]]
     roles: tuple[str, ...]
     inputs: Mapping[str, jax.ShapeDtypeStruct]
-    storage: Mapping[str, Stored] = dataclasses.field(default_factory=dict)
+    storage: Mapping[str, Stored] | Callable[[Mapping[str, Tree]], Mapping[str, Stored]] = dataclasses.field(
+        default_factory=dict
+    )
     part: Callable[[Mapping[str, Tree]], dict[str, Tree]] | None = None
+
+    def stored(self, weights: Mapping[str, Tree]) -> dict[str, Stored]:
+        """`{path: Stored}` of its weights that take few values; `weights` are those of `recipe.weights`."""
+        return dict(self.storage(weights) if callable(self.storage) else self.storage)
 
     def select(self, weights: Mapping[str, Tree]) -> dict[str, Tree]:
         """The weights that `function` takes.
