@@ -71,8 +71,8 @@ class Sized:
         if self.units.keys() != own.keys():
             raise ValueError(f"at {size} the plan has the units {sorted(self.units)}, and else {sorted(own)}")
         self.weights = {name: unit.select(weights) for name, unit in self.units.items()}
-        described = {name: describe_storage(unit, weights) for name, unit in self.units.items()}
-        self.storage = {name: unit.storage for name, unit in self.units.items()}
+        self.storage = {name: unit.stored(weights) for name, unit in self.units.items()}
+        described = {name: describe_storage(unit, weights, self.storage[name]) for name, unit in self.units.items()}
         self.shapes = {
             name: {tensor: tuple(spec.shape) for tensor, spec in unit.inputs.items()}
             for name, unit in self.units.items()

@@ -8,7 +8,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
-from typing import ClassVar
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -23,17 +23,25 @@ from snapgen_jax.export.bundle import BundleReport, export_bundle
 from snapgen_jax.export.client import PACKED_SCHEMA, Bundle, LiteRTGenerator, litert_unit
 from snapgen_jax.export.compare import VerificationError
 from snapgen_jax.export.convert import to_tflite
-from snapgen_jax.export.digits import PackedError
+from snapgen_jax.export.digits import PackedError, levels
 from snapgen_jax.export.flatbuffer import constants
 from snapgen_jax.export.judging import Limits
 from snapgen_jax.export.levels import keep_levels
-from snapgen_jax.export.packed import pack, unpack_bundle, unpacked_bytes
+from snapgen_jax.export.packed import pack, unpacked_bytes
 from snapgen_jax.export.packing import Original, write_packed
 from snapgen_jax.export.precision import quantise
 from snapgen_jax.export.program import BundleError
 from snapgen_jax.export.unpacking import PackedFile
+from snapgen_jax.inputs.class_labels import ClassLabelsConfig
+from snapgen_jax.networks.codec import CodecConfig
+from snapgen_jax.networks.label import LabelEmbeddingConfig
+from snapgen_jax.networks.module import build, flatten
+from snapgen_jax.networks.quantise import first_scales
+from snapgen_jax.networks.unet import UNetConfig
+from snapgen_jax.recipes.quantised import SCALES, Quantised, QuantisedConfig
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.exports import ExportPlan, ExportUnit, GoldenInputs, Stored
+from tests.recipes_for_tests import random_like
 
 from .conftest import QUICK
 from .toys import SketchRecipe, array, conv
@@ -51,21 +59,25 @@ def used(stored: Stored) -> np.ndarray:
     return stored.integers * stored.scale
 
 
+STORAGE = {
+    "net/first": few(8, 3, 3, 3, 24, seed=1),
+    "net/depthwise": few(3, 3, 3, 1, 24, seed=2),
+    "net/point": few(1, 1, 1, 24, 24, seed=3),
+    "net/matrix": few(2, 24, 24, seed=4),
+    "net/last": few(8, 1, 1, 24, 3, seed=5),
+}
+
+
 class MixedRecipe(SketchRecipe):
     """An image translator with a layer of every kind: a first and a last convolution of eight bits, a depthwise one, a
     1x1 one, a matrix, and one whose weights are of any value."""
 
-    STORAGE: ClassVar[dict[str, Stored]] = {
-        "net/first": few(8, 3, 3, 3, 24, seed=1),
-        "net/depthwise": few(3, 3, 3, 1, 24, seed=2),
-        "net/point": few(1, 1, 1, 24, 24, seed=3),
-        "net/matrix": few(2, 24, 24, seed=4),
-        "net/last": few(8, 1, 1, 24, 3, seed=5),
-    }
+    def __init__(self, storage: Mapping[str, Stored] | None = None) -> None:
+        self.storage = STORAGE if storage is None else storage
 
     def params(self):
         plain = np.random.default_rng(6).standard_normal((24, 24)).astype(np.float32) / 5
-        return {"net": {**{path[4:]: used(stored) for path, stored in self.STORAGE.items()}, "plain": plain}}
+        return {"net": {**{path[4:]: used(stored) for path, stored in STORAGE.items()}, "plain": plain}}
 
     @staticmethod
     def translate(weights, *, image):
@@ -81,7 +93,7 @@ class MixedRecipe(SketchRecipe):
 
     def exports(self) -> ExportPlan:
         plan = super().exports()
-        unit = ExportUnit("translator", self.translate, ("net",), {"image": array(1, 8, 8, 3)}, self.STORAGE)
+        unit = ExportUnit("translator", self.translate, ("net",), {"image": array(1, 8, 8, 3)}, self.storage)
         images = np.random.default_rng(2).integers(0, 256, (2, 8, 8, 3), np.uint8)
         return dataclasses.replace(plan, units=[unit], golden=GoldenInputs(arrays={"image": images}))
 
@@ -100,8 +112,7 @@ def report(tmp_path_factory) -> BundleReport:
 @pytest.fixture
 def bundle(report, tmp_path) -> pathlib.Path:
     """A copy that a test may change."""
-    copy_bundle(report.folder, tmp_path / "bundle")
-    return tmp_path / "bundle"
+    return shutil.copytree(report.folder, tmp_path / "bundle")
 
 
 def manifest(folder: pathlib.Path) -> dict:
@@ -126,12 +137,12 @@ def files(tmp_path_factory) -> dict[str, pathlib.Path]:
 def test_weights_of_few_levels_are_exact_in_the_file_of_eight_bits(files, tmp_path):
     target = tmp_path / "int8.tflite"
     target.write_bytes(files["integer"].read_bytes())
-    kept = keep_levels(files["f32"], target, MixedRecipe.STORAGE)
-    assert kept.missing == () and kept.axes.keys() == MixedRecipe.STORAGE.keys()
+    kept = keep_levels(files["f32"], target, STORAGE)
+    assert kept.missing == () and kept.axes.keys() == STORAGE.keys()
     assert target.stat().st_size == files["integer"].stat().st_size
     data, found = target.read_bytes(), {c.offset: c for c in constants(target)}
     for filling in kept.fillings:
-        stored, order = MixedRecipe.STORAGE[filling.name], kept.axes[filling.name]
+        stored, order = STORAGE[filling.name], kept.axes[filling.name]
         if filling.fill == "scale":
             continue
         constant, integers = found[filling.offset], stored.integers.transpose(order)
@@ -149,7 +160,7 @@ def test_the_file_computes_in_floats_what_jax_does_and_the_quantisers_own_does_n
     """Weights alone are compared: a GPU multiplies them out, and rounds no activation."""
     target = tmp_path / "float.tflite"
     target.write_bytes(files["float"].read_bytes())
-    keep_levels(files["f32"], target, MixedRecipe.STORAGE)
+    keep_levels(files["f32"], target, STORAGE)
     recipe = MixedRecipe()
     image = np.random.default_rng(0).uniform(-1, 1, (1, 8, 8, 3)).astype(np.float32)
     exact = recipe.translate(recipe.params(), image=image)["image"]
@@ -159,8 +170,7 @@ def test_the_file_computes_in_floats_what_jax_does_and_the_quantisers_own_does_n
         for path in (target, files["float"])
     ]
     assert errors[0] < 0.7 * errors[1]
-    every = MixedRecipe.STORAGE | {"net/plain": few(4, 24, 24)}
-    recipe.STORAGE = every
+    every = STORAGE | {"net/plain": few(4, 24, 24)}
     params = {"net": {path[4:]: used(stored) for path, stored in every.items()}}
     unit = recipe.exports().units[0]
     to_tflite(unit.function, params, unit.inputs, unit.name, tmp_path / "f32.tflite", QUICK)
@@ -173,7 +183,7 @@ def test_the_file_computes_in_floats_what_jax_does_and_the_quantisers_own_does_n
 def test_weights_that_the_file_does_not_hold_are_named_and_left_to_the_quantiser(files, tmp_path):
     target = tmp_path / "int8.tflite"
     target.write_bytes(files["integer"].read_bytes())
-    matrix = MixedRecipe.STORAGE["net/matrix"]
+    matrix = STORAGE["net/matrix"]
     by_row = Stored(np.ones((24, 24), np.int8), np.ones((24, 1), np.float32), 1)
     found = keep_levels(files["f32"], target, {"a": few(2, 24, 24, seed=9), "b": by_row, "net/matrix": matrix})
     assert found.missing == ("a", "b") and list(found.axes) == ["net/matrix"]
@@ -210,6 +220,36 @@ def test_nothing_to_pack_is_an_error(files, tmp_path):
         pack(tmp_path, "int8.tflite", kept, storage)
 
 
+def test_a_quantised_network_is_whole_in_its_packed_file(tmp_path):
+    """A network of the recipe: of the packed file, with what is not quantised beside it, it computes the same."""
+    network = UNetConfig.preset(
+        "smoke", latent_channels=12, channels=(8,), down_depth=(1,), up_depth=(0,), mid_depth=0,
+        self_attention=(False,), cross_attention=(True,),
+    )  # fmt: skip
+    label = LabelEmbeddingConfig(classes=4, width=16)
+    inputs = ClassLabelsConfig(image_sizes=((8, 8),), codec=CodecConfig(patch=2), label=label)
+    recipe = Quantised(QuantisedConfig(network=network, inputs=inputs, default_bits=3, init_from="base"), "cpu")
+    params = random_like(build(network)[1], 1)
+    params = {"model": {"unet": params, SCALES: first_scales(params, recipe.bits, rounds=0)}}
+    weights = recipe.weights(params, {})
+    unit = next(unit for unit in recipe.exports().units if unit.name == "unet")
+    storage, used = unit.stored(weights), {f"unet/{'/'.join(p)}": x for p, x in flatten(weights["unet"]).items()}
+    others = {path: np.asarray(x) for path, x in used.items() if path not in storage}
+    with PackedFile(write_packed(tmp_path / "unet.packed", storage, others)) as packed:
+        read = {path: packed.integers(path) * packed.scale(path) for path in packed.weights}
+        read |= {path: packed.array(path) for path in packed.arrays}
+        bits = {path: weight.bits for path, weight in packed.weights.items()}
+        counts = {path: np.unique(packed.integers(path)).size for path in packed.weights}
+    assert read.keys() == used.keys() and bits.keys() == storage.keys()
+    assert all(np.array_equal(read[path], used[path]) for path in used)
+    assert all(counts[path] <= levels(bits[path]) for path in bits)
+    assert counts["unet/conv_in/kernel"] > counts["unet/mid_residual/conv_1/pointwise/kernel"] == 9
+    # The converted file has all of these weights, whatever the converter has made of their names and axes.
+    to_tflite(unit.function, unit.select(weights), unit.inputs, "unet", tmp_path / "f32.tflite", QUICK)
+    quantise(tmp_path / "f32.tflite", tmp_path / "int8.tflite")
+    assert keep_levels(tmp_path / "f32.tflite", tmp_path / "int8.tflite", storage).missing == ()
+
+
 # --- the bundle -------------------------------------------------------------------------------------------------------
 
 
@@ -219,7 +259,7 @@ def test_a_packed_bundle_unpacks_to_the_file_that_was_packed(report, files, bund
     assert found["schema"] == PACKED_SCHEMA == 5 and (bundle / "PACKING.md").is_file()
     path = Bundle(bundle, unpacking=lambda *how: told.append(how)).network_file("translator", "int8")
     (tmp_path / "int8.tflite").write_bytes(files["integer"].read_bytes())
-    keep_levels(files["f32"], tmp_path / "int8.tflite", MixedRecipe.STORAGE)
+    keep_levels(files["f32"], tmp_path / "int8.tflite", STORAGE)
     assert path.read_bytes() == (tmp_path / "int8.tflite").read_bytes()
     assert path.parent == bundle.parent / "bundle.unpacked"
     whole = found["units"]["translator"]["packed"]["int8"]
@@ -301,25 +341,22 @@ def test_bench_measures_what_it_unpacks_to(bundle, tmp_path):
     assert "error" not in found["rows"][0] and len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_a_bundle_is_made_plain_for_clients_that_do_not_unpack(bundle):
+def test_apps_carry_the_unpacked_networks(report, tmp_path):
+    bundle = tmp_path / "app"
+    copy_bundle(report.folder, bundle)
     image = {"image": np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)}
-    drawn = LiteRTGenerator(bundle, precision="int8").run(image)["image"]
-    shutil.rmtree(bundle.with_name("bundle.unpacked"))
-    unpack_bundle(bundle)
+    drawn = LiteRTGenerator(report.folder, precision="int8", cache=tmp_path).run(image)["image"]
     assert manifest(bundle)["schema"] == 4 and not (bundle / "translator_int8.packed").exists()
     assert all(check.passed for check in verify.checks(bundle))
     assert np.array_equal(LiteRTGenerator(bundle, precision="int8").run(image)["image"], drawn)
-    assert not bundle.with_name("bundle.unpacked").exists()
+    assert not bundle.with_name("app.unpacked").exists()
 
 
 def test_a_run_without_such_weights_and_other_precisions_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="int8 are what is packed, and the precisions are f32, f16; add int8"):
         export(tmp_path / "bundle", precisions=("f32", "f16"))
-    recipe = MixedRecipe()
-    recipe.STORAGE = {}
     with pytest.raises(ValueError, match="no network of this run has weights that were trained"):
-        recipe.params = MixedRecipe().params
-        export(tmp_path / "bundle", recipe)
+        export(tmp_path / "bundle", MixedRecipe({}))
     assert list(tmp_path.iterdir()) == []
 
 
