@@ -21,6 +21,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -86,23 +87,25 @@ def bits_of(layers: Mapping[str, Layer], chosen: Mapping[str, int], default: int
 
     Args:
         layers: of `quantisable`.
-        chosen: bits of layers by name, those of fixed ones included; names of no layer are refused.
+        chosen: bits of layers, fixed ones too, by name or by a regular expression of whole names; of several that fit a
+            layer the last counts.
         default: bits of the others, but for those that are fixed.
 
     Raises:
-        ValueError: a name is of no layer, or a number of bits is not from 1 to 8.
+        ValueError: an entry fits no layer, or a number of bits is not from 1 to 8.
     """
-    if unknown := sorted(set(chosen) - set(layers)):
-        close = difflib.get_close_matches(unknown[0], layers, n=1)
-        raise ValueError(
-            f"bits: {unknown[0]!r} is no layer whose weights can be quantised; "
-            + (f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(layers)[:8])} ...")
-            + (f" {len(unknown) - 1} more names are of none, either." if len(unknown) > 1 else "")
-        )
-    found = {name: chosen.get(name, layer.fixed or default) for name, layer in layers.items()}
-    for name, bits in found.items():
+    found = {name: layer.fixed or default for name, layer in layers.items()}
+    for pattern, bits in chosen.items():
         if not 1 <= bits <= MOST:
-            raise ValueError(f"bits: {name!r} has {bits}; give from 1 to {MOST}")
+            raise ValueError(f"bits: {pattern!r} has {bits}; give from 1 to {MOST}")
+        fitting = [pattern] if pattern in layers else [name for name in layers if re.fullmatch(pattern, name)]
+        if not fitting:
+            close = difflib.get_close_matches(pattern, layers, n=1)
+            raise ValueError(
+                f"bits: {pattern!r} is no layer whose weights can be quantised; "
+                + (f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(layers)[:8])} ...")
+            )
+        found |= dict.fromkeys(fitting, bits)
     return found
 
 

@@ -86,6 +86,7 @@ class UNet(nnx.Module):
         dtype, channels, last = compute_dtype(config), config.channels, len(config.channels) - 1
         self.config = config
         self.time = EmbeddingMLP(config.time_width, config.embedding_width, dtype=dtype, rngs=rngs)
+        self.activation = jax.nn.silu  # of the embedding
         self.pooled = (
             EmbeddingMLP(config.pooled_width, config.embedding_width, dtype=dtype, rngs=rngs)
             if config.pooled_width
@@ -160,7 +161,7 @@ class UNet(nnx.Module):
         embedding = self.time(time)
         if self.pooled is not None:
             embedding = embedding + self.pooled(context.pooled)
-        embedding = jax.nn.silu(embedding)
+        embedding = self.activation(embedding)
         kernel = kernel_of(config)
         states, mask = real_first(kernel, context.sequence.astype(compute_dtype(config)), context.mask)
         keys = key_mask(kernel, mask)

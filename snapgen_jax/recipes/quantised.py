@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from snapgen_jax.bounds import at_least, check, check_texts
-from snapgen_jax.diffusion.path import interpolate
+from snapgen_jax.diffusion.path import interpolate, velocity
 from snapgen_jax.diffusion.schedules import FlowSchedule, Schedule
 from snapgen_jax.inputs.interfaces import TokenizerSpec
 from snapgen_jax.losses.flow_matching import flow_matching_loss
@@ -30,6 +30,7 @@ from snapgen_jax.networks.module import Platform
 from snapgen_jax.networks.quantise import ROUNDS, Levels, bits_of, first_scales, quantisable, quantised, stored_integers
 from snapgen_jax.recipes._assembly import specs_of, taken_from, trained_roles
 from snapgen_jax.recipes._base import base_tokenizers, load_base
+from snapgen_jax.recipes._flow_export import Time
 from snapgen_jax.recipes._teacher import run_config
 from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig, Point
 from snapgen_jax.training.exits import ConfigError
@@ -53,14 +54,16 @@ class QuantisedConfig(FlowMatchingConfig):
             for `init_from`.
         init_from: of the experiment: where the weights begin, the trained run, or the run of stage I.
         learns_from: the trained network ("network", stage I), or the data ("data", stage II).
-        bits: `{layer: bits}` from 1 to 8, such as {"mid_residual/conv_1/pointwise": 3}; see
-            `networks.quantise.quantisable` for the names.
+        bits: `{layer: bits}` from 1 to 8, such as {"mid_residual/conv_1/pointwise": 3, ".*/project_(in|out)": 4}; see
+            `networks.quantise.bits_of`.
         default_bits: of layers that `bits` does not name; depthwise kernels and the first and the last layer have 8.
         levels: "balanced" around zero, 2^b + 1 of them, or "unbalanced", 2^b.
         initialisation: of the scales: fitted to the weights in turn ("alternating"), or from the smallest to the
             largest weight ("min_max").
         feature_weight: of the distance of the stages' outputs, stage I.
         feature_taps: whose outputs are compared; () for all stages, or blocks where there are no stages.
+        exported_time: what an exported network is told: which time of the sampler's grid, whose embeddings are a
+            "table"; or "features" of any time, and then the layers that embed it stay in the file as floats.
     """
 
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, warmup_steps=0, weight_decay=0.0)
@@ -75,6 +78,7 @@ class QuantisedConfig(FlowMatchingConfig):
     initialisation: Literal["alternating", "min_max"] = "alternating"
     feature_weight: float = 0.01
     feature_taps: tuple[str, ...] = ()
+    exported_time: Time = "table"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,6 +99,7 @@ class Quantised(FlowMatching):
         """
         super().__init__(config, platform)
         self.trains: Mapping[str, tuple[str, ...]] = {"model": (self.role, SCALES)}
+        self.exported_time: Time = config.exported_time
         self.teacher = f"teacher/{self.role}"
         self.layers = quantisable(config.network)
         self.bits = bits_of(self.layers, config.bits, config.default_bits)
@@ -203,8 +208,9 @@ class Quantised(FlowMatching):
     # --- measuring and leaving ---
 
     def validation_loss(self, params: Tree, frozen: Tree, batch: Tree, key: jax.Array) -> dict[str, jax.Array]:
-        """As `flow_matching`. Beside the network as it was, which is there while stage I trains, also "image_error" at
-        each time: the squared distance of the predicted images, t^2 times that of the velocities (section 5)."""
+        """As `flow_matching`. Where the network as it was is loaded, as while stage I trains, also "unquantised", the
+        mean loss of that; and "image_error", in the mean and at each time, how far the predicted images lie apart: t^2
+        times the squared distance of the velocities (section 5)."""
         numbers = super().validation_loss(params, frozen, batch, key)
         if self.teacher not in frozen:
             return numbers
@@ -213,16 +219,17 @@ class Quantised(FlowMatching):
         x_0, condition = self.inputs.clean(networks, batch), self.inputs.condition(networks, told)
         eps = jax.random.normal(key, x_0.shape)
 
-        def at(level: Any) -> jax.Array:
+        def at(level: Any) -> tuple[jax.Array, jax.Array]:
             level = jax.tree.map(lambda value: jnp.full(x_0.shape[:1], value), level)
             x_t = interpolate(x_0, eps, level.t)
             v, taught = (self.denoiser(networks[role], x_t, level, condition)[0] for role in (self.role, self.teacher))
-            return jnp.square(level.t) * flow_matching_loss(v, taught)
+            apart = jnp.square(level.t) * flow_matching_loss(v, taught)
+            return apart, flow_matching_loss(taught, velocity(x_0, eps))
 
-        errors = jax.lax.map(at, jax.tree.map(jnp.asarray, self.validation_levels))
+        errors, losses = jax.lax.map(at, jax.tree.map(jnp.asarray, self.validation_levels))
         times = self.validation_levels.t.tolist()
         by_time = {f"image_error.t={t:.2f}": errors[i] for i, t in enumerate(times)}
-        return {**numbers, "image_error": errors.mean(axis=0), **by_time}
+        return {**numbers, "unquantised": losses.mean(axis=0), "image_error": errors.mean(axis=0), **by_time}
 
     def exports(self) -> ExportPlan:
         """That of `flow_matching`, with the integers and scales of the network's weights."""

@@ -124,12 +124,15 @@ def test_stage_one_draws_nearer_to_the_network_as_it_was(trained):
         for state in (first, last)
     ]
     assert errors[1]["image_error"] < 0.8 * errors[0]["image_error"]
+    plain = {"model": {"unet": frozen["teacher/unet"]}}
+    loss = jax.jit(METHOD.validation_loss)(plain, {"label": frozen["label"]}, BATCH, jax.random.key(0))["mean"]
+    assert errors[0]["unquantised"] == errors[1]["unquantised"] == pytest.approx(float(loss.mean()), rel=1e-5)
     without = dict(frozen)
     del without["teacher/unet"]
     numbers = jax.eval_shape(
         lambda: RECIPE.validation_loss({"model": last.players["model"].params}, without, BATCH, jax.random.key(0))
     )
-    assert "mean" in numbers and not any("image_error" in name for name in numbers)
+    assert "mean" in numbers and not any("image_error" in name or name == "unquantised" for name in numbers)
 
 
 def test_both_networks_are_told_the_same_condition_and_the_scales_are_trained(trained):
