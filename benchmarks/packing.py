@@ -37,14 +37,24 @@ import numpy as np
 from benchmarks.memory import memory
 from snapgen_jax.export.digits import levels
 from snapgen_jax.export.packing import Filling, Original, Sizes, sizes, write_packed
-from snapgen_jax.export.unpacking import PackedFile
 from snapgen_jax.training.exports import Stored
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-SAMPLE = 1 << 17  # integers of a layer that are deflated
+SAMPLE = 1 << 16  # integers of a layer that are deflated
 NORMAL = {1: 1.223, 2: 0.845, 3: 0.536, 4: 0.320}  # scales of least error for weights of N(0, 1)
 STEPS = 50  # of the table in place of the layers of time
-TABLE = "time/table"
+
+# What a client does when it starts for the first time: a process that has no JAX in it.
+UNPACK = """
+import json, sys, time
+from benchmarks.memory import memory
+from snapgen_jax.export.unpacking import PackedFile
+begin, used = time.perf_counter(), time.process_time()
+with PackedFile(sys.argv[1] + "/network.packed") as packed:
+    packed.expand(sys.argv[1] + "/unpacked.int8")
+spent = {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - used}
+print(json.dumps({**{name: round(x, 2) for name, x in spent.items()}, "peak_bytes": memory("VmHWM")}))
+"""
 
 
 def networks() -> dict[str, Callable[[], tuple[Any, dict[str, int]]]]:
@@ -71,28 +81,17 @@ def networks() -> dict[str, Callable[[], tuple[Any, dict[str, int]]]]:
 
 def parameters(config: Any, bits: Mapping[str, int], steps: int = STEPS) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a file stores: `{name: (shape, number of scales, bits)}` of weights of few levels, and `{path: shape}` of
-    all else, a table of `steps` rows in place of the layers that know the time alone."""
+    all else, a table of `steps` times in place of the layers that know the time alone."""
     from snapgen_jax.networks.module import build, flatten
     from snapgen_jax.networks.quantise import quantisable
-    from snapgen_jax.networks.time_cache import depends_on_time_alone
+    from snapgen_jax.networks.time_cache import TimeCachedConfig
 
     layers = quantisable(config)
     weights = {name: (layers[name].shape, layers[name].scales, b) for name, b in bits.items()}
-    packed, others = {f"{name}/kernel" for name in weights}, {TABLE: (steps, table_width(config))}
-    for path, leaf in flatten(build(config)[1]).items():
-        if "/".join(path) not in packed and not depends_on_time_alone(config, path):
-            others["/".join(path)] = tuple(leaf.shape)
+    kept = flatten(build(TimeCachedConfig.of(config, steps))[1])
+    packed = {f"{name}/kernel" for name in weights}
+    others = {"/".join(path): tuple(leaf.shape) for path, leaf in kept.items() if "/".join(path) not in packed}
     return weights, others
-
-
-def table_width(config: Any) -> int:
-    """The numbers of a time in the table: the projections of all blocks, or the embedding where these see more."""
-    from snapgen_jax.networks.module import build, flatten
-    from snapgen_jax.networks.time_cache import PROJECTION, depends_on_time_alone
-
-    alone = {p: leaf for p, leaf in flatten(build(config)[1]).items() if depends_on_time_alone(config, p)}
-    projected = [leaf.shape[-1] for path, leaf in alone.items() if PROJECTION in path and path[-1] == "kernel"]
-    return sum(projected) or [leaf.shape[-1] for path, leaf in alone.items() if path[-1] == "kernel"][-1]
 
 
 def by_formula(config: Any, bits: Mapping[str, int]) -> Sizes:
@@ -116,8 +115,9 @@ def papers_count(config: Any, bits: Mapping[str, int], steps: int = STEPS) -> di
     and the table at 32 bits.
     """
     from snapgen_jax.networks.module import build, flatten
+    from snapgen_jax.networks.time_cache import cached_values
 
-    found, table = by_formula(config, bits), steps * table_width(config)
+    found, table = by_formula(config, bits), cached_values(config, steps)
     every = sum(math.prod(leaf.shape) for path, leaf in flatten(build(config)[1]).items() if path[-1] == "kernel")
     bytes_ = found.information + found.scales + found.others
     return {"average_bits": (8 * found.information + 16 * table) / every, "bytes": bytes_}
@@ -178,9 +178,6 @@ def stage(name: str, which: str, folder: pathlib.Path) -> dict[str, Any]:
         ]
         rest = {path: np.random.default_rng(1).random(shape, np.float32) for path, shape in others.items()}
         write_packed(path, drawn, rest, Original(plain, holes, {}))
-    elif which == "unpack":
-        with PackedFile(path) as packed:
-            packed.expand(folder / "unpacked.int8")
     else:
         return {kind: round(deflated(weights, kind)) for kind in ("even", "normal")}
     return {
@@ -216,9 +213,10 @@ def measure(name: str, machine: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
         for which in ("draw", "pack", "unpack", "entropy"):
-            command = [sys.executable, "-m", "benchmarks.packing", f"--networks={name}", f"--stage={which}"]
+            command = ["-m", "benchmarks.packing", f"--networks={name}", f"--stage={which}", f"--folder={folder}"]
+            command = ["-c", UNPACK, str(folder)] if which == "unpack" else command
             done = subprocess.run(
-                [*command, f"--folder={folder}"], capture_output=True, text=True, check=False, cwd=RESULTS.parents[1]
+                [sys.executable, *command], capture_output=True, text=True, check=False, cwd=RESULTS.parents[1]
             )
             if done.returncode:
                 raise RuntimeError(f"{name}, {which}: {done.stderr[-2000:]}")

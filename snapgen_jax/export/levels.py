@@ -80,19 +80,22 @@ def _matches(
 ) -> Iterator[tuple[str, tuple[int, ...], Constant]]:
     """Each weight with each constant of a float32 file that holds its numbers, and the order of axes that it has there.
 
-    The number of weights that are not zero is the same in any order, and sorts out most pairs.
+    The number of weights that are not zero is the same in any order, and sorts out most pairs. Of equal weights each
+    gets a constant of its own, where there are as many.
     """
     by_count = collections.defaultdict(list)
     for name, stored in storage.items():
         if stored.integers.size > 1:
             by_count[stored.integers.size, _nonzero(stored)].append(name)
-    data = np.memmap(source, np.uint8, "r")
+    data, seen = np.memmap(source, np.uint8, "r"), set()
     for constant in constants(source):
         if constant.dtype != "float32":
             continue
         numbers = data[constant.offset :][: constant.bytes].view("<f4")
-        for name in by_count.get((numbers.size, int(np.count_nonzero(numbers))), ()):
+        candidates = by_count.get((numbers.size, int(np.count_nonzero(numbers))), ())
+        for name in sorted(candidates, key=lambda name: name in seen):
             if (order := _order(storage[name], numbers.reshape(constant.shape))) is not None:
+                seen.add(name)
                 yield name, order, constant
                 break
 
