@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import pathlib
 import struct
 import tracemalloc
 import zlib
@@ -12,10 +13,12 @@ import pytest
 
 from snapgen_jax.export import digits, unpacking
 from snapgen_jax.export.digits import PackedError, decode, encode, group, levels, stored_bytes
+from snapgen_jax.export.packed import FORMAT
 from snapgen_jax.export.packing import Filling, Original, sizes, write_packed
 from snapgen_jax.export.unpacking import PackedFile, Stopped
 from snapgen_jax.training.exports import Stored
 
+ROOT = pathlib.Path(__file__).parents[2]
 BITS = range(1, 9)
 SHAPES = [(1,), (7,), (3, 5), (3, 3, 8, 16), (1, 1, 320, 40), (2, 0, 3), ()]
 
@@ -294,8 +297,12 @@ def test_a_header_that_does_not_fit_its_file_says_why(packed, change, reason):
         PackedFile(path)
 
 
-def test_the_page_of_the_formula_is_that_of_the_code():
+def test_the_pages_say_what_the_code_does():
+    page = FORMAT.read_text("utf-8")
+    pages = [digits.__doc__ or "", page, (ROOT / "docs" / "packing.md").read_text("utf-8")]
     for bits in BITS:
         (n, k), radix = group(bits), levels(bits)
-        cells = f"| {bits} | {radix} | {n} | {k} |"
-        assert cells in (digits.__doc__ or "")
+        assert all(f"| {bits} | {radix} | {n} | {k} |" in text for text in pages)
+    assert "`17 1f`" in page and encode(np.array([1, 2, -2, 0, 0, 0]), 2) == bytes.fromhex("17 1f")
+    assert f"`{unpacking.MAGIC.decode()}`" in page and f"version of the format: {unpacking.VERSION}" in page
+    assert all(f"`{name}`" in page for name in (*unpacking.DTYPES, "scale_shape", "axes", "skeleton", "holes"))
