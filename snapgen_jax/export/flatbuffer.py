@@ -12,6 +12,7 @@ import functools
 import mmap
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -101,8 +102,9 @@ def constants(path: str | pathlib.Path) -> Iterator[Constant]:
     """The constants of a `.tflite` file, with the places of their bytes, so that they can be changed in place."""
     from ai_edge_litert import schema_py_generated as schema
 
-    data = np.memmap(path, np.uint8, "r")
-    model, types = schema.Model.GetRootAs(memoryview(data), 0), _names(schema.TensorType)
+    data: Any = np.memmap(path, np.uint8, "r")
+    model: Any = schema.Model.GetRootAs(memoryview(data), 0)
+    types = _names(schema.TensorType)
 
     def place(view) -> int:
         return view.ctypes.data - data.ctypes.data
@@ -115,7 +117,7 @@ def constants(path: str | pathlib.Path) -> Iterator[Constant]:
             length = buffer.DataLength() or buffer.Size()
             if not length:
                 continue
-            scales = 0 if quantised is None else quantised.ScaleLength()
+            scales = quantised.ScaleLength() if tensor.Quantization() else 0
             yield Constant(
                 graph=i,
                 name=(tensor.Name() or b"").decode(),

@@ -193,7 +193,7 @@ def test_a_scale_that_is_not_a_channels_own_and_an_integer_of_128_stay_with_the_
     integers = np.random.default_rng(0).integers(-2, 3, (8, 8)).astype(np.int8)
     rows = Stored(integers, np.linspace(0.1, 0.2, 8, dtype=np.float32)[:, None], 2)
     wide = Stored(np.where(integers == 2, 128, integers), np.ones(8, np.float32), 8)
-    one = Stored(integers, np.float32(0.25), 2)
+    one = Stored(integers, np.asarray(0.25, np.float32), 2)
 
     def function(weights, *, x):
         return {"y": jnp.tanh(jnp.tanh(x @ weights["rows"]) @ weights["wide"]) @ weights["one"]}
