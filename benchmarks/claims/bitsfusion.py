@@ -38,7 +38,7 @@ BASE = {
 }
 STAGE = {
     "ci": Effort(),
-    "short": Effort(800, 3),
+    "short": Effort(500, 3),
     "night": Effort(2_000, 3),
     "gpu": Effort(2_000, 3),
     "world": Effort(2_000, 3),

@@ -40,7 +40,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 {"name": "base", "config": "adapters_base.py" + form, "rows": ({"label": "float"},)},
                 {
                     "name": "bits",
-                    "derive": "snapgen_jax.layer_bits:derive",
+                    "derive": "snapgen_jax.derivations.layer_bits:derive",
                     "earlier": {"base": "base"},
                     "options": measured,
                     "example": {"bits": {}, "average": 2.0, "stored": 2.3},
@@ -49,7 +49,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 quantised("stage_two", "quantised_data.py", "stage_one", "stage II", "stage I"),
                 {
                     "name": "bundle",
-                    "derive": "snapgen_jax.layer_bits:bundle",
+                    "derive": "snapgen_jax.derivations.layer_bits:bundle",
                     "earlier": {"run": "stage_two"},
                     "example": {"bundle": ""},
                 },

@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import fnmatch
 import functools
 import math
-import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -87,8 +87,8 @@ def bits_of(layers: Mapping[str, Layer], chosen: Mapping[str, int], default: int
 
     Args:
         layers: of `quantisable`.
-        chosen: bits of layers, fixed ones too, by name or by a regular expression of whole names; of several that fit a
-            layer the last counts.
+        chosen: bits of layers, fixed ones too, by name or by a pattern such as "*/ffn/*" (see `fnmatch`); of several
+            that fit a layer the last counts.
         default: bits of the others, but for those that are fixed.
 
     Raises:
@@ -98,7 +98,7 @@ def bits_of(layers: Mapping[str, Layer], chosen: Mapping[str, int], default: int
     for pattern, bits in chosen.items():
         if not 1 <= bits <= MOST:
             raise ValueError(f"bits: {pattern!r} has {bits}; give from 1 to {MOST}")
-        fitting = [pattern] if pattern in layers else [name for name in layers if re.fullmatch(pattern, name)]
+        fitting = [pattern] if pattern in layers else fnmatch.filter(layers, pattern)
         if not fitting:
             close = difflib.get_close_matches(pattern, layers, n=1)
             raise ValueError(

@@ -54,7 +54,7 @@ class QuantisedConfig(FlowMatchingConfig):
             for `init_from`.
         init_from: of the experiment: where the weights begin, the trained run, or the run of stage I.
         learns_from: the trained network ("network", stage I), or the data ("data", stage II).
-        bits: `{layer: bits}` from 1 to 8, such as {"mid_residual/conv_1/pointwise": 3, ".*/project_(in|out)": 4}; see
+        bits: `{layer: bits}` from 1 to 8, such as {"mid_residual/conv_1/pointwise": 3, "*/project_*": 4}; see
             `networks.quantise.bits_of`.
         default_bits: of layers that `bits` does not name; depthwise kernels and the first and the last layer have 8.
         levels: "balanced" around zero, 2^b + 1 of them, or "unbalanced", 2^b.

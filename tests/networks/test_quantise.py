@@ -138,6 +138,8 @@ def test_depthwise_kernels_and_the_first_and_last_layer_have_eight_bits_and_time
     assert not any("embedding" in name or name.startswith("pooled") for name in without)
     bits = bits_of(LAYERS, {"down/block_00/block_00/transformer/project_in": 3}, default=2)
     assert set(bits.values()) == {2, 3, 8} and bits["conv_in"] == 8
+    by_pattern = bits_of(LAYERS, {"*/ffn/*": 1, "*/ffn/outer": 4, "conv_in": 5}, default=2)
+    assert {by_pattern[name] for name in LAYERS if "/ffn/" in name} == {1, 4} and by_pattern["conv_in"] == 5
 
 
 def test_stable_diffusion_has_256_layers_for_choice():

@@ -17,6 +17,7 @@ from snapgen_jax.networks.codec import CodecConfig
 from snapgen_jax.networks.label import LabelEmbeddingConfig
 from snapgen_jax.networks.module import flatten
 from snapgen_jax.networks.quantise import kernel_path
+from snapgen_jax.networks.time_features import time_features
 from snapgen_jax.networks.unet import UNetConfig
 from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig
 from snapgen_jax.recipes.quantised import SCALES, Quantised, QuantisedConfig
@@ -160,6 +161,28 @@ def test_an_export_stores_the_integers_of_the_weights_that_it_uses(trained):
     assert len(described) == len(RECIPE.bits) and not any("time/" in path for path in described)
     stored = unit.stored(weights)[f"unet/{LAYER}/kernel"]
     assert stored.integers.dtype == np.int8 and (stored.scale > 0).all()
+
+
+def test_an_exported_network_is_told_the_step_and_holds_no_layers_of_time(trained):
+    _, last, frozen, _ = trained
+    weights = RECIPE.weights({"model": last.players["model"].params}, frozen)
+    plan, plain = RECIPE.exports(), recipe(bits={LAYER: 1}, exported_time="features").exports()
+    ours, theirs = (next(unit for unit in p.units if unit.name == "unet") for p in (plan, plain))
+    steps = RECIPE.options.steps
+    assert plan.program["step"]["time"] == {"kind": "index", "size": steps} and "shift" not in plan.program
+    assert plain.program["step"]["time"]["kind"] == "features" and "shift" in plain.program
+    held = ours.select(weights)
+    assert set(held["unet"]["time"]) == {"table"} and held["unet"]["time"]["table"].shape[0] == steps
+
+    def both(i):
+        given = {name: jnp.ones(spec.shape) for name, spec in ours.inputs.items()}
+        features = time_features(jnp.asarray(plan.program["times"])[i][None], NETWORK.time_width)
+        rows = ours.function(held, **{**given, "time": jax.nn.one_hot(i, steps)[None]})["prediction"]
+        return rows, theirs.function(theirs.select(weights), **{**given, "time": features})["prediction"]
+
+    rows, layers = jax.jit(jax.vmap(both))(jnp.array([0, 3, steps - 1]))
+    np.testing.assert_allclose(rows, layers, atol=1e-6 * float(jnp.abs(layers).max()))
+    assert float(jnp.abs(layers[0] - layers[1]).max()) > 1e-3
 
 
 def test_stage_two_learns_from_data_and_starts_from_stage_one(trained, base, tmp_path):

@@ -8,12 +8,12 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from snapgen_jax import layer_bits
 from snapgen_jax.chain import load_chain
 from snapgen_jax.chain_run import _Chain
 from snapgen_jax.config import build_dataclass, load_experiment
+from snapgen_jax.derivations import layer_bits
+from snapgen_jax.derivations.layer_bits import Drawing, Options, derive
 from snapgen_jax.experiment import Experiment
-from snapgen_jax.layer_bits import Drawing, Options, derive
 from snapgen_jax.networks.bit_assignment import assign
 from snapgen_jax.networks.quantise import quantisable
 from snapgen_jax.recipes.flow_matching import FlowMatching

@@ -1,6 +1,6 @@
 """How many bits each layer of a trained network needs: a stage of a chain (see `chain_derive`) that measures it.
 
-    {"name": "bits", "derive": "snapgen_jax.layer_bits:derive", "earlier": {"base": "base"},
+    {"name": "bits", "derive": "snapgen_jax.derivations.layer_bits:derive", "earlier": {"base": "base"},
      "options": {"target_bits": 2.0}, "example": {"bits": {}}}
     {"name": "quantised", "config": "quantised.py", "filled": {"bits": "bits.bits"}, ...}
 
