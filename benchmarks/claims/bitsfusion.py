@@ -1,8 +1,8 @@
 """BitsFusion (arXiv 2406.04333): weights of two bits that draw as well as the float ones that they were.
 
-One float network, trained once, which every seed quantises; a seed is one of the quantised training. Errors are of the
-predicted images, against that network on the same noise, after the same number of updates. The bits by layer were
-measured on one such network, by the stage "bits" of `configs/shapes/bits.py:quick`, and are kept beside this file.
+One float network, trained once and kept, which every seed quantises; a seed is one of the quantised training. Errors
+are of the predicted images, against that network on the same noise, after the same number of updates. The bits by layer
+were measured on that network, by the stage "bits" of `configs/shapes/bits.py:quick`, and are kept beside this file.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BASE = {
 }
 STAGE = {
     "ci": Effort(),
-    "short": Effort(500, 3),
+    "short": Effort(600, 3),
     "night": Effort(2_000, 3),
     "gpu": Effort(2_000, 3),
     "world": Effort(2_000, 3),
@@ -78,7 +78,7 @@ ERRORS = Draw(evaluators=("validation_loss",), wrap=with_float)
 START = {"base": "base", "init_from": "base"}
 ONE_BIT = ("default_bits=1",)
 TRIALS = {
-    "base": Trial("adapters_base", BASE, draws={}, shared=True),
+    "base": Trial("adapters_base", BASE, draws={}, shared=True, stored="shapes_unet"),
     "unbalanced": Trial(
         "quantised", STAGE, (*ONE_BIT, "levels=unbalanced", "initialisation=min_max"), START, {"": ERRORS}
     ),

@@ -81,15 +81,18 @@ def unpack_bundle(folder: pathlib.Path) -> None:
         PackedError: a packed file is damaged.
     """
     bundle = Bundle(folder)
-    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    manifest, done = json.loads((folder / "manifest.json").read_text("utf-8")), set()
     for unit in manifest["units"].values():
         for precision, whole in unit.pop("packed", {}).items():
             packed = bundle.file(unit["files"][precision])
             plain = packed.with_suffix(".tflite")
-            with PackedFile(packed) as file:
-                file.expand(plain)
-            packed.unlink()
+            if plain.name not in manifest["files"]:  # or another unit has the same file
+                with PackedFile(packed) as file:
+                    file.expand(plain)
+                manifest["files"][plain.name] = {"bytes": whole["bytes"], "sha256": whole["sha256"]}
             unit["files"][precision] = plain.name
-            del manifest["files"][packed.name]
-            manifest["files"][plain.name] = {"bytes": whole["bytes"], "sha256": whole["sha256"]}
+            done.add(packed)
+    for packed in done:
+        packed.unlink()
+        del manifest["files"][packed.name]
     write_json(folder / "manifest.json", {**manifest, "schema": MANIFEST_SCHEMA})

@@ -8,6 +8,7 @@ input on the way up.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,17 +67,46 @@ class UNetConfig(UNetArchitecture):
         """Names of a UNet's intermediates in the order in which they are computed.
 
         `down_1_0` is the output of unit 0 of stage 1 on the way down, `down_1` that of its last unit; stage 0 has the
-        highest resolution on both ways.
+        highest resolution on both ways. Inside a unit, `down_1_0_block_0_ffn` is what a module of a transformer block
+        adds, `[B, h * w, c]`, and `down_1_0_residual` what the convolutions add, `[B, h, w, c]`; the same names with
+        `_input` are what enters, which before a transformer's modules is normalised.
         """
         names, stages = ["conv_in"], len(self.channels)
+
+        def units(way: str, stage: int, count: int, depth: int, residual: bool) -> list[str]:
+            inner = [*(["residual"] if residual else []), *self._of_transformer(stage, depth)]
+            return [
+                name for i in range(count) for name in (*_inside(f"{way}_{stage}_{i}", inner), f"{way}_{stage}_{i}")
+            ]
+
         for stage in range(stages):
-            names += [*(f"down_{stage}_{i}" for i in range(self.units)), f"down_{stage}"]
+            names += [*units("down", stage, self.units, *self.down_unit(stage)), f"down_{stage}"]
             names += [f"downsample_{stage}"] if stage < stages - 1 else []
-        names += ["mid"]
+        middle = ["residual", *self._of_transformer(stages - 1, self.mid_depth)]
+        names += [*_inside("mid", middle + ["second_residual"] * (self.mid == "rar")), "mid"]
         for stage in reversed(range(stages)):
-            names += [*(f"up_{stage}_{i}" for i in range(self.units + 1)), f"up_{stage}"]
+            names += [*units("up", stage, self.units + 1, self.up_depth[stage], True), f"up_{stage}"]
             names += [f"upsample_{stage}"] if stage else []
         return tuple(names)
+
+    def down_unit(self, stage: int) -> tuple[int, bool]:
+        """Of a unit on the way down: its transformer blocks, and whether it has a residual block."""
+        only_residual = stage == 0 and self.first_stage == "res"
+        return 0 if only_residual else self.down_depth[stage], stage > 0 or self.first_stage != "tf"
+
+    def _of_transformer(self, stage: int, depth: int) -> list[str]:
+        """The modules of the transformer blocks of a unit."""
+        modules = [
+            *(["self_attention"] if self.self_attention[stage] else []),
+            *(["cross_attention"] if self.cross_attention[stage] else []),
+            "ffn",
+        ]
+        return [f"block_{i}_{module}" for i in range(depth) for module in modules]
+
+
+def _inside(block: str, modules: Sequence[str]) -> list[str]:
+    """Names of what enters and leaves the modules of a block."""
+    return [name for module in modules for name in (f"{block}_{module}_input", f"{block}_{module}")]
 
 
 class UNet(nnx.Module):
@@ -97,8 +127,7 @@ class UNet(nnx.Module):
         width, skips = channels[0], [channels[0]]
         self.down, self.downsamplers = nnx.List(), nnx.List()
         for stage, channel in enumerate(channels):
-            residual = stage > 0 or config.first_stage != "tf"
-            depth = 0 if stage == 0 and config.first_stage == "res" else config.down_depth[stage]
+            depth, residual = config.down_unit(stage)
             units = nnx.List()
             for _ in range(config.units):
                 units.append(Unit(config, stage, width, depth, residual, rngs))
@@ -145,11 +174,12 @@ class UNet(nnx.Module):
             time: `[B, time_width]` from `time_features`.
             context: sequence `[B, L, context_width]`, mask `[B, L]`, pooled `[B, pooled_width]`.
             taps: names of intermediates to return; `config.tap_names()` lists them.
-            reuse: intermediates to use in place of the network's own, always or where `Reuse.run` says.
+            reuse: intermediates to use in place of the network's own, always or where `Reuse.run` says. Inside a unit
+                whose intermediates are tapped everything runs, even where the unit itself is replaced.
 
         Returns:
             v: `[B, H, W, C]` float32.
-            intermediates: `{name: [B, h, w, c]}` in the compute dtype.
+            intermediates: `{name: [B, h, w, c]}`, or `[B, h * w, c]` in transformers, in the compute dtype.
 
         Raises:
             ValueError: a shape does not fit the config, or a name is unknown.
@@ -166,26 +196,27 @@ class UNet(nnx.Module):
         states, mask = real_first(kernel, context.sequence.astype(compute_dtype(config)), context.mask)
         keys = key_mask(kernel, mask)
 
+        recomputed = functools.partial(remat.unit, config.remat)
         h = tap.module("conv_in", lambda x: shard(self.conv_in(shard(x, "image")), "image"), x)
         skips = [h]
         for stage, units in enumerate(self.down):
             rope = _rope(config, stage, h)
             for i, unit in enumerate(units):
                 names = [f"down_{stage}_{i}", *([f"down_{stage}"] if i == config.units - 1 else [])]
-                h = tap.module(names, remat.unit(config.remat, unit), h, embedding, states, keys, rope)
+                h = tap.block(names, unit, h, embedding, states, keys, rope, remat=recomputed)
                 skips.append(h)
             if stage < stages - 1:
                 h = tap.module(f"downsample_{stage}", self.downsamplers[stage], h)
                 skips.append(h)
 
-        h = tap.module("mid", self._middle, h, embedding, states, keys)
+        h = tap.block("mid", self._middle, h, embedding, states, keys)
 
         for stage in reversed(range(stages)):
             rope = _rope(config, stage, h)
             for i, unit in enumerate(self.up[stage]):
                 joined = jnp.concatenate([h, skips.pop()], axis=-1)
                 names = [f"up_{stage}_{i}", *([f"up_{stage}"] if i == config.units else [])]
-                h = tap.module(names, remat.unit(config.remat, unit), joined, embedding, states, keys, rope)
+                h = tap.block(names, unit, joined, embedding, states, keys, rope, remat=recomputed)
             if stage:
                 upsample = remat.block(config.remat, self.upsamplers[stage - 1])
                 h = tap.module(f"upsample_{stage}", upsample, h)
@@ -193,14 +224,15 @@ class UNet(nnx.Module):
         v = remat.block(config.remat, lambda h: self.conv_out(jax.nn.silu(self.norm_out(h))))(h)
         return shard(v.astype(jnp.float32), "image"), tap.found
 
-    def _middle(self, h: jax.Array, embedding: jax.Array, states: jax.Array, keys: Mask) -> jax.Array:
+    def _middle(self, h: jax.Array, embedding: jax.Array, states: jax.Array, keys: Mask, tap: Taps) -> jax.Array:
         """The lowest resolution: `[B, h, w, C] -> [B, h, w, C]`."""
-        h = self.mid_residual(h, embedding)
+        h = self.mid_residual(h, embedding, tap)
         if self.mid_transformer is not None:
             rope = _rope(self.config, len(self.config.channels) - 1, h)
-            h = remat.unit(self.config.remat, self.mid_transformer)(h, states, keys, rope)
+            recomputed = functools.partial(remat.unit, self.config.remat)
+            h = tap.within(recomputed, self.mid_transformer, h, states, keys, rope)
         if self.mid_residual_2 is not None:
-            h = self.mid_residual_2(h, embedding)
+            h = self.mid_residual_2(h, embedding, tap, "second_residual")
         return shard(h, "image")
 
 

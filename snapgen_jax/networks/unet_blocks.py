@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -18,6 +19,7 @@ from snapgen_jax.networks.depthwise import DepthwiseConv
 from snapgen_jax.networks.fused_separable import Norm, fused
 from snapgen_jax.networks.layers import GEGLU, PRODUCT, Conv, GroupNorm, Init, LayerNorm, Linear, upsample_nearest
 from snapgen_jax.networks.module import compute_dtype, shard
+from snapgen_jax.networks.taps import NO_TAPS, Taps
 from snapgen_jax.networks.unet_config import UNetArchitecture
 
 Rope = tuple[np.ndarray, np.ndarray]
@@ -85,14 +87,19 @@ class ResidualBlock(nnx.Module):
         self.remat: remat.Remat = config.remat
         self.fuses = config.separable_block == "fused"
 
-    def __call__(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
-        """`[B, H, W, in] -> [B, H, W, out]`; `embedding` is `[B, E]`, already activated."""
-        return remat.block(self.remat, self._block)(x, embedding)
+    def __call__(self, x: jax.Array, embedding: jax.Array, tap: Taps = NO_TAPS, name: str = "residual") -> jax.Array:
+        """`[B, H, W, in] -> [B, H, W, out]`; `embedding` is `[B, E]`, already activated. What the convolutions add is
+        the intermediate called `name`."""
 
-    def _block(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
-        h = self._half(self.norm_1, self.conv_1, x, lambda: self.embedding(embedding))
-        h = self._half(self.norm_2, self.conv_2, h)
-        return h + (x if self.skip is None else self.skip(x))
+        def block(x: jax.Array, embedding: jax.Array, tap: Taps) -> jax.Array:
+            def convolutions(x: jax.Array) -> jax.Array:
+                h = self._half(self.norm_1, self.conv_1, x, lambda: self.embedding(embedding))
+                return self._half(self.norm_2, self.conv_2, h)
+
+            h = tap.entered(name, convolutions, x, x.dtype)
+            return h + (x if self.skip is None else self.skip(x))
+
+        return tap.within(functools.partial(remat.block, self.remat), block, x, embedding)
 
     def _half(
         self,
@@ -145,12 +152,14 @@ class TransformerBlock(nnx.Module):
         self.ffn_norm = LayerNorm(width, dtype=dtype)
         self.ffn = GEGLU(width, config.ffn_ratio * width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, context: jax.Array, keys: Mask, rope: Rope | None) -> jax.Array:
-        if self.self_attention is not None and self.self_norm is not None:
-            x = x + self.self_attention(self.self_norm(x), rope=rope)
-        if self.cross_attention is not None and self.cross_norm is not None:
-            x = x + self.cross_attention(self.cross_norm(x), context, mask=keys)
-        return x + self.ffn(self.ffn_norm(x))
+    def __call__(
+        self, x: jax.Array, context: jax.Array, keys: Mask, rope: Rope | None, tap: Taps = NO_TAPS
+    ) -> jax.Array:
+        if (attend := self.self_attention) is not None and self.self_norm is not None:
+            x = x + tap.entered("self_attention", lambda z: attend(z, rope=rope), self.self_norm(x), x.dtype)
+        if (cross := self.cross_attention) is not None and self.cross_norm is not None:
+            x = x + tap.entered("cross_attention", lambda z: cross(z, context, mask=keys), self.cross_norm(x), x.dtype)
+        return x + tap.entered("ffn", self.ffn, self.ffn_norm(x), x.dtype)
 
 
 class Transformer(nnx.Module):
@@ -166,7 +175,9 @@ class Transformer(nnx.Module):
         self.absolute = config.absolute_positions
         self.remat: remat.Remat = config.remat
 
-    def __call__(self, x: jax.Array, context: jax.Array, keys: Mask, rope: Rope | None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, context: jax.Array, keys: Mask, rope: Rope | None, tap: Taps = NO_TAPS
+    ) -> jax.Array:
         """`[B, H, W, C] -> [B, H, W, C]`; context `[B, L, D]`, `keys` says which of its L states count."""
         b, h, w, c = x.shape
         tokens = remat.block(self.remat, lambda x: self.project_in(self.norm(x).reshape(b, h * w, c)))(x)
@@ -176,8 +187,9 @@ class Transformer(nnx.Module):
             table = np.concatenate(rope_table(h, w, c, theta=100.0), axis=-1).astype(tokens.dtype)
             tokens = (tokens.reshape(b, h, w, c) + table.reshape(h, w, c)).reshape(b, h * w, c)
         tokens = shard(tokens, "tokens")
-        for block in self.blocks:
-            tokens = remat.block(self.remat, block)(tokens, context, keys, rope)
+        recomputed = functools.partial(remat.block, self.remat)
+        for i, block in enumerate(self.blocks):
+            tokens = tap.block(f"block_{i}", block, tokens, context, keys, rope, remat=recomputed)
         return x + self.project_out(tokens).reshape(b, h, w, c)
 
 
@@ -189,12 +201,18 @@ class Unit(nnx.Module):
         self.transformer = Transformer(config, stage, depth, rngs) if depth else None
 
     def __call__(
-        self, x: jax.Array, embedding: jax.Array, context: jax.Array, keys: Mask, rope: Rope | None
+        self,
+        x: jax.Array,
+        embedding: jax.Array,
+        context: jax.Array,
+        keys: Mask,
+        rope: Rope | None,
+        tap: Taps = NO_TAPS,
     ) -> jax.Array:
         if self.residual is not None:
-            x = self.residual(x, embedding)
+            x = self.residual(x, embedding, tap)
         if self.transformer is not None:
-            x = self.transformer(x, context, keys, rope)
+            x = self.transformer(x, context, keys, rope, tap)
         return shard(x, "image")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -130,6 +130,9 @@ def denoiser_unit(
 ) -> ExportUnit:
     """A denoiser: latent, time and context to prediction, in the shape of the latent.
 
+    Its function also takes intermediates of the network by their names, in place of its own, and returns those that
+    `keeps` names.
+
     Args:
         role: whose weights it has.
         config: of the network.
@@ -159,7 +162,18 @@ def _with_table(role: str, config: Any, features: np.ndarray, weights: Mapping[s
 
 
 def _denoise(
-    role: str, config: Any, weights: Tree, *, latent: Any, time: Any, sequence: Any, mask: Any, pooled: Any
+    role: str,
+    config: Any,
+    weights: Tree,
+    *,
+    latent: Any,
+    time: Any,
+    sequence: Any,
+    mask: Any,
+    pooled: Any,
+    keeps: Sequence[str] = (),
+    **reused: Any,
 ) -> dict[str, Any]:
-    out, _ = apply(build(config)[0], weights[role], latent, time, TextContext(sequence, mask, pooled))
-    return {"prediction": out}
+    given = {"taps": keeps, "reuse": reused} if keeps or reused else {}  # not all networks have intermediates
+    out, found = apply(build(config)[0], weights[role], latent, time, TextContext(sequence, mask, pooled), **given)
+    return {"prediction": out, **{name: found[name] for name in keeps}}
