@@ -109,12 +109,15 @@ def _nearer(than: str, percents: Sequence[int] = (10, 20, 30, 40)) -> tuple[Part
 
 
 CLAIMS = (
-    Claim(
-        "at 10 to 40% skipped, gates lead nearer to the full sampler than fewer steps do",
-        _nearer("base, {steps} steps"),
+    *(
+        Claim(
+            f"at {p}% skipped, gates lead nearer to the full sampler than {steps_for(p)} steps",
+            _nearer("base, {steps} steps", (p,)),
+        )
+        for p in (10, 20, 30, 40)
     ),
-    Claim("they lead nearer than whole steps that are reused", _nearer("gates {p}%, whole steps")),
-    Claim("they lead nearer than a schedule drawn at random", _nearer("gates {p}%, at random")),
+    Claim("at 10 to 40%, gates lead nearer than whole steps that are reused", _nearer("gates {p}%, whole steps")),
+    Claim("at 10 to 40%, gates lead nearer than a schedule drawn at random", _nearer("gates {p}%, at random")),
     Claim(
         "at 30% skipped the images are as good as the full sampler's",
         (no_worse("gates 30%", "base", SCORE), no_worse("gates 30%", "base", FRECHET)),
