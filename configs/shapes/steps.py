@@ -21,6 +21,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.recipe = "step_distillation"
     c.inputs.text_workdir = "runs/base"  # the base's text encoder, which student and teacher share
     c.init_from = "runs/base"
+    c.network.blocks = ()  # an evolved network's, filled in by `evolve.py`
     network = ConfigDict(c.network.to_dict())
     c.teacher = ConfigDict({"workdir": "runs/base", "network": network, "prediction": c.prediction})
     c.train_steps = {None: 3_000, "quick": 1_500, "runlocal": 6}[arg]

@@ -8,6 +8,7 @@ input on the way up.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,10 +25,22 @@ from snapgen_jax.networks.layers import Conv, GroupNorm
 from snapgen_jax.networks.module import Rules, compute_dtype, shard
 from snapgen_jax.networks.taps import Reuse, Taps
 from snapgen_jax.networks.text import TextContext, denoiser_spec
-from snapgen_jax.networks.unet_blocks import Downsample, EmbeddingMLP, ResidualBlock, Rope, Transformer, Unit, Upsample
+from snapgen_jax.networks.unet_blocks import (
+    Downsample,
+    EmbeddingMLP,
+    ResidualBlock,
+    Rope,
+    Transformer,
+    Unit,
+    Upsample,
+    run_standing,
+    standing,
+)
 from snapgen_jax.networks.unet_config import UNetArchitecture
 
 __all__ = ["UNet", "UNetConfig"]
+
+_MIDDLE = ("mid_residual", "mid_transformer", "mid_residual_2")
 
 # First match wins. Kernels are split over their outputs, or over their inputs where the outputs are the residual
 # stream; vectors are small and stay whole.
@@ -97,10 +110,10 @@ class UNet(nnx.Module):
         self.down, self.downsamplers = nnx.List(), nnx.List()
         for stage, channel in enumerate(channels):
             residual = stage > 0 or config.first_stage != "tf"
-            depth = 0 if stage == 0 and config.first_stage == "res" else config.down_depth[stage]
             units = nnx.List()
-            for _ in range(config.units):
-                units.append(Unit(config, stage, width, depth, residual, rngs))
+            for i in range(config.units):
+                name, depth = f"down_{stage}_{i}", config.depth_down(stage)
+                units.append(Unit(config, name, stage, width, depth, residual, rngs))
                 width = channel
                 skips.append(width)
             self.down.append(units)
@@ -108,17 +121,25 @@ class UNet(nnx.Module):
                 self.downsamplers.append(Downsample(config, width, rngs))
                 skips.append(width)
 
-        self.mid_residual = ResidualBlock(config, width, width, rngs)
-        self.mid_transformer = Transformer(config, last, config.mid_depth, rngs) if config.mid_depth else None
-        self.mid_residual_2 = ResidualBlock(config, width, width, rngs) if config.mid == "rar" else None
+        def residual_block(first: bool) -> nnx.Module:
+            return ResidualBlock(config, width, width, rngs)
+
+        def transformer(first: bool) -> nnx.Module:
+            return Transformer(config, last, config.mid_depth, rngs)
+
+        counts = {name: config.count(name) if name in config.base_blocks() else 0 for name in _MIDDLE}
+        self.mid_residual, self.mid_more_residuals = standing(counts["mid_residual"], residual_block)
+        self.mid_transformer, self.mid_more_transformers = standing(counts["mid_transformer"], transformer)
+        self.mid_residual_2, self.mid_more_residuals_2 = standing(counts["mid_residual_2"], residual_block)
 
         # Lists are indexed by stage, so the way up is built and stored from the highest resolution like the way down.
         up_units: list[nnx.List] = []
         upsamplers: list[Upsample] = []
         for stage in reversed(range(len(channels))):
             units = nnx.List()
-            for _ in range(config.units + 1):
-                units.append(Unit(config, stage, width + skips.pop(), config.up_depth[stage], True, rngs))
+            for i in range(config.units + 1):
+                name, depth = f"up_{stage}_{i}", config.up_depth[stage]
+                units.append(Unit(config, name, stage, width + skips.pop(), depth, True, rngs))
                 width = channels[stage]
             up_units.insert(0, units)
             if stage:
@@ -144,7 +165,8 @@ class UNet(nnx.Module):
             time: `[B, time_width]` from `time_features`.
             context: sequence `[B, L, context_width]`, mask `[B, L]`, pooled `[B, pooled_width]`.
             taps: names of intermediates to return; `config.tap_names()` lists them.
-            reuse: intermediates to use in place of the network's own, always or where `Reuse.run` says.
+            reuse: intermediates to use in place of the network's own, always or where `Reuse.run` says; also by the
+                names of `config.droppable_blocks()`, which are no taps.
 
         Returns:
             v: `[B, H, W, C]` float32.
@@ -155,7 +177,14 @@ class UNet(nnx.Module):
         """
         config, stages = self.config, len(self.config.channels)
         _check_inputs(config, x, time, context)
-        tap = Taps(config.tap_names(), taps, reuse)
+        inner = set(config.droppable_blocks()) & set(reuse or {})
+        blocks = {name: x if isinstance(x, Reuse) else Reuse(x) for name, x in (reuse or {}).items() if name in inner}
+        tap = Taps(config.tap_names(), taps, {name: x for name, x in (reuse or {}).items() if name not in inner})
+
+        def within(unit: str) -> tuple[dict[str, Reuse], ...]:
+            """What takes the place of a unit's blocks, as a further argument of it; none where there is nothing."""
+            chosen = {name: x for name, x in blocks.items() if name.startswith(f"{unit}_")}
+            return (chosen,) if chosen else ()
 
         embedding = self.time(time)
         if self.pooled is not None:
@@ -171,20 +200,22 @@ class UNet(nnx.Module):
             rope = _rope(config, stage, h)
             for i, unit in enumerate(units):
                 names = [f"down_{stage}_{i}", *([f"down_{stage}"] if i == config.units - 1 else [])]
-                h = tap.module(names, remat.unit(config.remat, unit), h, embedding, states, keys, rope)
+                given = (embedding, states, keys, rope, *within(names[0]))
+                h = tap.module(names, remat.unit(config.remat, unit), h, *given)
                 skips.append(h)
             if stage < stages - 1:
                 h = tap.module(f"downsample_{stage}", self.downsamplers[stage], h)
                 skips.append(h)
 
-        h = tap.module("mid", self._middle, h, embedding, states, keys)
+        h = tap.module("mid", self._middle, h, embedding, states, keys, *within("mid"))
 
         for stage in reversed(range(stages)):
             rope = _rope(config, stage, h)
             for i, unit in enumerate(self.up[stage]):
                 joined = jnp.concatenate([h, skips.pop()], axis=-1)
                 names = [f"up_{stage}_{i}", *([f"up_{stage}"] if i == config.units else [])]
-                h = tap.module(names, remat.unit(config.remat, unit), joined, embedding, states, keys, rope)
+                given = (embedding, states, keys, rope, *within(names[0]))
+                h = tap.module(names, remat.unit(config.remat, unit), joined, *given)
             if stage:
                 upsample = remat.block(config.remat, self.upsamplers[stage - 1])
                 h = tap.module(f"upsample_{stage}", upsample, h)
@@ -192,14 +223,26 @@ class UNet(nnx.Module):
         v = remat.block(config.remat, lambda h: self.conv_out(jax.nn.silu(self.norm_out(h))))(h)
         return shard(v.astype(jnp.float32), "image"), tap.found
 
-    def _middle(self, h: jax.Array, embedding: jax.Array, states: jax.Array, keys: Mask) -> jax.Array:
+    def _middle(
+        self,
+        h: jax.Array,
+        embedding: jax.Array,
+        states: jax.Array,
+        keys: Mask,
+        reuse: Mapping[str, Reuse] | None = None,
+    ) -> jax.Array:
         """The lowest resolution: `[B, h, w, C] -> [B, h, w, C]`."""
-        h = self.mid_residual(h, embedding)
-        if self.mid_transformer is not None:
-            rope = _rope(self.config, len(self.config.channels) - 1, h)
-            h = remat.unit(self.config.remat, self.mid_transformer)(h, states, keys, rope)
-        if self.mid_residual_2 is not None:
-            h = self.mid_residual_2(h, embedding)
+        reuse, rope = reuse or {}, _rope(self.config, len(self.config.channels) - 1, h)
+
+        def remembered(blocks: tuple[Any, nnx.List | None]) -> tuple[Any, Any]:
+            first, rest = blocks
+            again = functools.partial(remat.unit, self.config.remat)
+            return first if first is None else again(first), [again(block) for block in rest or ()]
+
+        transformers = remembered((self.mid_transformer, self.mid_more_transformers))
+        h = run_standing((self.mid_residual, self.mid_more_residuals), "mid_residual", reuse, h, embedding)
+        h = run_standing(transformers, "mid_transformer", reuse, h, states, keys, rope)
+        h = run_standing((self.mid_residual_2, self.mid_more_residuals_2), "mid_residual_2", reuse, h, embedding)
         return shard(h, "image")
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,8 @@ from snapgen_jax.networks.depthwise import DepthwiseConv
 from snapgen_jax.networks.fused_separable import Norm, fused
 from snapgen_jax.networks.layers import GEGLU, PRODUCT, Conv, GroupNorm, Init, LayerNorm, Linear, upsample_nearest
 from snapgen_jax.networks.module import compute_dtype, shard
-from snapgen_jax.networks.unet_config import UNetArchitecture
+from snapgen_jax.networks.taps import Reuse, run_block
+from snapgen_jax.networks.unet_config import UNetArchitecture, copy_name
 
 Rope = tuple[np.ndarray, np.ndarray]
 
@@ -181,20 +183,66 @@ class Transformer(nnx.Module):
         return x + self.project_out(tokens).reshape(b, h, w, c)
 
 
-class Unit(nnx.Module):
-    """A residual block, a transformer, or the one and then the other."""
+def standing(count: int, make: Callable[[bool], nnx.Module]) -> tuple[Any, nnx.List | None]:
+    """The blocks that stand in one place: the first, which keeps the place's name among the parameters, and the rest.
 
-    def __init__(self, config: UNetArchitecture, stage: int, in_width: int, depth: int, residual: bool, rngs: nnx.Rngs):
-        self.residual = ResidualBlock(config, in_width, config.channels[stage], rngs) if residual else None
-        self.transformer = Transformer(config, stage, depth, rngs) if depth else None
+    `make(first)` draws one; None stands for none.
+    """
+    first = make(True) if count else None
+    return first, nnx.List([make(False) for _ in range(count - 1)]) if count > 1 else None
+
+
+def run_standing(
+    blocks: tuple[Any, nnx.List | None], name: str, reuse: Mapping[str, Reuse], x: jax.Array, *args: Any
+) -> jax.Array:
+    """Runs the blocks of `standing` one after another, each unless `reuse` replaces it by its name."""
+    first, rest = blocks
+    for i, block in enumerate([] if first is None else [first, *(rest or ())]):
+        x = run_block(reuse, copy_name(name, i), block, x, *args)
+    return x
+
+
+class Unit(nnx.Module):
+    """A residual block, a transformer, or the one and then the other; each as often as `config.blocks` says."""
+
+    def __init__(
+        self,
+        config: UNetArchitecture,
+        name: str,
+        stage: int,
+        in_width: int,
+        depth: int,
+        residual: bool,
+        rngs: nnx.Rngs,
+    ):
+        out_width, self.name = config.channels[stage], name
+
+        def residual_block(first: bool) -> nnx.Module:
+            return ResidualBlock(config, in_width if first else out_width, out_width, rngs)
+
+        def transformer(first: bool) -> nnx.Module:
+            return Transformer(config, stage, depth, rngs)
+
+        residuals = config.count(f"{name}_residual") if residual else 0
+        transformers = config.count(f"{name}_transformer") if depth else 0
+        self.residual, self.more_residuals = standing(residuals, residual_block)
+        self.transformer, self.more_transformers = standing(transformers, transformer)
 
     def __call__(
-        self, x: jax.Array, embedding: jax.Array, context: jax.Array, keys: Mask, rope: Rope | None
+        self,
+        x: jax.Array,
+        embedding: jax.Array,
+        context: jax.Array,
+        keys: Mask,
+        rope: Rope | None,
+        reuse: Mapping[str, Reuse] | None = None,
     ) -> jax.Array:
-        if self.residual is not None:
-            x = self.residual(x, embedding)
-        if self.transformer is not None:
-            x = self.transformer(x, context, keys, rope)
+        """`reuse`: what takes the place of blocks, by their names."""
+        reuse, name = reuse or {}, self.name
+        x = run_standing((self.residual, self.more_residuals), f"{name}_residual", reuse, x, embedding)
+        x = run_standing(
+            (self.transformer, self.more_transformers), f"{name}_transformer", reuse, x, context, keys, rope
+        )
         return shard(x, "image")
 
 

@@ -1,0 +1,90 @@
+"""SnapFusion (arXiv 2306.00980): blocks that can be missed, a network evolved under a budget, eight guided steps.
+
+One base network, trained once and shared with `adapters.py`, is what all of it starts from, as Stable Diffusion 1.5 is
+in the paper. The architectures that are compared stand in `benchmarks/results/evolution.json`, which `python -m
+benchmarks.evolution` makes of a run of "robust"; without that file their rows are not there.
+"""
+
+from __future__ import annotations
+
+import json
+
+from benchmarks.claims.adapters import BASE
+from benchmarks.claims.claim import DIVERSITY, FRECHET, SCORE, Claim, Metric, better, no_worse
+from benchmarks.claims.trials import Draw, Effort, Trial
+from benchmarks.evolution import OUT, SEARCHED
+
+WITHOUT = "validation_loss.without.one"
+METRICS = {WITHOUT: Metric("loss without a block", smaller=True, digits=4)}
+
+
+def effort(seeds: int, updates: int = 600) -> dict[str, Effort]:
+    """Of a trial that starts from the base."""
+    return {"ci": Effort(), **dict.fromkeys(("short", "night", "gpu", "world"), Effort(updates, seeds))}
+
+
+def guided(*scales: float) -> dict[str, Draw]:
+    """As the run's config says, and at other scales of guidance: the curve of score against Frechet."""
+    return {"": Draw(), **{f"guidance {w:g}": Draw(options={"guidance": w}) for w in scales}}
+
+
+ABLATED = {"": Draw(evaluators=("compositional", "validation_loss"))}
+CURVE = (1.0, 3.0, 4.0)
+FROM_BASE = {"inputs.text_workdir": "base", "teacher.workdir": "base", "init_from": "base"}
+FROM_SIXTEEN = {**FROM_BASE, "teacher.workdir": "sixteen", "init_from": "sixteen"}
+TRIALS = {
+    "base": Trial(
+        "adapters_base",
+        BASE,
+        draws={f"{n} steps": Draw(options={"steps": n}) for n in (32, 16, 8)},
+        shared=True,
+    ),
+    "sixteen": Trial("steps", effort(1), ("sampling.steps=16",), FROM_BASE, shared=True),
+    "eight": Trial("steps", effort(3), earlier=FROM_SIXTEEN, draws=guided(*CURVE)),
+    "eight, vanilla": Trial("steps", effort(3), ("guided_share=0.0",), FROM_SIXTEEN, guided(*CURVE)),
+    "eight, guided alone": Trial("steps", effort(1), ("guided_share=1.0",), FROM_SIXTEEN, guided(*CURVE)),
+    "eight, higher guidance": Trial("steps", effort(1), ("guidance_range=(2.0, 6.0)",), FROM_SIXTEEN, guided(*CURVE)),
+    "robust": Trial("robust", effort(3), (), {"init_from": "base"}, ABLATED),
+    "plain": Trial("robust", effort(3), ("drop=0.0", "final_drop=0.0"), {"init_from": "base"}, ABLATED),
+}
+FOUND = json.loads(OUT.read_text())["architectures"] if OUT.exists() else {}
+for _name, _made in FOUND.items():
+    TRIALS[_name] = Trial(
+        "robust",
+        effort(3 if _name == SEARCHED else 1),
+        (f"network.blocks={_made['network']['blocks']!r}", f"moved={_made['moved']!r}"),
+        {"init_from": "robust"},
+    )
+
+CLAIMS = (
+    Claim(
+        "robust training: a block is missed less than by the network that went on as it was",
+        (better("robust", "plain", WITHOUT),),
+    ),
+    Claim(
+        "eight distilled steps reach nineteen twentieths of the score of 32",
+        (no_worse("eight", "base, 32 steps", SCORE, 0.95),),
+    ),
+    Claim("eight distilled steps are better than eight of the base", (better("eight", "base, 8 steps"),)),
+    Claim(
+        "with guidance in the loss eight steps score better at the guidance of sampling",
+        (better("eight", "eight, vanilla"),),
+    ),
+    Claim(
+        "and at the highest guidance of training, where they are no less diverse",
+        (
+            better("eight, guidance 4", "eight, vanilla, guidance 4"),
+            no_worse("eight, guidance 4", "eight, vanilla, guidance 4", DIVERSITY),
+        ),
+    ),
+    Claim(
+        "without guidance in the loss eight steps lie as near to the data",
+        (no_worse("eight, vanilla", "eight", FRECHET),),
+    ),
+    *(Claim(f"evolution beats {name} at one budget", (better(SEARCHED, name),)) for name in FOUND if name != SEARCHED),
+    Claim(
+        "a network that was trained to miss blocks misses them more",
+        (better("plain", "robust", WITHOUT),),
+        control=True,
+    ),
+)
