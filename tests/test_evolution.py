@@ -3,11 +3,13 @@
 import dataclasses
 import itertools
 import json
+from typing import Any
 
 import pytest
 
 from snapgen_jax.chain import load_chain
 from snapgen_jax.chain_run import _Chain
+from snapgen_jax.config import load_experiment
 from snapgen_jax.evolution import LatencyTable, by_chance, described, multiply_adds, savings, search
 from snapgen_jax.networks.evolved import candidates, kind
 from snapgen_jax.networks.sd_unet import SDUNetConfig
@@ -108,3 +110,20 @@ def test_the_chain_reads_and_its_configs_fit_what_will_be_derived(form, tmp_path
     for name in ("evolved_1", "evolved_2", "eight"):
         assert configs[name].recipe.network.blocks == (("mid_transformer", 2),)
     assert configs["eight"].recipe.teacher.network == configs["eight"].recipe.network
+
+
+@pytest.mark.parametrize(
+    ("file", "times"),
+    [
+        ("steps.py", [999, 937, 874, 811]),
+        ("steps.py:runlocal", [999, 749, 499, 249]),
+        ("robust.py:evolved", []),
+        ("robust.py:runlocal", []),
+    ],
+)
+def test_the_configs_of_stable_diffusion_hold_its_blocks_and_native_steps(file, times):
+    recipe: Any = load_experiment(f"configs/snapfusion/{file}").start("cpu")
+    if times:
+        assert recipe.grid.time[:4].tolist() == times and recipe.teacher.config.prediction == "v"
+    else:
+        assert recipe.blocks == recipe.config.network.droppable_blocks() and recipe.drops
