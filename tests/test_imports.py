@@ -186,6 +186,8 @@ MAY_IMPORT = {
     "chain_derive": ["bookkeeping", "training.exits", "training.files", "typed"],
     "chain_run": ["*"],
     "chain_table": ["chain"],
+    # what stages of a chain derive with: they may evaluate, and train through the same loop
+    "derivations": ["*"],
     "cli": ["*"],
     "cli_adapters": ["adapters"],
     "cli_apps": ["export.apps", "training.exits", "training.files"],

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import pathlib
+import shutil
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from benchmarks.claims import landing
 from benchmarks.claims.batches import KeptBatches
 from benchmarks.claims.landing import Landed
 from benchmarks.claims.scores import score
-from benchmarks.claims.trials import BUDGETS, CONFIGS, Paper
+from benchmarks.claims.trials import BASES, BUDGETS, CONFIGS, Draw, Paper
 from benchmarks.jobs import Job
 from benchmarks.measuring import commit, machine
 from snapgen_jax.chain_run import parameters
@@ -142,7 +143,7 @@ class Runs:
         """Whether all that it makes is there."""
         made = {
             "draw": lambda seed: self._kept_batches(job.name, seed).folder.exists(),
-            "train": lambda seed: (self.workdir(job.name, seed) / "trained.json").exists(),
+            "train": lambda seed: self._training(job.name, seed) is not None,
             "score": lambda seed: self._is_landed(job.name, seed),
             "measure": lambda seed: self._is_landed(job.name, seed),
         }[job.what]
@@ -155,7 +156,9 @@ class Runs:
     # --- where it is, and what it is of ---
 
     def workdir(self, name: str, seed: int = 0) -> pathlib.Path:
-        """Where a trial is, named after its config, which names the trials before it."""
+        """Where a trial is, named after its config, which names the trials before it; or a stored base."""
+        if base := self.paper.trials[name].base(self.name):
+            return base
         return self.root / f"{name.replace(' ', '_')}-{_hash(self._config_text(name, seed))}"
 
     def config(self, name: str, seed: int = 0) -> Any:
@@ -178,14 +181,14 @@ class Runs:
         return config
 
     def _config_text(self, name: str, seed: int) -> str:
-        return to_json(self.config(name, seed)).replace(str(self.root), "")
+        return to_json(self.config(name, seed)).replace(str(self.root), "").replace(str(BASES), "bases")
 
     def _setting(self, name: str, seed: int) -> str:
         """Fingerprint of all that a trial's numbers depend on."""
         if name in self.paper.measures:
             function = self.paper.measures[name].function
             return _hash(json.dumps([self.budget.arg, f"{function.__module__}.{function.__qualname__}"]))
-        draws = {draw: _plain(how) for draw, how in self.paper.trials[name].draws.items()}
+        draws = {draw: _plain(how.of(self.budget.arg, seed)) for draw, how in self.paper.trials[name].draws.items()}
         return _hash(json.dumps([self._config_text(name, seed), draws, self._asked()], sort_keys=True))
 
     def _asked(self) -> dict[str, Any]:
@@ -220,6 +223,14 @@ class Runs:
     def _longest(self, name: str, seed: int) -> int:
         """Updates of the longest of the trials that learn from the same."""
         return max(self.config(other, seed).train_steps for other in self._alike(name, seed))
+
+    def _training(self, name: str, seed: int) -> dict[str, Any] | None:
+        """Parameters and seconds of a finished training; None of one that is not."""
+        folder = self.workdir(name, seed)
+        if self.paper.trials[name].base(self.name):
+            return {**json.loads((folder / "base.json").read_text()), "seconds": 0.0}
+        file = folder / "trained.json"
+        return json.loads(file.read_text()) if file.exists() else None
 
     def log_file(self, job: Job) -> pathlib.Path:
         """What a job says that is made in a process of its own."""
@@ -263,12 +274,14 @@ class Runs:
             if self._is_landed(job.name, seed):
                 continue
             folder = self.workdir(job.name, seed)
-            trained = json.loads((folder / "trained.json").read_text())
+            if trial.base(self.name):  # scoring leaves pictures beside what it scores
+                folder = shutil.copytree(folder, self.root / folder.name, dirs_exist_ok=True)
+            trained = self._training(job.name, seed) or {}
             loaded = load(folder)
             generator = loaded if generator is None else generator.with_weights(loaded.params, loaded.frozen)
             rows = {}
             for draw, row in trial.rows(job.name).items():
-                how = trial.draws[draw]
+                how = trial.draws[draw].of(self.budget.arg, seed)
                 label = _hash(json.dumps([_plain(how), self._asked()], sort_keys=True))
                 path = epath.Path(folder / f"score-{label}.json")  # a stopped process goes on after it
                 if not path.exists():
@@ -291,8 +304,9 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
-def _plain(draw: Any) -> list[Any]:
-    return [dict(draw.options), list(draw.evaluators), draw.wrap.__qualname__ if draw.wrap else None]
+def _plain(draw: Draw) -> list[Any]:
+    plain = [dict(draw.options), list(draw.evaluators), draw.wrap.__qualname__ if draw.wrap else None]
+    return [*plain, dict(draw.reference)] if draw.reference else plain
 
 
 def fix_platform(config: Any, **chosen: str) -> None:

@@ -13,6 +13,7 @@ from benchmarks.claims.trials import Budget, Draw
 from snapgen_jax.scoring import measure
 
 OF_PROMPTS = ("compositional", "new_object")
+DEVIATIONS = 128  # images whose deviation is measured: pairs of the same noise differ little
 
 
 def score(
@@ -23,6 +24,8 @@ def score(
     Evaluators of prompts draw each one `budget.images` times, and its number is the mean: images of one prompt are no
     sample of prompts. The other evaluators run once.
     """
+    if callable(options := draw.options):
+        raise ValueError("options that are a function of the seed; ask for those of one by Draw.of")
     generator = draw.wrap(generator) if draw.wrap else generator
     found = []
     for seed in range(budget.images):
@@ -31,8 +34,9 @@ def score(
             "compositional": {"per_category": budget.per_category, "categories": budget.categories, "seed": seed},
             "new_object": {"seed": seed},
             "frechet": {"examples": budget.examples},
+            "deviation": {"examples": min(budget.examples, DEVIATIONS), "reference": draw.reference},
         }
-        generation = {**draw.options, "batch_size": batch_size}
+        generation = {**options, "batch_size": batch_size}
         found += [measure(folder, names, generation=generation, options=asked, generator=generator)] if names else []
     numbers: dict[str, Any] = {}
     for key in metrics:

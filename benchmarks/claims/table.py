@@ -65,7 +65,7 @@ def hours_of(paper: Paper, budget: str, trials: Sequence[str], landed: Sequence[
         followed = any(wanted[n] for n in trials if name in paper.trials[n].earlier.values())
         if name in wanted and not trial.draws and not followed:
             wanted[name] = set()
-    updates = sum((paper.trials[name].effort[budget].updates or 0) * len(seeds) for name, seeds in wanted.items())
+    updates = sum(paper.trials[name].updates(budget) * len(seeds) for name, seeds in wanted.items())
     return updates * BUDGETS[budget].seconds / 3600
 
 

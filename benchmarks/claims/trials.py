@@ -14,6 +14,7 @@ from benchmarks.claims.claim import METRICS, Claim, Metric
 from snapgen_jax.data.prompts import CATEGORIES
 
 CONFIGS = pathlib.Path("configs/shapes")
+BASES = pathlib.Path(__file__).parents[1] / "bases"
 IMAGES = ("compositional", "frechet", "diversity")
 SINGLE = ("single_object", "colours")
 
@@ -31,14 +32,20 @@ class Draw:
     """One way to draw from a trained run and to score it.
 
     Attributes:
-        options: of the generator.
+        options: of the generator; or a function of the configs' argument and of the seed that gives them.
         evaluators: by name.
         wrap: makes of the generator the one that is scored, such as `scores.PermutedCaptions`.
+        reference: options of the full way of sampling, for the evaluator `deviation`.
     """
 
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Any] | Callable[[str, int], Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     evaluators: tuple[str, ...] = IMAGES
     wrap: Callable[[Any], Any] | None = None
+    reference: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def of(self, arg: str, seed: int) -> Draw:
+        """As a seed is drawn from: with options that are no function."""
+        return dataclasses.replace(self, options=self.options(arg, seed)) if callable(self.options) else self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +62,7 @@ class Trial:
             formats, unless the claim is of one.
         shared: all seeds of the others start from this one training.
         args: {argument of configs: what this config calls it}, where that is another; "" for none.
+        stored: the run of `benchmarks/bases` that is taken in place of the training in budgets of the form "quick".
     """
 
     config: str
@@ -65,6 +73,15 @@ class Trial:
     dtype: str = "float32"
     shared: bool = False
     args: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    stored: str = ""
+
+    def base(self, budget: str) -> pathlib.Path | None:
+        """The stored run that a budget takes in place of the training."""
+        return BASES / self.stored if self.stored and BUDGETS[budget].arg == "quick" else None
+
+    def updates(self, budget: str) -> int:
+        """Of the training in a budget; 0 where it is stored, or its config alone knows."""
+        return 0 if self.base(budget) else self.effort[budget].updates or 0
 
     def rows(self, name: str) -> dict[str, str]:
         """{draw: row}."""

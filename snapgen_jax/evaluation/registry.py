@@ -21,6 +21,8 @@ EVALUATORS: dict[str, str] = {
     "diversity": "snapgen_jax.evaluation.frechet_score:DiversityScore",
     "exposure": "snapgen_jax.evaluation.exposure:Exposure",
     "clip_score": "snapgen_jax.evaluation.clip_score:ClipScore",
+    "deviation": "snapgen_jax.evaluation.deviation:Deviation",
+    "similarity": "snapgen_jax.evaluation.similarity:Similarity",
 }
 
 

@@ -14,7 +14,7 @@ outputs that are used again are one step old (`refresh`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from snapgen_jax.bounds import SHARE, at_least, check
 from snapgen_jax.diffusion.path import expand_like, interpolate
 from snapgen_jax.diffusion.schedules import Level
+from snapgen_jax.evaluation.interfaces import EvaluatorSpec
 from snapgen_jax.inputs.interfaces import TokenizerSpec
 from snapgen_jax.losses.flow_matching import flow_matching_loss
 from snapgen_jax.networks.dit import DiTConfig
@@ -43,7 +44,7 @@ from snapgen_jax.recipes._gates import (
     threshold,
     with_means,
 )
-from snapgen_jax.recipes._sampling import SamplingConfig, sampling_grid
+from snapgen_jax.recipes._sampling import SamplingConfig, sample_flow, sampling_grid
 from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig, Point
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.exports import ExportPlan
@@ -372,6 +373,39 @@ class LazyGates(FlowMatching):
         errors, skipped = jax.lax.map(at, jnp.asarray(steps, jnp.int32))
         by_step = {f"step={step}": errors[n] for n, step in enumerate(steps.tolist())}
         return {"mean": errors.mean(axis=0), "skipped": skipped.mean(axis=0), **by_step}
+
+    def similarity(self, params: Tree, frozen: Tree, batch: Tree, key: jax.Array) -> dict[str, jax.Array]:
+        """How alike each module's outputs at successive steps are when the network samples without gates and without
+        guidance: their cosine `[B]`, as "MODULE/step=07"; the first step has none before it."""
+        networks, schedule = self.weights(params, frozen), self.config.schedule
+        options = dataclasses.replace(self.options, lazy=0.0, schedule="", guidance=1.0, method="euler")
+        told = self.inputs.draw_condition(networks, batch, jax.random.fold_in(key, 1), {})
+        condition, null = self.inputs.condition(networks, told), self.inputs.null_condition(networks)
+        noise = jax.random.normal(key, self.inputs.clean(networks, batch).shape)
+
+        def call(x_t: jax.Array, level: Level, condition: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return self.denoiser(networks[self.role], x_t, level, condition, taps=self.modules)
+
+        def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
+            a, b = (x.reshape(x.shape[0], -1).astype(jnp.float32) for x in (a, b))
+            return jnp.sum(a * b, axis=1) * jax.lax.rsqrt(jnp.sum(a * a, axis=1) * jnp.sum(b * b, axis=1) + 1e-30)
+
+        def denoise(x_t: jax.Array, level: Level, i: jax.Array, carry: Any, condition: Any) -> tuple[jax.Array, Any]:
+            last, cosines = carry
+            v, outputs = call(x_t, level, condition)
+            return v, (outputs, {m: cosines[m].at[i].set(cosine(outputs[m], last[m])) for m in self.modules})
+
+        grid = sampling_grid(schedule, options)
+        _, outputs = jax.eval_shape(call, noise, grid.at(jnp.int32(0), noise.shape[0]), condition)
+        last = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
+        cosines = {module: jnp.zeros((options.steps, noise.shape[0])) for module in self.modules}
+        _, (_, found) = sample_flow(denoise, schedule, noise, condition, null, options, (last, cosines))
+        return {f"{m}/step={n:02d}": found[m][n] for m in self.modules for n in range(1, options.steps)}
+
+    def evaluators(self) -> Sequence[EvaluatorSpec]:
+        """Also "similarity", when it is asked for."""
+        has = self.config.evaluation.spec("similarity", function=self.similarity)
+        return [*(spec for spec in super().evaluators() if spec.name != "similarity"), has]
 
     def exports(self) -> ExportPlan:
         """None yet.

@@ -8,7 +8,12 @@ from snapgen_jax.evaluation.interfaces import EvaluatorSpec
 from snapgen_jax.evaluation.registry import EVALUATORS, create
 from snapgen_jax.evaluation.sample_grid import SampleGrid
 
-OF_RECIPES = ("validation_loss", "reconstruction", "exposure")  # what they measure is a function of the recipe
+OF_RECIPES = (
+    "validation_loss",
+    "reconstruction",
+    "exposure",
+    "similarity",
+)  # what they measure is a function of the recipe
 
 
 def loss(params, frozen, batch, key):

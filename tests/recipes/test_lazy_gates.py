@@ -16,8 +16,10 @@ from snapgen_jax.networks.dit import DiTConfig, SelfAttention
 from snapgen_jax.networks.label import LabelEmbeddingConfig
 from snapgen_jax.networks.mmdit_blocks import FeedForward
 from snapgen_jax.networks.module import build
+from snapgen_jax.networks.taps import Blend
 from snapgen_jax.networks.unet import UNetConfig
 from snapgen_jax.recipes._gates import gated_modules, threshold
+from snapgen_jax.recipes._sampling import sampling_grid
 from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig
 from snapgen_jax.recipes.lazy_gates import LazyGates, LazyGatesConfig, LazySamplingConfig, majority_schedule
 from snapgen_jax.training.checkpoint import Checkpointer
@@ -112,6 +114,19 @@ def test_fresh_gates_draw_what_the_network_draws_without_them(options):
     assert drawn.get("ran", np.array(True)).all()
 
 
+def test_training_with_fresh_gates_blends_halves_of_a_module_and_of_its_last_output():
+    networks = RECIPE.weights(fresh(), FROZEN)
+    drawn = jax.jit(lambda: RECIPE.draw(networks, BATCH, key(0, 0, "update")))()
+    rolled = RECIPE._roll_out(networks, drawn)
+    x_t, level, condition, outputs, _ = rolled
+    ones = {module: Blend(value, jnp.float32(0.5)) for module, value in outputs.items()}
+    expected, _ = RECIPE.denoiser(networks["dit"], x_t, level, condition, reuse=ones)
+    v, _ = RECIPE._gated(networks, drawn["step"], rolled, Blend, jax.nn.sigmoid)
+    np.testing.assert_array_equal(v, expected)
+    full, _ = RECIPE.denoiser(networks["dit"], x_t, level, condition)
+    assert np.abs(v - full).max() > 1e-3 * np.abs(full).max()  # the last outputs are others
+
+
 def test_every_other_step_runs_whole_and_what_runs_depends_on_the_example(undecided):
     ran = draw(undecided, range(4))["ran"]
     assert ran.shape == (4, 2, STEPS, MODULES)
@@ -201,6 +216,24 @@ def trained(rho, refresh="odd_steps"):
     params = {"model": state.players["model"].params}
     numbers = jax.jit(recipe.validation_loss)(params, FROZEN, BATCH, jax.random.key(0))
     return params, metrics, jax.tree.map(lambda x: float(jnp.mean(x)), numbers)
+
+
+def test_the_similarity_of_outputs_is_that_of_two_steps_of_the_sampler():
+    found = jax.jit(lambda: RECIPE.similarity(fresh(), FROZEN, BATCH, key(0, 0, "evaluation")))()
+    assert list(found)[:2] == ["block_00_attention/step=01", "block_00_attention/step=02"]
+    assert len(found) == MODULES * (STEPS - 1) and all(x.shape == (8,) for x in found.values())
+    networks = RECIPE.weights(fresh(), FROZEN)
+    told = RECIPE.inputs.draw_condition(networks, BATCH, key(0, 0, "evaluation"), {})
+    condition = RECIPE.inputs.condition(networks, told)
+    grid = sampling_grid(RECIPE.config.schedule, RECIPE.options)
+    x = jax.random.normal(key(0, 0, "evaluation"), (8, 4, 4, 12))
+    outputs = []
+    for i in range(2):
+        v, taps = RECIPE.denoiser(networks["dit"], x, grid.at(jnp.int32(i), 8), condition, taps=["block_01_ffn"])
+        outputs.append(np.asarray(taps["block_01_ffn"]).reshape(8, -1))
+        x = x + (grid.t[i + 1] - grid.t[i]) * v
+    norms = np.linalg.norm(outputs[0], axis=1) * np.linalg.norm(outputs[1], axis=1)
+    np.testing.assert_allclose(found["block_01_ffn/step=01"], (outputs[0] * outputs[1]).sum(1) / norms, rtol=1e-4)
 
 
 def test_a_higher_price_skips_more_and_costs_more():

@@ -14,7 +14,7 @@ from benchmarks.claims import scores
 from benchmarks.claims.batches import KeptBatches
 from benchmarks.claims.landing import Landed, read_all
 from benchmarks.claims.runs import Runs, fix_platform
-from benchmarks.claims.trials import BUDGETS, Draw, Effort, paper
+from benchmarks.claims.trials import BASES, BUDGETS, Draw, Effort, Paper, Trial, paper
 from benchmarks.jobs import Job, make_all
 from snapgen_jax.config import resolve, to_json
 from snapgen_jax.evaluation.interfaces import EvaluationResult
@@ -332,3 +332,29 @@ def test_the_seeds_of_a_trial_are_scored_by_one_compiled_generator_each_with_its
         found = [files[seed].rows[row]["score.overall"] for seed in job.seeds]
         assert found == [1.0 + 11 * w + of_steps for w in weights.values()]
     assert one.recipe.traced == len(two)
+
+
+def test_a_stored_base_is_not_trained_and_is_scored_in_a_copy_where_the_configs_form_is_its_own(tmp_path, made):
+    stored = dataclasses.replace(
+        SMALL.trials["base"], draws={"": Draw({"steps": 3}, ("compositional",))}, stored="shapes_dit"
+    )
+    of = dataclasses.replace(SMALL, trials={**SMALL.trials, "base": stored}, claims=())
+    before = sorted(BASES.rglob("*"))
+    runs = new(tmp_path, of, "short")
+    assert runs.config("alone").inputs.text_workdir == str(BASES / "shapes_dit")
+    runs.do(Job("score", "base", (0,)))
+    assert not made.programs and set(made.scored) == {"shapes_dit"} and sorted(BASES.rglob("*")) == before
+    (found,) = read_all(tmp_path / "out" / "small" / "short")
+    assert found.rows["base"]["parameters"] == 2_159_792 and found.minutes == 0
+    assert new(tmp_path, of, "ci").workdir("base").parent == tmp_path / "runs"  # which is of another world
+
+
+def test_the_options_of_a_draw_may_depend_on_the_seed(tmp_path, made):
+    draw = Draw(lambda arg, seed: {"schedule": f"{arg}{seed}"}, reference={"lazy": 0.0})
+    assert (
+        draw.of("quick", 2).options == {"schedule": "quick2"}
+        and Draw({"steps": 3}).of("quick", 2).options["steps"] == 3
+    )
+    trials = {"one": Trial("clip", {"ci": Effort(1, 2)}, draws={"": draw})}
+    runs = new(tmp_path, Paper("one", (), trials))
+    assert runs._setting("one", 0) != runs._setting("one", 1)

@@ -46,7 +46,7 @@ def test_a_measurement_decides_the_budget_only_of_claims_that_compare_its_number
 def test_the_trainings_of_a_paper_leave_room_for_scoring_in_two_and_a_half_hours_of_two_cores():
     for one in map(paper, paper_names()):
         updates = sum(
-            (trial.effort["short"].updates or 0) * len(one.seeds(name, "short"))
+            trial.updates("short") * len(one.seeds(name, "short"))
             for name, trial in one.trials.items()
             if "short" in trial.effort
         )

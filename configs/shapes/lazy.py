@@ -1,7 +1,7 @@
 """LazyDiT in the shapes world: gates that skip attention and feed-forward calls of a trained DiT's 20-step sampler.
 
-    snapgen train --config=configs/lazy/shapes_base.py --workdir=runs/dit
-    snapgen train --config=configs/lazy/shapes.py --workdir=runs/lazy --config.base=runs/dit
+    snapgen train --config=configs/shapes/lazy_base.py --workdir=runs/dit
+    snapgen train --config=configs/shapes/lazy.py --workdir=runs/lazy --config.base=runs/dit
     snapgen sample --workdir=runs/lazy --lazy=0.3 --prompt="a red circle"
 
 `docs/lazydit.md` says what the options are. Machine: two CPU cores. Time: a few minutes. Metric:
@@ -10,12 +10,12 @@
 
 from ml_collections import ConfigDict
 
-from configs.lazy import shapes_base
+from configs.shapes import lazy_base
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """`arg`: as for `shapes_base.py`."""
-    c = shapes_base.get_config(arg)
+    """`arg`: as for `lazy_base.py`."""
+    c = lazy_base.get_config(arg)
     c.recipe = "lazy_gates"
     c.base = "runs/dit"
     c.train_steps = 500
