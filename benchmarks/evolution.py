@@ -19,7 +19,7 @@ from typing import Any
 from etils import epath
 
 from benchmarks.measuring import commit, machine
-from snapgen_jax.evolution import evolve, random_architecture
+from snapgen_jax.derivations.evolution import evolve, random_architecture
 
 OUT = pathlib.Path(__file__).parent / "results" / "evolution.json"
 SEARCHED, CHANCES = "evolved", 3

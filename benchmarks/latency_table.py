@@ -30,7 +30,7 @@ from scipy.stats import rankdata
 
 from benchmarks.measuring import commit, fastest, machine
 from snapgen_jax.config import load_experiment
-from snapgen_jax.evolution import LatencyTable, described
+from snapgen_jax.derivations.evolution import LatencyTable, described
 from snapgen_jax.export.convert import to_tflite
 from snapgen_jax.export.runtime import litert_unit
 from snapgen_jax.networks.evolved import Evolving, candidates, changed, kind

@@ -51,6 +51,7 @@ TRIALS = {
         BASE,
         draws={f"{n} steps": Draw(options={"steps": n}) for n in (32, 16, 8)},
         shared=True,
+        stored="shapes_unet",
     ),
     "sixteen": Trial("steps", effort(1), ("sampling.steps=16",), FROM_BASE, shared=True),
     "eight": Trial("steps", effort(3), earlier=FROM_SIXTEEN, draws=guided(*CURVE)),

@@ -38,7 +38,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     def searched(name: str, earlier: str, budget: float) -> dict:
         return {
             "name": name,
-            "derive": "snapgen_jax.evolution:evolve",
+            "derive": "snapgen_jax.derivations.evolution:evolve",
             "earlier": {"from": earlier, "origin": "robust"},
             "options": {**options, "budget": budget},
             "example": example,

@@ -10,7 +10,7 @@ import pytest
 from snapgen_jax.chain import load_chain
 from snapgen_jax.chain_run import _Chain
 from snapgen_jax.config import load_experiment
-from snapgen_jax.evolution import LatencyTable, by_chance, described, multiply_adds, savings, search
+from snapgen_jax.derivations.evolution import LatencyTable, by_chance, described, multiply_adds, savings, search
 from snapgen_jax.networks.evolved import candidates, kind
 from snapgen_jax.networks.sd_unet import SDUNetConfig
 from snapgen_jax.networks.unet import UNetConfig
