@@ -10,11 +10,17 @@ import pytest
 from snapgen_jax.chain import load_chain
 from snapgen_jax.chain_run import _Chain
 from snapgen_jax.config import load_experiment
+from snapgen_jax.derivations import evolution
 from snapgen_jax.derivations.evolution import LatencyTable, by_chance, described, multiply_adds, savings, search
+from snapgen_jax.evaluation.interfaces import EvaluationResult
+from snapgen_jax.generation import Generator
 from snapgen_jax.networks.evolved import candidates, kind
 from snapgen_jax.networks.sd_unet import SDUNetConfig
 from snapgen_jax.networks.unet import UNetConfig
+from snapgen_jax.recipes.block_dropping import RUNS, BlockDropping, BlockDroppingConfig
 from snapgen_jax.training.exits import ConfigError
+from tests.recipes_for_tests import ONE_STAGE, adder, state_away_from_zero
+from tests.students_for_tests import STUDENT
 
 UNET = UNetConfig.preset("smoke", first_stage="res", mid="rar", up_depth=(1, 1))
 SD = SDUNetConfig.preset("smoke", down=(("ra",), ("ra", "rar")), mid="rara")
@@ -127,3 +133,47 @@ def test_the_configs_of_stable_diffusion_hold_its_blocks_and_native_steps(file, 
         assert recipe.grid.time[:4].tolist() == times and recipe.teacher.config.prediction == "v"
     else:
         assert recipe.blocks == recipe.config.network.droppable_blocks() and recipe.drops
+
+
+WORTH = {"down_0_0_residual": 0.3, "mid_residual": 0.01, "mid_transformer": 0.5}  # what is lost without each
+
+
+@pytest.mark.parametrize("metric", ["score", "loss"])
+def test_a_round_measures_each_block_once_and_records_every_value_and_action(metric, tmp_path, monkeypatch):
+    network = UNetConfig.preset("smoke", latent_channels=12, **ONE_STAGE)
+    recipe = BlockDropping(BlockDroppingConfig(**{**STUDENT, "network": network}), "cpu")
+    assert recipe.blocks == tuple(WORTH)
+    generator = Generator(recipe, {"model": state_away_from_zero(recipe).players["model"].params}, {}, None)
+    asked = []
+
+    def measure(run, names, *, options=None, generator):
+        asked.append(names)
+        if names == ("validation_loss",):
+            return EvaluationResult({f"validation_loss.without.{b}": worth for b, worth in WORTH.items()}, {}, {})
+        assert options == {"compositional": {"per_category": 2, "categories": ["single_object"]}}
+        lost = sum(w for w, runs in zip(WORTH.values(), generator.params[RUNS], strict=True) if not runs)
+        return EvaluationResult({"score.overall": 0.9 - lost}, {}, {})
+
+    monkeypatch.setattr(evolution, "load", lambda run: generator)
+    monkeypatch.setattr(evolution, "measure", measure)
+    options = {"budget": 0.99, "copies": 0, "table": "", "metric": metric}
+    options |= {"per_category": 2, "categories": ["single_object"]}
+    made = evolution.evolve({"from": tmp_path}, tmp_path / "round", options)
+    assert len(asked) == (1 if metric == "loss" else 1 + len(WORTH))
+    assert made["actions"] == ["remove mid_residual"] and made["network"] == {"blocks": [["mid_residual", 0]]}
+    assert made["cost"] <= made["budget"] and made["moved"] == []
+    items = {one["name"]: one["value"] for one in map(json.loads, (tmp_path / "round/items.jsonl").open())}
+    for block, worth in WORTH.items():
+        value = items[f"value of {block}"]
+        assert value["lost"] == pytest.approx(worth) and value["value"] == pytest.approx(worth / value["saved"])
+    assert items["action 1: remove mid_residual"]["cost"] == made["cost"]
+    assert evolution.evolve({"from": tmp_path}, tmp_path / "round", options) == made
+    assert len(asked) == (1 if metric == "loss" else 1 + len(WORTH))  # what is on record is not measured again
+    chance = evolution.random_architecture({"from": tmp_path}, tmp_path / "chance", {**options, "seed": 0})
+    assert chance["cost"] <= made["budget"] and len(chance["actions"]) >= 1
+
+
+def test_a_run_whose_blocks_cannot_be_missed_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(evolution, "load", lambda run: adder(1, 2))
+    with pytest.raises(ConfigError, match=r"no run of the recipe 'block_dropping'"):
+        evolution.evolve({"from": tmp_path}, tmp_path / "round", {})
