@@ -235,15 +235,17 @@ def _export(options: argparse.Namespace) -> None:
 def _export_bundle(options: argparse.Namespace, out: str) -> dict[str, float]:
     from snapgen_jax.export.latents import Carried
     from snapgen_jax.export.run import export_run, image_sizes
+    from snapgen_jax.lazy_schedules import for_bundle
 
     precisions, limits, budget = chosen_precisions(options)
+    chosen, found = for_bundle(options.workdir, options.generation, options.calibration, adaptive=options.adaptive)
     names = ("clip_l", "clip_g", "language")
     carried = Carried(
         tuple(options.encoders.split(",")) if options.encoders else None,
         {name: folder for name in names if (folder := getattr(options, name))},
         {name: folder for name in names if (folder := getattr(options, f"{name}_tokenizer"))},
     )
-    return export_run(
+    report = export_run(
         options.workdir,
         out,
         options.backend,
@@ -257,8 +259,12 @@ def _export_bundle(options: argparse.Namespace, out: str) -> dict[str, float]:
         title=options.title,
         licence=options.license,
         sizes=image_sizes(options.sizes),
+        options=chosen,
+        provenance=found,
         begins=lambda: say_compiling("the run's networks, converting them, and holding each file against JAX"),
     )
+    schedule = found.get("schedule", {})
+    return report | {f"schedule.{name}": value for name, value in schedule.items() if isinstance(value, float)}
 
 
 def _load_codec(options: argparse.Namespace) -> Any:

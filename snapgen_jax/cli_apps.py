@@ -28,7 +28,7 @@ def add_app(export: argparse.ArgumentParser) -> None:
 
 
 # Options that change a bundle while it is made.
-_OF_A_RUN = ("decoder", "adapters", "precisions", "sizes", "title", "license", "encoders")
+_OF_A_RUN = ("decoder", "adapters", "precisions", "sizes", "title", "license", "encoders", "adaptive")
 
 
 def export_app(options: argparse.Namespace, export: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
@@ -43,8 +43,10 @@ def export_app(options: argparse.Namespace, export: Callable[[str], dict[str, An
 
     if not options.app:
         raise ConfigError("--bundle goes with --app=web or --app=android; a run is exported by --workdir")
-    unused = [f"--{name}" for name in _OF_A_RUN if getattr(options, name)] if options.bundle else []
-    if unused:
+    unused = [f"--{name}" for name in _OF_A_RUN if getattr(options, name)] + [
+        f"--{name}" for name in options.generation
+    ]
+    if options.bundle and unused:
         raise ConfigError(f"{', '.join(unused)} goes with --workdir; an app takes the bundle of --bundle as it is")
     beside = pathlib.Path(options.bundle).absolute().parent if options.bundle else f"{options.workdir}/export"
     place = options.out or f"{beside}/{options.app}"

@@ -135,8 +135,20 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--sizes",
         metavar="HxW,HxW",
-        help="further image sizes of the bundle, height by width, whose files share the weights: 64x64,96x64; "
-        "with --backend=litert",
+        help="further image sizes of the bundle, height by width, whose files share the weights: 64x64,96x64",
+    )
+    export.add_argument(
+        "--calibration",
+        type=int,
+        default=64,
+        metavar="N",
+        help="of a run of gates without --schedule: the bundle has the schedule that most of N samples agree with "
+        "(default: %(default)s)",
+    )
+    export.add_argument(
+        "--adaptive",
+        action="store_true",
+        help="of a run of gates: let them decide on the phone; on its CPU only, and with --backend=jax2tf",
     )
     export.add_argument("--title", default="", help="name of the model that apps show (default: the workdir's)")
     export.add_argument("--license", default="", help="of the weights, as the hub calls it: apache-2.0, cc-by-4.0")
@@ -149,6 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
         export.add_argument(f"--{name}", metavar="FOLDER", help="local folder of its weights, and of its tokenizer")
         export.add_argument(f"--{name}_tokenizer", metavar="FOLDER", help="of its tokenizer, where that is another")
     _adapters(export)
+    _generation(export)
     add_bench(commands)
     add_adapters(commands)
 

@@ -95,6 +95,7 @@ MAY_IMPORT = {
         "weights",
     ],
     "adapters": ["config", "experiment", "generation", "recipes.adapters", "training", "weights.peft"],
+    "lazy_schedules": ["config", "experiment", "generation", "recipes.lazy_gates", "training"],
     "coding": ["generation", "networks", "weights", "data.images", "training.exits"],
     "evaluation": ["generation", "data.shapes", "data.shapes_grammar", "data.prompts", "data.words", "page", "typed"],
     "evaluation.report": ["evaluation", "data.prompts", "page", "training.files", "training.metrics"],

@@ -123,18 +123,20 @@ class FlowSchedule(BaseSchedule):
     """Rectified flow: alpha = 1 - t, sigma = t; the network is told t. The fields are the density of training times.
 
     Attributes:
-        density: "logit_normal" (Esser et al. 2024, section 3.1) or "uniform" on [0, 1].
+        density: "logit_normal" (Esser et al. 2024, section 3.1), "uniform" on [0, 1], or "power".
         mean: mean of logit(t) before the shift; logit_normal only. Positive values favour noise.
         std: standard deviation of logit(t); logit_normal only.
+        density_power: power only: a of t = U^(1/a), which is Beta(a, 1); see `VPSchedule`.
         shift: s of `shift_time`, applied to the drawn times. 1 changes nothing.
         final_mean: the mean at the end of the run, reached linearly; None to stay. The layout of a picture is decided
             at high noise and its details at low noise, so that a run may learn the layout first.
     """
 
     kind: Literal["flow"] = "flow"
-    density: Literal["logit_normal", "uniform"] = "logit_normal"
+    density: Literal["logit_normal", "uniform", "power"] = "logit_normal"
     mean: float = 0.0
     std: float = 1.0
+    density_power: float = 3.0
     shift: float = 1.0
     final_mean: float | None = None
 
@@ -143,6 +145,7 @@ class FlowSchedule(BaseSchedule):
 
     def __post_init__(self) -> None:
         check(self, mean=FINITE, std=at_least(0), shift=above(0), final_mean=FINITE)
+        check(self, density_power=above(0))
 
     def draw(self, key: jax.Array, shape: tuple[int, ...], progress: float | jax.Array = 0.0) -> Level:
         """As `BaseSchedule.draw`, by `sample_times`."""

@@ -39,8 +39,10 @@ def sample_times(
             t = jax.nn.sigmoid(mean + schedule.std * jax.random.normal(key, shape))
         case "uniform":
             t = jax.random.uniform(key, shape)
+        case "power":
+            t = jax.random.uniform(key, shape) ** (1 / schedule.density_power)
         case other:
-            raise ValueError(f"unknown timestep density {other!r}; expected 'logit_normal' or 'uniform'")
+            raise ValueError(f"unknown timestep density {other!r}; expected 'logit_normal', 'uniform' or 'power'")
     return shift_time(t, schedule.shift)
 
 

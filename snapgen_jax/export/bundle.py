@@ -1,7 +1,7 @@
 """A trained recipe to a bundle: a folder that a phone's client needs nothing else to load, check and run.
 
     manifest.json     what is here: units, signatures, shapes, ranges, operators, errors, versions, SHA-256 of each file
-    <unit>_<precision>.tflite, of f32, f16, int8 and mixed
+    <unit>_<precision>.tflite, of f32, f16, int8 and mixed; a file of several units has a signature for each
     program.json      which calls make an example, as data; its schema stands at the top of program.py;
                       programs/<H>x<W>.json and golden/<H>x<W>/ are those of further image sizes
     tokenizer.json    of the `tokenizers` library, where the program takes prompts; tokenizers/<encoder>.json where
@@ -268,7 +268,7 @@ class _Export:
             size.write_program()
         spec.write(self.folder)
 
-        descriptions = {name: self._convert(unit) for name, unit in self.units.items()}
+        descriptions = self._convert_all()
         for size in self.sizes:
             size.compare_f32(descriptions)
         examples = self._activations(tokenizers)
@@ -291,22 +291,32 @@ class _Export:
         cases = conformance.conformance(self.program, lambda name: self.folder / name)
         conformance.write(self.folder / "golden" / "conformance.json", cases)
         self._finish(own_size)
-        operators = {name: description.histogram for name, description in descriptions.items()}
+        operators = {name: description.histogram_of(name) for name, description in descriptions.items()}
         return BundleReport(self.folder, self.numbers, operators, self.variants.refused)
 
     def _forget(self, precision: Precision) -> None:
         for size in self.sizes:
             size.forget(precision)
 
-    def _convert(self, unit: ExportUnit) -> Description:
-        """Writes a unit's float32 file and holds it to what phones take; of a large unit, its variants as well."""
+    def _convert_all(self) -> dict[str, Description]:
+        """Writes the float32 files; returns what the file of each unit says about itself."""
+        files: dict[str, list[ExportUnit]] = {}
+        for unit in self.units.values():
+            files.setdefault(unit.stem, []).append(unit)
+        found = {stem: self._convert(*units) for stem, units in files.items()}
+        return {name: found[unit.stem] for name, unit in self.units.items()}
+
+    def _convert(self, unit: ExportUnit, *beside: ExportUnit) -> Description:
+        """Writes the float32 file of a unit, with those beside it, and holds it to what phones take; of a large unit,
+        its variants as well."""
         f32 = self.files.path(unit.name, "f32")
         log.info("converting %s by %s", unit.name, self.backend)
         start, weights = time.perf_counter(), self.own.weights[unit.name]
-        further = {
-            signature: (size.units[unit.name].function, size.units[unit.name].inputs)
+        further = {one.name: (one.function, one.inputs) for one in beside} | {
+            signature: (size.units[one.name].function, size.units[one.name].inputs)
             for size in self.others.values()
-            if (signature := size.signatures[unit.name]) != unit.name
+            for one in (unit, *beside)
+            if (signature := size.signatures[one.name]) != one.name
         }
         conversion = unit.function, weights, unit.inputs, unit.name, f32, self.backend
         if sum(np.size(leaf) for leaf in jax.tree.leaves(weights)) > OWN_PROCESS:
@@ -318,17 +328,20 @@ class _Export:
         else:
             to_tflite(*conversion, further)
         self.numbers[f"export.{unit.name}.convert_seconds"] = time.perf_counter() - start
-        description = check(f32, Requirements(gpu=self.own.for_gpu(unit.name)))
+        description = check(f32, self._requirements(unit.name))
         flex = flex_operators(description)
         self.numbers["export.flex_ops"] = self.numbers.get("export.flex_ops", 0) + flex
         return description
 
+    def _requirements(self, name: str) -> Requirements:
+        return Requirements(gpu=self.own.for_gpu(name), branches=self.units[name].branches)
+
     def _variant(self, precision: Precision, examples: Examples) -> None:
         """Writes the files of a precision, and holds them to what phones take, to JAX, and to what float32 draws."""
-        sources, targets = ({name: self.files.path(name, p) for name in self.units} for p in ("f32", precision))
+        sources, targets = self.files.paths("f32"), self.files.paths(precision)
         self.variants.write(precision, sources, targets, examples)
         for name in self.units:
-            check(targets[name], Requirements(gpu=self.own.for_gpu(name)))
+            check(targets[name], self._requirements(name))
             for size in self.sizes:
                 size.files.compare(name, precision)
         self.variants.judge(precision, self.own.litert("f32"), self.own.litert(precision), examples)
@@ -337,7 +350,7 @@ class _Export:
         """How large numbers grow over other prompts and noise, and all steps; as many as fit into the time. Returns
         those examples, with what float32 makes of them."""
         until = time.monotonic() + ACTIVATION_SECONDS
-        units = {name: self.files.load(name, self.files.path(name, "f32")) for name in self.units}
+        units = self.files.load_all(self.files.paths("f32"))
         watched = {name: self.files.activations[name].watch(unit, until) for name, unit in units.items()}
         varied = Sampler(self.program, watched, self.own.shapes)
         given, noise = golden.begin(self.program, golden.others(self.own.given, ACTIVATION_EXAMPLES), tokenizers)

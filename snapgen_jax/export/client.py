@@ -18,7 +18,8 @@ import logging
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -207,8 +208,8 @@ class Bundle:
         Args:
             precision: of the weights.
             num_threads: of LiteRT's CPU kernels; None leaves the choice to it.
-            residency: units are loaded "together" now, or "in turn", each when it is called and only until another is,
-                so that the largest unit is all that memory must hold.
+            residency: units are loaded "together" now, or "in turn", each when it is called and only until one of
+                another file is, so that the largest file is all that memory must hold.
             accelerator: see `Placing`.
             trying: whether a unit on "cpu" or "gpu" must first pass its self-test.
 
@@ -223,10 +224,13 @@ class Bundle:
         if accelerator not in (None, "cpu", "gpu", "auto"):
             raise ValueError(f"the accelerator is 'cpu', 'gpu' or 'auto', or None; got {accelerator!r}")
         described, self.placed = self.manifest["units"], {}
+        loaded: MutableMapping[pathlib.Path, Any] = weakref.WeakValueDictionary()  # for as long as a unit needs it
         load = {
-            name: functools.partial(self._load, name, precision, num_threads, accelerator, trying) for name in described
+            name: functools.partial(self._load, name, precision, num_threads, accelerator, trying, loaded)
+            for name in described
         }
-        units = in_turn(load) if residency == "in turn" else {name: make() for name, make in load.items()}
+        files = {name: unit["files"][precision] for name, unit in described.items()}
+        units = in_turn(load, files) if residency == "in turn" else {name: make() for name, make in load.items()}
         shapes = {
             name: {tensor: details["shape"] for tensor, details in unit["inputs"].items()}
             for name, unit in described.items()
@@ -234,7 +238,13 @@ class Bundle:
         return Sampler(self.program, units, shapes)
 
     def _load(
-        self, name: str, precision: str, num_threads: int | None, accelerator: Placing | None, trying: bool
+        self,
+        name: str,
+        precision: str,
+        num_threads: int | None,
+        accelerator: Placing | None,
+        trying: bool,
+        loaded: MutableMapping[pathlib.Path, Any],
     ) -> Unit:
         path, signature = self.network_file(name, precision), self.manifest["units"][name]["signature"]
         if accelerator in ("cpu", "gpu"):
@@ -250,13 +260,15 @@ class Bundle:
                 self.placed[name] = Placed("cpu", str(error))
                 log.warning("%s runs on the CPU: %s", name, error)
         self.placed.setdefault(name, Placed("cpu"))
-        return litert_unit(path, signature, num_threads)
+        return litert_unit(path, signature, num_threads, loaded)
 
     def _on_gpu(self, name: str, precision: str, path: pathlib.Path, signature: str) -> Unit:
         """A unit on the GPU, if that is worth it and right."""
         unit = self.manifest["units"][name]
         if any(details["dtype"] == "int32" for details in unit["inputs"].values()):
             raise AcceleratorError("it reads token ids, and no GPU looks them up in a table")
+        if unit.get("cpu_only"):
+            raise AcceleratorError("it has branches, which no GPU runs")
         made = CompiledUnit(path, signature, "gpu")
         if made.software:
             raise AcceleratorError("the only GPU is a driver in software, which is slower than the CPU")
@@ -339,13 +351,14 @@ def tokenize(
     return tokens, mask
 
 
-def in_turn(load: Mapping[str, Callable[[], Unit]]) -> dict[str, Unit]:
-    """Units that are loaded when they are called, and freed when another is."""
+def in_turn(load: Mapping[str, Callable[[], Unit]], files: Mapping[str, str]) -> dict[str, Unit]:
+    """Units that are loaded when they are called, and freed when one of another file is. `files`: {unit: its file}."""
     held: dict[str, Unit] = {}
 
     def call(name: str, **arrays: np.ndarray) -> Mapping[str, np.ndarray]:
         if name not in held:
-            held.clear()  # first: two at once would be what this avoids
+            if any(files[other] != files[name] for other in held):
+                held.clear()  # first: two at once would be what this avoids
             held[name] = load[name]()
         return held[name](**arrays)
 

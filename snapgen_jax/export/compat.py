@@ -37,6 +37,7 @@ class Requirements:
     """What is asked of one file.
 
     Attributes:
+        branches: whether an IF may stand in it: no GPU runs one, nor a file that holds one in part.
         max_rank: the highest rank of any tensor; GPU delegates stop at 4.
         gpu: whether each operator must be one that the GPU accelerator takes whole.
         required: operators that must be there ("DEPTHWISE_CONV_2D": a shifted form of it is right on a workstation and
@@ -45,6 +46,7 @@ class Requirements:
 
     max_rank: int = 4
     gpu: bool = False
+    branches: bool = False
     required: tuple[str, ...] = ()
 
 
@@ -104,7 +106,7 @@ def _forbidden(name: str, requirements: Requirements) -> str | None:
         return "is a custom operator"
     if name.startswith("STABLEHLO_"):
         return "was not lowered to a TFLite builtin"
-    if name in CONTROL_FLOW:
+    if name in CONTROL_FLOW and not (requirements.branches and name == "IF"):
         return "is control flow, which belongs to the client"
     if requirements.gpu and name not in GPU_OPERATORS:
         return "is not run by the GPU accelerator"

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from snapgen_jax.export.precision import Precision, QuantisationError, write_variant
+from snapgen_jax.training.exports import Branches
 
 Backend = Literal["jax2tf", "litert"]
 BACKENDS: dict[Backend, tuple[str, str]] = {  # the library, and the extra of setup.py that installs it
@@ -66,25 +67,24 @@ def to_tflite(
         path: the file to write.
         backend: "jax2tf" through TensorFlow, "litert" without it. Both give the same numbers.
         others: further signatures of the file, `{signature: (function, inputs)}` over the same parameters, which the
-            file holds once. "litert" alone writes them.
+            file holds once.
 
     Returns:
         `path`.
 
     Raises:
-        ValueError: an input or a parameter has a dtype that does not export, or the backend is unknown, or writes no
-            further signatures.
+        ValueError: an input or a parameter has a dtype that does not export, or the backend is unknown, or does not
+            write branches.
         ConversionError: the converter refused; says what it said.
         ImportError: the backend is not installed; says how to install it.
     """
     path = pathlib.Path(path)
     if backend not in BACKENDS:
         raise ValueError(f"unknown export backend {backend!r}; expected one of {', '.join(BACKENDS)}")
-    if others and backend != "litert":
-        raise ValueError(
-            f"{signature}: the backend {backend!r} writes one signature to a file, and several image sizes are several "
-            "signatures; use the backend 'litert', or export one image size"
-        )
+    if backend != "jax2tf" and any(
+        isinstance(called, Branches) for called, _ in ((function, inputs), *others.values())
+    ):
+        raise ValueError(f"{signature}: the backend {backend!r} writes no branches; use the backend 'jax2tf'")
     for name, spec in [*inputs.items(), *(pair for _, named in others.values() for pair in named.items())]:
         if spec.dtype not in (np.float32, np.int32):
             raise ValueError(f"{signature}: input {name!r} is {spec.dtype}; a file takes float32 and int32 only")
@@ -99,7 +99,7 @@ def to_tflite(
         jax.eval_shape(called, params, **named)  # the function's own errors, before a converter dresses them up
     try:
         converter = importlib.import_module(f"snapgen_jax.export.{backend}_backend")
-        converter.convert(function, params, inputs, signature, path, *([others] if others else []))
+        converter.convert(function, params, inputs, signature, path, others)
     except Exception as error:  # both converters raise their own kinds, some private
         raise ConversionError(f"{signature}: the {backend!r} backend failed: {_brief(error)}") from error
     return path

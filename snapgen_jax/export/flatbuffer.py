@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import mmap
 import pathlib
+from collections.abc import Iterable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +54,23 @@ class Description:
     @property
     def histogram(self) -> dict[str, int]:
         """{operator: number of nodes}, the most frequent first."""
-        counts = collections.Counter(operator.name for operator in self.operators)
-        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+        return _counted(self.operators)
+
+    def histogram_of(self, signature: str) -> dict[str, int]:
+        """The same of the graph of one signature; of a file with one, of all graphs, its branches among them."""
+        if len(self.graphs) == 1:
+            return self.histogram
+        return _counted(operator for operator in self.operators if operator.graph == self.graphs[signature])
 
     @property
     def max_rank(self) -> int:
         """The highest rank of any tensor."""
         return max((len(tensor.shape) for tensor in self.tensors), default=0)
+
+
+def _counted(operators: Iterable[Operator]) -> dict[str, int]:
+    counts = collections.Counter(operator.name for operator in operators)
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def describe(path: str | pathlib.Path) -> Description:

@@ -39,7 +39,8 @@ class About:
     Attributes:
         model: the name that an app shows.
         licence: of the weights, an identifier such as "apache-2.0"; "" where none was chosen.
-        provenance: what made the weights, as plain JSON: "config_sha256" of the run's config.json, and "commit".
+        provenance: what made the weights, as plain JSON: "config_sha256" of the run's config.json, and "commit"; of a
+            program that was fitted to them, what fitted it.
     """
 
     model: str = ""

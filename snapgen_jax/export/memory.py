@@ -32,7 +32,7 @@ def measure(files: Mapping[str, Files]) -> dict[str, Any]:
     Returns:
         "process": what Python, numpy and LiteRT take by themselves; and for each precision `{"units": {unit: peak},
         "loaded": {unit: what it holds after its first call, the process left out}, "in_turn", "together"}`, the last
-        two of a process that loads, runs and frees one unit after the other, and of one that holds all.
+        two of a process that loads, runs and frees one file after the other, and of one that holds all.
 
     Raises:
         MeasurementError: a file could not be run.
@@ -48,22 +48,24 @@ def measure(files: Mapping[str, Files]) -> dict[str, Any]:
 def _measure(files: Mapping[str, Files]) -> dict[str, Any]:
     from ai_edge_litert.interpreter import Interpreter
 
-    def load(unit: Mapping[str, Any]) -> Callable[[], Any]:
-        run = Interpreter(model_path=unit["path"]).get_signature_runner(unit["signature"])
+    def load(unit: Mapping[str, Any], loaded: dict[str, Any]) -> Callable[[], Any]:
+        if unit["path"] not in loaded:  # one interpreter for all signatures of a file, as in a client
+            loaded[unit["path"]] = Interpreter(model_path=unit["path"])
+        run = loaded[unit["path"]].get_signature_runner(unit["signature"])
         given = {name: np.zeros(shape, dtype) for name, (shape, dtype) in unit["inputs"].items()}
         return lambda: run(**given)
 
     def in_turn(units: Files) -> None:
-        for unit in units.values():
-            load(unit)()
+        for path in dict.fromkeys(unit["path"] for unit in units.values()):
+            together({name: unit for name, unit in units.items() if unit["path"] == path})
 
     def together(units: Files) -> None:
-        loaded = [load(unit) for unit in units.values()]
-        for run in loaded:
+        loaded: dict[str, Any] = {}
+        for run in [load(unit, loaded) for unit in units.values()]:
             run()
 
     def held(unit: Mapping[str, Any]) -> Any:
-        run = load(unit)
+        run = load(unit, {})
         run()
         return run
 

@@ -107,7 +107,7 @@ def _precisions(manifest: Mapping[str, Any]) -> str:
     """The table of all precisions beside float32; empty where there is none."""
     rows = []
     for precision, found in manifest["variants"].items():
-        size = sum(manifest["measured"][f"export.{unit}.bytes_{precision}"] for unit in manifest["units"])
+        size = manifest["measured"][f"export.bytes_{precision}"]
         score = found.get("paired")
         verdicts = f"{score['variant']:.3f}, {score['gained']} / {score['lost']} of {score['prompts']}" if score else ""
         low = f"{score['low']:.3f}" if score else ""

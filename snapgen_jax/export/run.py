@@ -8,7 +8,8 @@ import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from snapgen_jax.export.latents import Carried, Decoded, load_latents, save_toke
 from snapgen_jax.export.manifest import About
 from snapgen_jax.export.mixed import BUDGET, Budget
 from snapgen_jax.export.precision import Precision
-from snapgen_jax.generation import load_config, load_weights, with_adapters
+from snapgen_jax.generation import chosen_options, load_config, load_weights, with_adapters
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.files import on_object_store
 
@@ -44,6 +45,8 @@ def export_run(
     title: str = "",
     licence: str = "",
     sizes: Sequence[tuple[int, int]] = (),
+    options: Mapping[str, Any] = MappingProxyType({}),
+    provenance: Mapping[str, Any] = MappingProxyType({}),
     begins: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Exports a trained run as a bundle for phones, checked against JAX on the way.
@@ -61,15 +64,16 @@ def export_run(
         title: the model's name; the workdir's where none is given.
         licence: of the weights, an identifier such as "apache-2.0".
         sizes: further image sizes, (height, width); the run's first one is always in the bundle.
+        options: of the run's generator, such as `steps`, that the bundle has in place of the run's own.
+        provenance: what the manifest says of these, as plain JSON.
         begins: called when all that was given is read and found fit, before minutes are spent.
 
     Returns:
         What was measured, `export.*`.
 
     Raises:
-        ConfigError: `out` is in an object store or holds something else, the backend is not installed or cannot write
-            several sizes, the run cannot be exported, or not at one of the sizes, or a precision that was given is not
-            good enough.
+        ConfigError: `out` is in an object store or holds something else, the backend is not installed, the run cannot
+            be exported, or not at one of the sizes, or a precision that was given is not good enough.
     """
     if on_object_store(out):
         raise ConfigError(f"a bundle is made of local files, and {out} is not; give --out a local folder, and copy it")
@@ -78,18 +82,15 @@ def export_run(
         require(backend)
     except (FileExistsError, ImportError) as error:
         raise ConfigError(str(error)) from error
-    if sizes and backend != "litert":
-        raise ConfigError(
-            f"several image sizes share their weights in files of --backend=litert, and the backend is {backend}; "
-            "give --backend=litert, or leave out --sizes and export a bundle for each size"
-        )
     carried = dataclasses.replace(carried or Carried(), decoder="" if decoder is None else str(decoder))
-    recipe = load_latents(workdir, carried)
+    recipe = with_options(load_latents(workdir, carried), options)
     params = load_weights(workdir, recipe)
     try:
-        recipe.exports()
+        plan = recipe.exports()
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if backend != "jax2tf" and any(unit.branches for unit in plan.units):
+        raise ConfigError(f"branches are written by --backend=jax2tf, and the backend is {backend}; leave it out")
     offered = at_sizes(recipe, sizes)
     frozen = recipe.load_frozen(None, "generate")
     if adapters is not None:
@@ -107,11 +108,25 @@ def export_run(
                 recipe, params, frozen, tokenizers, str(out),
                 backend=backend, reference=reference, gpu_check=gpu_check, precisions=precisions,
                 judge=judge_of(recipe, load_config(workdir)), limits=limits, budget=budget,
-                about=about_run(workdir, title, licence), sizes=offered,
+                about=about_run(workdir, title, licence, provenance), sizes=offered,
             )  # fmt: skip
         except VariantError as error:
             raise ConfigError(str(error)) from error
     return report.numbers
+
+
+def with_options(recipe: Any, options: Mapping[str, Any]) -> Any:
+    """A recipe whose generator has other options of its own.
+
+    Raises:
+        ConfigError: it has no such option, or does not take the value.
+    """
+    if not options:
+        return recipe
+    if isinstance(recipe, Decoded):
+        return dataclasses.replace(recipe, recipe=with_options(recipe.recipe, options))
+    chosen = chosen_options(recipe.options, options)
+    return type(recipe)(dataclasses.replace(recipe.config, sampling=chosen), "cpu")
 
 
 def at_sizes(recipe: Any, sizes: Sequence[tuple[int, int]]) -> Sizes:
@@ -175,10 +190,12 @@ def _weights(recipe: Any) -> dict[str, Any]:
     }
 
 
-def about_run(workdir: epath.PathLike, title: str = "", licence: str = "") -> About:
-    """The name, licence and provenance of a run: the hash of its config, and the commit that it began at."""
+def about_run(
+    workdir: epath.PathLike, title: str = "", licence: str = "", further: Mapping[str, Any] = MappingProxyType({})
+) -> About:
+    """The name, licence and provenance of a run: the hash of its config, the commit that it began at, and `further`."""
     workdir = epath.Path(workdir)
-    provenance: dict[str, str] = {}
+    provenance: dict[str, Any] = dict(further)
     if (config := workdir / "config.json").exists():
         provenance["config_sha256"] = hashlib.sha256(config.read_bytes()).hexdigest()
     if (record := workdir / "run.json").exists():

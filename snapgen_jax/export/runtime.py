@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import IO, Any, Literal, NoReturn
 
 import numpy as np
@@ -55,11 +55,25 @@ class GPURefusedError(AcceleratorError):
     """The accelerator does not take the file, not even with the CPU for the operators that it lacks."""
 
 
-def litert_unit(path: pathlib.Path, signature: str, num_threads: int | None = None) -> Unit:
-    """The function of one `.tflite` file on LiteRT's CPU, in this process."""
+def litert_unit(
+    path: pathlib.Path,
+    signature: str,
+    num_threads: int | None = None,
+    loaded: MutableMapping[pathlib.Path, Any] | None = None,
+) -> Unit:
+    """The function of one signature of a `.tflite` file on LiteRT's CPU, in this process.
+
+    `loaded`: interpreters by their files, which is added to: the signatures of a file that share one hold its weights
+    once. They are for one thread at a time.
+    """
     from ai_edge_litert.interpreter import Interpreter
 
-    return Interpreter(model_path=str(path), num_threads=num_threads).get_signature_runner(signature)
+    interpreter = None if loaded is None else loaded.get(path)
+    if interpreter is None:
+        interpreter = Interpreter(model_path=str(path), num_threads=num_threads)
+        if loaded is not None:
+            loaded[path] = interpreter
+    return interpreter.get_signature_runner(signature)
 
 
 def drivers(*, software_first: bool) -> tuple[str, ...]:

@@ -80,7 +80,7 @@ class Sized:
             for name, unit in self.units.items()
         }
         self.folder, self._gpu_check = folder, gpu_check
-        self.files = UnitFiles(folder, gpu_check, storage, self.signatures)
+        self.files = UnitFiles(folder, gpu_check, storage, self.signatures, _stems(plan))
         self.numbers, self.described = self.files.numbers, self.files.described
         self.arrays: Arrays = {}
         self.tolerances: dict[str, Any] = {}
@@ -103,12 +103,14 @@ class Sized:
             exact = Sampler(self.program, self.jax_units, self.shapes)
             cases = golden.denoiser_cases(exact, self.arrays) if free else self._calls.cases(name)
             described = describe_unit(name, self.signatures[name], descriptions[name], self._ranges)
-            self.files.begin(name, described, self.jax_units[name], cases)
+            self.files.begin(name, described, self.jax_units[name], cases, cpu_only=self.units[name].branches)
             self.files.compare(name, "f32")
 
     def for_gpu(self, name: str) -> bool:
-        """Whether a phone's GPU runs a unit. An embedding table is read by a gather, which none does: an encoder of
-        token ids is for the CPU."""
+        """Whether a phone's GPU runs a unit. No GPU has an IF; and none has a gather, which reads an embedding table:
+        an encoder of token ids is for the CPU."""
+        if self.units[name].branches:
+            return False
         encoders = self.program.encoders() if isinstance(self.program, Flow) else set()
         ids = any(np.issubdtype(spec.dtype, np.integer) for spec in self.units[name].inputs.values())
         return not (name in encoders and ids)
@@ -128,7 +130,7 @@ class Sized:
 
     def litert(self, precision: Precision) -> Sampler:
         """The program over the files of a precision."""
-        units = {name: self.files.load(name, self.files.path(name, precision)) for name in self.units}
+        units = self.files.load_all(self.files.paths(precision))
         return Sampler(self.program, units, self.shapes)
 
     def measure(self, precision: Precision, variants: Variants) -> None:
@@ -146,10 +148,8 @@ class Sized:
             self.tolerances[precision] = golden.tolerances(self.litert("f32"), self.arrays, precision)
             return
         with tempfile.TemporaryDirectory(dir=self.folder.parent) as scratch:
-            floats = variants.in_floats(
-                precision, {name: self.files.path(name, "f32") for name in self.units}, pathlib.Path(scratch)
-            )
-            units = {name: self.files.load(name, path) for name, path in floats.items()}
+            floats = variants.in_floats(precision, self.files.paths("f32"), pathlib.Path(scratch))
+            units = self.files.load_all(floats)
             other = golden.run(Sampler(self.program, units, self.shapes), inputs, noise)
         self.tolerances[precision] = golden.measured_tolerances(self.program, self.arrays, (found, other))
 
@@ -233,6 +233,19 @@ class Sized:
         return "rel_l2", max(map(verify.relative_l2, made, expected))
 
 
+def _stems(plan: ExportPlan) -> dict[str, str]:
+    """{unit: the stem of its file}. Raises `ValueError` where units of one file have other weights."""
+    first: dict[str, ExportUnit] = {}
+    for unit in plan.units:
+        of_file = first.setdefault(unit.stem, unit)
+        if (unit.roles, unit.part, unit.storage) != (of_file.roles, of_file.part, of_file.storage):
+            raise ValueError(
+                f"the units {of_file.name!r} and {unit.name!r} are of one file, {unit.stem!r}, and have other roles, "
+                "parts or storage; a file has one set of weights: give them the same, or other files"
+            )
+    return {unit.name: unit.stem for unit in plan.units}
+
+
 def parsed(plan: ExportPlan) -> Program:
     """The program of a plan, held against its units. Raises `ValueError` that names what does not fit."""
     try:
@@ -240,7 +253,10 @@ def parsed(plan: ExportPlan) -> Program:
     except TypeError as error:
         raise ValueError(f"the plan's program is no plain JSON: {error}") from error
     names = [unit.name for unit in plan.units]
-    if bad := [name for name in [*names, *found.inputs, *found.outputs] if not re.fullmatch(r"[a-z0-9_]+", name)]:
+    stems = [unit.stem for unit in plan.units]
+    if bad := [
+        name for name in [*names, *stems, *found.inputs, *found.outputs] if not re.fullmatch(r"[a-z0-9_]+", name)
+    ]:
         raise ValueError(f"{bad[0]!r} is no name of a file: lower-case letters, digits and underscores are")
     if set(names) != found.units() or len(set(names)) < len(names):
         raise ValueError(f"the program calls the units {sorted(found.units())}; the plan has {names}")

@@ -13,7 +13,7 @@ TOLERANCE = 1e-6  # relative; a float32 product of a scale and an integer
 
 
 def describe_storage(unit: ExportUnit, weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Checks `unit.storage` against its weights.
+    """Checks what a unit stores as few values against its weights.
 
     Args:
         unit: of an export plan.
@@ -25,7 +25,9 @@ def describe_storage(unit: ExportUnit, weights: Mapping[str, Any]) -> dict[str, 
     Raises:
         ValueError: a path is no parameter, or its integers and scale do not give that parameter; names the path.
     """
-    return {path: _describe(unit, path, stored, _leaf(unit, path, weights)) for path, stored in unit.storage.items()}
+    return {
+        path: _describe(unit, path, stored, _leaf(unit, path, weights)) for path, stored in unit.stored(weights).items()
+    }
 
 
 def _leaf(unit: ExportUnit, path: str, weights: Mapping[str, Any]) -> np.ndarray:

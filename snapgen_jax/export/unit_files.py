@@ -36,8 +36,9 @@ class UnitFiles:
         gpu_check: GPUCheck,
         storage: Mapping[str, Mapping[str, Any]],
         signatures: Mapping[str, str],
+        stems: Mapping[str, str],
     ) -> None:
-        self.folder, self._signatures = folder, signatures
+        self.folder, self._signatures, self._stems = folder, signatures, stems
         self.described: dict[str, dict[str, Any]] = {}
         self.numbers: dict[str, float] = {}
         self.activations: dict[str, compare.Activations] = {}
@@ -47,19 +48,38 @@ class UnitFiles:
 
     def path(self, name: str, precision: Precision) -> pathlib.Path:
         """Where a unit's file lies, or will."""
-        return self.folder / f"{name}_{precision}.tflite"
+        return self.folder / f"{self._stems[name]}_{precision}.tflite"
+
+    def paths(self, precision: Precision) -> dict[str, pathlib.Path]:
+        """{unit: where its file lies, or will}."""
+        return {name: self.path(name, precision) for name in self._stems}
 
     def load(self, name: str, path: pathlib.Path) -> Unit:
         """A unit's function on LiteRT's CPU, of a file with its signature."""
-        return client.litert_unit(path, self._signatures[name])
+        return self.load_all({name: path})[name]
 
-    def begin(self, name: str, described: Mapping[str, Any], reference: Unit, cases: Mapping[str, Arrays]) -> None:
-        """A unit: its signature as the manifest describes it, its function in JAX, and the calls to compare at."""
+    def load_all(self, paths: Mapping[str, pathlib.Path]) -> dict[str, Unit]:
+        """The functions of units in these files, each of which is loaded once."""
+        loaded: dict[pathlib.Path, Any] = {}
+        return {name: client.litert_unit(path, self._signatures[name], loaded=loaded) for name, path in paths.items()}
+
+    def begin(
+        self,
+        name: str,
+        described: Mapping[str, Any],
+        reference: Unit,
+        cases: Mapping[str, Arrays],
+        cpu_only: bool = False,
+    ) -> None:
+        """A unit: its signature as the manifest describes it, its function in JAX, and the calls to compare at;
+        `cpu_only` where it has branches."""
         checked = {"checked": True, "fully_accelerated": {}, "rel_l2": {}}
         skipped = {"checked": False, "reason": "--gpu=skip"}
+        branches = {"checked": False, "reason": "it has branches (IF), which run on a CPU only"}
         self._references[name], self._cases[name] = reference, cases
         self.described[name] = {kind: {} for kind in BY_PRECISION}
-        self.described[name] |= {"gpu": checked if self._gpu_check == "check" else skipped, **described}
+        gpu = branches if cpu_only else checked if self._gpu_check == "check" else skipped
+        self.described[name] |= {"gpu": gpu, "cpu_only": cpu_only, **described}
         if self._storage[name]:
             self.described[name]["storage"] = self._storage[name]
 
@@ -81,11 +101,12 @@ class UnitFiles:
                 activations.look(inputs)
         description, size = describe(path), path.stat().st_size
         found["files"][precision], found["rel_l2"][precision] = path.name, errors
-        found["operators"][precision], found["weights"][precision] = description.histogram, weights_of(description)
+        found["operators"][precision] = description.histogram_of(self._signatures[name])
+        found["weights"][precision] = weights_of(description)
         self.numbers[f"export.{name}.rel_l2_{precision}"] = max(errors.values())
         self.numbers[f"export.{name}.bytes_{precision}"] = size
-        total = f"export.bytes_{precision}"
-        self.numbers[total] = self.numbers.get(total, 0) + size
+        files = {unit["files"][precision] for unit in self.described.values() if precision in unit["files"]}
+        self.numbers[f"export.bytes_{precision}"] = sum((self.folder / file).stat().st_size for file in files)
         if found["gpu"]["checked"]:
             self._on_gpu(name, precision)
 

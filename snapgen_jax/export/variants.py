@@ -129,14 +129,17 @@ class Variants:
         found = self.described[precision] = {}
         if precision == "mixed":
             count = min(CALIBRATION, len(examples))
-            floats = {name: client.litert_unit(path, name) for name, path in sources.items()}
+            first = _first(sources)
 
             def draw(files: Files, count: int) -> Arrays:
-                others = {name: client.litert_unit(path, name) for name, path in files.items()}
-                return examples.draw({**floats, **others}, count)
+                loaded: dict[pathlib.Path, Any] = {}
+                chosen = {name: files.get(first[name], path) for name, path in sources.items()}
+                units = {name: client.litert_unit(path, name, loaded=loaded) for name, path in chosen.items()}
+                return examples.draw(units, count)
 
             expected = {name: array[:count] for name, array in examples.outputs.items()}
-            choice = search(sources, targets, draw, expected, self._budget)
+            whole, to = ({name: files[name] for name in first.values()} for files in (sources, targets))
+            choice = search(whole, to, draw, expected, self._budget)
             self._four |= {(precision, name): tuple(chosen) for name, chosen in choice.four.items()}
             found["search"] = choice.describe()
         for name, source in sources.items():
@@ -149,8 +152,8 @@ class Variants:
         """The files of integer weights as a GPU computes with them: multiplied out, and in floating point."""
         assert precision in QUANTISED
         found = {name: folder / source.name for name, source in sources.items()}
-        for name, source in sources.items():
-            quantise(source, found[name], self._four.get((precision, name), ()), "float")
+        for name in dict.fromkeys(_first(sources).values()):
+            quantise(sources[name], found[name], self._four.get((precision, name), ()), "float")
         return found
 
     def judge(self, precision: Precision, exact: Sampler, variant: Sampler, examples: Examples) -> None:
@@ -194,3 +197,9 @@ class Variants:
             noise = draw_noise(0, index, flow.noise_shape())
             made.append(sampler.run({name: array[i] for name, array in inputs.items()}, noise)["image"])
         return np.stack(made)
+
+
+def _first(files: Files) -> dict[str, str]:
+    """{unit: the first unit of its file}."""
+    names: dict[pathlib.Path, str] = {}
+    return {unit: names.setdefault(path, unit) for unit, path in files.items()}

@@ -24,7 +24,7 @@ from snapgen_jax.networks.depth import Remat
 from snapgen_jax.networks.layers import Conv, Linear
 from snapgen_jax.networks.mmdit_blocks import FeedForward, layer_norm, modulate
 from snapgen_jax.networks.module import Preset, Rules, compute_dtype, shard
-from snapgen_jax.networks.patches import on_tokens, positions
+from snapgen_jax.networks.patches import on_tokens, position_axes, to_map
 from snapgen_jax.networks.taps import Reuse, Taps
 from snapgen_jax.networks.text import TextContext, check_widths, denoiser_spec
 from snapgen_jax.networks.unet_blocks import EmbeddingMLP
@@ -133,14 +133,9 @@ class DiTConfig(Preset):
 
     def tap_names(self) -> tuple[str, ...]:
         """Names of the intermediates in the order in which they are computed."""
-        names = (_names(i) for i in range(self.depth))
-        return tuple(name for block, inner in names for name in (*inner.values(), block))
-
-
-def _names(i: int) -> tuple[str, dict[str, str]]:
-    """Names of a block's output, and by their roles of what enters and leaves its modules."""
-    block = f"block_{i:02d}"
-    return block, {role: f"{block}_{role}" for role in ("attention_input", "attention", "ffn_input", "ffn")}
+        inner = ("attention_input", "attention", "ffn_input", "ffn")
+        blocks = (f"block_{i:02d}" for i in range(self.depth))
+        return tuple(name for block in blocks for name in (*(f"{block}_{role}" for role in inner), block))
 
 
 class SelfAttention(nnx.Module):
@@ -168,35 +163,24 @@ class Block(nnx.Module):
         self.ffn = FeedForward(width, config.ffn_ratio * width, dtype=dtype, rngs=rngs)
         self.ffn_epsilon = config.ffn_epsilon
 
-    def __call__(
-        self, x: jax.Array, embedding: jax.Array, reuse: Mapping[str, Reuse]
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(self, x: jax.Array, embedding: jax.Array, tap: Taps) -> jax.Array:
         """Updates tokens `[B, L, D]`.
 
         Args:
             x: the tokens.
             embedding: `[B, D]` of time and class, already activated.
-            reuse: `[B, L, D]` to use in place of the output of the module "attention" or "ffn", or of what enters it,
-                "attention_input" or "ffn_input". What enters a module is modulated; what leaves it is not gated yet.
-
-        Returns:
-            the tokens, and what entered and left both modules.
+            tap: of "attention" and "ffn", the outputs of the modules before they are gated, and of what enters them,
+                modulated: "attention_input" and "ffn_input".
         """
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = jnp.split(self.modulation(embedding), 6, axis=-1)
-        outputs = {}
 
-        def named(role: str, module: Callable[[jax.Array], jax.Array], entering: jax.Array) -> jax.Array:
-            outputs[role] = reuse.get(role, Reuse(entering, run=True)).instead_of(module, entering, name=role)
-            return outputs[role]
-
-        def run(role: str, module: nnx.Module, entering: jax.Array) -> jax.Array:
-            entering = named(f"{role}_input", lambda entering: entering, entering.astype(x.dtype))
-            return named(role, module, entering)  # type: ignore[arg-type]
+        def run(name: str, module: Callable[[jax.Array], jax.Array], entering: jax.Array) -> jax.Array:
+            return tap.entered(name, module, entering.astype(x.dtype), x.dtype)
 
         x = x + gate[:, None] * run("attention", self.attention, modulate(layer_norm(x), shift, scale))
         entering = modulate(layer_norm(x, self.ffn_epsilon), ffn_shift, ffn_scale)
         x = x + ffn_gate[:, None] * run("ffn", self.ffn, entering)
-        return shard(x, "tokens"), outputs
+        return shard(x, "tokens")
 
 
 class DiT(nnx.Module):
@@ -253,40 +237,25 @@ class DiT(nnx.Module):
             if isinstance(given.run, jax.Array):
                 given.checked(given.run, b, name)
 
-        x = shard(rearrange(x + _grid(config, h, w).astype(dtype), "b h w d -> b (h w) d"), "tokens")
+        for places in _grid(config, h, w):
+            x = x + places[None].astype(dtype)
+        x = shard(rearrange(x, "b h w d -> b (h w) d"), "tokens")
         embedding = jax.nn.silu(shard(self.time(time) + context.pooled.astype(dtype), "vector"))
+        remat = jax.checkpoint if config.remat == "block" else lambda function: function
         for i, block in enumerate(self.blocks):
-            x = _run(block, i, tap, x, embedding, config.remat)
+            x = tap.block(f"block_{i:02d}", block, x, embedding, remat=remat)
 
         shift, scale = jnp.split(self.modulation_out(embedding), 2, axis=-1)
         x = self.out(modulate(layer_norm(x), shift, scale))
-        x = rearrange(x, "b (h w) (p q c) -> b (h p) (w q) c", h=h, p=config.patch, q=config.patch)
+        x = to_map(x, h, config.patch)
         found = {name: rearrange(tap.found[name], "b (h w) d -> b h w d", h=h) for name in tap.found}
         return shard(x[..., : config.latent_channels].astype(jnp.float32), "image"), found
 
 
-def _run(block: Block, i: int, tap: Taps, x: jax.Array, embedding: jax.Array, remat: Remat) -> jax.Array:
-    """Block number i, or what replaces it."""
-    name, inner = _names(i)
-    reuse = {role: tap.reuse[key] for role, key in inner.items() if key in tap.reuse}
-
-    def whole(x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return block(x, embedding, reuse)
-
-    whole = jax.checkpoint(whole) if remat == "block" else whole
-    wanted = {role: key for role, key in inner.items() if key in tap.wanted}
-    if not wanted:
-        return tap.module(name, lambda x: whole(x)[0], x)
-    # Nothing can be returned from inside a branch: the block runs, and its output is replaced.
-    output, outputs = whole(x)
-    tap.found.update({key: outputs[role] for role, key in wanted.items()})
-    return tap.module(name, lambda x: output, x)
-
-
-def _grid(config: DiTConfig, height: int, width: int) -> jax.Array:
-    """`[height, width, D]` positions."""
+def _grid(config: DiTConfig, height: int, width: int) -> tuple[jax.Array, jax.Array]:
+    """Positions `[height, 1, D]` of rows and `[1, width, D]` of columns."""
     rows, columns = (np.arange(side) * ((config.base or side) / side) for side in (height, width))
-    return positions(rows, columns, config.width)
+    return position_axes(rows, columns, config.width)
 
 
 def _check_inputs(config: DiTConfig, x: jax.Array, time: jax.Array, context: TextContext) -> None:

@@ -64,9 +64,11 @@ def unet_path(block: str, i: int = 0) -> str:
     """Where the i-th of the blocks that stand in one place of a UNet is among its parameters."""
     way, *where = block.split("_")
     if way == "mid":
-        kind, tail = where[0], "_2" if len(where) > 1 else ""
-        return f"mid_more_{kind}s{tail}/{part_name(i - 1)}" if i else block
-    stage, unit, kind = where
+        place = {"mid_residual_block": "residual", "mid_second_residual_block": "residual_2"}.get(block, where[0])
+        kind, _, tail = place.partition("_")
+        more = f"mid_more_{kind}s" + (f"_{tail}" if tail else "")
+        return f"{more}/{part_name(i - 1)}" if i else f"mid_{place}"
+    stage, unit, kind, *_ = where
     unit_path = f"{way}/{part_name(int(stage))}/{part_name(int(unit))}"
     return f"{unit_path}/more_{kind}s/{part_name(i - 1)}" if i else f"{unit_path}/{kind}"
 

@@ -141,7 +141,16 @@ def _pointwise_jvp(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ..
     return pointwise(x, kernel), jnp.dot(dx, kernel[0, 0]) + of_rows(x, dkernel[0, 0])
 
 
-_SMALL = 2.0**-3  # what is squared inside GroupNorm is scaled by it
+SMALL = 2.0**-3  # what a norm squares is scaled by it
+
+
+def mean_square(x: jax.Array) -> jax.Array:
+    """`mean(x^2)` over the last axis, which stays with length 1; float32.
+
+    What is squared is scaled by a power of two, which is exact: a phone's GPU may hold the squares in float16, which
+    ends at 65504, and the activations of a transformer reach some hundreds.
+    """
+    return jnp.square(x * SMALL).mean(axis=-1, keepdims=True) * SMALL**-2
 
 
 class GroupNorm(nnx.Module):
@@ -185,7 +194,7 @@ class GroupNorm(nnx.Module):
         y = x.astype(jnp.float32)
         of_channels = mean = y.mean(axis=2).mean(axis=1)
         y = y - mean.reshape(channels)
-        variance = jnp.square(y * _SMALL).mean(axis=2).mean(axis=1) * _SMALL**-2
+        variance = jnp.square(y * SMALL).mean(axis=2).mean(axis=1) * SMALL**-2
         variance, mean = variance.reshape(grouped), mean.reshape(grouped)
         mean = mean - mean.mean(axis=2, keepdims=True)  # of the channel, against its group
         variance = (variance + jnp.square(mean)).mean(axis=2, keepdims=True)
@@ -203,7 +212,7 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
         y = y - y.mean(axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.epsilon)
+        y = y * jax.lax.rsqrt(mean_square(y) + self.epsilon)
         return (y * self.scale[...] + self.bias[...]).astype(self.dtype)
 
 
@@ -216,7 +225,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.epsilon)
+        y = y * jax.lax.rsqrt(mean_square(y) + self.epsilon)
         return (y * self.scale[...]).astype(self.dtype)
 
 

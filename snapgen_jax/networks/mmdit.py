@@ -21,10 +21,10 @@ from snapgen_jax.networks import depth
 from snapgen_jax.networks.attention_kernels import key_mask, real_first
 from snapgen_jax.networks.attention_table import kernel_of
 from snapgen_jax.networks.layers import Conv, Linear
-from snapgen_jax.networks.mmdit_blocks import Block, layer_norm, modulate
+from snapgen_jax.networks.mmdit_blocks import Block, inner_names, layer_norm, modulate
 from snapgen_jax.networks.mmdit_config import MMDiTArchitecture
 from snapgen_jax.networks.module import Rules, compute_dtype, shard
-from snapgen_jax.networks.patches import on_tokens, positions
+from snapgen_jax.networks.patches import on_tokens, positions, to_map
 from snapgen_jax.networks.taps import Reuse, Taps
 from snapgen_jax.networks.text import TextContext, check_widths, denoiser_spec
 from snapgen_jax.networks.unet_blocks import EmbeddingMLP
@@ -71,7 +71,16 @@ class MMDiTConfig(MMDiTArchitecture):
         return denoiser_spec(self, batch, (height, width), tokens)
 
     def tap_names(self) -> tuple[str, ...]:
-        """Names of the intermediates in the order in which they are computed: the image tokens after each block."""
+        """Names of the intermediates in the order in which they are computed: those inside each block, see
+        `mmdit_blocks.inner_names`, and the image tokens after it."""
+        names: list[str] = []
+        for i, block in enumerate(self.block_names()):
+            kind = "dual" if i < self.dual else "joint" if i < self.depth - 1 else "last"
+            names += [*(f"{block}_{name}" for name in inner_names(kind)), block]
+        return tuple(names)
+
+    def block_names(self) -> tuple[str, ...]:
+        """Names of the blocks."""
         return tuple(f"block_{i:02d}" for i in range(self.depth))
 
 
@@ -116,27 +125,30 @@ class MMDiT(nnx.Module):
             time: `[B, time_width]` from `time_features`.
             context: sequence `[B, L, context_width]`, pooled `[B, pooled_width]`, and mask `[B, L]`, which only
                 `text_mask="attend"` reads: Stable Diffusion 3 attends to padding too.
-            taps: blocks whose image tokens to return, "block_00" ...; each costs the memory of one such array.
-            reuse: image tokens `[B, H/patch, W/patch, width]` to use in place of a block's, always or where `Reuse.run`
-                says. The text tokens pass a block that does not run unchanged.
+            taps: blocks whose image tokens to return, "block_00" ...; each costs the memory of one such array. Or what
+                enters and leaves a block's modules, such as "block_00_ffn_input" and "block_00_ffn", see
+                `mmdit_blocks.inner_names`; it costs as much for one block as for all of its kind.
+            reuse: image tokens `[B, H/patch, W/patch, width]` to use in place of a block's, or tokens `[B, ..., width]`
+                in place of what is inside, always or where `Reuse.run` says. The text tokens pass a block that does not
+                run unchanged. Inside a block whose intermediates are tapped everything runs.
 
         Returns:
             v: `[B, H, W, C]` float32.
-            intermediates: `{tap: [B, H/patch, W/patch, width]}` in the compute dtype.
+            intermediates: `{tap: [B, H/patch, W/patch, width]}`, and of those inside blocks `[B, tokens, width]`, in
+                the compute dtype.
 
         Raises:
             ValueError: a shape does not fit the config, or a name is unknown.
         """
         config, dtype = self.config, compute_dtype(self.config)
         _check_inputs(config, x, time, context)
-        names = config.tap_names()
-        tap = Taps(names, taps, reuse)
-        wanted = sorted(names.index(name) for name in tap.wanted)
+        tap, names = Taps(config.tap_names(), taps, reuse), config.block_names()
+        wanted = [i for i, name in enumerate(names) if name in tap.wanted]
 
         image = self.patch(shard(x, "image"))
         b, h, w, _ = image.shape
         like = jax.ShapeDtypeStruct(image.shape, image.dtype)
-        reused = {names.index(name): on_tokens(name, given, like) for name, given in tap.reuse.items()}
+        tap.reuse |= {name: on_tokens(name, tap.reuse[name], like) for name in names if name in tap.reuse}
         image = image + self._positions(h, w).astype(dtype)
         image = shard(rearrange(image, "b h w d -> b (h w) d"), "tokens")
         kernel, sequence, real, mask = kernel_of(config), context.sequence, context.mask, None
@@ -147,36 +159,38 @@ class MMDiT(nnx.Module):
         if config.text_mask == "attend":
             mask = key_mask(kernel, jnp.concatenate([jnp.ones((b, h * w)), real], axis=1))
 
-        def run(block: Block, streams: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            return block(*streams, embedding, mask)
+        def run(block: Block, streams: tuple[jax.Array, jax.Array], tap: Taps) -> tuple[jax.Array, jax.Array]:
+            return block(*streams, embedding, mask, tap)
 
-        streams, found, first = (image, text), {}, 0
+        streams, first = (image, text), 0
         for blocks, count in ((self.dual_blocks, config.dual), (self.joint_blocks, config.depth - config.dual - 1)):
             if blocks is None:
                 continue
+            here = dict(enumerate(names[first : first + count]))
+            inside = [tap.inside(name) for name in here.values()]
             streams, tapped = depth.scan(
                 run,
                 blocks,
                 streams,
-                taps=[i - first for i in wanted if first <= i < first + count],
-                reuse={i - first: given for i, given in reused.items() if first <= i < first + count},
+                taps=[i - first for i in wanted if i - first in here],
+                reuse={i: tap.reuse[name] for i, name in here.items() if name in tap.reuse},
+                inside=inside,
                 feature=lambda streams: streams[0],
                 replace=lambda streams, image: (image, streams[1]),
                 remat=config.remat,
             )
-            found |= {first + i: feature for i, feature in tapped.items()}
+            tap.found |= {here[i]: feature for i, feature in tapped.items()}
+            for name, inner in zip(here.values(), inside, strict=True):
+                tap.take(name, inner)
             first += count
         image, text = streams
-        last = reused.get(first, Reuse(image, run=True))
-        image = last.instead_of(lambda image: run(self.last_block, (image, text))[0], image, name=names[first])
-        if first in wanted:
-            found[first] = image
+        image = tap.block(names[-1], lambda image, tap: run(self.last_block, (image, text), tap)[0], image)
 
         scale, shift = jnp.split(self.modulation_out(embedding), 2, axis=-1)
         v = self.out(modulate(layer_norm(image), shift, scale))
-        v = rearrange(v, "b (h w) (p q c) -> b (h p) (w q) c", h=h, p=config.patch, q=config.patch)
-        maps = {names[i]: rearrange(found[i], "b (h w) d -> b h w d", h=h) for i in wanted}
-        return shard(v.astype(jnp.float32), "image"), maps
+        v = to_map(v, h, config.patch)
+        maps = {names[i]: rearrange(tap.found[names[i]], "b (h w) d -> b h w d", h=h) for i in wanted}
+        return shard(v.astype(jnp.float32), "image"), {**tap.found, **maps}
 
     def _positions(self, height: int, width: int) -> jax.Array:
         """`[height, width, D]` from the middle of the table."""

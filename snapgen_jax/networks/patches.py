@@ -12,6 +12,26 @@ from einops import rearrange
 from snapgen_jax.networks.taps import Reuse
 
 
+def position_axes(rows: np.ndarray, columns: np.ndarray, width: int) -> tuple[jax.Array, jax.Array]:
+    """The two parts of `positions`, which add up to it exactly: `[h, 1, D]` of rows and `[1, w, D]` of columns.
+
+    Added to a map one after the other they need no table of its size, and no operator that a phone's GPU lacks.
+    """
+    quarter = width // 4
+    frequencies = 10_000.0 ** -(np.arange(quarter) / quarter)
+
+    def axis(places: np.ndarray) -> np.ndarray:  # [n, D/2]
+        angles = places[:, None] * frequencies
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+    of_rows, of_columns = axis(rows)[:, None], axis(columns)[None]
+    parts = (
+        np.concatenate([np.zeros_like(of_rows), of_rows], axis=-1),
+        np.concatenate([of_columns, np.zeros_like(of_columns)], axis=-1),
+    )
+    return jnp.asarray(parts[0], jnp.float32), jnp.asarray(parts[1], jnp.float32)
+
+
 def positions(rows: np.ndarray, columns: np.ndarray, width: int) -> jax.Array:
     """Sine and cosine positions of a grid.
 
@@ -27,17 +47,18 @@ def positions(rows: np.ndarray, columns: np.ndarray, width: int) -> jax.Array:
 
     Source: Vaswani et al. 2017, section 3.5, once an axis, as in He et al. 2022 (arXiv 2111.06377).
     """
-    quarter = width // 4
-    frequencies = 10_000.0 ** -(np.arange(quarter) / quarter)
+    of_rows, of_columns = position_axes(rows, columns, width)
+    return of_rows + of_columns
 
-    def axis(places: np.ndarray) -> jax.Array:  # [n, D/2]
-        angles = places[:, None] * frequencies
-        return jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=1), jnp.float32)
 
-    shape = (len(rows), len(columns), 2 * quarter)
-    of_columns = jnp.broadcast_to(axis(columns), shape)
-    of_rows = jnp.broadcast_to(axis(rows)[:, None], shape)
-    return jnp.concatenate([of_columns, of_rows], axis=-1)
+def to_map(tokens: jax.Array, height: int, patch: int) -> jax.Array:
+    """Tokens `[B, h * w, p * p * C]`, the pixels of a patch row by row, to the map `[B, h * p, w * p, C]`.
+
+    No array on the way has more than four axes, which is what phones' GPUs take: a pixel keeps its row of the patch.
+    """
+    b, length, width = tokens.shape
+    rows = tokens.reshape(b * height, length // height, patch, width // patch).swapaxes(1, 2)  # [B h, p, w, p C]
+    return rows.reshape(b, height * patch, length // height * patch, -1)
 
 
 def on_tokens(name: str, reuse: Reuse, like: jax.ShapeDtypeStruct) -> Reuse:

@@ -118,6 +118,7 @@ class SDUNet(nnx.Module):
         dtype, channels = compute_dtype(config), config.channels
         self.config = config
         self.time = EmbeddingMLP(config.time_width, config.embedding_width, dtype=dtype, rngs=rngs)
+        self.activation = jax.nn.silu  # of the embedding
         self.pooled = (
             EmbeddingMLP(config.pooled_width, config.embedding_width, dtype=dtype, rngs=rngs)
             if config.pooled_width
@@ -232,7 +233,7 @@ class SDUNet(nnx.Module):
             states, real = real_first(kernel, states, context.mask)
             mask = key_mask(kernel, real)
         states = states.astype(compute_dtype(self.config))
-        return Conditions(shard(jax.nn.silu(embedding), "vector"), shard(states, "tokens"), mask)
+        return Conditions(shard(self.activation(embedding), "vector"), shard(states, "tokens"), mask)
 
     def enter(self, x: jax.Array) -> jax.Array:
         """`[B, H, W, latent_channels] -> [B, H, W, channels[0]]`, the first skip."""

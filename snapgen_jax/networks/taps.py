@@ -2,15 +2,16 @@
 
 An intermediate is the output of one of the network's modules. `taps=("mid",)` returns it, and `reuse={"mid": ...}` puts
 a value from elsewhere in its place, such as the same intermediate one sampling step earlier. A network runs such a
-module through `Taps.module`; blocks that are one scan go through `depth.scan(taps=..., reuse=...)`.
+module through `Taps.module`, and one with intermediates of its own through `Taps.block`; blocks that are one scan go
+through `depth.scan(taps=..., reuse=..., inside=...)`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,8 @@ class Reuse:
 
     value: jax.Array | None
     run: Run = False
+
+    DTYPE: ClassVar[Any] = jnp.bool_  # of `run` as an array
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
         """Leaves, and what is static."""
@@ -102,9 +105,11 @@ class Reuse:
 class Blend(Reuse):
     """A value that is mixed with what the module gives, for training what decides: `r module + (1 - r) value`.
 
-    Here `run` is the share r: a float array, scalar or `[B]`, or a function that returns one. Blocks that are one scan
-    take no shares.
+    Here `run` is the share r: a float array, scalar or `[B]`, or a function that returns one. It takes the place of
+    modules; a block that is one layer of a scan is replaced whole or not at all.
     """
+
+    DTYPE: ClassVar[Any] = jnp.float32
 
     def checked(self, run: Any, batch: int, name: str) -> jax.Array:
         """See `Reuse.checked`."""
@@ -136,13 +141,6 @@ def select_rows(run: jax.Array, computed: Any, other: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(run.reshape(-1, *[1] * (a.ndim - 1)), a, b), computed, other)
 
 
-def run_block(
-    reuse: Mapping[str, Reuse], name: str, function: Callable[..., jax.Array], x: jax.Array, *args: Any
-) -> jax.Array:
-    """`function(x, *args)`, or what `reuse` has in its place under that name."""
-    return reuse[name].instead_of(function, x, *args, name=name) if name in reuse else function(x, *args)
-
-
 class Taps:
     """Collects the intermediates named in `wanted`, and runs what `reuse` does not replace.
 
@@ -155,6 +153,7 @@ class Taps:
     """
 
     def __init__(self, names: Sequence[str], wanted: Sequence[str], reuse: Mapping[str, Reuse | jax.Array] | None):
+        self.names = tuple(names)
         self.reuse = {name: x if isinstance(x, Reuse) else Reuse(x) for name, x in (reuse or {}).items()}
         self.wanted = set(wanted)
         self.found: dict[str, jax.Array] = {}
@@ -184,3 +183,84 @@ class Taps:
         value = function(x, *args)
         self.found.update({name: value for name in names if name in self.wanted})
         return value
+
+    def entered(self, name: str, function: Callable[[jax.Array], jax.Array], x: jax.Array, dtype: Any) -> jax.Array:
+        """`function(x)`, the intermediate called `name`, where what enters it has a name too: `name_input`.
+
+        Args:
+            name: of what leaves the module.
+            function: the module.
+            x: what enters it.
+            dtype: of what enters as an intermediate: one dtype, whether it is returned or read by `Reuse.run`.
+        """
+        entering = f"{name}_input"
+        if self.touches(entering, name):
+            x = self.module(entering, lambda x: x, x.astype(dtype))
+        return self.module(name, function, x)
+
+    def touches(self, *names: str) -> bool:
+        """Whether any of these intermediates is wanted or replaced."""
+        return any(name in self.wanted or name in self.reuse for name in names)
+
+    def block(
+        self,
+        names: str | Sequence[str],
+        function: Callable[..., jax.Array],
+        x: jax.Array,
+        *args: Any,
+        remat: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function,
+    ) -> jax.Array:
+        """`function(x, *args, tap)`, a module whose own intermediates have names that begin with its name.
+
+        Where one of those is wanted, all of the module runs, even if its output is replaced: nothing can be returned
+        from inside a branch.
+
+        Args:
+            names: of the module, as for `module`; those inside begin with the first.
+            function: the module. `tap` is the `Taps` of `inside`.
+            x, args: as for `module`.
+            remat: wraps a function of arrays, as `jax.checkpoint` does.
+        """
+        names = (names,) if isinstance(names, str) else names
+        inner = self.inside(names[0])
+        if not inner.wanted:
+            return self.module(names, lambda x, *args: inner.within(remat, function, x, *args), x, *args)
+        output = inner.within(remat, function, x, *args)
+        self.take(names[0], inner)
+        return self.module(names, lambda x, *args: output, x, *args)
+
+    def inside(self, block: str) -> Taps:
+        """What is wanted and replaced inside a block, by its names there: "ffn" is "block_00_ffn" of the whole."""
+        start = f"{block}_"
+
+        def inner(names: Iterable[str]) -> list[str]:
+            return [name.removeprefix(start) for name in names if name.startswith(start)]
+
+        reuse = {name: self.reuse[f"{start}{name}"] for name in inner(self.reuse)}
+        return Taps(inner(self.names), inner(self.wanted), reuse)
+
+    def take(self, block: str, inner: Taps) -> None:
+        """Adds what was found inside a block."""
+        self.found.update({f"{block}_{name}": x for name, x in inner.found.items()})
+
+    def within(
+        self,
+        remat: Callable[[Callable[..., Any]], Callable[..., Any]],
+        function: Callable[..., jax.Array],
+        x: jax.Array,
+        *args: Any,
+    ) -> jax.Array:
+        """`function(x, *args, tap)` under a wrapper such as `jax.checkpoint`; `tap` has the names of this one, and what
+        it finds is found here."""
+
+        def whole(x: jax.Array, *args: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+            tap = Taps(self.names, tuple(self.wanted), self.reuse)
+            return function(x, *args, tap), tap.found
+
+        output, found = remat(whole)(x, *args)
+        self.found.update(found)
+        return output
+
+
+NO_TAPS = Taps((), (), None)
+"""Nothing is wanted and nothing replaced."""

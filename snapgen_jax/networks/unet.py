@@ -40,7 +40,7 @@ from snapgen_jax.networks.unet_config import UNetArchitecture
 
 __all__ = ["UNet", "UNetConfig"]
 
-_MIDDLE = ("mid_residual", "mid_transformer", "mid_residual_2")
+_MIDDLE = ("mid_residual_block", "mid_transformer", "mid_second_residual_block")
 
 # First match wins. Kernels are split over their outputs, or over their inputs where the outputs are the residual
 # stream; vectors are small and stay whole.
@@ -79,17 +79,41 @@ class UNetConfig(UNetArchitecture):
         """Names of a UNet's intermediates in the order in which they are computed.
 
         `down_1_0` is the output of unit 0 of stage 1 on the way down, `down_1` that of its last unit; stage 0 has the
-        highest resolution on both ways.
+        highest resolution on both ways. Inside a unit, `down_1_0_block_0_ffn` is what a module of a transformer block
+        adds, `[B, h * w, c]`, and `down_1_0_residual` what the convolutions add, `[B, h, w, c]`; the same names with
+        `_input` are what enters, which before a transformer's modules is normalised.
         """
         names, stages = ["conv_in"], len(self.channels)
+
+        def units(way: str, stage: int, count: int, depth: int, residual: bool) -> list[str]:
+            inner = [*(["residual"] if residual else []), *self._of_transformer(stage, depth)]
+            return [
+                name for i in range(count) for name in (*_inside(f"{way}_{stage}_{i}", inner), f"{way}_{stage}_{i}")
+            ]
+
         for stage in range(stages):
-            names += [*(f"down_{stage}_{i}" for i in range(self.units)), f"down_{stage}"]
+            names += [*units("down", stage, self.units, *self.down_unit(stage)), f"down_{stage}"]
             names += [f"downsample_{stage}"] if stage < stages - 1 else []
-        names += ["mid"]
+        middle = ["residual", *self._of_transformer(stages - 1, self.mid_depth)]
+        names += [*_inside("mid", middle + ["second_residual"] * (self.mid == "rar")), "mid"]
         for stage in reversed(range(stages)):
-            names += [*(f"up_{stage}_{i}" for i in range(self.units + 1)), f"up_{stage}"]
+            names += [*units("up", stage, self.units + 1, self.up_depth[stage], True), f"up_{stage}"]
             names += [f"upsample_{stage}"] if stage else []
         return tuple(names)
+
+    def _of_transformer(self, stage: int, depth: int) -> list[str]:
+        """The modules of the transformer blocks of a unit."""
+        modules = [
+            *(["self_attention"] if self.self_attention[stage] else []),
+            *(["cross_attention"] if self.cross_attention[stage] else []),
+            "ffn",
+        ]
+        return [f"block_{i}_{module}" for i in range(depth) for module in modules]
+
+
+def _inside(block: str, modules: Sequence[str]) -> list[str]:
+    """Names of what enters and leaves the modules of a block."""
+    return [name for module in modules for name in (f"{block}_{module}_input", f"{block}_{module}")]
 
 
 class UNet(nnx.Module):
@@ -99,6 +123,7 @@ class UNet(nnx.Module):
         dtype, channels, last = compute_dtype(config), config.channels, len(config.channels) - 1
         self.config = config
         self.time = EmbeddingMLP(config.time_width, config.embedding_width, dtype=dtype, rngs=rngs)
+        self.activation = jax.nn.silu  # of the embedding
         self.pooled = (
             EmbeddingMLP(config.pooled_width, config.embedding_width, dtype=dtype, rngs=rngs)
             if config.pooled_width
@@ -109,11 +134,10 @@ class UNet(nnx.Module):
         width, skips = channels[0], [channels[0]]
         self.down, self.downsamplers = nnx.List(), nnx.List()
         for stage, channel in enumerate(channels):
-            residual = stage > 0 or config.first_stage != "tf"
+            depth, residual = config.down_unit(stage)
             units = nnx.List()
             for i in range(config.units):
-                name, depth = f"down_{stage}_{i}", config.depth_down(stage)
-                units.append(Unit(config, name, stage, width, depth, residual, rngs))
+                units.append(Unit(config, f"down_{stage}_{i}", stage, width, depth, residual, rngs))
                 width = channel
                 skips.append(width)
             self.down.append(units)
@@ -128,9 +152,9 @@ class UNet(nnx.Module):
             return Transformer(config, last, config.mid_depth, rngs)
 
         counts = {name: config.count(name) if name in config.base_blocks() else 0 for name in _MIDDLE}
-        self.mid_residual, self.mid_more_residuals = standing(counts["mid_residual"], residual_block)
+        self.mid_residual, self.mid_more_residuals = standing(counts["mid_residual_block"], residual_block)
         self.mid_transformer, self.mid_more_transformers = standing(counts["mid_transformer"], transformer)
-        self.mid_residual_2, self.mid_more_residuals_2 = standing(counts["mid_residual_2"], residual_block)
+        self.mid_residual_2, self.mid_more_residuals_2 = standing(counts["mid_second_residual_block"], residual_block)
 
         # Lists are indexed by stage, so the way up is built and stored from the highest resolution like the way down.
         up_units: list[nnx.List] = []
@@ -166,56 +190,49 @@ class UNet(nnx.Module):
             context: sequence `[B, L, context_width]`, mask `[B, L]`, pooled `[B, pooled_width]`.
             taps: names of intermediates to return; `config.tap_names()` lists them.
             reuse: intermediates to use in place of the network's own, always or where `Reuse.run` says; also by the
-                names of `config.droppable_blocks()`, which are no taps.
+                names of `config.droppable_blocks()`. Inside a unit whose intermediates are tapped everything runs, even
+                where the unit itself is replaced.
 
         Returns:
             v: `[B, H, W, C]` float32.
-            intermediates: `{name: [B, h, w, c]}` in the compute dtype.
+            intermediates: `{name: [B, h, w, c]}`, or `[B, h * w, c]` in transformers, in the compute dtype.
 
         Raises:
             ValueError: a shape does not fit the config, or a name is unknown.
         """
         config, stages = self.config, len(self.config.channels)
         _check_inputs(config, x, time, context)
-        inner = set(config.droppable_blocks()) & set(reuse or {})
-        blocks = {name: x if isinstance(x, Reuse) else Reuse(x) for name, x in (reuse or {}).items() if name in inner}
-        tap = Taps(config.tap_names(), taps, {name: x for name, x in (reuse or {}).items() if name not in inner})
-
-        def within(unit: str) -> tuple[dict[str, Reuse], ...]:
-            """What takes the place of a unit's blocks, as a further argument of it; none where there is nothing."""
-            chosen = {name: x for name, x in blocks.items() if name.startswith(f"{unit}_")}
-            return (chosen,) if chosen else ()
+        tap = Taps((*config.tap_names(), *config.droppable_blocks()), taps, reuse)
 
         embedding = self.time(time)
         if self.pooled is not None:
             embedding = embedding + self.pooled(context.pooled)
-        embedding = jax.nn.silu(embedding)
+        embedding = self.activation(embedding)
         kernel = kernel_of(config)
         states, mask = real_first(kernel, context.sequence.astype(compute_dtype(config)), context.mask)
         keys = key_mask(kernel, mask)
 
+        recomputed = functools.partial(remat.unit, config.remat)
         h = tap.module("conv_in", lambda x: shard(self.conv_in(shard(x, "image")), "image"), x)
         skips = [h]
         for stage, units in enumerate(self.down):
             rope = _rope(config, stage, h)
             for i, unit in enumerate(units):
                 names = [f"down_{stage}_{i}", *([f"down_{stage}"] if i == config.units - 1 else [])]
-                given = (embedding, states, keys, rope, *within(names[0]))
-                h = tap.module(names, remat.unit(config.remat, unit), h, *given)
+                h = tap.block(names, unit, h, embedding, states, keys, rope, remat=recomputed)
                 skips.append(h)
             if stage < stages - 1:
                 h = tap.module(f"downsample_{stage}", self.downsamplers[stage], h)
                 skips.append(h)
 
-        h = tap.module("mid", self._middle, h, embedding, states, keys, *within("mid"))
+        h = tap.block("mid", self._middle, h, embedding, states, keys)
 
         for stage in reversed(range(stages)):
             rope = _rope(config, stage, h)
             for i, unit in enumerate(self.up[stage]):
                 joined = jnp.concatenate([h, skips.pop()], axis=-1)
                 names = [f"up_{stage}_{i}", *([f"up_{stage}"] if i == config.units else [])]
-                given = (embedding, states, keys, rope, *within(names[0]))
-                h = tap.module(names, remat.unit(config.remat, unit), joined, *given)
+                h = tap.block(names, unit, joined, embedding, states, keys, rope, remat=recomputed)
             if stage:
                 upsample = remat.block(config.remat, self.upsamplers[stage - 1])
                 h = tap.module(f"upsample_{stage}", upsample, h)
@@ -223,26 +240,23 @@ class UNet(nnx.Module):
         v = remat.block(config.remat, lambda h: self.conv_out(jax.nn.silu(self.norm_out(h))))(h)
         return shard(v.astype(jnp.float32), "image"), tap.found
 
-    def _middle(
-        self,
-        h: jax.Array,
-        embedding: jax.Array,
-        states: jax.Array,
-        keys: Mask,
-        reuse: Mapping[str, Reuse] | None = None,
-    ) -> jax.Array:
+    def _middle(self, h: jax.Array, embedding: jax.Array, states: jax.Array, keys: Mask, tap: Taps) -> jax.Array:
         """The lowest resolution: `[B, h, w, C] -> [B, h, w, C]`."""
-        reuse, rope = reuse or {}, _rope(self.config, len(self.config.channels) - 1, h)
+        rope = _rope(self.config, len(self.config.channels) - 1, h)
+        recomputed = functools.partial(remat.unit, self.config.remat)
 
-        def remembered(blocks: tuple[Any, nnx.List | None]) -> tuple[Any, Any]:
-            first, rest = blocks
-            again = functools.partial(remat.unit, self.config.remat)
-            return first if first is None else again(first), [again(block) for block in rest or ()]
+        def transform(block: Any, h: jax.Array, *given: Any) -> jax.Array:
+            *given, inner = given
+            return inner.within(recomputed, block, h, *given)
 
-        transformers = remembered((self.mid_transformer, self.mid_more_transformers))
-        h = run_standing((self.mid_residual, self.mid_more_residuals), "mid_residual", reuse, h, embedding)
-        h = run_standing(transformers, "mid_transformer", reuse, h, states, keys, rope)
-        h = run_standing((self.mid_residual_2, self.mid_more_residuals_2), "mid_residual_2", reuse, h, embedding)
+        def second(block: Any, h: jax.Array, embedding: jax.Array, inner: Taps) -> jax.Array:
+            return block(h, embedding, inner, "second_residual")
+
+        h = run_standing((self.mid_residual, self.mid_more_residuals), "residual_block", tap, h, embedding)
+        transformers = self.mid_transformer, self.mid_more_transformers
+        h = run_standing(transformers, "transformer", tap, h, states, keys, rope, call=transform)
+        seconds = self.mid_residual_2, self.mid_more_residuals_2
+        h = run_standing(seconds, "second_residual_block", tap, h, embedding, call=second)
         return shard(h, "image")
 
 

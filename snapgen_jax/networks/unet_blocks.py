@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from snapgen_jax.networks.depthwise import DepthwiseConv
 from snapgen_jax.networks.fused_separable import Norm, fused
 from snapgen_jax.networks.layers import GEGLU, PRODUCT, Conv, GroupNorm, Init, LayerNorm, Linear, upsample_nearest
 from snapgen_jax.networks.module import compute_dtype, shard
-from snapgen_jax.networks.taps import Reuse, run_block
+from snapgen_jax.networks.taps import NO_TAPS, Taps
 from snapgen_jax.networks.unet_config import UNetArchitecture, copy_name
 
 Rope = tuple[np.ndarray, np.ndarray]
@@ -87,14 +88,19 @@ class ResidualBlock(nnx.Module):
         self.remat: remat.Remat = config.remat
         self.fuses = config.separable_block == "fused"
 
-    def __call__(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
-        """`[B, H, W, in] -> [B, H, W, out]`; `embedding` is `[B, E]`, already activated."""
-        return remat.block(self.remat, self._block)(x, embedding)
+    def __call__(self, x: jax.Array, embedding: jax.Array, tap: Taps = NO_TAPS, name: str = "residual") -> jax.Array:
+        """`[B, H, W, in] -> [B, H, W, out]`; `embedding` is `[B, E]`, already activated. What the convolutions add is
+        the intermediate called `name`."""
 
-    def _block(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
-        h = self._half(self.norm_1, self.conv_1, x, lambda: self.embedding(embedding))
-        h = self._half(self.norm_2, self.conv_2, h)
-        return h + (x if self.skip is None else self.skip(x))
+        def block(x: jax.Array, embedding: jax.Array, tap: Taps) -> jax.Array:
+            def convolutions(x: jax.Array) -> jax.Array:
+                h = self._half(self.norm_1, self.conv_1, x, lambda: self.embedding(embedding))
+                return self._half(self.norm_2, self.conv_2, h)
+
+            h = tap.entered(name, convolutions, x, x.dtype)
+            return h + (x if self.skip is None else self.skip(x))
+
+        return tap.within(functools.partial(remat.block, self.remat), block, x, embedding)
 
     def _half(
         self,
@@ -147,12 +153,14 @@ class TransformerBlock(nnx.Module):
         self.ffn_norm = LayerNorm(width, dtype=dtype)
         self.ffn = GEGLU(width, config.ffn_ratio * width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, context: jax.Array, keys: Mask, rope: Rope | None) -> jax.Array:
-        if self.self_attention is not None and self.self_norm is not None:
-            x = x + self.self_attention(self.self_norm(x), rope=rope)
-        if self.cross_attention is not None and self.cross_norm is not None:
-            x = x + self.cross_attention(self.cross_norm(x), context, mask=keys)
-        return x + self.ffn(self.ffn_norm(x))
+    def __call__(
+        self, x: jax.Array, context: jax.Array, keys: Mask, rope: Rope | None, tap: Taps = NO_TAPS
+    ) -> jax.Array:
+        if (attend := self.self_attention) is not None and self.self_norm is not None:
+            x = x + tap.entered("self_attention", lambda z: attend(z, rope=rope), self.self_norm(x), x.dtype)
+        if (cross := self.cross_attention) is not None and self.cross_norm is not None:
+            x = x + tap.entered("cross_attention", lambda z: cross(z, context, mask=keys), self.cross_norm(x), x.dtype)
+        return x + tap.entered("ffn", self.ffn, self.ffn_norm(x), x.dtype)
 
 
 class Transformer(nnx.Module):
@@ -168,7 +176,9 @@ class Transformer(nnx.Module):
         self.absolute = config.absolute_positions
         self.remat: remat.Remat = config.remat
 
-    def __call__(self, x: jax.Array, context: jax.Array, keys: Mask, rope: Rope | None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, context: jax.Array, keys: Mask, rope: Rope | None, tap: Taps = NO_TAPS
+    ) -> jax.Array:
         """`[B, H, W, C] -> [B, H, W, C]`; context `[B, L, D]`, `keys` says which of its L states count."""
         b, h, w, c = x.shape
         tokens = remat.block(self.remat, lambda x: self.project_in(self.norm(x).reshape(b, h * w, c)))(x)
@@ -178,8 +188,9 @@ class Transformer(nnx.Module):
             table = np.concatenate(rope_table(h, w, c, theta=100.0), axis=-1).astype(tokens.dtype)
             tokens = (tokens.reshape(b, h, w, c) + table.reshape(h, w, c)).reshape(b, h * w, c)
         tokens = shard(tokens, "tokens")
-        for block in self.blocks:
-            tokens = remat.block(self.remat, block)(tokens, context, keys, rope)
+        recomputed = functools.partial(remat.block, self.remat)
+        for i, block in enumerate(self.blocks):
+            tokens = tap.block(f"block_{i}", block, tokens, context, keys, rope, remat=recomputed)
         return x + self.project_out(tokens).reshape(b, h, w, c)
 
 
@@ -193,13 +204,32 @@ def standing(count: int, make: Callable[[bool], nnx.Module]) -> tuple[Any, nnx.L
 
 
 def run_standing(
-    blocks: tuple[Any, nnx.List | None], name: str, reuse: Mapping[str, Reuse], x: jax.Array, *args: Any
+    blocks: tuple[Any, nnx.List | None],
+    name: str,
+    tap: Taps,
+    x: jax.Array,
+    *args: Any,
+    call: Callable[..., jax.Array] = lambda block, x, *args: block(x, *args),
 ) -> jax.Array:
-    """Runs the blocks of `standing` one after another, each unless `reuse` replaces it by its name."""
+    """Runs the blocks of `standing` one after another, each unless it is replaced by its name.
+
+    Args:
+        blocks: of `standing`.
+        name: of the first in `tap`; what is inside that one has names of its own, unless it is replaced.
+        tap: of the unit.
+        x, args: what the blocks take.
+        call: `(block, x, *args, tap)`, how one is called.
+    """
     first, rest = blocks
     for i, block in enumerate([] if first is None else [first, *(rest or ())]):
-        x = run_block(reuse, copy_name(name, i), block, x, *args)
+        own = copy_name(name, i)
+        inner = NO_TAPS if i or tap.touches(own) else tap
+        x = tap.module(own, functools.partial(_called, call, block, inner), x, *args)
     return x
+
+
+def _called(call: Callable[..., jax.Array], block: Any, tap: Taps, x: jax.Array, *args: Any) -> jax.Array:
+    return call(block, x, *args, tap)
 
 
 class Unit(nnx.Module):
@@ -215,7 +245,7 @@ class Unit(nnx.Module):
         residual: bool,
         rngs: nnx.Rngs,
     ):
-        out_width, self.name = config.channels[stage], name
+        out_width = config.channels[stage]
 
         def residual_block(first: bool) -> nnx.Module:
             return ResidualBlock(config, in_width if first else out_width, out_width, rngs)
@@ -223,7 +253,7 @@ class Unit(nnx.Module):
         def transformer(first: bool) -> nnx.Module:
             return Transformer(config, stage, depth, rngs)
 
-        residuals = config.count(f"{name}_residual") if residual else 0
+        residuals = config.count(f"{name}_residual_block") if residual else 0
         transformers = config.count(f"{name}_transformer") if depth else 0
         self.residual, self.more_residuals = standing(residuals, residual_block)
         self.transformer, self.more_transformers = standing(transformers, transformer)
@@ -235,14 +265,11 @@ class Unit(nnx.Module):
         context: jax.Array,
         keys: Mask,
         rope: Rope | None,
-        reuse: Mapping[str, Reuse] | None = None,
+        tap: Taps = NO_TAPS,
     ) -> jax.Array:
-        """`reuse`: what takes the place of blocks, by their names."""
-        reuse, name = reuse or {}, self.name
-        x = run_standing((self.residual, self.more_residuals), f"{name}_residual", reuse, x, embedding)
-        x = run_standing(
-            (self.transformer, self.more_transformers), f"{name}_transformer", reuse, x, context, keys, rope
-        )
+        x = run_standing((self.residual, self.more_residuals), "residual_block", tap, x, embedding)
+        transformers = self.transformer, self.more_transformers
+        x = run_standing(transformers, "transformer", tap, x, context, keys, rope)
         return shard(x, "image")
 
 

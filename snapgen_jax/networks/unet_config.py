@@ -146,17 +146,18 @@ class UNetArchitecture(Preset):
         found, width = {}, self.channels[0]
         for stage, channel in enumerate(self.channels):
             for i in range(self.units):
-                if stage or self.first_stage != "tf":
-                    found[f"down_{stage}_{i}_residual"] = width == channel
-                if self.depth_down(stage):
+                depth, residual = self.down_unit(stage)
+                if residual:
+                    found[f"down_{stage}_{i}_residual_block"] = width == channel
+                if depth:
                     found[f"down_{stage}_{i}_transformer"] = True
                 width = channel
-        found["mid_residual"] = True
+        found["mid_residual_block"] = True
         found |= {"mid_transformer": True} if self.mid_depth else {}
-        found |= {"mid_residual_2": True} if self.mid == "rar" else {}
+        found |= {"mid_second_residual_block": True} if self.mid == "rar" else {}
         for stage in reversed(range(len(self.channels))):
             for i in range(self.units + 1):
-                found[f"up_{stage}_{i}_residual"] = False
+                found[f"up_{stage}_{i}_residual_block"] = False
                 found |= {f"up_{stage}_{i}_transformer": True} if self.up_depth[stage] else {}
         return found
 
@@ -164,9 +165,10 @@ class UNetArchitecture(Preset):
         """How often a block of `base_blocks` stands."""
         return dict(self.blocks).get(block, 1)
 
-    def depth_down(self, stage: int) -> int:
-        """Transformer blocks of a unit on the way down."""
-        return 0 if stage == 0 and self.first_stage == "res" else self.down_depth[stage]
+    def down_unit(self, stage: int) -> tuple[int, bool]:
+        """Of a unit on the way down: its transformer blocks, and whether it has a residual block."""
+        only_residual = stage == 0 and self.first_stage == "res"
+        return 0 if only_residual else self.down_depth[stage], stage > 0 or self.first_stage != "tf"
 
     def droppable_blocks(self) -> tuple[str, ...]:
         """The blocks whose input may stand in for their output, in the order in which they run. The second of a block

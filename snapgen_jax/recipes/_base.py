@@ -9,14 +9,17 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
+from snapgen_jax.inputs.class_labels import LABEL
 from snapgen_jax.inputs.interfaces import Inputs, TokenizerSpec
+from snapgen_jax.networks.dit import DiTConfig
 from snapgen_jax.networks.mmdit import MMDiTConfig
+from snapgen_jax.networks.module import Network
 from snapgen_jax.networks.rules import rules_of
 from snapgen_jax.recipes._assembly import specs_of, trained_roles
 from snapgen_jax.recipes._teacher import run_config
 from snapgen_jax.recipes.flow_matching import FlowMatching
 from snapgen_jax.training.exits import ConfigError
-from snapgen_jax.weights.frozen import is_published, load_mmdit, load_run
+from snapgen_jax.weights.frozen import is_published, load_dit, load_mmdit, load_run
 
 Tree = Any
 
@@ -26,7 +29,7 @@ def load_base(base: str, method: FlowMatching, mesh: Mesh | None) -> Tree:
 
     Args:
         base: a trained run, whose averaged weights are read; or the folder `transformer/` of a published Stable
-            Diffusion 3.5.
+            Diffusion 3.5 or DiT.
         method: whose config says what the base is.
         mesh: where the weights go; None for one device.
 
@@ -39,15 +42,23 @@ def load_base(base: str, method: FlowMatching, mesh: Mesh | None) -> Tree:
     brought = inputs.load(inputs.pretrained(), mesh)
     own = {role: network for role, network in networks.items() if role not in brought}
     if is_published(epath.Path(base)):
-        network = method.config.network
-        if not isinstance(network, MMDiTConfig) or len(own) > 1:
-            raise ConfigError(
-                f"{base} holds an MMDiT alone: set network.kind to 'mmdit', and inputs whose text encoders are "
-                "published or of a run"
-            )
-        return {method.role: load_mmdit(base, network, specs_of(own, own)[method.role], mesh), **brought}
+        return {**_published(base, method, own, mesh), **brought}
     _check_run(base, method.config, inputs)
     return {**load_run(base, specs_of(own, own), mesh=mesh, rules=rules_of(own)), **brought}
+
+
+def _published(base: str, method: FlowMatching, own: Mapping[str, Network], mesh: Mesh | None) -> Tree:
+    """The networks of published weights: an MMDiT, or a DiT and its table of classes."""
+    config, specs = method.config.network, specs_of(own, own)
+    if isinstance(config, MMDiTConfig) and own.keys() == {method.role}:
+        return {method.role: load_mmdit(base, config, specs[method.role], mesh)}
+    if isinstance(config, DiTConfig) and own.keys() <= {method.role, LABEL}:
+        return load_dit(base, config, own[LABEL].config if LABEL in own else None, specs, mesh)
+    raise ConfigError(
+        f"{base} holds published weights, of an MMDiT alone or of a DiT and its classes: set network.kind to 'mmdit', "
+        "and inputs whose text encoders are published or of a run; or network.kind to 'dit' and inputs.kind to "
+        "'class_labels'"
+    )
 
 
 def _check_run(base: str, config: Any, inputs: Inputs) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from snapgen_jax.networks.module import Network, apply, build
 Gates = Mapping[str, Mapping[str, jax.Array]]
 """`{module: {"kernel": [T, D], "mean": [T]}}` for T sampling steps: the gate's weights, and the running mean of its
 logit."""
+Kind = Literal["attention", "ffn", "residual"]
+ROLE = "gates"
 MEAN_DECAY = 0.9
 RUNS, REUSED = "1", "0"
 
@@ -22,20 +25,31 @@ def input_of(module: str) -> str:
     return f"{module}_input"
 
 
-def gated_modules(network: Network) -> tuple[str, ...]:
+def gated_modules(network: Network, kinds: Sequence[Kind] = ("attention", "ffn")) -> tuple[str, ...]:
     """The modules of which a network names both what enters and what leaves, in the order in which they run.
 
+    Args:
+        network: whose.
+        kinds: of them, which end their names.
+
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or none of a kind.
     """
     names = network.config.tap_names()
-    modules = tuple(name for name in names if input_of(name) in names)
+    modules = [name for name in names if input_of(name) in names]
+    kind = network.config.kind
     if not modules:
         raise ValueError(
-            f"network.kind={network.config.kind!r} does not name what enters its modules, so that no gate can read it; "
-            "use network.kind='dit'"
+            f"network.kind={kind!r} does not name what enters its modules, so that no gate can read it; "
+            "use network.kind='dit', 'mmdit' or 'unet'"
         )
-    return modules
+    there = {name.rsplit("_", 1)[-1] for name in modules}
+    if missing := [name for name in kinds if name not in there]:
+        raise ValueError(
+            f"gate={tuple(kinds)}: network.kind={kind!r} has no {missing[0]} modules, only {', '.join(sorted(there))}; "
+            "leave it out"
+        )
+    return tuple(name for name in modules if name.rsplit("_", 1)[-1] in kinds)
 
 
 def new_gates(network: Network, modules: Sequence[str], steps: int) -> Gates:

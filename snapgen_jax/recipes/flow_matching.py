@@ -42,7 +42,7 @@ from snapgen_jax.recipes._assembly import (
     trained_roles,
     warn_of_unused_dropout,
 )
-from snapgen_jax.recipes._flow_export import flow_plan
+from snapgen_jax.recipes._flow_export import Time, flow_plan
 from snapgen_jax.recipes._sampling import SamplingConfig, check_sampling, initial_noise, noise_shape, sample_flow
 from snapgen_jax.systems.denoiser import Denoiser, Prediction
 from snapgen_jax.training.accumulate import accumulate_gradients
@@ -113,9 +113,14 @@ class Point(NamedTuple):
 
 
 class FlowMatching:
-    """See the top of this file. Implements `training.recipe.Recipe`."""
+    """See the top of this file. Implements `training.recipe.Recipe`.
+
+    Attributes:
+        exported_time: what its exported network is told of the time, see `flow_plan`.
+    """
 
     Config = FlowMatchingConfig
+    exported_time: Time = "features"
 
     def __init__(self, config: FlowMatchingConfig, platform: Platform):
         """`platform` is the one compiled for; it fixes compute dtype and form of the depthwise convolution.
@@ -447,6 +452,7 @@ class FlowMatching:
             golden=GoldenInputs(
                 prompts=(self.config.sample_prompts[:2] or ("",)) if brought.tokenizers else (), arrays=brought.golden
             ),
+            time=self.exported_time,
         )
 
 

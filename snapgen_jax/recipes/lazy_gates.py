@@ -29,11 +29,13 @@ from snapgen_jax.evaluation.interfaces import EvaluatorSpec
 from snapgen_jax.inputs.interfaces import TokenizerSpec
 from snapgen_jax.losses.flow_matching import flow_matching_loss
 from snapgen_jax.networks.dit import DiTConfig
-from snapgen_jax.networks.module import Platform
+from snapgen_jax.networks.module import Platform, build
 from snapgen_jax.networks.registry import DenoiserConfig
 from snapgen_jax.networks.taps import Blend, Reuse
 from snapgen_jax.recipes._base import base_tokenizers, load_base
 from snapgen_jax.recipes._gates import (
+    ROLE,
+    Kind,
     calls_to_skip,
     gated_modules,
     input_of,
@@ -44,6 +46,7 @@ from snapgen_jax.recipes._gates import (
     threshold,
     with_means,
 )
+from snapgen_jax.recipes._lazy_export import adaptive_plan, scheduled_plan
 from snapgen_jax.recipes._sampling import SamplingConfig, sample_flow, sampling_grid
 from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig, Point
 from snapgen_jax.training.exits import ConfigError
@@ -55,7 +58,6 @@ from snapgen_jax.training.state import TrainState
 __all__ = ["LazyGates", "LazyGatesConfig", "LazySamplingConfig", "majority_schedule"]
 
 Tree = Any
-ROLE = "gates"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +106,8 @@ class LazyGatesConfig(FlowMatchingConfig):
     Attributes:
         base: the trained run whose averaged weights are used. A text encoder that was trained in it is read too.
         sampling: its number of steps is that of the gates.
+        gate: at which modules gates stand: "attention", which in a UNet is self- and cross-attention, and "ffn". An
+            extension is "residual": the convolutions of a UNet's residual blocks, whose price is that of a "ffn".
         rho_attention, rho_ffn: the price of a module that runs, beside the squared error of the velocity. A higher one
             skips more.
         refresh: when every module runs: at the "odd_steps", counted from one, as the authors' code does, or at the
@@ -116,6 +120,7 @@ class LazyGatesConfig(FlowMatchingConfig):
     ema_decay: float = 0.0
     sampling: LazySamplingConfig = LazySamplingConfig()
     base: str = ""
+    gate: tuple[Kind, ...] = ("attention", "ffn")
     rho_attention: float = 1e-4
     rho_ffn: float = 1e-4
     refresh: Literal["odd_steps", "first_step"] = "odd_steps"
@@ -123,6 +128,8 @@ class LazyGatesConfig(FlowMatchingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self, rho_attention=at_least(0), rho_ffn=at_least(0))
+        if not self.gate:
+            raise ValueError("gate=() leaves nothing to skip; give attention, ffn or both")
         if self.sampling.steps < 2:
             raise ValueError(f"sampling.steps={self.sampling.steps}: one step has no step before it; give 2 or more")
 
@@ -140,7 +147,7 @@ class LazyGates(FlowMatching):
         """
         super().__init__(config, platform)
         self.trains: Mapping[str, tuple[str, ...]] = {"model": (ROLE,)}
-        self.modules = gated_modules(self.denoiser.network)
+        self.modules = gated_modules(self.denoiser.network, config.gate)
         self.entering = tuple(input_of(module) for module in self.modules)
         steps = np.arange(config.sampling.steps)
         self.may_skip = steps % 2 == 1 if config.refresh == "odd_steps" else steps > 0
@@ -408,12 +415,24 @@ class LazyGates(FlowMatching):
         return [*(spec for spec in super().evaluators() if spec.name != "similarity"), has]
 
     def exports(self) -> ExportPlan:
-        """None yet.
+        """The network by the schedule of `sampling`, or with gates that decide at each call; the network alone where
+        nothing is skipped.
 
         Raises:
-            ConfigError: always.
+            ConfigError: the gates decide for both halves of guidance together, which are two calls of a bundle.
         """
-        raise ConfigError(f"gates are not exported; export the run that they are of, {self.config.base!r}")
+        plan, options = super().exports(), self.config.sampling
+        if not options.is_lazy:
+            return plan
+        spec = {self.role: build(self.denoiser.network.config)[1]}
+        if not options.schedule:
+            if _halves(options) == 2 and options.halves == "joint":
+                raise ConfigError(
+                    "halves='joint' decides for both halves of guidance, which are two calls of a bundle; set "
+                    "halves='separate', or give a schedule"
+                )
+            return adaptive_plan(plan, self.modules, self.may_skip, options.lazy, spec)
+        return scheduled_plan(plan, self.modules, masks_of(options.schedule, len(self.modules)), spec)
 
 
 def _halves(options: SamplingConfig) -> int:

@@ -28,28 +28,88 @@ class Stored:
 
 
 @dataclasses.dataclass(frozen=True)
-class ExportUnit:
-    """One function that becomes one `.tflite` file.
+class Branches:
+    """A function of which some modules run only where it decides so, and else are replaced by inputs of their names.
+
+    Called, it branches by `lax.cond`. In a file each module is the branch of an IF, which only a CPU runs: several
+    `lax.cond` in one function convert to a file that TFLite does not load.
 
     Attributes:
-        name: file stem and signature name, "unet": lower-case letters, digits and underscores.
+        names: of the modules, in the order in which they run. `inputs[name]` is what a module may be replaced by.
+        decide: `decide(name, weights, values, inputs) -> (run, entering)`: whether a module runs, a bool scalar, and
+            what enters it; `values` are the outputs of all modules before, or what replaced them.
+        module: `module(name, weights, entering) -> output`.
+        finish: `finish(weights, values, inputs) -> {name: array}`.
+    """
+
+    names: tuple[str, ...]
+    decide: Callable[..., tuple[Any, Any]]
+    module: Callable[..., Any]
+    finish: Callable[..., dict[str, Any]]
+
+    def __call__(self, weights: Tree, **inputs: Any) -> dict[str, jax.Array]:
+        """`finish` of what runs, in JAX."""
+
+        def choose(run: jax.Array, name: str, entering: jax.Array) -> jax.Array:
+            return jax.lax.cond(run, lambda: self.module(name, weights, entering), lambda: inputs[name])
+
+        return self.composed(
+            lambda name, values: self.decide(name, weights, values, inputs),
+            choose,
+            lambda values: self.finish(weights, values, inputs),
+        )
+
+    def composed(self, decide: Callable[..., Any], choose: Callable[..., Any], finish: Callable[..., Any]) -> Any:
+        """The order of the calls, whatever makes them."""
+        values: dict[str, Any] = {}
+        for name in self.names:
+            run, entering = decide(name, dict(values))
+            values[name] = choose(run, name, entering)
+        return finish(values)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportUnit:
+    """One function that becomes a signature of a `.tflite` file.
+
+    Attributes:
+        name: signature name, and stem of the file, "unet": lower-case letters, digits and underscores.
         function: `function(weights, **inputs) -> {name: array}`, pure, static shapes, float32 and int32 only. `weights`
-            is `{role: parameters}` of `roles`.
+            is `{role: parameters}` of `roles`. `Branches` where parts of it run or not.
         roles: which of `recipe.weights(params, frozen)` it needs.
         inputs: named input shapes. The batch is 1; a clip has its frames in the place of the batch.
-        storage: `{path: Stored}`, path being "role/module/kernel": weights that take few values. The exporter checks
-            that they are those values, and the manifest lists them. The `.tflite` file holds them as floats all the
-            same.
+        storage: `{path: Stored}`, path being "role/module/kernel": weights that take few values; or a function that
+            finds them in all of `recipe.weights(params, frozen)`. See `stored`. The exporter checks that they are those
+            values, and the manifest lists them. The `.tflite` file holds them as floats all the same.
         part: `part(weights)`: what `function` reads of its roles, where that is less than all of them, such as some
             layers of an encoder that is split.
+        file: the stem of the file, where several units are signatures of one. They have the same roles and part, and
+            the file holds those weights once. "" for a file of its own.
     """
 
     name: str
     function: Callable[..., dict[str, jax.Array]]
     roles: tuple[str, ...]
     inputs: Mapping[str, jax.ShapeDtypeStruct]
-    storage: Mapping[str, Stored] = dataclasses.field(default_factory=dict)
+    storage: Mapping[str, Stored] | Callable[[Mapping[str, Tree]], Mapping[str, Stored]] = dataclasses.field(
+        default_factory=dict
+    )
     part: Callable[[Mapping[str, Tree]], dict[str, Tree]] | None = None
+    file: str = ""
+
+    @property
+    def stem(self) -> str:
+        """Of its file."""
+        return self.file or self.name
+
+    @property
+    def branches(self) -> bool:
+        """Whether parts of it run or not, so that only a CPU runs it."""
+        return isinstance(self.function, Branches)
+
+    def stored(self, weights: Mapping[str, Tree]) -> dict[str, Stored]:
+        """`{path: Stored}` of its weights that take few values; `weights` are those of `recipe.weights`."""
+        return dict(self.storage(weights) if callable(self.storage) else self.storage)
 
     def select(self, weights: Mapping[str, Tree]) -> dict[str, Tree]:
         """The weights that `function` takes.

@@ -14,6 +14,8 @@ from etils import epath
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from snapgen_jax.networks.codec import Codec, CodecConfig
+from snapgen_jax.networks.dit import DiTConfig
+from snapgen_jax.networks.label import LabelEmbeddingConfig
 from snapgen_jax.networks.mmdit import MMDiTConfig
 from snapgen_jax.networks.module import Network, flatten, frozen_spec, init, stand_in, unflatten
 from snapgen_jax.parallel.sharding import Rules, tree_shardings
@@ -24,6 +26,7 @@ from snapgen_jax.weights.folder import held, is_weights_folder, read_manifest, r
 from snapgen_jax.weights.loader import load
 from snapgen_jax.weights.mapping import WeightMap
 from snapgen_jax.weights.maps import clip as clip_map
+from snapgen_jax.weights.maps import dit as dit_map
 from snapgen_jax.weights.maps import gemma2 as gemma2_map
 from snapgen_jax.weights.maps import lpips as lpips_map
 from snapgen_jax.weights.maps import rewards, sd3_autoencoder, sd3_mmdit
@@ -212,6 +215,39 @@ def load_mmdit(folder: epath.PathLike, config: MMDiTConfig, spec: Tree, mesh: Me
         ConfigError: the folder is not there, or holds another network.
     """
     return _load_published("sd35_large", folder, sd3_mmdit, config, spec, mesh)
+
+
+def load_dit(
+    folder: epath.PathLike,
+    config: DiTConfig,
+    label: LabelEmbeddingConfig | None,
+    spec: Mapping[str, Tree],
+    mesh: Mesh | None = None,
+) -> dict[str, Tree]:
+    """A published DiT and its table of classes, slice by slice onto the mesh.
+
+    Args:
+        folder: of their safetensors files, `transformer/` of `facebook/DiT-XL-2-256`, or the original ones as
+            `weights.maps.dit` says.
+        config: the architecture.
+        label: the table; None to leave it in the file.
+        spec: `{"dit": ..., "label": ...}` of `ShapeDtypeStruct`.
+        mesh: where the parameters go; without one onto one device.
+
+    Returns:
+        a tree like `spec`.
+
+    Raises:
+        ConfigError: the folder is not there, or holds another network.
+    """
+    name = "dit_xl_2"
+    with _told():
+        layout = dit_map.layout_of(read_folder(pathlib.Path(folder), source=source(name)))
+    loaded = {"dit": _load_mapped(name, folder, dit_map.weight_map(config, layout), config, spec["dit"], mesh)}
+    if label is not None:
+        table = dit_map.label_map(label, layout)
+        loaded["label"] = _load_mapped(name, folder, table, label, spec["label"], mesh)
+    return loaded
 
 
 def load_text_encoder(network: Network, name: str, folder: str, mesh: Mesh | None = None) -> Tree:

@@ -93,7 +93,7 @@ def test_a_table_is_read_for_its_own_network_and_refused_for_another(tmp_path):
     assert read(evolved) == table(UNET) + table.blocks["mid_transformer"]
     with pytest.raises(ConfigError, match=r"another network; these fields differ: groups=4 \(network: 8\)"):
         LatencyTable.read(str(path), dataclasses.replace(UNET, groups=8))
-    path.write_text(json.dumps({**dataclasses.asdict(table), "blocks": {"mid_residual": 1.0}}))
+    path.write_text(json.dumps({**dataclasses.asdict(table), "blocks": {"mid_residual_block": 1.0}}))
     with pytest.raises(ConfigError, match=r"has no time of .*mid_transformer"):
         LatencyTable.read(str(path), UNET)
     path.write_text("[]")
@@ -135,7 +135,11 @@ def test_the_configs_of_stable_diffusion_hold_its_blocks_and_native_steps(file, 
         assert recipe.blocks == recipe.config.network.droppable_blocks() and recipe.drops
 
 
-WORTH = {"down_0_0_residual": 0.3, "mid_residual": 0.01, "mid_transformer": 0.5}  # what is lost without each
+WORTH = {
+    "down_0_0_residual_block": 0.3,
+    "mid_residual_block": 0.01,
+    "mid_transformer": 0.5,
+}  # what is lost without each
 
 
 @pytest.mark.parametrize("metric", ["score", "loss"])
@@ -160,13 +164,15 @@ def test_a_round_measures_each_block_once_and_records_every_value_and_action(met
     options |= {"per_category": 2, "categories": ["single_object"]}
     made = evolution.evolve({"from": tmp_path}, tmp_path / "round", options)
     assert len(asked) == (1 if metric == "loss" else 1 + len(WORTH))
-    assert made["actions"] == ["remove mid_residual"] and made["network"] == {"blocks": [["mid_residual", 0]]}
+    assert made["actions"] == ["remove mid_residual_block"] and made["network"] == {
+        "blocks": [["mid_residual_block", 0]]
+    }
     assert made["cost"] <= made["budget"] and made["moved"] == []
     items = {one["name"]: one["value"] for one in map(json.loads, (tmp_path / "round/items.jsonl").open())}
     for block, worth in WORTH.items():
         value = items[f"value of {block}"]
         assert value["lost"] == pytest.approx(worth) and value["value"] == pytest.approx(worth / value["saved"])
-    assert items["action 1: remove mid_residual"]["cost"] == made["cost"]
+    assert items["action 1: remove mid_residual_block"]["cost"] == made["cost"]
     assert evolution.evolve({"from": tmp_path}, tmp_path / "round", options) == made
     assert len(asked) == (1 if metric == "loss" else 1 + len(WORTH))  # what is on record is not measured again
     chance = evolution.random_architecture({"from": tmp_path}, tmp_path / "chance", {**options, "seed": 0})

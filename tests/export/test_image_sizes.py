@@ -19,7 +19,7 @@ from snapgen_jax.export.compat import Requirements, check
 from snapgen_jax.export.flatbuffer import describe
 from snapgen_jax.export.precision import weights_of
 from snapgen_jax.export.program import BundleError
-from snapgen_jax.export.run import at_sizes, export_run, image_sizes
+from snapgen_jax.export.run import at_sizes, image_sizes
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.state import Player
 
@@ -122,13 +122,17 @@ def test_a_size_that_is_none_is_refused_on_the_command_line(two_sizes, command, 
     assert message in capsys.readouterr().err
 
 
-def test_several_sizes_by_tensorflow_are_refused_before_anything_is_read(tmp_path):
-    with pytest.raises(ConfigError, match="give --backend=litert, or leave out --sizes"):
-        export_run(tmp_path / "none", tmp_path / "bundle", "jax2tf", sizes=[(64, 64)])
-    unit = ToyRecipe().exports().units[0]
-    further = {"net_6x4": (unit.function, unit.inputs)}
-    with pytest.raises(ValueError, match="use the backend 'litert'"):
-        convert.to_tflite(unit.function, {}, unit.inputs, "net", tmp_path / "x.tflite", "jax2tf", further)
+def test_tensorflow_writes_the_weights_of_several_sizes_once_too(tmp_path):
+    recipe = ToyRecipe()
+    (unit, _), (tall, _) = recipe.exports().units, TallToy().exports().units
+    weights, path = unit.select(recipe.weights(recipe.params(), {})), tmp_path / "net.tflite"
+    convert.to_tflite(
+        unit.function, weights, unit.inputs, "net", path, "jax2tf", {"net_6x4": (tall.function, tall.inputs)}
+    )
+    found = describe(path)
+    assert found.inputs["net_6x4"]["latent"].shape == (1, 6, 4, 3)
+    convert.to_tflite(unit.function, weights, unit.inputs, "net", tmp_path / "own.tflite", "jax2tf")
+    assert weights_of(found) == weights_of(describe(tmp_path / "own.tflite"))
 
 
 @pytest.mark.parametrize("text", ["", "64", "64x", "0x64", "64x64,", "64 x 64", "-8x8"])

@@ -82,6 +82,13 @@ def test_networks_on_litert_are_within_the_tolerances_of_the_bundle(probe, small
         assert [check for check in checks if not check[0]] == []
 
 
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_two_signatures_of_one_file_take_turns_and_pass_on_their_state(probe, clip, in_turn):
+    for precision in precisions(clip.folder):
+        checks = probe.ask("verify", folder=clip.folder, precision=precision, in_turn=in_turn)
+        assert checks and [check for check in checks if not check[0]] == []
+
+
 def test_a_bundle_of_several_sizes_draws_at_its_own(probe, two_sizes):
     for precision in precisions(two_sizes):
         checks = probe.ask("verify", folder=two_sizes, precision=precision, in_turn=False)

@@ -79,7 +79,8 @@ class SketchRecipe:
 class ClipRecipe:
     """A class-conditional sampler of clips of four frames.
 
-    At every other time a short network runs, which reuses what the full one left in the cache. The networks predict
+    At every other time a short network runs, which reuses what the full one left in the cache; both are of one file.
+    The networks predict
     noise of a variance-preserving process, and are told the index of the time. Guidance leaves the last channel alone.
     The decoder takes two frames at a time.
     """
@@ -143,8 +144,8 @@ class ClipRecipe:
         }
         shared = {"latent": array(*latent), "label": array(1, 2), "cache": array(*latent)}
         units = [
-            ExportUnit("full", self.full, ("net",), {**shared, "time": array(1, 5)}),
-            ExportUnit("reuse", self.reuse, ("net",), shared),
+            ExportUnit("full", self.full, ("net",), {**shared, "time": array(1, 5)}, file="frames"),
+            ExportUnit("reuse", self.reuse, ("net",), shared, file="frames"),
             ExportUnit("decoder", self.decode, ("net",), {"latent": array(2, *latent[1:])}),
         ]
         return ExportPlan(units, program, GoldenInputs(arrays={"label": np.eye(2, dtype=np.float32)}, seed=3))

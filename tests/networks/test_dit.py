@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from einops import rearrange
 from safetensors.numpy import load_file, save_file
 
 from snapgen_jax.networks.counting import count_macs
 from snapgen_jax.networks.dit import DiTConfig
 from snapgen_jax.networks.label import LabelEmbeddingConfig
 from snapgen_jax.networks.module import apply, build, count_parameters, flatten, unflatten
+from snapgen_jax.networks.patches import to_map
 from snapgen_jax.networks.taps import Reuse
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.networks.time_features import time_features
@@ -338,3 +340,11 @@ def test_a_config_that_nobody_can_mean_is_refused():
         DiTConfig(heads=3, head_dim=6)
     with pytest.raises(ValueError, match="base is 0"):
         DiTConfig(base=0)
+
+
+def test_tokens_become_a_map_by_arrays_of_four_axes():
+    tokens = jnp.arange(2 * 12 * 20, dtype=jnp.float32).reshape(2, 12, 20)
+    expected = rearrange(tokens, "b (h w) (p q c) -> b (h p) (w q) c", h=3, p=2, q=2)
+    np.testing.assert_array_equal(to_map(tokens, 3, 2), expected)
+    steps = jax.make_jaxpr(lambda x: to_map(x, 3, 2))(tokens).eqns
+    assert all(len(out.aval.shape) <= 4 for step in steps for out in step.outvars)

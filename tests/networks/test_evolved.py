@@ -53,7 +53,13 @@ def test_the_blocks_that_may_be_skipped_are_those_of_one_shape(kind):
     skipped = {block: Reuse(None) for block in config.droppable_blocks()}
     jax.eval_shape(lambda p: apply(network, p, *args(kind), reuse=skipped)[0], spec)
     others = {
-        "unet": ["down_1_0_residual", "up_1_0_residual", "up_1_1_residual", "up_0_0_residual", "up_0_1_residual"],
+        "unet": [
+            "down_1_0_residual_block",
+            "up_1_0_residual_block",
+            "up_1_1_residual_block",
+            "up_0_0_residual_block",
+            "up_0_1_residual_block",
+        ],
         "sd_unet": ["down_1_0_0", "up_1_0_0", "up_1_1_0", "up_1_2_0", "up_0_0_0", "up_0_1_0"],
     }[kind]
     assert [block for block in every if block not in others] == [*skipped]
@@ -117,7 +123,7 @@ def test_actions_compose_and_the_architecture_says_what_they_made(kind):
     jax.tree.map(np.testing.assert_array_equal, at_once, stepwise)
     described = architecture(now)
     assert described == (
-        {"blocks": [["down_0_0_residual", 0], ["mid_transformer", 3]]}
+        {"blocks": [["down_0_0_residual_block", 0], ["mid_transformer", 3]]}
         if kind == "unet"
         else {"down": [["a"], ["ra", "r"]], "mid": "raaar", "up": [["ra", "ra"], ["r", "ra", "ra"]]}
     )
@@ -169,13 +175,13 @@ def test_gradients_pass_around_a_block_that_is_skipped():
 
 
 def test_what_is_no_such_block_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"'up_0_0_residual' is no block .*; these are down_0_0_residual"):
-        changed(UNET, "up_0_0_residual", "remove")
+    with pytest.raises(ValueError, match=r"'up_0_0_residual_block' is no block .*; these are down_0_0_residual_block"):
+        changed(UNET, "up_0_0_residual_block", "remove")
     with pytest.raises(ValueError, match=r"UNetConfig.blocks: 'mid' is no block"):
         dataclasses.replace(UNET, blocks=(("mid", 0),))
     with pytest.raises(ValueError, match="cannot stand -1 times"):
         dataclasses.replace(UNET, blocks=(("mid_transformer", -1),))
-    assert unet_path("down_1_0_residual", 2) == "down/block_01/block_00/more_residuals/block_01"
+    assert unet_path("down_1_0_residual_block", 2) == "down/block_01/block_00/more_residuals/block_01"
 
 
 def test_the_network_of_snapfusion_has_the_blocks_of_its_table():

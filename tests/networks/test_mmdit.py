@@ -42,7 +42,7 @@ def load_checkpoint(folder, **changes):
 
 def assert_equals_reference(network, params, example, tolerance):
     """`example`: a mapping with x, t, sequence, pooled, v and the taps, as the oracle writes it."""
-    taps = network.config.tap_names()
+    taps = network.config.block_names()
     context = TextContext(example["sequence"], jnp.zeros(example["sequence"].shape[:2]), example["pooled"])
     run = jax.jit(lambda params, *inputs: apply(network, params, *inputs, taps=taps))
     v, found = run(params, example["x"], time_features(example["t"]), context)
@@ -174,7 +174,7 @@ def test_padding_is_hidden_or_read_as_the_config_says():
 def test_taps_come_in_any_choice_and_as_maps():
     network, params, inputs = random_network(SMOKE)
     run = jax.jit(lambda taps: apply(network, params, *inputs, taps=taps), static_argnums=0)
-    v, every = run(SMOKE.tap_names())
+    v, every = run(SMOKE.block_names())
     assert list(every) == ["block_00", "block_01", "block_02"]
     for choice in (("block_02",), ("block_01", "block_00")):
         same, found = run(choice)

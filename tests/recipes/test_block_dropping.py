@@ -19,7 +19,7 @@ from tests.recipes_for_tests import ONE_STAGE, greys, state_away_from_zero
 from tests.students_for_tests import MMDIT, STUDENT
 
 NETWORK = UNetConfig.preset("smoke", latent_channels=12, **ONE_STAGE)
-BLOCKS = ("down_0_0_residual", "mid_residual", "mid_transformer")
+BLOCKS = ("down_0_0_residual_block", "mid_residual_block", "mid_transformer")
 CONFIG = BlockDroppingConfig(**{**STUDENT, "network": NETWORK}, drop=0.2, final_drop=0.6)
 
 

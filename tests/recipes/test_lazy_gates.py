@@ -16,8 +16,8 @@ from snapgen_jax.networks.dit import DiTConfig, SelfAttention
 from snapgen_jax.networks.label import LabelEmbeddingConfig
 from snapgen_jax.networks.mmdit_blocks import FeedForward
 from snapgen_jax.networks.module import build
+from snapgen_jax.networks.sd_unet import SDUNetConfig
 from snapgen_jax.networks.taps import Blend
-from snapgen_jax.networks.unet import UNetConfig
 from snapgen_jax.recipes._gates import gated_modules, threshold
 from snapgen_jax.recipes._sampling import sampling_grid
 from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig
@@ -310,9 +310,11 @@ def test_sampling_options_that_mean_nothing_are_refused(options, message):
 
 
 def test_what_has_no_place_for_a_gate_is_refused():
-    with pytest.raises(ValueError, match=r"network.kind='unet' does not name what enters its modules"):
-        gated_modules(build(UNetConfig.preset("smoke"))[0])
+    with pytest.raises(ValueError, match=r"network.kind='sd_unet' does not name what enters its modules"):
+        gated_modules(build(SDUNetConfig.preset("smoke"))[0])
+    with pytest.raises(ValueError, match=r"network.kind='dit' has no residual modules, only attention, ffn"):
+        lazy(gate=("residual", "ffn"))
+    with pytest.raises(ValueError, match=r"gate=\(\) leaves nothing to skip"):
+        lazy(gate=())
     with pytest.raises(ValueError, match="one step has no step before it"):
         dataclasses.replace(CONFIG, sampling=LazySamplingConfig(steps=1))
-    with pytest.raises(ConfigError, match="gates are not exported"):
-        RECIPE.exports()

@@ -59,7 +59,7 @@ export function fit(waysOfUnits) {
       };
     }
   }
-  const each = Object.values(fitting).map(([best]) => best.heap);
+  const each = [...new Map(Object.values(fitting).map(([best]) => [best.file, best.heap])).values()];
   const sum = each.reduce((total, heap) => total + heap, 0);
   const residency = sum < 0.75 * HEAP ? "together" : "in turn";
   const heap = residency === "together" ? sum : Math.max(...each);

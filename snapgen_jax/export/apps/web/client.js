@@ -100,7 +100,8 @@ export class Client {
     [this.#ways, this.#residency] = [plan.ways, plan.residency];
     const notes = litert.note ? [litert.note] : [];
     if (wanted.accelerator === "webgpu" && !litert.adapter) notes.push("this browser offers no GPU to the page");
-    const total = names.reduce((sum, name) => sum + this.#ways[name][0].bytes, 0);
+    const sizes = new Map(names.map((name) => [this.#ways[name][0].file, this.#ways[name][0].bytes]));
+    const total = [...sizes.values()].reduce((sum, bytes) => sum + bytes, 0);
     let loaded = 0;
     const count = (bytes) => report({ loaded: Math.min((loaded += bytes), total), total });
     for (const name of names) await this.#load(name, notes, count);
@@ -129,6 +130,7 @@ export class Client {
   async #load(name, notes, count) {
     if (this.#residency === "in turn") {
       for (const other of Object.keys(this.#units)) {
+        if (this.#ways[other][0].file === this.#ways[name][0]?.file) continue;
         this.#units[other].delete();
         delete this.#units[other];
       }
@@ -136,10 +138,12 @@ export class Client {
     const found = [];
     for (const ways = this.#ways[name]; ways.length; ways.shift()) {
       const [way] = ways;
-      const bytes = await this.files.bytes(way.file, count);
+      const { signature } = this.manifest.units[name];
       let why = "";
+      const beside = this.#loaded(way);
+      const bytes = beside ? null : await this.files.bytes(way.file, count);
       try {
-        this.#units[name] = await this.litert.compile(bytes, way, this.manifest.units[name].signature);
+        this.#units[name] = beside?.beside(signature) ?? (await this.litert.compile(bytes, way, signature));
         why = this.#tested.has(name) ? "" : await this.#selfTest(name, way.precision);
       } catch (error) {
         if (error instanceof BundleError || error instanceof WebAssembly.RuntimeError) throw error;
@@ -155,6 +159,12 @@ export class Client {
       found.push(`${name} by ${label(way)}: ${why}`);
     }
     throw new BundleError(`this browser does not run the bundle. ${found.join("; ")}`);
+  }
+
+  /** A unit that runs from the same file in the same way; undefined where none is loaded. */
+  #loaded(way) {
+    const same = ["file", "accelerator", "arithmetic"];
+    return Object.entries(this.#units).find(([name]) => same.every((key) => this.#ways[name][0][key] === way[key]))?.[1];
   }
 
   /** One recorded call. Returns what is wrong with what comes out; "" where nothing is. */

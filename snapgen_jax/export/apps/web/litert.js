@@ -66,8 +66,15 @@ class LiteRT {
 }
 
 class Unit {
-  constructor(runtime, model, signature) {
-    Object.assign(this, { runtime, model, signature });
+  /** `users`: of the model, which is freed with the last of them. */
+  constructor(runtime, model, signature, users = { count: 0 }) {
+    Object.assign(this, { runtime, model, signature, users });
+    users.count += 1;
+  }
+
+  /** Another signature of the same file, on the same model. */
+  beside(signature) {
+    return new Unit(this.runtime, this.model, signature, this.users);
   }
 
   /** {name: NDArray} in, {name: NDArray} out. The library's tensors have no garbage collector: each is deleted. */
@@ -90,6 +97,7 @@ class Unit {
   }
 
   delete() {
-    this.model.delete();
+    this.users.count -= 1;
+    if (this.users.count === 0) this.model.delete();
   }
 }

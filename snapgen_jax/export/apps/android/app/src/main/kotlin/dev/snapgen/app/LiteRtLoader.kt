@@ -9,16 +9,19 @@ import dev.snapgen.core.FloatTensor
 import dev.snapgen.core.IntTensor
 import dev.snapgen.core.Network
 import dev.snapgen.core.NetworkLoader
+import dev.snapgen.core.Shared
 import dev.snapgen.core.Tensor
 import dev.snapgen.core.UnitFile
 
-/** Networks on LiteRT's CompiledModel. */
+/** Networks on LiteRT's CompiledModel; those of one file share one. */
 class LiteRtLoader(
     private val environment: Environment,
     private val options: () -> CompiledModel.Options,
 ) : NetworkLoader {
+    private val models = Shared { path -> CompiledModel.create(path, options(), environment) }
+
     override fun load(unit: UnitFile): Network =
-        LiteRtNetwork(CompiledModel.create(unit.file.path, options(), environment), unit)
+        models.take(unit.file.path) { model -> LiteRtNetwork(model, unit) { models.release(unit.file.path) } }
 
     companion object {
         private val ON_GPU = listOf("f16", "f32")
@@ -44,11 +47,15 @@ class LiteRtLoader(
                 }
             }
             val present = Accelerator.GPU in environment.getAvailableAccelerators()
-            fun gpu(name: String, options: () -> CompiledModel.Options) =
-                Candidate(name, bundle.precision(ON_GPU)) { unit ->
-                check(present) { "LiteRT has no GPU accelerator (litert-gpu is not in the app, or not for this phone)" }
-                trial.begin()
-                LiteRtLoader(environment, options).load(unit)
+            fun gpu(name: String, options: () -> CompiledModel.Options): Candidate {
+                val loader = LiteRtLoader(environment, options)
+                return Candidate(name, bundle.precision(ON_GPU)) { unit ->
+                    check(present) {
+                        "LiteRT has no GPU accelerator (litert-gpu is not in the app, or not for this phone)"
+                    }
+                    trial.begin()
+                    loader.load(unit)
+                }
             }
             val onCpu = Candidate("the CPU", bundle.precision(ON_CPU), LiteRtLoader(environment, cpu))
             return listOf(gpu("the GPU", half), gpu("the GPU in single precision", single), onCpu)
@@ -56,8 +63,10 @@ class LiteRtLoader(
     }
 }
 
-/** One file. Its buffers are made once, by the names of its signature: the file's order is not the manifest's. */
-private class LiteRtNetwork(private val model: CompiledModel, private val unit: UnitFile) : Network {
+/** One signature. Its buffers are made once, by its names: the file's order is not the manifest's. */
+private class LiteRtNetwork(
+    private val model: CompiledModel, private val unit: UnitFile, private val release: () -> Unit,
+) : Network {
     private val inputs = unit.inputs.keys.associateWith { model.createInputBuffer(it, unit.signature) }
     private val outputs = unit.outputs.keys.associateWith { model.createOutputBuffer(it, unit.signature) }
 
@@ -81,6 +90,6 @@ private class LiteRtNetwork(private val model: CompiledModel, private val unit: 
 
     override fun close() {
         (inputs.values + outputs.values).forEach { it.close() }
-        model.close()
+        release()
     }
 }

@@ -52,6 +52,10 @@ class Bundle(val folder: File) {
         return UnitFile(name, precision, path, unit.text("signature"), inputs, outputs)
     }
 
+    /** The name of a unit's file in the first precision that it has: the same for the units of one file. */
+    fun fileOf(name: String): String =
+        manifest.child("units").child(name).child("files").let { it.text(it.keys.first()) }
+
     /** {unit: {input: its shape in the file}}. */
     fun shapes(): Map<String, Map<String, List<Int>>> = manifest.child("units").children()
         .mapValues { (_, unit) -> specs(unit.child("inputs")).mapValues { it.value.shape } }

@@ -22,7 +22,8 @@ class Generator(
     val choice: Choice,
     residency: Residency = Residency.TOGETHER,
 ) : AutoCloseable {
-    private val units = Units(bundle.program.units().associateWith { name -> { choice.load(name) } }, residency)
+    private val units =
+        Units(bundle.program.units().associateWith { name -> { choice.load(name) } }, residency, bundle::fileOf)
     private val sampler = Sampler(bundle.program, units, bundle.shapes())
 
     /**

@@ -4,6 +4,7 @@ import dev.snapgen.core.FloatTensor
 import dev.snapgen.core.IntTensor
 import dev.snapgen.core.Network
 import dev.snapgen.core.NetworkLoader
+import dev.snapgen.core.Shared
 import dev.snapgen.core.Tensor
 import dev.snapgen.core.UnitFile
 import java.io.File
@@ -28,7 +29,10 @@ class LiteRt(nativeFile: File) : NetworkLoader, AutoCloseable {
     private val functions = HashMap<String, MethodHandle>()
     private val environment = made { call("LiteRtCreateEnvironment", 0, MemorySegment.NULL, it) }
 
-    override fun load(unit: UnitFile): Network = LiteRtNetwork(this, environment, unit)
+    private val files = Shared { path -> CompiledFile(this, environment, path) }
+
+    override fun load(unit: UnitFile): Network =
+        files.take(unit.file.path) { file -> LiteRtNetwork(this, environment, file, unit) { files.release(file.path) } }
 
     override fun close() {
         call("LiteRtDestroyEnvironment", environment)
@@ -77,17 +81,45 @@ class LiteRt(nativeFile: File) : NetworkLoader, AutoCloseable {
     }
 }
 
-/** One `.tflite` file compiled for the CPU. Its buffers are made once. */
+/** One `.tflite` file compiled for the CPU. */
+private class CompiledFile(
+    private val lite: LiteRt, environment: MemorySegment, val path: String,
+) : AutoCloseable {
+    private val arena = Arena.ofShared()
+    val model = lite.made { lite.call("LiteRtCreateModelFromFile", environment, arena.allocateFrom(path), it) }
+    private val options = lite.made { lite.call("LiteRtCreateOptions", it) }
+    val compiled: MemorySegment
+
+    init {
+        lite.check("LiteRtSetOptionsHardwareAccelerators", options, CPU)
+        compiled = lite.made { lite.call("LiteRtCreateCompiledModel", environment, model, options, it) }
+    }
+
+    override fun close() {
+        lite.call("LiteRtDestroyCompiledModel", compiled)
+        lite.call("LiteRtDestroyOptions", options)
+        lite.call("LiteRtDestroyModel", model)
+        arena.close()
+    }
+
+    private companion object {
+        const val CPU = 1 // kLiteRtHwAcceleratorCpu
+    }
+}
+
+/** One signature of a file. Its buffers are made once. */
 private class LiteRtNetwork(
-    private val lite: LiteRt, private val environment: MemorySegment, unit: UnitFile,
+    private val lite: LiteRt,
+    private val environment: MemorySegment,
+    file: CompiledFile,
+    unit: UnitFile,
+    private val release: () -> Unit,
 ) : Network {
     private class Buffer(val handle: MemorySegment, val bytes: Long, val shape: List<Int>)
 
     private val arena = Arena.ofShared()
-    private val model =
-        lite.made { lite.call("LiteRtCreateModelFromFile", environment, arena.allocateFrom(unit.file.path), it) }
-    private val options = lite.made { lite.call("LiteRtCreateOptions", it) }
-    private val compiled: MemorySegment
+    private val model = file.model
+    private val compiled = file.compiled
     private val signatureIndex: Long
     private val inputs: Map<String, Buffer>
     private val outputs: Map<String, Buffer>
@@ -95,8 +127,6 @@ private class LiteRtNetwork(
     private val outputHandles: MemorySegment
 
     init {
-        lite.check("LiteRtSetOptionsHardwareAccelerators", options, CPU)
-        compiled = lite.made { lite.call("LiteRtCreateCompiledModel", environment, model, options, it) }
         signatureIndex = signatureIndex(unit.signature)
         val signature = lite.made { lite.call("LiteRtGetModelSignature", model, signatureIndex, it) }
         inputs = buffers("Input", signature, unit.inputs.mapValues { it.value.shape })
@@ -116,10 +146,8 @@ private class LiteRtNetwork(
 
     override fun close() {
         (inputs.values + outputs.values).forEach { lite.call("LiteRtDestroyTensorBuffer", it.handle) }
-        lite.call("LiteRtDestroyCompiledModel", compiled)
-        lite.call("LiteRtDestroyOptions", options)
-        lite.call("LiteRtDestroyModel", model)
         arena.close()
+        release()
     }
 
     private fun signatureIndex(key: String): Long {
@@ -180,7 +208,6 @@ private class LiteRtNetwork(
     private fun text(write: (MemorySegment) -> Any?): String = lite.made(write).reinterpret(Long.MAX_VALUE).getString(0)
 
     private companion object {
-        const val CPU = 1 // kLiteRtHwAcceleratorCpu
         const val READ = 0 // kLiteRtTensorBufferLockModeRead
         const val WRITE = 1
         const val RANKED_TENSOR_TYPE = 72L // bytes of LiteRtRankedTensorType
