@@ -259,6 +259,7 @@ def _export_bundle(options: argparse.Namespace, out: str) -> dict[str, float]:
         title=options.title,
         licence=options.license,
         sizes=image_sizes(options.sizes),
+        form="packed" if options.packed else "plain",
         options=chosen,
         provenance=found,
         begins=lambda: say_compiling("the run's networks, converting them, and holding each file against JAX"),

@@ -28,7 +28,7 @@ def add_app(export: argparse.ArgumentParser) -> None:
 
 
 # Options that change a bundle while it is made.
-_OF_A_RUN = ("decoder", "adapters", "precisions", "sizes", "title", "license", "encoders", "adaptive")
+_OF_A_RUN = ("decoder", "adapters", "precisions", "packed", "sizes", "title", "license", "encoders", "adaptive")
 
 
 def export_app(options: argparse.Namespace, export: Callable[[str], dict[str, Any]]) -> dict[str, Any]:

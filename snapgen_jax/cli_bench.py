@@ -20,6 +20,9 @@ def add_bench(commands: Any) -> None:
     parser.add_argument("--precisions", help="of the bundle, with commas (default: all)")
     parser.add_argument("--units", help="of the bundle, with commas (default: all)")
     parser.add_argument("--size", metavar="HxW", help="of the images, where the bundle has several (default: its own)")
+    parser.add_argument(
+        "--cache", metavar="FOLDER", help="where packed networks are unpacked (default: BUNDLE.unpacked)"
+    )
     parser.add_argument("--accelerators", default="cpu", help="of cpu and gpu, with commas (default: %(default)s)")
     parser.add_argument("--threads", default="1,2", help="of the CPU's kernels, with commas (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=50, help="calls of a measurement, at most (default: %(default)s)")
@@ -62,7 +65,7 @@ def run_bench(options: argparse.Namespace) -> None:
             options.rounds,
             image_size(options.size),
         )
-        found = bench(options.bundle, asked, lambda line: print(line, file=sys.stderr, flush=True))
+        found = bench(options.bundle, asked, lambda line: print(line, file=sys.stderr, flush=True), options.cache)
     except FieldError as error:
         raise ConfigError(f"--{error.field} {error.reason}") from error
     except (BenchError, BundleError) as error:

@@ -72,6 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--precision", help="of a bundle's networks: f32 (the default), f16, or another that it has")
     sample.add_argument("--size", metavar="HxW", help="of a bundle's images, where it has several (default: its own)")
     sample.add_argument(
+        "--cache", metavar="FOLDER", help="where a bundle's packed networks are unpacked (default: BUNDLE.unpacked)"
+    )
+    sample.add_argument(
         "--accelerator",
         choices=("cpu", "gpu", "auto"),
         help="where a bundle's networks run on LiteRT's CompiledModel, as on phones; auto: the GPU, where it is right",

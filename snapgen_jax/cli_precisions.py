@@ -19,6 +19,12 @@ def add_precisions(parser: argparse.ArgumentParser) -> None:
         "commas: all of them, or an error (default: the first three, without those that are not good enough)",
     )
     group.add_argument(
+        "--packed",
+        action="store_true",
+        help="ship int8's files of networks whose weights were trained to take few values packed, in as many bits as "
+        "those are worth; a client unpacks them when it starts for the first time",
+    )
+    group.add_argument(
         "--mixed_budget_bytes", type=float, metavar="N", help="the most that mixed's files take together"
     )
     group.add_argument(
@@ -67,6 +73,8 @@ def chosen_precisions(options: argparse.Namespace) -> tuple[Any, Any, Any]:
         precisions = None if options.precisions is None else checked(options.precisions.split(","))
     except ValueError as error:
         raise ConfigError(f"--precisions={options.precisions}: {error}") from error
+    if options.packed and precisions is not None and "int8" not in precisions:
+        raise ConfigError(f"--packed is of the precision int8; add it, as in --precisions={options.precisions},int8")
     budgets = given(bytes=options.mixed_budget_bytes, decibels=options.mixed_budget_db)
     if budgets and "mixed" not in (precisions or ()):
         raise ConfigError("a budget is for the precision mixed; add --precisions=f32,mixed, or leave out the budget")

@@ -20,6 +20,7 @@ _GOES_WITH = {
     "precision": (("bundle",), "a run computes in the precision of its device; see --dtype"),
     "size": (("bundle",), "of a run, give --image_size, an option of its generator"),
     "accelerator": (("bundle",), "a run draws on the devices of JAX"),
+    "cache": (("bundle",), "networks of a bundle alone are unpacked"),
 }
 
 
@@ -87,6 +88,7 @@ def _generator(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         from snapgen_jax.typed import Written
 
         placing = {"precision": options.precision, "accelerator": options.accelerator, "size": image_size(options.size)}
+        placing |= {"cache": options.cache, "unpacking": say_unpacking}
         try:
             generator = LiteRTGenerator(options.bundle, **{name: how for name, how in placing.items() if how})
         except AcceleratorError as error:
@@ -102,6 +104,12 @@ def _generator(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
     choices = {"dtype": options.dtype} if options.dtype else {}
     return load(options.workdir, decoder=options.decoder, adapters=options.adapters, **choices), chosen
+
+
+def say_unpacking(unit: str, done: int, total: int) -> None:
+    """Tells a person how far the unpacking of a network is, on one line of standard error."""
+    text = f"\runpacking {unit}, once: {done / total:4.0%} of {total / 1e6:.1f} MB"
+    print(text, end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 def _loop(generator: Any, chosen: dict[str, Any], where: Any, seed: int) -> None:

@@ -16,7 +16,8 @@ OURS = "snapgen_jax"
 # What a number of a config may be: the standard library alone, and every room with a config knows it.
 EVERYWHERE = "bounds"
 # Copied into every bundle.
-ALONE = tuple(f"export.{name}" for name in ("program", "sampler", "runtime", "older", "client", "verify"))
+BUNDLED = ("program", "sampler", "runtime", "older", "digits", "unpacking", "client", "verify")
+ALONE = tuple(f"export.{name}" for name in BUNDLED)
 
 # A room, or one file of it -> what else of ours it may import. The longest name that fits a file is its rule, and its
 # own room is always allowed. "*" is everything.
@@ -124,7 +125,16 @@ MAY_IMPORT = {
     "export.sampler": ["export.program"],
     "export.older": ["export.program"],
     "export.runtime": [],
-    "export.client": ["diffusion.noise", "export.program", "export.sampler", "export.runtime", "export.older"],
+    "export.digits": ["export.program"],
+    "export.unpacking": ["export.digits"],
+    "export.client": [
+        "diffusion.noise",
+        "export.program",
+        "export.sampler",
+        "export.runtime",
+        "export.older",
+        "export.unpacking",
+    ],
     "export.verify": ["export.program", "export.sampler", "export.runtime", "export.client"],
     # configs and workdirs
     "config": [
@@ -213,8 +223,10 @@ LIBRARIES = {
     "export.program": {"numpy"},
     "export.sampler": {"numpy", "program"},
     "export.older": {"program"},
-    "export.client": {"numpy", "tokenizers", "noise", "program", "sampler", "runtime", "older"},
+    "export.client": {"numpy", "tokenizers", "noise", "program", "sampler", "runtime", "older", "unpacking"},
     "export.runtime": {"numpy", "ai_edge_litert"},
+    "export.digits": {"numpy", "program"},
+    "export.unpacking": {"numpy", "digits"},
     "export.verify": {"numpy", "ai_edge_litert", "program", "sampler", "runtime", "client"},
 }
 

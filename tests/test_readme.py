@@ -37,7 +37,7 @@ MADE = re.compile(
     | weights\.json | (text_encoder|vae|runs)/[\w/]* | model\.safetensors  # of a folder of weights
     | manifest\.json | tokenizer\.json | program\.json | programs/[\w.]+ | golden/[\w./]*  # of a bundle
     | SPEC\.md | spec\.json | npu/ | scheduler\.json | benchmarks/results/gpu-CARD\.jsonl
-    | (client|noise|program|sampler|verify)\.py
+    | (client|noise|program|sampler|verify)\.py | PACKING\.md
     """,
     flags=re.VERBOSE,
 )

@@ -62,13 +62,19 @@ class Asked:
         check(self, threads=at_least(1), runs=at_least(1), rounds=at_least(1))
 
 
-def bench(folder: str | pathlib.Path, asked: Asked, say: Callable[[str], None] | None = None) -> Numbers:
+def bench(
+    folder: str | pathlib.Path,
+    asked: Asked,
+    say: Callable[[str], None] | None = None,
+    cache: str | pathlib.Path | None = None,
+) -> Numbers:
     """Measures a bundle.
 
     Args:
         folder: of the bundle.
         asked: what to measure.
         say: is told a line after each round.
+        cache: the folder of unpacked networks, see `client.Bundle`.
 
     Returns:
         "machine", "bundle", "versions"; "rows", a measurement each, with "unit", "precision", "accelerator", "threads",
@@ -81,7 +87,7 @@ def bench(folder: str | pathlib.Path, asked: Asked, say: Callable[[str], None] |
         BenchError: the bundle has no such precision or unit, or there is no such accelerator.
         BundleError: this is no bundle, or one without the size.
     """
-    bundle = Bundle(folder, asked.size)
+    bundle = Bundle(folder, asked.size, cache=cache)
     units = _known("unit", asked.units, bundle.manifest["units"])
     precisions = _known("precision", asked.precisions, bundle.manifest["precisions"])
     accelerators = _known("accelerator", asked.accelerators, ("cpu", "gpu"))

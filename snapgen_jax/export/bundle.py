@@ -1,14 +1,17 @@
 """A trained recipe to a bundle: a folder that a phone's client needs nothing else to load, check and run.
 
     manifest.json     what is here: units, signatures, shapes, ranges, operators, errors, versions, SHA-256 of each file
-    <unit>_<precision>.tflite, of f32, f16, int8 and mixed; a file of several units has a signature for each
+    <unit>_<precision>.tflite, of f32, f16, int8 and mixed; a file of several units has a signature for each.
+                      <unit>_int8.packed is in place of a file of eight bits whose weights of few levels are shipped
+                      packed, and PACKING.md says how to read it
     program.json      which calls make an example, as data; its schema stands at the top of program.py;
                       programs/<H>x<W>.json and golden/<H>x<W>/ are those of further image sizes
     tokenizer.json    of the `tokenizers` library, where the program takes prompts; tokenizers/<encoder>.json where
                       several encoders read them
     golden/           .npy arrays, whose names `golden.run` explains, golden.json: prompts, tolerances, and
                       conformance.json: small cases for a client in another language
-    client.py and program.py, sampler.py, noise.py, runtime.py, older.py   what runs it: numpy, ai-edge-litert alone
+    client.py and program.py, sampler.py, noise.py, runtime.py, older.py, digits.py, unpacking.py   what runs it:
+                      numpy, ai-edge-litert alone
     verify.py         checks all of this, with the same two libraries
     SPEC.md, spec.json   what a client must do, for one who writes it in another language
     README.md         for the person who loads it
@@ -35,13 +38,16 @@ from snapgen_jax.export import (
     client,
     compare,
     conformance,
+    digits,
     golden,
     memory,
     older,
+    packed,
     program,
     runtime,
     sampler,
     spec,
+    unpacking,
     verify,
 )
 from snapgen_jax.export.compat import Requirements, check, flex_operators
@@ -104,7 +110,8 @@ class BundleReport:
             (the first unit's includes loading the converter), `.convert_peak_bytes` (of a large unit, whose conversion
             is a process of its own) and `.peak_bytes_<precision>` (of a process that runs it); over all units
             `export.bytes_<precision>`, `export.peak_bytes_in_turn_<precision>` and `_together_`, and
-            `export.flex_ops`; of whole trajectories
+            `export.flex_ops`; of packed units `export.<unit>.bytes_packed`, and over all units `export.bytes_packed`,
+            what is shipped in place of `bytes_int8`; of whole trajectories
             `export.trajectory.rel_l2_<precision>` (the last latent); of what each precision draws beside float32
             `export.median_db_<precision>`, and `export.paired.difference_<precision>` and `.low_<precision>` where the
             run has an exact score (see `judging.paired`); of each output `export.<output>.max_grey_f32` and,
@@ -138,6 +145,7 @@ def export_bundle(
     budget: Budget = BUDGET,
     about: About | None = None,
     sizes: Sizes = Sizes(),
+    form: packed.Form = "plain",
 ) -> BundleReport:
     """Exports a recipe's generator.
 
@@ -162,18 +170,22 @@ def export_bundle(
         budget: of "mixed".
         about: the model's name, licence and provenance, for the manifest.
         sizes: further image sizes.
+        form: "packed" puts a packed file in the place of each file of eight bits whose unit has weights of few levels
+            (`ExportUnit.storage`); a client unpacks it when it starts for the first time. It asks for "int8".
 
     Raises:
         FileExistsError: `out_dir` holds something else.
-        ValueError: the plan or its program does not fit together; names what is wrong.
+        ValueError: the plan or its program does not fit together, or nothing can be packed; names what is wrong.
         IncompatibleModelError: a file holds what a phone does not run.
         VerificationError: a file does not compute what JAX computes.
         VariantError: a precision that was given is not good enough. All leave `out_dir` as it was.
     """
     out_dir = pathlib.Path(out_dir).absolute()
-    wanted = Variants(
-        DEFAULT if precisions is None else checked(precisions), precisions is not None, judge, limits, budget
-    )
+    chosen = DEFAULT if precisions is None else checked(precisions)
+    if form == "packed" and "int8" not in chosen:
+        raise ValueError(f"files of int8 are what is packed, and the precisions are {', '.join(chosen)}; add int8")
+    by_name: tuple[Precision, ...] = ("int8",) if form == "packed" else ()
+    wanted = Variants(chosen, by_name if precisions is None else chosen, judge, limits, budget)
     check_place(out_dir)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(tokenizers, str | pathlib.Path):
@@ -188,9 +200,11 @@ def export_bundle(
 
         own = at(recipe)
         others = {name: at(other, name, own.units) for name, other in sizes.others.items()}
+        if form == "packed" and not any(own.storage.values()):
+            raise ValueError(packed.NOTHING_PACKED)
         references = [] if reference is None else [reference]
         references += [generator_of(other, params, frozen) for other in sizes.others.values() if references]
-        export = _Export(own, others, wanted, backend, gpu_check, about or About())
+        export = _Export(own, others, wanted, backend, gpu_check, about or About(), form)
         report = export.run(files, golden_inputs, references, sizes.own)
         if out_dir.exists():
             out_dir.rename(pathlib.Path(scratch) / "before")
@@ -239,12 +253,13 @@ class _Export:
         backend: Backend,
         gpu_check: GPUCheck,
         about: About,
+        form: packed.Form,
     ) -> None:
         self.own, self.others, self.sizes = own, others, [own, *others.values()]
         self.program, self.folder, self.variants = own.program, own.folder, variants
         self.backend: Backend = backend
         self.gpu: GPUCheck = gpu_check
-        self.about = about
+        self.about, self.form = about, form
         self.units, self.files = own.units, own.files
         self.numbers, self.described = own.numbers, own.described
 
@@ -262,7 +277,7 @@ class _Export:
         for name in {entry.file for entry in self.program.tokenizers}:
             (self.folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(tokenizers[name], self.folder / name)
-        for module in (noise_module, program, sampler, runtime, older, client, verify):
+        for module in (noise_module, program, sampler, runtime, older, digits, unpacking, client, verify):
             shutil.copyfile(str(module.__file__), self.folder / pathlib.Path(str(module.__file__)).name)
         for size in self.sizes:
             size.write_program()
@@ -339,7 +354,7 @@ class _Export:
     def _variant(self, precision: Precision, examples: Examples) -> None:
         """Writes the files of a precision, and holds them to what phones take, to JAX, and to what float32 draws."""
         sources, targets = self.files.paths("f32"), self.files.paths(precision)
-        self.variants.write(precision, sources, targets, examples)
+        self.variants.write(precision, sources, targets, examples, self.own.storage)
         for name in self.units:
             check(targets[name], self._requirements(name))
             for size in self.sizes:
@@ -394,6 +409,21 @@ class _Export:
                 self.numbers[f"export.peak_bytes_{way}_{precision}"] = peak
         return found
 
+    def _pack(self) -> None:
+        """Packs the files of eight bits whose units have weights of few levels."""
+        total = self.numbers["export.bytes_int8"]
+        for name, kept in self.variants.kept.items():
+            plain = self.files.path(name, "int8").name
+            file, whole = packed.pack(self.folder, plain, kept, self.own.storage[name])
+            size = (self.folder / file).stat().st_size
+            for beside, unit in self.described.items():
+                if unit["files"]["int8"] == plain:
+                    unit["files"]["int8"], unit["packed"] = file, {"int8": whole}
+                    self.numbers[f"export.{beside}.bytes_packed"] = size
+            total += size - whole["bytes"]
+        self.numbers["export.bytes_packed"] = total
+        packed.write_format(self.folder)
+
     def _finish(self, own_size: str) -> None:
         """Writes the manifest last, and reads the whole bundle as its user will."""
         held = self._memory()
@@ -401,8 +431,10 @@ class _Export:
             size.note_accelerators(self.variants.precisions)
         for size in self.others.values():
             self.numbers |= size.measured()
+        if self.form == "packed":
+            self._pack()
         manifest = {
-            "schema": client.MANIFEST_SCHEMA,
+            "schema": client.PACKED_SCHEMA if self.form == "packed" else client.MANIFEST_SCHEMA,
             **self.about.fields(),
             "precisions": list(self.variants.precisions),
             "variants": self.variants.described,

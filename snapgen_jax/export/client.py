@@ -2,7 +2,7 @@
 
 The files that are copied into every bundle import nothing of the library they lie in: program.py says what
 program.json means, sampler.py runs it, noise.py draws what it begins with, runtime.py calls LiteRT, older.py reads what
-older bundles say, and this one reads the folder.
+older bundles say, unpacking.py reads packed networks, and this one reads the folder.
 
     generator = LiteRTGenerator("bundle")
     images = generator.generate(["two red circles left of a blue square"])   # uint8 [1, H, W, 3]; needs `tokenizers`
@@ -30,6 +30,7 @@ if __package__:
     from snapgen_jax.export.program import BundleError, FeedForward, Flow, Tokenizer, parse
     from snapgen_jax.export.runtime import AcceleratorError, CompiledUnit, litert_unit
     from snapgen_jax.export.sampler import Sampler, Unit, relative_l2, with_options
+    from snapgen_jax.export.unpacking import unpacked
 else:  # beside its own copies, in a bundle; each may be a link into a store of blobs, where Python would look
     sys.path.insert(0, str(pathlib.Path(__file__).absolute().parent))
     from noise import draw_noise  # type: ignore[import-not-found]
@@ -37,9 +38,12 @@ else:  # beside its own copies, in a bundle; each may be a link into a store of 
     from program import BundleError, FeedForward, Flow, Tokenizer, parse  # type: ignore[import-not-found]
     from runtime import AcceleratorError, CompiledUnit, litert_unit  # type: ignore[import-not-found]
     from sampler import Sampler, Unit, relative_l2, with_options  # type: ignore[import-not-found]
+    from unpacking import unpacked  # type: ignore[import-not-found]
 
-# Of manifest.json. Schema 4 has the same program.json as 3; 2 had another, and 1 a scheduler.json.
+# Of manifest.json. Schema 4 has the same program.json as 3; 2 had another, and 1 a scheduler.json. Schema 5 is 4 with
+# packed networks, so that a client that does not unpack refuses it.
 MANIFEST_SCHEMA = 4
+PACKED_SCHEMA = 5
 Residency = Literal["together", "in turn"]
 # Where units run: LiteRT's CompiledModel on the CPU or the GPU; "auto" is the GPU for those units that pass their
 # self-test there, and LiteRT's interpreter for the others. None is the interpreter, in this process.
@@ -99,10 +103,13 @@ class Bundle:
     """A bundle's folder: its manifest, and its files by name.
 
     No name leads out of the folder. Links are followed: a snapshot of the Hugging Face hub is links into its cache.
+    A packed network is unpacked when it is first asked for, into a folder where later starts find it.
 
     Args:
         folder: the bundle.
         size: (height, width) of the images; None for the bundle's own.
+        cache: the folder of unpacked networks; None for `<bundle>.unpacked` beside it.
+        unpacking: is told (unit, bytes written, bytes in all) of a network that is unpacked; False ends it (`Stopped`).
 
     Attributes:
         manifest: what manifest.json says; its units as they are at the size.
@@ -115,8 +122,16 @@ class Bundle:
         BundleError: this is no bundle, or one without the size.
     """
 
-    def __init__(self, folder: str | pathlib.Path, size: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | pathlib.Path,
+        size: tuple[int, int] | None = None,
+        *,
+        cache: str | pathlib.Path | None = None,
+        unpacking: Callable[[str, int, int], Any] | None = None,
+    ) -> None:
         self.folder = check_manifest(folder)
+        self._cache, self._unpacking = pathlib.Path(cache or f"{self.folder}.unpacked"), unpacking
         self.placed: dict[str, Placed] = {}
         self.manifest = self.json("manifest.json")
         if missing := {"schema", "precisions", "units", "files"} - self.manifest.keys():
@@ -124,10 +139,10 @@ class Bundle:
         self.schema = self.manifest["schema"]
         if type(self.schema) is not int or self.schema < 1:
             raise BundleError(f"manifest.json has schema {self.schema!r}; a whole number from 1 was expected")
-        if self.schema > MANIFEST_SCHEMA:
+        if self.schema > PACKED_SCHEMA:
             raise BundleError(
                 f"this bundle is newer than its client: manifest.json has schema {self.schema}, and this client knows "
-                f"1 to {MANIFEST_SCHEMA}. Update snapgen-jax, or run the client.py that lies in the bundle"
+                f"1 to {PACKED_SCHEMA}. Update snapgen-jax, or run the client.py that lies in the bundle"
             )
         program = self._at(size)
         if self.schema == 1:
@@ -165,8 +180,13 @@ class Bundle:
         return path
 
     def network_file(self, unit: str, precision: str) -> pathlib.Path:
-        """The path of a network. Raises `BundleError` where it has not as many bytes as the manifest says."""
-        name = self.manifest["units"][unit]["files"][precision]
+        """The path of a network, which is unpacked where it is packed.
+
+        Raises:
+            BundleError: it has not as many bytes as the manifest says, or it cannot be unpacked.
+        """
+        described = self.manifest["units"][unit]
+        name = described["files"][precision]
         path = self.file(name)
         found, expected = path.stat().st_size, self.manifest["files"].get(name, {}).get("bytes")
         if expected is not None and found != expected:
@@ -174,7 +194,9 @@ class Bundle:
                 f"the bundle's file {name!r} is damaged: it has {found:,} bytes, and manifest.json says {expected:,}. "
                 "Copy it again; `python verify.py` in the bundle checks every file"
             )
-        return path
+        whole = described.get("packed", {}).get(precision)
+        told = self._unpacking and functools.partial(self._unpacking, unit)
+        return path if whole is None else unpacked(path, whole, self._cache, told)
 
     def json(self, name: str) -> dict[str, Any]:
         """The object that a file of JSON holds. Raises `BundleError` where it holds none."""
@@ -376,6 +398,7 @@ class LiteRTGenerator:
             how much memory either takes.
         accelerator: see `Placing`; `generator.bundle.placed` says where each unit runs, and why.
         size: (height, width) of the images, one of the manifest's `sizes`; None for the bundle's own.
+        cache, unpacking: of packed networks, see `Bundle`.
 
     Raises:
         AcceleratorError: a unit does not run on "cpu" or "gpu", or computes something else there.
@@ -390,8 +413,10 @@ class LiteRTGenerator:
         residency: Residency = "together",
         accelerator: Placing | None = None,
         size: tuple[int, int] | None = None,
+        cache: str | pathlib.Path | None = None,
+        unpacking: Callable[[str, int, int], Any] | None = None,
     ) -> None:
-        self.bundle = Bundle(bundle, size)
+        self.bundle = Bundle(bundle, size, cache=cache, unpacking=unpacking)
         self.program = self.bundle.program
         self.sampler = self.bundle.sampler(precision, num_threads, residency=residency, accelerator=accelerator)
 

@@ -1,7 +1,7 @@
 """What a `.tflite` file says about itself: operators, tensors, inputs and outputs, read from the flatbuffer.
 
-No interpreter is made and no weight is copied, so that a file of gigabytes is described in milliseconds. This is the
-one place that knows the generated schema.
+No interpreter is made and no weight is copied, so that a file of gigabytes is described in milliseconds. Apart from
+what rewrites a graph (means.py), this is the one place that knows the generated schema.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ import dataclasses
 import functools
 import mmap
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +84,61 @@ def describe(path: str | pathlib.Path) -> Description:
         if buffer[4:8] != b"TFL3":
             raise ValueError(f"{path} is not a TFLite model: it starts with {buffer[:8]!r}, expected the mark 'TFL3'")
         return _Reader(schema, schema.Model.GetRootAs(buffer, 0)).read()
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """A tensor whose numbers are stored in the file.
+
+    Attributes:
+        graph, name, shape, dtype: of the tensor.
+        offset, bytes: where its numbers lie in the file; tensors may share them.
+        scale_offset, scales: where its float32 scales lie, and how many there are; 0 where it has none.
+        channel: the axis that has a scale each.
+    """
+
+    graph: int
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+    bytes: int
+    scale_offset: int
+    scales: int
+    channel: int
+
+
+def constants(path: str | pathlib.Path) -> Iterator[Constant]:
+    """The constants of a `.tflite` file, with the places of their bytes, so that they can be changed in place."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    data: Any = np.memmap(path, np.uint8, "r")
+    model: Any = schema.Model.GetRootAs(memoryview(data), 0)
+    types = _names(schema.TensorType)
+
+    def place(view) -> int:
+        return view.ctypes.data - data.ctypes.data
+
+    for i in range(model.SubgraphsLength()):
+        graph = model.Subgraphs(i)
+        for tensor in map(graph.Tensors, range(graph.TensorsLength())):
+            buffer, quantised = model.Buffers(tensor.Buffer()), tensor.Quantization()
+            # A file near 2 GB has its numbers behind the flatbuffer, at an offset.
+            length = buffer.DataLength() or buffer.Size()
+            if not length:
+                continue
+            scales = quantised.ScaleLength() if tensor.Quantization() else 0
+            yield Constant(
+                graph=i,
+                name=(tensor.Name() or b"").decode(),
+                shape=tuple(int(tensor.Shape(j)) for j in range(tensor.ShapeLength())),
+                dtype=types[tensor.Type()],
+                offset=place(buffer.DataAsNumpy()) if buffer.DataLength() else buffer.Offset(),
+                bytes=length,
+                scale_offset=place(quantised.ScaleAsNumpy()) if scales else 0,
+                scales=scales,
+                channel=quantised.QuantizedDimension() if scales else 0,
+            )
 
 
 class _Reader:

@@ -73,12 +73,15 @@ UNIT = """\
 ## {name}
 
 Files: {files}. Signature: `{signature}`. Largest number inside: {largest:.3g}. Relative L2 error against JAX: {errors};
-{gpu}.
+{gpu}.{packed}
 
 | tensor | | shape | dtype | layout | seen range |
 |---|---|---|---|---|---|
 {rows}
 """
+
+PACKED = """ `{file}` is packed: {shipped} bytes become a `.tflite` file of {whole} bytes when a client first \
+starts; `PACKING.md` says how."""
 
 
 def readme(manifest: Mapping[str, Any], program: Program) -> str:
@@ -88,7 +91,10 @@ def readme(manifest: Mapping[str, Any], program: Program) -> str:
         if isinstance(program, Flow)
         else ""
     )
-    units = "\n".join(_unit(name, unit) for name, unit in manifest["units"].items())
+    units = "\n".join(
+        _unit(name, unit, manifest["measured"].get(f"export.{name}.bytes_packed"))
+        for name, unit in manifest["units"].items()
+    )
     licence = f"Licence of the weights: {manifest['licence']}. " if manifest["licence"] else ""
     return PAGE.format(
         title=manifest["model"] or "Export bundle",
@@ -168,13 +174,17 @@ def _where_guided(steps: Sequence[Step]) -> str:
     return "".join(f", where t is from {low:g} to {high:g}" for low, high in bands if (low, high) != (0, 1))
 
 
-def _unit(name: str, unit: Mapping[str, Any]) -> str:
+def _unit(name: str, unit: Mapping[str, Any], shipped: int | None) -> str:
     rows = [
         f"| `{tensor}` | {kind} | {details['shape']} | {details['dtype']} | {details['layout']} "
         f"| {details['range'][0]:.3g} to {details['range'][1]:.3g} |"
         for kind in ("inputs", "outputs")
         for tensor, details in unit[kind].items()
     ]
+    packed = "".join(
+        PACKED.format(file=unit["files"][precision], shipped=shipped, whole=whole["bytes"])
+        for precision, whole in unit.get("packed", {}).items()
+    )
     errors = ", ".join(f"{max(cases.values()):.1e} ({precision})" for precision, cases in unit["rel_l2"].items())
     return UNIT.format(
         name=name,
@@ -183,6 +193,7 @@ def _unit(name: str, unit: Mapping[str, Any]) -> str:
         largest=unit["max_activation"]["value"],
         errors=errors,
         gpu=_on_gpu(unit["gpu"]),
+        packed=packed,
         rows="\n".join(rows),
     )
 

@@ -25,6 +25,7 @@ from snapgen_jax.export.judging import LIMITS, Judge, Limits, VariantError
 from snapgen_jax.export.latents import Carried, Decoded, load_latents, save_tokenizers
 from snapgen_jax.export.manifest import About
 from snapgen_jax.export.mixed import BUDGET, Budget
+from snapgen_jax.export.packed import NOTHING_PACKED, Form
 from snapgen_jax.export.precision import Precision
 from snapgen_jax.generation import chosen_options, load_config, load_weights, with_adapters
 from snapgen_jax.training.exits import ConfigError
@@ -45,6 +46,7 @@ def export_run(
     title: str = "",
     licence: str = "",
     sizes: Sequence[tuple[int, int]] = (),
+    form: Form = "plain",
     options: Mapping[str, Any] = MappingProxyType({}),
     provenance: Mapping[str, Any] = MappingProxyType({}),
     begins: Callable[[], None] = lambda: None,
@@ -64,6 +66,7 @@ def export_run(
         title: the model's name; the workdir's where none is given.
         licence: of the weights, an identifier such as "apache-2.0".
         sizes: further image sizes, (height, width); the run's first one is always in the bundle.
+        form: "packed" ships weights of few levels packed; see `export_bundle`.
         options: of the run's generator, such as `steps`, that the bundle has in place of the run's own.
         provenance: what the manifest says of these, as plain JSON.
         begins: called when all that was given is read and found fit, before minutes are spent.
@@ -89,6 +92,8 @@ def export_run(
         plan = recipe.exports()
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if form == "packed" and not any(unit.storage for unit in plan.units):
+        raise ConfigError(f"--packed: {NOTHING_PACKED}")
     if backend != "jax2tf" and any(unit.branches for unit in plan.units):
         raise ConfigError(f"branches are written by --backend=jax2tf, and the backend is {backend}; leave it out")
     offered = at_sizes(recipe, sizes)
@@ -108,7 +113,7 @@ def export_run(
                 recipe, params, frozen, tokenizers, str(out),
                 backend=backend, reference=reference, gpu_check=gpu_check, precisions=precisions,
                 judge=judge_of(recipe, load_config(workdir)), limits=limits, budget=budget,
-                about=about_run(workdir, title, licence, provenance), sizes=offered,
+                about=about_run(workdir, title, licence, provenance), sizes=offered, form=form,
             )  # fmt: skip
         except VariantError as error:
             raise ConfigError(str(error)) from error

@@ -50,6 +50,7 @@ class Sized:
         numbers: what was measured, see `BundleReport`.
         described: {unit: what the manifest says of it}.
         arrays: the golden arrays, see `golden.run`.
+        storage: {unit: its weights of few levels}.
 
     Raises:
         ValueError: the program does not fit the plan, or the plan not that of the bundle's own size.
@@ -70,7 +71,8 @@ class Sized:
         if self.units.keys() != own.keys():
             raise ValueError(f"at {size} the plan has the units {sorted(self.units)}, and else {sorted(own)}")
         self.weights = {name: unit.select(weights) for name, unit in self.units.items()}
-        storage = {name: describe_storage(unit, weights) for name, unit in self.units.items()}
+        self.storage = {name: unit.stored(weights) for name, unit in self.units.items()}
+        described = {name: describe_storage(unit, weights, self.storage[name]) for name, unit in self.units.items()}
         self.shapes = {
             name: {tensor: tuple(spec.shape) for tensor, spec in unit.inputs.items()}
             for name, unit in self.units.items()
@@ -80,7 +82,7 @@ class Sized:
             for name, unit in self.units.items()
         }
         self.folder, self._gpu_check = folder, gpu_check
-        self.files = UnitFiles(folder, gpu_check, storage, self.signatures, _stems(plan))
+        self.files = UnitFiles(folder, gpu_check, described, self.signatures, _stems(plan))
         self.numbers, self.described = self.files.numbers, self.files.described
         self.arrays: Arrays = {}
         self.tolerances: dict[str, Any] = {}
@@ -148,7 +150,7 @@ class Sized:
             self.tolerances[precision] = golden.tolerances(self.litert("f32"), self.arrays, precision)
             return
         with tempfile.TemporaryDirectory(dir=self.folder.parent) as scratch:
-            floats = variants.in_floats(precision, self.files.paths("f32"), pathlib.Path(scratch))
+            floats = variants.in_floats(precision, self.files.paths("f32"), pathlib.Path(scratch), self.storage)
             units = self.files.load_all(floats)
             other = golden.run(Sampler(self.program, units, self.shapes), inputs, noise)
         self.tolerances[precision] = golden.measured_tolerances(self.program, self.arrays, (found, other))

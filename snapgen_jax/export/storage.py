@@ -12,12 +12,15 @@ from snapgen_jax.training.exports import ExportUnit, Stored
 TOLERANCE = 1e-6  # relative; a float32 product of a scale and an integer
 
 
-def describe_storage(unit: ExportUnit, weights: Mapping[str, Any]) -> dict[str, Any]:
+def describe_storage(
+    unit: ExportUnit, weights: Mapping[str, Any], storage: Mapping[str, Stored] | None = None
+) -> dict[str, Any]:
     """Checks what a unit stores as few values against its weights.
 
     Args:
         unit: of an export plan.
         weights: `{role: parameters}`.
+        storage: `unit.stored(weights)`, where that is known.
 
     Returns:
         {path: {"bits", "shape", "scale_shape", "levels"}} for the manifest; `levels` counts the integers in use.
@@ -25,9 +28,8 @@ def describe_storage(unit: ExportUnit, weights: Mapping[str, Any]) -> dict[str, 
     Raises:
         ValueError: a path is no parameter, or its integers and scale do not give that parameter; names the path.
     """
-    return {
-        path: _describe(unit, path, stored, _leaf(unit, path, weights)) for path, stored in unit.stored(weights).items()
-    }
+    found = unit.stored(weights) if storage is None else storage
+    return {path: _describe(unit, path, stored, _leaf(unit, path, weights)) for path, stored in found.items()}
 
 
 def _leaf(unit: ExportUnit, path: str, weights: Mapping[str, Any]) -> np.ndarray:

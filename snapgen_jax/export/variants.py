@@ -17,6 +17,7 @@ from snapgen_jax.export.compare import VerificationError
 from snapgen_jax.export.compat import IncompatibleModelError
 from snapgen_jax.export.flatbuffer import describe
 from snapgen_jax.export.judging import Judge, Limits, VariantError
+from snapgen_jax.export.levels import Kept, keep_levels
 from snapgen_jax.export.mixed import Budget, BudgetError, search
 from snapgen_jax.export.precision import (
     QUANTISED,
@@ -29,6 +30,7 @@ from snapgen_jax.export.precision import (
 )
 from snapgen_jax.export.program import Flow, Program
 from snapgen_jax.export.sampler import Arrays, Sampler
+from snapgen_jax.training.exports import Stored
 
 CALIBRATION = 8  # examples by which `mixed` is chosen
 # What says that one variant is no good; the bundle may well do without it.
@@ -36,6 +38,7 @@ FAULTS = (QuantisationError, BudgetError, IncompatibleModelError, VerificationEr
 SMALLER = {"float16", "int8", "int4"}
 Shapes = Mapping[str, Mapping[str, Any]]
 Files = Mapping[str, pathlib.Path]
+Storage = Mapping[str, Mapping[str, Stored]]  # {unit: its weights of few levels}
 
 log = logging.getLogger(__name__)
 
@@ -79,14 +82,22 @@ class Variants:
         precisions: those that are wanted and were not refused, float32 first where it is among them.
         refused: {precision: why}.
         described: {precision: what it was judged by}, for the manifest.
+        kept: {unit: what of its file of eight bits are weights of few levels}, of the first unit of each file that has
+            such weights.
     """
 
     def __init__(
-        self, precisions: tuple[Precision, ...], by_name: bool, judge: Judge | None, limits: Limits, budget: Budget
+        self,
+        precisions: tuple[Precision, ...],
+        by_name: tuple[Precision, ...],
+        judge: Judge | None,
+        limits: Limits,
+        budget: Budget,
     ) -> None:
         self.precisions: tuple[Precision, ...] = precisions
         self.refused: dict[str, str] = {}
         self.described: dict[str, dict[str, Any]] = {}
+        self.kept: dict[str, Kept] = {}
         self._by_name, self._judge, self._limits, self._budget = by_name, judge, limits, budget
         self._four: dict[tuple[str, str], tuple[Layer, ...]] = {}  # of (precision, unit)
         self._expected: np.ndarray | None = None
@@ -111,7 +122,7 @@ class Variants:
             yield
         except FAULTS as error:
             reason = str(error).removesuffix(" Nothing was written.").removeprefix(f"{precision}: ")
-            if self._by_name:
+            if precision in self._by_name:
                 raise VariantError(f"{precision} is refused: {reason.rstrip('.')}. Nothing was written.") from error
             log.warning("the bundle goes without %s: %s", precision, reason)
             forget(precision)
@@ -119,8 +130,9 @@ class Variants:
             self.described.pop(precision, None)
             self.refused[precision] = reason
 
-    def write(self, precision: Precision, sources: Files, targets: Files, examples: Examples) -> None:
-        """Writes the files of a precision that are not there yet, by the float32 ones.
+    def write(self, precision: Precision, sources: Files, targets: Files, examples: Examples, storage: Storage) -> None:
+        """Writes the files of a precision that are not there yet, by the float32 ones. Those of eight bits keep the
+        levels of weights that were trained to take few.
 
         Raises:
             QuantisationError: the quantiser changes no weight of any of them, or refuses one.
@@ -145,15 +157,21 @@ class Variants:
         for name, source in sources.items():
             if not targets[name].exists():
                 write_variant(precision, source, targets[name])
+            if precision == "int8" and storage[name] and name == _first(sources)[name]:
+                self.kept[name] = keep_levels(source, targets[name], storage[name])
+                if missing := self.kept[name].missing:
+                    log.warning("%s: %s are rounded to eight bits: %s", name, len(missing), ", ".join(missing))
         if not any(SMALLER & weights_of(describe(target)).keys() for target in targets.values()):
             raise QuantisationError(f"{precision}: the quantiser finds no weight in any unit that it could change")
 
-    def in_floats(self, precision: Precision, sources: Files, folder: pathlib.Path) -> Files:
+    def in_floats(self, precision: Precision, sources: Files, folder: pathlib.Path, storage: Storage) -> Files:
         """The files of integer weights as a GPU computes with them: multiplied out, and in floating point."""
         assert precision in QUANTISED
         found = {name: folder / source.name for name, source in sources.items()}
         for name in dict.fromkeys(_first(sources).values()):
             quantise(sources[name], found[name], self._four.get((precision, name), ()), "float")
+            if precision == "int8" and storage[name]:
+                keep_levels(sources[name], found[name], storage[name])
         return found
 
     def judge(self, precision: Precision, exact: Sampler, variant: Sampler, examples: Examples) -> None:

@@ -18,13 +18,13 @@ from typing import Literal
 import numpy as np
 
 if __package__:
-    from snapgen_jax.export.client import MANIFEST_SCHEMA, Bundle, read_size
+    from snapgen_jax.export.client import MANIFEST_SCHEMA, PACKED_SCHEMA, Bundle, read_size
     from snapgen_jax.export.program import BundleError, Flow
     from snapgen_jax.export.runtime import AcceleratorError
     from snapgen_jax.export.sampler import Arrays, Contexts, Sampler, Unit, relative_l2
 else:  # beside its own copy of the client, in a bundle; each may be a link into a store of blobs
     sys.path.insert(0, str(pathlib.Path(__file__).absolute().parent))
-    from client import MANIFEST_SCHEMA, Bundle, read_size  # type: ignore[import-not-found]
+    from client import MANIFEST_SCHEMA, PACKED_SCHEMA, Bundle, read_size  # type: ignore[import-not-found]
     from program import BundleError, Flow  # type: ignore[import-not-found]
     from runtime import AcceleratorError  # type: ignore[import-not-found]
     from sampler import Arrays, Contexts, Sampler, Unit, relative_l2  # type: ignore[import-not-found]
@@ -52,6 +52,7 @@ def checks(
     precisions: Sequence[str] | None = None,
     num_threads: int | None = None,
     accelerator: Literal["cpu", "gpu"] | None = None,
+    cache: str | pathlib.Path | None = None,
 ) -> Iterator[Check]:
     """Checks a bundle, one finding at a time.
 
@@ -60,18 +61,23 @@ def checks(
         precisions: those to run; all that it has where none is given.
         num_threads: of LiteRT's CPU kernels.
         accelerator: None for LiteRT's interpreter, "cpu" or "gpu" for its CompiledModel, as on phones.
+        cache: the folder of unpacked networks, see `client.Bundle`.
     """
-    bundle = Bundle(folder)
-    if bundle.schema != MANIFEST_SCHEMA:
+    bundle = Bundle(folder, cache=cache)
+    if bundle.schema not in (MANIFEST_SCHEMA, PACKED_SCHEMA):
         raise BundleError(f"this bundle is of schema {bundle.schema}; check it with the verify.py that lies in it")
     files = list(_files(bundle))
     yield from files
     if not all(check.passed for check in files):
         return  # nothing that a damaged file computes is worth looking at
+    unpacked = list(_unpacked(bundle, precisions or bundle.manifest["precisions"]))
+    yield from unpacked
+    if not all(check.passed for check in unpacked):
+        return
     yield from _token_ids(bundle)
     yield from _at_size(bundle, precisions, num_threads, accelerator)
     for name in bundle.sizes:
-        if (other := Bundle(folder, read_size(name))).golden_folder != bundle.golden_folder:
+        if (other := Bundle(folder, read_size(name), cache=cache)).golden_folder != bundle.golden_folder:
             for check in _at_size(other, precisions, num_threads, accelerator):
                 yield dataclasses.replace(check, name=f"{name}: {check.name}")
 
@@ -109,6 +115,23 @@ def _files(bundle: Bundle) -> Iterator[Check]:
         if not same:
             finding += f"; expected {expected['bytes']} bytes, sha256 {expected['sha256'][:12]}"
         yield Check(f"file {name}", finding, same)
+
+
+def _unpacked(bundle: Bundle, precisions: Sequence[str]) -> Iterator[Check]:
+    """Packed networks, unpacked, against the checksum of the file that the exporter packed."""
+    for name, unit in bundle.manifest["units"].items():
+        for precision in unit.get("packed", {}).keys() & precisions:
+            try:
+                path = bundle.network_file(name, precision)
+            except BundleError as error:
+                yield Check(f"{precision} {name} unpacked", str(error), False)
+                continue
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            finding = f"{path}: {path.stat().st_size} bytes, sha256 {digest[:12]}"
+            same = digest == unit["packed"][precision]["sha256"]
+            finding += "" if same else "; it is damaged: remove it, and it is unpacked again"
+            yield Check(f"{precision} {name} unpacked", finding, same)
 
 
 def _token_ids(bundle: Bundle) -> Iterator[Check]:
@@ -172,7 +195,7 @@ def _signatures(bundle: Bundle, precision: str) -> Iterator[Check]:
     from ai_edge_litert.interpreter import Interpreter
 
     for name, unit in bundle.manifest["units"].items():
-        interpreter = Interpreter(model_path=str(bundle.file(unit["files"][precision])))
+        interpreter = Interpreter(model_path=str(bundle.network_file(name, precision)))
         found = interpreter.get_signature_list()
         if unit["signature"] not in found:
             yield Check(f"{precision} {name} signature", f"has {sorted(found)}, not {unit['signature']!r}", False)
@@ -279,11 +302,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         choices=("cpu", "gpu"),
         help="run on LiteRT's CompiledModel, as phones do, each unit in a process of its own; default: its interpreter",
     )
+    parser.add_argument("--cache", help="folder of unpacked networks; default: <bundle>.unpacked beside the bundle")
     arguments = parser.parse_args(argv)
     failed: list[str] = []
     count = 0
     try:
-        for check in checks(arguments.folder, arguments.precision, arguments.threads, arguments.accelerator):
+        chosen = arguments.precision, arguments.threads, arguments.accelerator, arguments.cache
+        for check in checks(arguments.folder, *chosen):
             count += 1
             if not check.passed:
                 failed.append(check.name)

@@ -80,7 +80,8 @@ class ExportUnit:
         inputs: named input shapes. The batch is 1; a clip has its frames in the place of the batch.
         storage: `{path: Stored}`, path being "role/module/kernel": weights that take few values; or a function that
             finds them in all of `recipe.weights(params, frozen)`. See `stored`. The exporter checks that they are those
-            values, and the manifest lists them. The `.tflite` file holds them as floats all the same.
+            values, and the manifest lists them. The float32 file holds them as floats all the same, that of eight bits
+            as they are.
         part: `part(weights)`: what `function` reads of its roles, where that is less than all of them, such as some
             layers of an encoder that is split.
         file: the stem of the file, where several units are signatures of one. They have the same roles and part, and

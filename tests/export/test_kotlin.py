@@ -259,6 +259,7 @@ def replace(name, text):
         (leaves("golden\\outside"), "leads out of the bundle"),
         (leaves("C:outside"), "leads out of the bundle"),
         (edit("manifest.json", schema=99), "schema 99, and this client knows 3..4: update the app"),
+        (edit("manifest.json", schema=5), "packed networks, which this client does not unpack"),
         (edit("manifest.json", schema=2), "schema 2, and this client knows 3..4: export it again"),
         (edit("program.json", schema=4), "schema is 4; this client knows 3: update the app"),
         (edit("program.json", kind="ddpm"), "kind is the text \"ddpm\"; this client knows flow, feed_forward"),

@@ -254,6 +254,6 @@ def test_a_bundle_of_eight_bits_has_tolerances_that_notice_other_weights(toy, to
 def test_where_no_unit_has_a_product_of_weights_there_are_no_eight_bits(toy, tokenizer_json, tmp_path):
     table = toy.folder / "text_f32.tflite"
     assert quantise(table, tmp_path / "text_int8.tflite") == 0
-    variants: Any = Variants(("f32", "int8"), True, None, Limits(), Budget())
+    variants: Any = Variants(("f32", "int8"), ("int8",), None, Limits(), Budget())
     with pytest.raises(QuantisationError, match="no weight in any unit that it could change"):
-        variants.write("int8", {"text": table}, {"text": tmp_path / "text_int8.tflite"}, None)
+        variants.write("int8", {"text": table}, {"text": tmp_path / "text_int8.tflite"}, None, {"text": {}})

@@ -286,6 +286,12 @@ def _newer(bundle: pathlib.Path) -> str:
     return "newer than its page"
 
 
+def _packed(bundle: pathlib.Path) -> str:
+    path = bundle / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 5}))
+    return "packed networks, which this page does not unpack"
+
+
 def _unknown(bundle: pathlib.Path) -> str:
     path = bundle / "program.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "hue": 1}))
@@ -301,7 +307,7 @@ def _other_tokenizer(bundle: pathlib.Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "damage", [_cut, _altered, _missing, _no_bundle, _not_json, _newer, _unknown, _other_tokenizer]
+    "damage", [_cut, _altered, _missing, _no_bundle, _not_json, _newer, _packed, _unknown, _other_tokenizer]
 )
 def test_a_bundle_that_is_none_is_refused_by_name(site, page, damage):
     said = damage(site.variant(damage.__name__))

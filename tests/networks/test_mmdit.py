@@ -257,7 +257,7 @@ def test_the_teacher_lies_sharded_over_eight_devices_and_computes_the_same():
         ({"width": 18}, "at most 16"),
         ({"latent_channels": 3}, "latent channels 3 given, but the config says 4"),
         ({"context_width": 9}, "text state width 9 given"),
-        ({"taps": ("block_3",)}, "unknown intermediate block_3; the network has block_00, block_01"),
+        ({"taps": ("block_3",)}, "unknown intermediate block_3; the network has block_00_attention_input, "),
     ],
 )
 def test_a_shape_or_tap_that_does_not_fit_is_refused(change, message):

@@ -11,6 +11,7 @@ import tempfile
 from typing import Literal
 
 from snapgen_jax.export.client import check_manifest
+from snapgen_jax.export.packed import unpack_bundle
 from snapgen_jax.export.program import BundleError
 from snapgen_jax.training.exits import ConfigError
 
@@ -81,7 +82,7 @@ def _is_app(kind: Kind, folder: pathlib.Path) -> bool:
 
 
 def copy_bundle(bundle: pathlib.Path, place: pathlib.Path) -> None:
-    """Copies the files that a bundle's manifest lists, and the manifest.
+    """Copies the files that a bundle's manifest lists, and the manifest. Packed networks are unpacked: no app does it.
 
     Raises:
         ConfigError: one of them is not there, or is not the one that was exported.
@@ -99,3 +100,8 @@ def copy_bundle(bundle: pathlib.Path, place: pathlib.Path) -> None:
             raise ConfigError(
                 f"the file {name!r} of the bundle {bundle} is damaged: its checksum is not the manifest's"
             )
+    if any("packed" in unit for unit in manifest.get("units", {}).values()):
+        try:
+            unpack_bundle(place)
+        except BundleError as error:
+            raise ConfigError(f"the bundle {bundle}: {error}") from error

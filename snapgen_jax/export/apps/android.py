@@ -8,6 +8,7 @@ import shutil
 from xml.sax.saxutils import escape
 
 from snapgen_jax.export.apps import copy_bundle
+from snapgen_jax.export.packed import unpacked_bytes
 
 TEMPLATE = pathlib.Path(__file__).with_name("android")
 # An APK of more is refused by devices and by Play: a larger bundle is pushed to the phone.
@@ -29,7 +30,7 @@ def write(bundle: pathlib.Path, out: pathlib.Path) -> None:
     """
     manifest = json.loads((bundle / "manifest.json").read_text("utf-8"))
     shutil.copytree(TEMPLATE, out, dirs_exist_ok=True)
-    size = sum(file["bytes"] for file in manifest["files"].values())
+    size = unpacked_bytes(manifest)
     copy_bundle(bundle, out / (ASSETS if size <= LARGEST_IN_APK else "bundle"))
     strings = out / STRINGS
     strings.write_text(strings.read_text("utf-8").replace("SnapGen", app_name(manifest.get("model"))), "utf-8")

@@ -7,7 +7,7 @@ import shutil
 
 from snapgen_jax.export.apps import copy_bundle
 from snapgen_jax.export.apps.litertjs import litert_js, version
-from snapgen_jax.export.client import MANIFEST_SCHEMA, Bundle
+from snapgen_jax.export.client import MANIFEST_SCHEMA, PACKED_SCHEMA, Bundle
 from snapgen_jax.export.program import BundleError
 from snapgen_jax.training.exits import ConfigError
 
@@ -62,7 +62,7 @@ def write(bundle: pathlib.Path, out: pathlib.Path) -> None:
         opened = Bundle(bundle)
     except BundleError as error:
         raise ConfigError(f"{bundle}: {error}") from error
-    if opened.schema != MANIFEST_SCHEMA:
+    if opened.schema not in (MANIFEST_SCHEMA, PACKED_SCHEMA):
         raise ConfigError(
             f"{bundle} is a bundle of schema {opened.schema}, and the page needs {MANIFEST_SCHEMA}, which has recorded "
             "calls to test a browser with; export the run again"

@@ -9,6 +9,7 @@ import { Sampler, withOptions } from "./sampler.js";
 import { Tokenizer, frame } from "./tokenizer.js";
 
 const MANIFEST_SCHEMAS = [4];
+const PACKED_SCHEMA = 5; // as 4, with packed networks
 const LONGEST_PROMPT = 10_000; // characters; far more than any encoder reads
 
 export class Client {
@@ -24,6 +25,12 @@ export class Client {
     const manifest = await files.json("manifest.json");
     for (const name of ["schema", "precisions", "units", "files"]) {
       if (!(name in manifest)) throw new BundleError(`manifest.json lacks ${name}; this folder is no bundle`);
+    }
+    if (manifest.schema === PACKED_SCHEMA) {
+      throw new BundleError(
+        "this bundle has packed networks, which this page does not unpack. Make the page by " +
+          "`snapgen export --bundle=BUNDLE --app=web`, which unpacks them",
+      );
     }
     if (!MANIFEST_SCHEMAS.includes(manifest.schema)) {
       const age = manifest.schema > Math.max(...MANIFEST_SCHEMAS) ? "newer" : "older";

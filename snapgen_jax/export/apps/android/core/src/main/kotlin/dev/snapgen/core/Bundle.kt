@@ -122,6 +122,12 @@ class Bundle(val folder: File) {
 
     private fun checkSchema() {
         val schema = if (manifest.has("schema")) manifest.int("schema") else 0
+        if (schema == PACKED_SCHEMA) {
+            throw BundleException(
+                "this bundle has packed networks, which this client does not unpack: make the project by " +
+                    "`snapgen export --bundle=BUNDLE --app=android`, which unpacks them",
+            )
+        }
         if (schema > SCHEMAS.last) {
             throw BundleException("this bundle has schema $schema, and this client knows $SCHEMAS: update the app")
         }
@@ -146,6 +152,9 @@ class Bundle(val folder: File) {
     companion object {
         /** Of manifest.json. */
         val SCHEMAS = 3..4
+
+        /** As 4, with packed networks. */
+        const val PACKED_SCHEMA = 5
 
         fun sha256(file: File): String {
             val digest = MessageDigest.getInstance("SHA-256")
