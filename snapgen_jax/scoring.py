@@ -90,6 +90,6 @@ def _with_options(
     spec: EvaluatorSpec, generation: Mapping[str, Any] | None, options: Mapping[str, Mapping[str, Any]] | None
 ) -> EvaluatorSpec:
     chosen = {**spec.options, **(options or {}).get(spec.name, {})}
-    if generation:
+    if generation and spec.function is None:
         chosen["options"] = {**chosen.get("options", {}), **generation}
     return dataclasses.replace(spec, options=chosen)

@@ -41,6 +41,11 @@ def guided(v_null: jax.Array, v_cond: jax.Array, w: jax.typing.ArrayLike) -> jax
     return v_null + _scale_like(w, v_null) * (v_cond - v_null)
 
 
+def guided_from(v_cond: jax.Array, v_null: jax.Array, w: jax.typing.ArrayLike) -> jax.Array:
+    """`guided` in the form `v_cond + (w - 1) (v_cond - v_null)`, which is `v_cond` bit for bit where w = 1."""
+    return guided(v_cond, v_null, 1 - jnp.asarray(w))
+
+
 def _scale_like(w: jax.typing.ArrayLike, v: jax.Array) -> jax.Array:
     """The guidance scale with the axes of v, or a scalar; see `guided`."""
     given = np.shape(w)
@@ -110,10 +115,9 @@ def with_guidance(
 
     # The halves are interleaved, not concatenated: a batch split over devices then stays where it is.
     def pair(null_leaf, leaf):
-        both = jnp.stack([jnp.broadcast_to(null_leaf, leaf.shape), leaf], axis=1)
-        return both.reshape(2 * leaf.shape[0], *leaf.shape[1:])
+        return jnp.stack([null_leaf, leaf], axis=1).reshape(2 * leaf.shape[0], *leaf.shape[1:])
 
-    pairs = jax.tree.map(pair, null, condition)
+    pairs = jax.tree.map(pair, null_like(null, condition), condition)
 
     def halves(x_t, t, i, carry):
         v, carry = denoise(pair(x_t, x_t), pair(t, t), i, carry, pairs)
@@ -135,6 +139,11 @@ def with_guidance(
         return both
     # The times are few and one program serves all of them, so that it holds both calls; a step runs one.
     return lambda x_t, t, i, carry: jax.lax.cond(jnp.asarray(when)[i], both, conditional, x_t, t, i, carry)
+
+
+def null_like(null: Condition, condition: Condition) -> Condition:
+    """The null condition of as many examples as a condition has."""
+    return jax.tree.map(lambda null_leaf, leaf: jnp.broadcast_to(null_leaf, leaf.shape), null, condition)
 
 
 def draw_kept(key: jax.Array, batch: int, rate: float) -> jax.Array:

@@ -138,8 +138,11 @@ class Captions(OfImages):
         if "condition" not in parts or "text_workdir" not in inputs:
             return
         if not inputs["text_workdir"]:
+            if self.config.text_workdir and epath.Path(self.config.text_workdir) == epath.Path(workdir):
+                return  # the student reads that one
             raise ConfigError(
-                f"the run {workdir!r} trained a text encoder of its own; give teacher.inputs with its `text`"
+                f"the run {workdir!r} trained a text encoder of its own; set inputs.text_workdir to it, or give "
+                "teacher.inputs with its `text`"
             )
         if not self.config.text_workdir or not same_tokens(workdir, self.config.text_workdir):
             raise ConfigError(

@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec
 
 from snapgen_jax.networks import attention_table
 from snapgen_jax.networks.eight_bits import SCALE
+from snapgen_jax.networks.taps import NO_TAPS, Taps
 
 Tree = Any
 Platform = Literal["cpu", "gpu", "tpu"]
@@ -298,14 +299,17 @@ class _TracedOnce(nnx.Module):
         self.state = nnx.data(state)
 
     def __call__(self, *args: Any) -> Any:
-        numbers = tuple((i, arg) for i, arg in enumerate(args) if isinstance(arg, int))  # a number of frames is a shape
-        return _traced_once(self.graphdef, numbers, self.state, [a for a in args if not isinstance(a, int)])
+        # A number of frames is a shape, and a sketch returns and replaces nothing inside.
+        fixed = {i: NO_TAPS if isinstance(x, Taps) else x for i, x in enumerate(args) if isinstance(x, int | Taps)}
+        return _traced_once(
+            self.graphdef, tuple(fixed.items()), self.state, [x for i, x in enumerate(args) if i not in fixed]
+        )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _traced_once(graphdef: nnx.GraphDef, numbers: tuple[tuple[int, int], ...], state: Any, args: list[Any]) -> Any:
-    for i, number in numbers:
-        args.insert(i, number)
+def _traced_once(graphdef: nnx.GraphDef, fixed: tuple[tuple[int, Any], ...], state: Any, args: list[Any]) -> Any:
+    for i, value in fixed:
+        args.insert(i, value)
     return cast(Callable, nnx.merge(graphdef, state))(*args)
 
 

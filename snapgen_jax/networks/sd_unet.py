@@ -42,6 +42,13 @@ class SDUNetConfig(SDUNetArchitecture):
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "sd15": {},
+        # SnapFusion's (Li et al. 2023, arXiv 2306.00980, table 3), with its four residual blocks at the lowest
+        # resolution as one on the way down, one in the middle and two on the way up.
+        "snapfusion": {
+            "down": (("r", "r"), ("ra", "ra"), ("raa",), ("r",)),
+            "mid": "ra",
+            "up": (("r",) * 3, ("ra",) * 3, ("raaa",) * 2, ("r",) * 2),
+        },
         "sd21": {"context_width": 1024, "heads": (5, 10, 20, 20), "projection": "linear"},
         "sdxl": {
             "channels": (320, 640, 1280),

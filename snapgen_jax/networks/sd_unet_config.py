@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from jax.sharding import PartitionSpec
@@ -36,9 +36,10 @@ class SDUNetArchitecture(Preset):
         out_channels: of the output.
         channels: width of each stage; stage 0 has the highest resolution, and each further one half of it.
         down: for each stage its layers on the way down, each a string of blocks: "r" a residual block, "a" a
-            transformer. A layer begins with an "r"; what leaves it is a skip of the way up.
+            transformer. A layer that changes the width begins with an "r"; what leaves it is a skip of the way up.
         mid: the blocks of the lowest resolution between both ways.
-        up: for each stage its layers on the way up, one more than on the way down; each takes a skip.
+        up: for each stage its layers on the way up, one more than on the way down; each takes a skip, and so begins
+            with an "r".
         heads: of the attention of each stage.
         depth: transformer blocks in a transformer of each stage; the middle has those of the last.
         context_width: of the text states.
@@ -84,13 +85,10 @@ class SDUNetArchitecture(Preset):
         for name in ("down", "up", "heads", "depth"):
             if len(getattr(self, name)) != stages:
                 return f"{name} has {len(getattr(self, name))} stages and channels {stages}"
-        for name in ("down", "up"):
-            for layer in (layer for stage in getattr(self, name) for layer in stage):
-                if not re.fullmatch("r[ra]*", layer):
-                    return (
-                        f"the layer {layer!r} of {name} is no residual block 'r' followed by blocks 'r' and "
-                        "transformers 'a'"
-                    )
+        for name, _, _, layer, changes in self._layers():
+            if not re.fullmatch("r[ra]*" if changes else "[ra]*", layer):
+                first = "a residual block 'r', which changes the width, followed by " if changes else ""
+                return f"the layer {layer!r} of {name} is not made of {first}blocks 'r' and transformers 'a'"
         if not re.fullmatch("[ra]*", self.mid):
             return f"mid={self.mid!r} is not made of 'r' and 'a'"
         for i, (down, up) in enumerate(zip(self.down, self.up, strict=True)):
@@ -106,6 +104,16 @@ class SDUNetArchitecture(Preset):
                     "channels"
                 )
         return ""
+
+    def _layers(self) -> Iterator[tuple[str, int, int, str, bool]]:
+        """Of each layer of both ways: the way, its stage and number, its blocks, and whether it changes the width."""
+        width = self.channels[0]
+        for stage, layers in enumerate(self.down):
+            for i, layer in enumerate(layers):
+                yield "down", stage, i, layer, width != self.channels[stage]
+                width = self.channels[stage]
+        for stage, layers in reversed([*enumerate(self.up)]):
+            yield from (("up", stage, i, layer, True) for i, layer in enumerate(layers))
 
     @property
     def embedding_width(self) -> int:
@@ -125,6 +133,12 @@ class SDUNetArchitecture(Preset):
         """Of every block, in the order in which they run: `down_1_0_2` is block 2 of layer 0 of stage 1, `mid_0` the
         first of the middle."""
         return tuple(name for name in self.tap_names() if re.fullmatch(r"(down|up)_\d+_\d+_\d+|mid_\d+", name))
+
+    def droppable_blocks(self) -> tuple[str, ...]:
+        """The blocks whose input may stand in for their output: all but those that begin a layer which changes the
+        width."""
+        firsts = {f"{way}_{stage}_{i}_0" for way, stage, i, _, changes in self._layers() if changes}
+        return tuple(name for name in self.block_names() if name not in firsts)
 
     def tap_names(self) -> tuple[str, ...]:
         """Names of the intermediates in the order in which they are computed.

@@ -28,7 +28,9 @@ class Reuse:
     a new function traces anew what takes the `Reuse` as an argument; make it inside the jitted function.
 
     Attributes:
-        value: of the intermediate's shape; it takes the intermediate's dtype.
+        value: of the intermediate's shape; it takes the intermediate's dtype. None for what enters the module, so that
+            the module is the identity where it does not run; its input and output must then have one shape. Blocks that
+            are one scan need a value.
         run: decides between the value and the module.
 
             - `False`: the value; the module is no part of the program.
@@ -39,7 +41,7 @@ class Reuse:
             - a function of the activation that enters the module, which returns either kind of array.
     """
 
-    value: jax.Array
+    value: jax.Array | None
     run: Run = False
 
     DTYPE: ClassVar[Any] = jnp.bool_  # of `run` as an array
@@ -66,7 +68,13 @@ class Reuse:
         run = self.run(x) if callable(self.run) else self.run
         if run is True:
             return function(x, *args)
-        value = self.fitted(jax.eval_shape(lambda: function(x, *args)), name)
+        like = jax.eval_shape(lambda: function(x, *args))
+        if self.value is None and x.shape != like.shape:
+            raise ValueError(
+                f"intermediate {name} has shape {like.shape}, and what enters its module {x.shape}; give a value, or "
+                "leave the module as it is"
+            )
+        value = x.astype(like.dtype) if self.value is None else self.fitted(like, name)
         if run is False:
             return value
         return self.chosen(self.checked(run, value.shape[0], name), lambda: function(x, *args), value)
@@ -83,6 +91,8 @@ class Reuse:
 
     def fitted(self, like: Any, name: str) -> jax.Array:
         """The value in the dtype of `like`, an array or a `ShapeDtypeStruct`; raises if it has another shape."""
+        if self.value is None:
+            raise ValueError(f"intermediate {name} has no value, and a block in a scan needs one")
         if self.value.shape != like.shape:
             raise ValueError(
                 f"intermediate {name} has shape {like.shape}; the one given to reuse has {self.value.shape}"

@@ -25,10 +25,22 @@ from snapgen_jax.networks.layers import Conv, GroupNorm
 from snapgen_jax.networks.module import Rules, compute_dtype, shard
 from snapgen_jax.networks.taps import Reuse, Taps
 from snapgen_jax.networks.text import TextContext, denoiser_spec
-from snapgen_jax.networks.unet_blocks import Downsample, EmbeddingMLP, ResidualBlock, Rope, Transformer, Unit, Upsample
+from snapgen_jax.networks.unet_blocks import (
+    Downsample,
+    EmbeddingMLP,
+    ResidualBlock,
+    Rope,
+    Transformer,
+    Unit,
+    Upsample,
+    run_standing,
+    standing,
+)
 from snapgen_jax.networks.unet_config import UNetArchitecture
 
 __all__ = ["UNet", "UNetConfig"]
+
+_MIDDLE = ("mid_residual_block", "mid_transformer", "mid_second_residual_block")
 
 # First match wins. Kernels are split over their outputs, or over their inputs where the outputs are the residual
 # stream; vectors are small and stay whole.
@@ -89,11 +101,6 @@ class UNetConfig(UNetArchitecture):
             names += [f"upsample_{stage}"] if stage else []
         return tuple(names)
 
-    def down_unit(self, stage: int) -> tuple[int, bool]:
-        """Of a unit on the way down: its transformer blocks, and whether it has a residual block."""
-        only_residual = stage == 0 and self.first_stage == "res"
-        return 0 if only_residual else self.down_depth[stage], stage > 0 or self.first_stage != "tf"
-
     def _of_transformer(self, stage: int, depth: int) -> list[str]:
         """The modules of the transformer blocks of a unit."""
         modules = [
@@ -129,8 +136,8 @@ class UNet(nnx.Module):
         for stage, channel in enumerate(channels):
             depth, residual = config.down_unit(stage)
             units = nnx.List()
-            for _ in range(config.units):
-                units.append(Unit(config, stage, width, depth, residual, rngs))
+            for i in range(config.units):
+                units.append(Unit(config, f"down_{stage}_{i}", stage, width, depth, residual, rngs))
                 width = channel
                 skips.append(width)
             self.down.append(units)
@@ -138,17 +145,25 @@ class UNet(nnx.Module):
                 self.downsamplers.append(Downsample(config, width, rngs))
                 skips.append(width)
 
-        self.mid_residual = ResidualBlock(config, width, width, rngs)
-        self.mid_transformer = Transformer(config, last, config.mid_depth, rngs) if config.mid_depth else None
-        self.mid_residual_2 = ResidualBlock(config, width, width, rngs) if config.mid == "rar" else None
+        def residual_block(first: bool) -> nnx.Module:
+            return ResidualBlock(config, width, width, rngs)
+
+        def transformer(first: bool) -> nnx.Module:
+            return Transformer(config, last, config.mid_depth, rngs)
+
+        counts = {name: config.count(name) if name in config.base_blocks() else 0 for name in _MIDDLE}
+        self.mid_residual, self.mid_more_residuals = standing(counts["mid_residual_block"], residual_block)
+        self.mid_transformer, self.mid_more_transformers = standing(counts["mid_transformer"], transformer)
+        self.mid_residual_2, self.mid_more_residuals_2 = standing(counts["mid_second_residual_block"], residual_block)
 
         # Lists are indexed by stage, so the way up is built and stored from the highest resolution like the way down.
         up_units: list[nnx.List] = []
         upsamplers: list[Upsample] = []
         for stage in reversed(range(len(channels))):
             units = nnx.List()
-            for _ in range(config.units + 1):
-                units.append(Unit(config, stage, width + skips.pop(), config.up_depth[stage], True, rngs))
+            for i in range(config.units + 1):
+                name, depth = f"up_{stage}_{i}", config.up_depth[stage]
+                units.append(Unit(config, name, stage, width + skips.pop(), depth, True, rngs))
                 width = channels[stage]
             up_units.insert(0, units)
             if stage:
@@ -174,8 +189,9 @@ class UNet(nnx.Module):
             time: `[B, time_width]` from `time_features`.
             context: sequence `[B, L, context_width]`, mask `[B, L]`, pooled `[B, pooled_width]`.
             taps: names of intermediates to return; `config.tap_names()` lists them.
-            reuse: intermediates to use in place of the network's own, always or where `Reuse.run` says. Inside a unit
-                whose intermediates are tapped everything runs, even where the unit itself is replaced.
+            reuse: intermediates to use in place of the network's own, always or where `Reuse.run` says; also by the
+                names of `config.droppable_blocks()`. Inside a unit whose intermediates are tapped everything runs, even
+                where the unit itself is replaced.
 
         Returns:
             v: `[B, H, W, C]` float32.
@@ -186,7 +202,7 @@ class UNet(nnx.Module):
         """
         config, stages = self.config, len(self.config.channels)
         _check_inputs(config, x, time, context)
-        tap = Taps(config.tap_names(), taps, reuse)
+        tap = Taps((*config.tap_names(), *config.droppable_blocks()), taps, reuse)
 
         embedding = self.time(time)
         if self.pooled is not None:
@@ -226,13 +242,21 @@ class UNet(nnx.Module):
 
     def _middle(self, h: jax.Array, embedding: jax.Array, states: jax.Array, keys: Mask, tap: Taps) -> jax.Array:
         """The lowest resolution: `[B, h, w, C] -> [B, h, w, C]`."""
-        h = self.mid_residual(h, embedding, tap)
-        if self.mid_transformer is not None:
-            rope = _rope(self.config, len(self.config.channels) - 1, h)
-            recomputed = functools.partial(remat.unit, self.config.remat)
-            h = tap.within(recomputed, self.mid_transformer, h, states, keys, rope)
-        if self.mid_residual_2 is not None:
-            h = self.mid_residual_2(h, embedding, tap, "second_residual")
+        rope = _rope(self.config, len(self.config.channels) - 1, h)
+        recomputed = functools.partial(remat.unit, self.config.remat)
+
+        def transform(block: Any, h: jax.Array, *given: Any) -> jax.Array:
+            *given, inner = given
+            return inner.within(recomputed, block, h, *given)
+
+        def second(block: Any, h: jax.Array, embedding: jax.Array, inner: Taps) -> jax.Array:
+            return block(h, embedding, inner, "second_residual")
+
+        h = run_standing((self.mid_residual, self.mid_more_residuals), "residual_block", tap, h, embedding)
+        transformers = self.mid_transformer, self.mid_more_transformers
+        h = run_standing(transformers, "transformer", tap, h, states, keys, rope, call=transform)
+        seconds = self.mid_residual_2, self.mid_more_residuals_2
+        h = run_standing(seconds, "second_residual_block", tap, h, embedding, call=second)
         return shard(h, "image")
 
 

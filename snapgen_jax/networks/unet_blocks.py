@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from snapgen_jax.networks.fused_separable import Norm, fused
 from snapgen_jax.networks.layers import GEGLU, PRODUCT, Conv, GroupNorm, Init, LayerNorm, Linear, upsample_nearest
 from snapgen_jax.networks.module import compute_dtype, shard
 from snapgen_jax.networks.taps import NO_TAPS, Taps
-from snapgen_jax.networks.unet_config import UNetArchitecture
+from snapgen_jax.networks.unet_config import UNetArchitecture, copy_name
 
 Rope = tuple[np.ndarray, np.ndarray]
 
@@ -193,12 +194,69 @@ class Transformer(nnx.Module):
         return x + self.project_out(tokens).reshape(b, h, w, c)
 
 
-class Unit(nnx.Module):
-    """A residual block, a transformer, or the one and then the other."""
+def standing(count: int, make: Callable[[bool], nnx.Module]) -> tuple[Any, nnx.List | None]:
+    """The blocks that stand in one place: the first, which keeps the place's name among the parameters, and the rest.
 
-    def __init__(self, config: UNetArchitecture, stage: int, in_width: int, depth: int, residual: bool, rngs: nnx.Rngs):
-        self.residual = ResidualBlock(config, in_width, config.channels[stage], rngs) if residual else None
-        self.transformer = Transformer(config, stage, depth, rngs) if depth else None
+    `make(first)` draws one; None stands for none.
+    """
+    first = make(True) if count else None
+    return first, nnx.List([make(False) for _ in range(count - 1)]) if count > 1 else None
+
+
+def run_standing(
+    blocks: tuple[Any, nnx.List | None],
+    name: str,
+    tap: Taps,
+    x: jax.Array,
+    *args: Any,
+    call: Callable[..., jax.Array] = lambda block, x, *args: block(x, *args),
+) -> jax.Array:
+    """Runs the blocks of `standing` one after another, each unless it is replaced by its name.
+
+    Args:
+        blocks: of `standing`.
+        name: of the first in `tap`; what is inside that one has names of its own, unless it is replaced.
+        tap: of the unit.
+        x, args: what the blocks take.
+        call: `(block, x, *args, tap)`, how one is called.
+    """
+    first, rest = blocks
+    for i, block in enumerate([] if first is None else [first, *(rest or ())]):
+        own = copy_name(name, i)
+        inner = NO_TAPS if i or tap.touches(own) else tap
+        x = tap.module(own, functools.partial(_called, call, block, inner), x, *args)
+    return x
+
+
+def _called(call: Callable[..., jax.Array], block: Any, tap: Taps, x: jax.Array, *args: Any) -> jax.Array:
+    return call(block, x, *args, tap)
+
+
+class Unit(nnx.Module):
+    """A residual block, a transformer, or the one and then the other; each as often as `config.blocks` says."""
+
+    def __init__(
+        self,
+        config: UNetArchitecture,
+        name: str,
+        stage: int,
+        in_width: int,
+        depth: int,
+        residual: bool,
+        rngs: nnx.Rngs,
+    ):
+        out_width = config.channels[stage]
+
+        def residual_block(first: bool) -> nnx.Module:
+            return ResidualBlock(config, in_width if first else out_width, out_width, rngs)
+
+        def transformer(first: bool) -> nnx.Module:
+            return Transformer(config, stage, depth, rngs)
+
+        residuals = config.count(f"{name}_residual_block") if residual else 0
+        transformers = config.count(f"{name}_transformer") if depth else 0
+        self.residual, self.more_residuals = standing(residuals, residual_block)
+        self.transformer, self.more_transformers = standing(transformers, transformer)
 
     def __call__(
         self,
@@ -209,10 +267,9 @@ class Unit(nnx.Module):
         rope: Rope | None,
         tap: Taps = NO_TAPS,
     ) -> jax.Array:
-        if self.residual is not None:
-            x = self.residual(x, embedding, tap)
-        if self.transformer is not None:
-            x = self.transformer(x, context, keys, rope, tap)
+        x = run_standing((self.residual, self.more_residuals), "residual_block", tap, x, embedding)
+        transformers = self.transformer, self.more_transformers
+        x = run_standing(transformers, "transformer", tap, x, context, keys, rope)
         return shard(x, "image")
 
 

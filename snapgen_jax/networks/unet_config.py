@@ -14,6 +14,11 @@ from snapgen_jax.networks.remat import Remat
 _SNAPGEN: dict[str, Any] = {"channels": (256, 512, 896), "down_depth": (1, 2, 4), "mid_depth": 4, "up_depth": (0, 2, 4)}
 
 
+def copy_name(block: str, i: int) -> str:
+    """The name of the i-th of the blocks that stand where `block` stands."""
+    return f"{block}.{i}" if i else block
+
+
 @dataclasses.dataclass(frozen=True)
 class UNetArchitecture(Preset):
     """The fields of `networks.unet.UNetConfig`, which its blocks read. The defaults are the text-to-image network of
@@ -54,6 +59,8 @@ class UNetArchitecture(Preset):
             attention ("attention"). The less, the less memory and the more arithmetic; see `networks/remat.py`.
         separable_block: how norm, SiLU and separable convolution of a residual block run on a TPU: as XLA's operations,
             or as one kernel ("fused", see `networks.fused_separable`). Elsewhere they are always composed.
+        blocks: how often a block stands where it does not stand once, as (name, count): 0 takes it out, 2 puts another
+            behind it. `base_blocks` names them; an evolved architecture is such a list (`networks/evolved.py`).
         dtype, depthwise: platform choices, fixed by `module.for_platform`.
         attention: kernel of the attention, a platform choice, see `attention_table`.
         attention_chunk: queries at a time, "chunked" only.
@@ -88,6 +95,7 @@ class UNetArchitecture(Preset):
     groups: int = 32
     remat: Remat = "none"
     separable_block: Literal["composed", "fused"] = "composed"
+    blocks: tuple[tuple[str, int], ...] = ()
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     depthwise: Form = "auto"
     attention: AttentionChoice = "auto"
@@ -116,6 +124,58 @@ class UNetArchitecture(Preset):
                 "UNetConfig: first_stage='tf' with down_depth[0]=0 leaves the first stage empty; "
                 "set first_stage='res' or down_depth[0] to 1"
             )
+
+        self._check_blocks()
+
+    def _check_blocks(self) -> None:
+        known = [name for name, same in self.base_blocks().items() if same]
+        for name, count in self.blocks:
+            if name not in known:
+                raise ValueError(
+                    f"UNetConfig.blocks: {name!r} is no block that may be taken out or repeated; these are "
+                    f"{', '.join(known)}"
+                )
+            if count < 0:
+                raise ValueError(f"UNetConfig.blocks: {name!r} cannot stand {count} times; give 0 or more")
+        if len(dict(self.blocks)) < len(self.blocks):
+            raise ValueError(f"UNetConfig.blocks: a name stands twice in {self.blocks}; give one count a block")
+
+    def base_blocks(self) -> dict[str, bool]:
+        """`{block: whether its input and its output have one shape}` of the network without `blocks`, in the order in
+        which they run. On the way up a residual block takes a skip, so that its shapes differ."""
+        found, width = {}, self.channels[0]
+        for stage, channel in enumerate(self.channels):
+            for i in range(self.units):
+                depth, residual = self.down_unit(stage)
+                if residual:
+                    found[f"down_{stage}_{i}_residual_block"] = width == channel
+                if depth:
+                    found[f"down_{stage}_{i}_transformer"] = True
+                width = channel
+        found["mid_residual_block"] = True
+        found |= {"mid_transformer": True} if self.mid_depth else {}
+        found |= {"mid_second_residual_block": True} if self.mid == "rar" else {}
+        for stage in reversed(range(len(self.channels))):
+            for i in range(self.units + 1):
+                found[f"up_{stage}_{i}_residual_block"] = False
+                found |= {f"up_{stage}_{i}_transformer": True} if self.up_depth[stage] else {}
+        return found
+
+    def count(self, block: str) -> int:
+        """How often a block of `base_blocks` stands."""
+        return dict(self.blocks).get(block, 1)
+
+    def down_unit(self, stage: int) -> tuple[int, bool]:
+        """Of a unit on the way down: its transformer blocks, and whether it has a residual block."""
+        only_residual = stage == 0 and self.first_stage == "res"
+        return 0 if only_residual else self.down_depth[stage], stage > 0 or self.first_stage != "tf"
+
+    def droppable_blocks(self) -> tuple[str, ...]:
+        """The blocks whose input may stand in for their output, in the order in which they run. The second of a block
+        that stands twice is called `NAME.1`."""
+        return tuple(
+            copy_name(name, i) for name, same in self.base_blocks().items() if same for i in range(self.count(name))
+        )
 
     @property
     def reduction(self) -> int:

@@ -17,7 +17,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from snapgen_jax.bounds import FINITE, at_least, check
-from snapgen_jax.diffusion.guidance import guided
+from snapgen_jax.diffusion.guidance import guided, guided_from, null_like
 from snapgen_jax.diffusion.path import expand_like, interpolate
 from snapgen_jax.diffusion.samplers import sample
 from snapgen_jax.diffusion.schedules import FlowSchedule, Level, Schedule
@@ -387,7 +387,14 @@ class Teacher:
         return self._own_condition.null_condition(self._of(networks))
 
     def ask(
-        self, networks: Networks, drawn: Tree, x_t: jax.Array, level: Level, student: Any, taps: Sequence[str] = ()
+        self,
+        networks: Networks,
+        drawn: Tree,
+        x_t: jax.Array,
+        level: Level,
+        student: Any,
+        taps: Sequence[str] = (),
+        guidance: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The teacher's velocity `[B, ...]` and features at a point of the path. No gradient passes.
 
@@ -398,6 +405,7 @@ class Teacher:
             level: the time, of the student's schedule; under another schedule the teacher is asked at the same t.
             student: what the student attends to.
             taps: names of the features.
+            guidance: scale of each example `[B]`, in place of the config's.
         """
         config, t = self.config, jnp.asarray(level.t)
         if self.has_own_latents:
@@ -408,12 +416,10 @@ class Teacher:
         where: Any = level if self.knows_levels else t
 
         def steered(x: jax.Array, where: Any, v: jax.Array) -> jax.Array:
-            if config.guidance == 1:
+            if guidance is None and config.guidance == 1:
                 return v
-            null = jax.tree.map(
-                lambda empty, c: jnp.broadcast_to(empty, c.shape), self._null_condition(networks), condition
-            )
-            return guided(self.denoiser(params, x, where, null)[0], v, config.guidance)
+            v_null = self.denoiser(params, x, where, null_like(self._null_condition(networks), condition))[0]
+            return guided(v_null, v, config.guidance) if guidance is None else guided_from(v, v_null, guidance)
 
         # Once for both: XLA does not see what two scans have in common.
         v, features = self.denoiser(params, x_t, where, condition, taps=taps)

@@ -175,7 +175,9 @@ def test_layers_of_other_blocks_build_and_run():
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"down": (("a",), ("r",))}, "no residual block"),
+        ({"down": (("ra",), ("a",))}, "not made of a residual block 'r', which changes the width"),
+        ({"down": (("rx",), ("r",))}, "not made of blocks 'r' and transformers 'a'"),
+        ({"up": (("ra", "a"), ("r", "r", "r"))}, "not made of a residual block"),
         ({"up": (("r",), ("r", "r", "r"))}, "needs one layer more"),
         ({"heads": (3, 2)}, "must divide"),
         ({"mid": "x"}, "mid='x'"),

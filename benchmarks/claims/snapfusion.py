@@ -1,0 +1,146 @@
+"""SnapFusion (arXiv 2306.00980): blocks that can be missed, a network evolved under a budget, eight guided steps.
+
+One base network, trained once and shared with `adapters.py`, is what all of it starts from, as Stable Diffusion 1.5 is
+in the paper. The architectures that are compared stand in `benchmarks/results/evolution.json`, which `python -m
+benchmarks.evolution` makes of a run of "robust"; without that file their rows are not there.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from benchmarks.claims.adapters import BASE
+from benchmarks.claims.claim import DIVERSITY, FRECHET, SCORE, Claim, Metric, better, no_worse
+from benchmarks.claims.trials import Draw, Effort, Measure, Trial
+from benchmarks.evolution import OUT, SEARCHED
+from snapgen_jax.data.shapes import COLOURS, KINDS
+from snapgen_jax.generation import load
+
+WITHOUT = "validation_loss.without.one"
+TO_TEACHER = "teacher.mse"
+METRICS = {
+    WITHOUT: Metric("loss without a block", smaller=True, digits=4),
+    TO_TEACHER: Metric("MSE to 16 steps", smaller=True, digits=4),
+    f"{TO_TEACHER}.1": Metric("unguided", smaller=True, digits=4),
+    f"{TO_TEACHER}.4": Metric("guided by 4", smaller=True, digits=4),
+}
+
+
+def effort(seeds: int, updates: int = 600) -> dict[str, Effort]:
+    """Of a trial that starts from the base."""
+    return {"ci": Effort(), **dict.fromkeys(("short", "night", "gpu", "world"), Effort(updates, seeds))}
+
+
+def guided(*scales: float) -> dict[str, Draw]:
+    """As the run's config says, and at other scales of guidance: the curve of score against Frechet."""
+    return {"": Draw(), **{f"guidance {w:g}": Draw(options={"guidance": w}) for w in scales}}
+
+
+ABLATED = {"": Draw(evaluators=("compositional", "validation_loss"))}
+CURVE = (1.0, 3.0, 4.0)
+FROM_BASE = {"inputs.text_workdir": "base", "teacher.workdir": "base", "init_from": "base"}
+FROM_SIXTEEN = {**FROM_BASE, "teacher.workdir": "sixteen", "init_from": "sixteen"}
+TRIALS = {
+    "base": Trial(
+        "adapters_base",
+        BASE,
+        draws={f"{n} steps": Draw(options={"steps": n}) for n in (32, 16, 8)},
+        shared=True,
+        stored="shapes_unet",
+    ),
+    "sixteen": Trial("steps", effort(1), ("sampling.steps=16",), FROM_BASE, shared=True),
+    "eight": Trial("steps", effort(3), earlier=FROM_SIXTEEN, draws=guided(*CURVE)),
+    "eight, vanilla": Trial("steps", effort(3), ("guided_share=0.0",), FROM_SIXTEEN, guided(*CURVE)),
+    "eight, guided alone": Trial("steps", effort(1), ("guided_share=1.0",), FROM_SIXTEEN, guided(*CURVE)),
+    "eight, higher guidance": Trial("steps", effort(1), ("guidance_range=(2.0, 6.0)",), FROM_SIXTEEN, guided(*CURVE)),
+    "robust": Trial("robust", effort(3), (), {"init_from": "base"}, ABLATED),
+    "plain": Trial("robust", effort(3), ("drop=0.0", "final_drop=0.0"), {"init_from": "base"}, ABLATED),
+}
+DISTANCE = {"eight": 8, "eight, vanilla": 8, "base": 8}  # trials, and the steps of each
+SCALES = (1.0, 2.0, 4.0)
+
+
+def distances(arg: str, workdirs: Mapping[str, pathlib.Path]) -> dict[str, dict[str, Any]]:
+    """How far images of eight steps are from the teacher's of sixteen, from the same noise at the same guidance: the
+    mean square of colours from 0 to 1, over all kinds in all colours; in "SCALE" the same at that guidance."""
+    prompts = [f"a {colour} {kind}" for colour in COLOURS for kind in KINDS][: 4 if arg == "runlocal" else None]
+
+    def images(name: str, steps: int, guidance: float) -> np.ndarray:
+        drawn = generators[name].generate(prompts, steps=steps, guidance=guidance)
+        return drawn.reshape(len(prompts), -1) / 255.0
+
+    generators = {name: load(workdirs[name]) for name in ("sixteen", *DISTANCE)}
+    rows: dict[str, dict[str, Any]] = {row: {} for row in DISTANCE_ROWS}
+    for scale in SCALES:
+        reference = images("sixteen", 16, scale)
+        for name, row in zip(DISTANCE, DISTANCE_ROWS, strict=True):
+            each = np.square(images(name, DISTANCE[name], scale) - reference).mean(axis=1)
+            key = TO_TEACHER if scale == 2.0 else f"{TO_TEACHER}.{scale:g}"
+            rows[row] |= {key: float(each.mean()), f"{key}.each": each.round(6).tolist()}
+    return rows
+
+
+DISTANCE_ROWS = ("eight", "eight, vanilla", "base, 8 steps")
+MEASURES = {
+    "distance to the teacher": Measure(
+        distances,
+        DISTANCE_ROWS,
+        (TO_TEACHER, f"{TO_TEACHER}.1", f"{TO_TEACHER}.4"),
+        ("ci", "short", "night", "gpu", "world"),
+        ("sixteen", *DISTANCE),
+    )
+}
+FOUND = json.loads(OUT.read_text())["architectures"] if OUT.exists() else {}
+for _name, _made in FOUND.items():
+    TRIALS[_name] = Trial(
+        "robust",
+        effort(3 if _name == SEARCHED else 1),
+        (f"network.blocks={_made['network']['blocks']!r}", f"moved={_made['moved']!r}"),
+        {"init_from": "robust"},
+    )
+
+CLAIMS = (
+    Claim(
+        "robust training: a block is missed less than by the network that went on as it was",
+        (better("robust", "plain", WITHOUT),),
+    ),
+    Claim(
+        "eight distilled steps reach nineteen twentieths of the score of 32",
+        (no_worse("eight", "base, 32 steps", SCORE, 0.95),),
+    ),
+    Claim("eight distilled steps are better than eight of the base", (better("eight", "base, 8 steps"),)),
+    Claim(
+        "from the same noise eight distilled steps lead nearer to the teacher's sixteen, guided and not",
+        tuple(better("eight", "base, 8 steps", key) for key in (TO_TEACHER, f"{TO_TEACHER}.1")),
+    ),
+    Claim(
+        "with guidance in the loss they lead nearer at the highest guidance of training",
+        (better("eight", "eight, vanilla", f"{TO_TEACHER}.4"),),
+    ),
+    Claim(
+        "with guidance in the loss eight steps score better at the guidance of sampling",
+        (better("eight", "eight, vanilla"),),
+    ),
+    Claim(
+        "and at the highest guidance of training, where they are no less diverse",
+        (
+            better("eight, guidance 4", "eight, vanilla, guidance 4"),
+            no_worse("eight, guidance 4", "eight, vanilla, guidance 4", DIVERSITY),
+        ),
+    ),
+    Claim(
+        "without guidance in the loss eight steps lie as near to the data",
+        (no_worse("eight, vanilla", "eight", FRECHET),),
+    ),
+    *(Claim(f"evolution beats {name} at one budget", (better(SEARCHED, name),)) for name in FOUND if name != SEARCHED),
+    Claim(
+        "a network that was trained to miss blocks misses them more",
+        (better("plain", "robust", WITHOUT),),
+        control=True,
+    ),
+)

@@ -1,0 +1,185 @@
+"""Evolution under a budget: what is removed and copied, the table that says what costs what, and the chain of it."""
+
+import dataclasses
+import itertools
+import json
+from typing import Any
+
+import pytest
+
+from snapgen_jax.chain import load_chain
+from snapgen_jax.chain_run import _Chain
+from snapgen_jax.config import load_experiment
+from snapgen_jax.derivations import evolution
+from snapgen_jax.derivations.evolution import LatencyTable, by_chance, described, multiply_adds, savings, search
+from snapgen_jax.evaluation.interfaces import EvaluationResult
+from snapgen_jax.generation import Generator
+from snapgen_jax.networks.evolved import candidates, kind
+from snapgen_jax.networks.sd_unet import SDUNetConfig
+from snapgen_jax.networks.unet import UNetConfig
+from snapgen_jax.recipes.block_dropping import RUNS, BlockDropping, BlockDroppingConfig
+from snapgen_jax.training.exits import ConfigError
+from tests.recipes_for_tests import ONE_STAGE, adder, state_away_from_zero
+from tests.students_for_tests import STUDENT
+
+UNET = UNetConfig.preset("smoke", first_stage="res", mid="rar", up_depth=(1, 1))
+SD = SDUNetConfig.preset("smoke", down=(("ra",), ("ra", "rar")), mid="rara")
+NETWORKS = {"unet": UNET, "sd_unet": SD}
+
+
+def synthetic(network):
+    """A table in which every kind of block costs another number of milliseconds."""
+    kinds = sorted({kind(network, block) for block in network.droppable_blocks()})
+    return LatencyTable(described(network), {name: 1.0 + i for i, name in enumerate(kinds)}, rest=5.0)
+
+
+def valued(network):
+    """Values of blocks in another order than they run."""
+    return {block: float((7 * i) % 11) for i, block in enumerate(candidates(network))}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_lowest_values_are_removed_until_the_budget_is_met_and_the_highest_is_copied(name):
+    network, table, values = NETWORKS[name], synthetic(NETWORKS[name]), valued(NETWORKS[name])
+    budget = 0.75 * table(network)
+    made = search(network, values, table, budget, copies=1)
+    actions = [step.action for step in made.steps]
+    removed = [step.value for step in made.steps if step.action == "remove"]
+    assert actions == ["remove"] * (len(actions) - 1) + ["copy"] and len(actions) > 2
+    assert removed == sorted(values.values())[: len(removed)]  # the lowest, from the lowest on
+    assert made.steps[-1].value == max(values.values())
+    assert made.steps[-1].cost == table(made.network) <= budget < table(network)
+    less = search(network, values, table, budget, copies=0)
+    assert len(less.steps) < len(actions) and {step.action for step in less.steps} == {"remove"}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_was_removed_is_the_block_that_was_meant_whatever_it_is_called_by_then(name):
+    network, table, values = NETWORKS[name], synthetic(NETWORKS[name]), valued(NETWORKS[name])
+    made = search(network, values, table, 0.6 * table(network), copies=0)
+    lowest = sorted(values, key=lambda block: values[block])[: len(made.steps)]
+    saved = savings(network, table)
+    assert table(network) - table(made.network) == pytest.approx(sum(saved[block] for block in lowest))
+    costs = [table(network), *(step.cost for step in made.steps)]
+    assert [a - b for a, b in itertools.pairwise(costs)] == pytest.approx([saved[b] for b in lowest])
+
+
+def test_a_budget_below_what_blocks_can_save_is_refused():
+    table = synthetic(UNET)
+    with pytest.raises(ConfigError, match=r"the network costs .* still; raise the budget"):
+        search(UNET, valued(UNET), table, 5.0, copies=1)
+
+
+def test_chance_meets_the_budget_too_and_differs_by_its_seed():
+    table = synthetic(UNET)
+    made = [by_chance(UNET, table, 0.7 * table(UNET), 1, seed) for seed in range(4)]
+    assert all(table(one.network) <= 0.7 * table(UNET) for one in made)
+    assert len({one.network for one in made}) > 1
+    assert by_chance(UNET, table, 0.7 * table(UNET), 1, 2) == made[2]
+
+
+def test_multiply_adds_stand_for_times_where_there_is_no_table():
+    cost = multiply_adds((8, 8), 6)
+    saved = savings(UNET, cost)
+    assert cost(UNET) > sum(saved.values()) > 0 and min(saved.values()) > 0
+
+
+def test_a_table_is_read_for_its_own_network_and_refused_for_another(tmp_path):
+    table = synthetic(UNET)
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(dataclasses.asdict(table)))
+    evolved = dataclasses.replace(UNET, blocks=(("mid_transformer", 2),), dtype="float32")
+    read = LatencyTable.read(str(path), evolved)
+    assert read(evolved) == table(UNET) + table.blocks["mid_transformer"]
+    with pytest.raises(ConfigError, match=r"another network; these fields differ: groups=4 \(network: 8\)"):
+        LatencyTable.read(str(path), dataclasses.replace(UNET, groups=8))
+    path.write_text(json.dumps({**dataclasses.asdict(table), "blocks": {"mid_residual_block": 1.0}}))
+    with pytest.raises(ConfigError, match=r"has no time of .*mid_transformer"):
+        LatencyTable.read(str(path), UNET)
+    path.write_text("[]")
+    with pytest.raises(ConfigError, match=r"no table of latencies: .*; make it with `python -m"):
+        LatencyTable.read(str(path), UNET)
+
+
+@pytest.mark.parametrize("form", ["", ":quick", ":runlocal"])
+def test_the_chain_reads_and_its_configs_fit_what_will_be_derived(form, tmp_path):
+    chain, overrides = load_chain(f"configs/shapes/evolve.py{form}")
+    configs = _Chain(chain, overrides, tmp_path).configs
+    assert [stage.name for stage in chain.stages] == [
+        "robust",
+        "evolve_1",
+        "evolved_1",
+        "evolve_2",
+        "evolved_2",
+        "eight",
+    ]
+    for name in ("evolved_1", "evolved_2", "eight"):
+        assert configs[name].recipe.network.blocks == (("mid_transformer", 2),)
+    assert configs["eight"].recipe.teacher.network == configs["eight"].recipe.network
+
+
+@pytest.mark.parametrize(
+    ("file", "times"),
+    [
+        ("steps.py", [999, 937, 874, 811]),
+        ("steps.py:runlocal", [999, 749, 499, 249]),
+        ("robust.py:evolved", []),
+        ("robust.py:runlocal", []),
+    ],
+)
+def test_the_configs_of_stable_diffusion_hold_its_blocks_and_native_steps(file, times):
+    recipe: Any = load_experiment(f"configs/snapfusion/{file}").start("cpu")
+    if times:
+        assert recipe.grid.time[:4].tolist() == times and recipe.teacher.config.prediction == "v"
+    else:
+        assert recipe.blocks == recipe.config.network.droppable_blocks() and recipe.drops
+
+
+WORTH = {
+    "down_0_0_residual_block": 0.3,
+    "mid_residual_block": 0.01,
+    "mid_transformer": 0.5,
+}  # what is lost without each
+
+
+@pytest.mark.parametrize("metric", ["score", "loss"])
+def test_a_round_measures_each_block_once_and_records_every_value_and_action(metric, tmp_path, monkeypatch):
+    network = UNetConfig.preset("smoke", latent_channels=12, **ONE_STAGE)
+    recipe = BlockDropping(BlockDroppingConfig(**{**STUDENT, "network": network}), "cpu")
+    assert recipe.blocks == tuple(WORTH)
+    generator = Generator(recipe, {"model": state_away_from_zero(recipe).players["model"].params}, {}, None)
+    asked = []
+
+    def measure(run, names, *, options=None, generator):
+        asked.append(names)
+        if names == ("validation_loss",):
+            return EvaluationResult({f"validation_loss.without.{b}": worth for b, worth in WORTH.items()}, {}, {})
+        assert options == {"compositional": {"per_category": 2, "categories": ["single_object"]}}
+        lost = sum(w for w, runs in zip(WORTH.values(), generator.params[RUNS], strict=True) if not runs)
+        return EvaluationResult({"score.overall": 0.9 - lost}, {}, {})
+
+    monkeypatch.setattr(evolution, "load", lambda run: generator)
+    monkeypatch.setattr(evolution, "measure", measure)
+    options = {"budget": 0.99, "copies": 0, "table": "", "metric": metric}
+    options |= {"per_category": 2, "categories": ["single_object"]}
+    made = evolution.evolve({"from": tmp_path}, tmp_path / "round", options)
+    assert len(asked) == (1 if metric == "loss" else 1 + len(WORTH))
+    assert made["actions"] == ["remove mid_residual_block"] and made["network"] == {
+        "blocks": [["mid_residual_block", 0]]
+    }
+    assert made["cost"] <= made["budget"] and made["moved"] == []
+    items = {one["name"]: one["value"] for one in map(json.loads, (tmp_path / "round/items.jsonl").open())}
+    for block, worth in WORTH.items():
+        value = items[f"value of {block}"]
+        assert value["lost"] == pytest.approx(worth) and value["value"] == pytest.approx(worth / value["saved"])
+    assert items["action 1: remove mid_residual_block"]["cost"] == made["cost"]
+    assert evolution.evolve({"from": tmp_path}, tmp_path / "round", options) == made
+    assert len(asked) == (1 if metric == "loss" else 1 + len(WORTH))  # what is on record is not measured again
+    chance = evolution.random_architecture({"from": tmp_path}, tmp_path / "chance", {**options, "seed": 0})
+    assert chance["cost"] <= made["budget"] and len(chance["actions"]) >= 1
+
+
+def test_a_run_whose_blocks_cannot_be_missed_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(evolution, "load", lambda run: adder(1, 2))
+    with pytest.raises(ConfigError, match=r"no run of the recipe 'block_dropping'"):
+        evolution.evolve({"from": tmp_path}, tmp_path / "round", {})
