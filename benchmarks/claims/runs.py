@@ -305,7 +305,9 @@ def _hash(text: str) -> str:
 
 
 def _plain(draw: Draw) -> list[Any]:
-    plain = [dict(draw.options), list(draw.evaluators), draw.wrap.__qualname__ if draw.wrap else None]
+    """A draw as JSON, with options that are no function."""
+    options: Any = draw.options
+    plain = [dict(options), list(draw.evaluators), draw.wrap.__qualname__ if draw.wrap else None]
     return [*plain, dict(draw.reference)] if draw.reference else plain
 
 

@@ -196,12 +196,14 @@ class _Column:
     """
 
     def __init__(self, name: str, given: Mapping[int, Reuse], depth: int):
-        values = {i: reuse.value for i, reuse in given.items()}
+        values = {i: reuse.value for i, reuse in given.items() if reuse.value is not None}
+        if len(values) < len(given):
+            raise ValueError(f"intermediate {name} has no value, and blocks that are one scan need one")
         first, kinds = next(iter(values.values())), {type(reuse) for reuse in given.values()}
         if len(kinds) > 1 or any(value.shape != first.shape for value in values.values()):
             raise ValueError(
                 f"intermediate {name} of blocks that are one scan: give all values in one shape and as one kind of "
-                f"Reuse, not as {', '.join(f'{type(r).__name__}{list(r.value.shape)}' for r in given.values())}"
+                f"Reuse, not as {', '.join(f'{type(r).__name__}{list(values[i].shape)}' for i, r in given.items())}"
             )
         (self.kind,) = kinds
         stack = jnp.stack([values.get(i, jnp.zeros_like(first)) for i in range(depth)])

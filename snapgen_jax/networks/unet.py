@@ -245,9 +245,8 @@ class UNet(nnx.Module):
         rope = _rope(self.config, len(self.config.channels) - 1, h)
         recomputed = functools.partial(remat.unit, self.config.remat)
 
-        def transform(block: Any, h: jax.Array, *given: Any) -> jax.Array:
-            *given, inner = given
-            return inner.within(recomputed, block, h, *given)
+        def transform(block: Any, h: jax.Array, states: jax.Array, keys: Mask, rope: Any, inner: Taps) -> jax.Array:
+            return inner.within(recomputed, block, h, states, keys, rope)
 
         def second(block: Any, h: jax.Array, embedding: jax.Array, inner: Taps) -> jax.Array:
             return block(h, embedding, inner, "second_residual")
