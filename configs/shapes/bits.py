@@ -51,6 +51,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                     "name": "bundle",
                     "derive": "snapgen_jax.derivations.layer_bits:bundle",
                     "earlier": {"run": "stage_two"},
+                    "options": {"form": "packed", "precisions": ("int8",)},
                     "example": {"bundle": ""},
                 },
             ),
