@@ -183,7 +183,7 @@ def by_labels(monkeypatch, tmp_path):
     """The arguments that draw from a run whose picture is the grey of its label, or from a bundle of that."""
 
     class Bundle:
-        def __init__(self, folder):
+        def __init__(self, folder, unpacking):
             pass
 
         def run(self, inputs, seed):
@@ -239,7 +239,7 @@ def test_bundles_and_published_systems_refuse_options_of_others(monkeypatch, tmp
     class Bundle:
         program = parse(from_schema_1(json.loads(BUNDLE.read_text())))
 
-        def __init__(self, folder):
+        def __init__(self, folder, unpacking):
             assert folder == str(tmp_path)
 
         def generate(self, prompts, seed, **options):
