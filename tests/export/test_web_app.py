@@ -179,6 +179,7 @@ def test_the_command_exports_a_run_and_wraps_it(small_bundle, tmp_path, monkeypa
         return {"export.bytes_f32": 1.0}
 
     monkeypatch.setattr("snapgen_jax.export.run.export_run", export_run)
+    monkeypatch.setattr("snapgen_jax.lazy_schedules.for_bundle", lambda *_, **__: ({}, {}))  # which reads the run
     assert main(["export", f"--workdir={tmp_path}/run", "--app=web"]) == 0
     assert asked == [f"{tmp_path}/run"] and "export.bytes_f32" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "run" / "export").iterdir()) == ["web"]
