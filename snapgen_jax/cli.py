@@ -234,10 +234,11 @@ def _export(options: argparse.Namespace) -> None:
 
 def _export_bundle(options: argparse.Namespace, out: str) -> dict[str, float]:
     from snapgen_jax.export.latents import Carried
-    from snapgen_jax.export.run import export_run, image_sizes
+    from snapgen_jax.export.run import check_ready, export_run, image_sizes
     from snapgen_jax.lazy_schedules import for_bundle
 
     precisions, limits, budget = chosen_precisions(options)
+    check_ready(out, options.backend)
     chosen, found = for_bundle(options.workdir, options.generation, options.calibration, adaptive=options.adaptive)
     names = ("clip_l", "clip_g", "language")
     carried = Carried(

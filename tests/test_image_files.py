@@ -103,7 +103,7 @@ def test_a_bundle_draws_in_the_precision_that_is_asked_for(option, precision, mo
     asked = []
 
     class Bundle:
-        def __init__(self, folder, *, precision="f32"):
+        def __init__(self, folder, *, unpacking, precision="f32"):
             asked.append(precision)
 
         def generate(self, prompts, seed):

@@ -32,6 +32,18 @@ from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.files import on_object_store
 
 
+def check_ready(out: epath.PathLike, backend: Backend) -> None:
+    """Raises `ConfigError` where a bundle cannot be written to `out`, or its converter is not installed: before minutes
+    are spent."""
+    if on_object_store(out):
+        raise ConfigError(f"a bundle is made of local files, and {out} is not; give --out a local folder, and copy it")
+    try:
+        check_place(str(out))
+        require(backend)
+    except (FileExistsError, ImportError) as error:
+        raise ConfigError(str(error)) from error
+
+
 def export_run(
     workdir: epath.PathLike,
     out: epath.PathLike,
@@ -78,13 +90,7 @@ def export_run(
         ConfigError: `out` is in an object store or holds something else, the backend is not installed, the run cannot
             be exported, or not at one of the sizes, or a precision that was given is not good enough.
     """
-    if on_object_store(out):
-        raise ConfigError(f"a bundle is made of local files, and {out} is not; give --out a local folder, and copy it")
-    try:
-        check_place(str(out))  # before minutes are spent
-        require(backend)
-    except (FileExistsError, ImportError) as error:
-        raise ConfigError(str(error)) from error
+    check_ready(out, backend)
     carried = dataclasses.replace(carried or Carried(), decoder="" if decoder is None else str(decoder))
     recipe = with_options(load_latents(workdir, carried), options)
     params = load_weights(workdir, recipe)

@@ -283,7 +283,12 @@ def test_without_one_to_load_it_says_which_key_to_set():
         ({"prediction": "x_0"}, {}, "a", r"predicts 'x_0'; set teacher\.prediction"),
         ({}, {"codec": CodecConfig(patch=2, scale=9.0)}, "a", r"has the latents .*teacher\.inputs"),
         ({}, {"codec": CodecConfig("identity")}, "a", "has the latents"),
-        ({}, {"text_workdir": ""}, "a", r"of its own; set inputs\.text_workdir to it, or give teacher\.inputs with its `text`"),
+        (
+            {},
+            {"text_workdir": ""},
+            "a",
+            r"of its own; set inputs\.text_workdir to it, or give teacher\.inputs",
+        ),
         ({}, {}, "b", r"set inputs\.text_workdir to the same"),
     ],
 )
