@@ -140,7 +140,7 @@ def test_image_sizes_at_which_features_relate_otherwise_are_refused(monkeypatch)
     ("changes", "message"),
     [
         ({"teacher_taps": ()}, "pair by pair"),
-        ({"teacher_taps": ("block_09",)}, "the network has block_00, block_01"),
+        ({"teacher_taps": ("block_09",)}, "the network has block_00_attention_input"),
         ({"student_taps": (), "teacher_taps": ()}, "no features to compare"),
         ({"output_weight": -1.0}, "output_weight is -1.0; give 0 or more"),
         ({"feature_weight": -0.1}, "feature_weight is -0.1; give 0 or more; less leads away"),
