@@ -146,8 +146,8 @@ def test_progress_names_each_step_and_can_cancel(small_bundle, sketch):
     ("schema", "message"),
     [
         (
-            5,
-            r"this bundle is newer than its client: .* has schema 5, and this client knows 1 to 4\. Update snapgen-jax",
+            6,
+            r"this bundle is newer than its client: .* has schema 6, and this client knows 1 to 5\. Update snapgen-jax",
         ),
         ("4", "has schema '4'; a whole number from 1"),
         (0, "has schema 0; a whole number from 1"),
