@@ -126,7 +126,7 @@ class Side:
         options = SamplingConfig(steps=4, guidance=1.0, shift=3.0)
 
         def latent(params: Tree, noise: jax.Array, context: TextContext) -> jax.Array:
-            return recipe.sample({recipe.role: params}, noise, context, context, options)
+            return recipe.sample({recipe.role: params}, noise, context, context, options)[0]
 
         return self.of_network(latent, recipe.denoiser.network, noise, context)
 

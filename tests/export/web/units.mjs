@@ -108,12 +108,15 @@ assert.deepEqual(chosen({}, gpu, left).slice(0, 3), ["webgpu f32 fp16", "webgpu 
 assert.deepEqual(chosen({}, null, { ...unit, files: { f16: "b" } }), ["wasm f16"]);
 
 // What fits into 2 GiB: together, in turn, with a warning, or not at all.
-const of = (files) => ({
+Object.assign(sizes, { a2: sizes.a, c2: sizes.c });
+const another = (files) => Object.fromEntries(Object.entries(files).map(([name, file]) => [name, `${file}2`]));
+const of = (files, others = another(files)) => ({
   unet: waysOf({ ...unit, files }, sizes, {}, null),
-  decoder: waysOf({ ...unit, files }, sizes, {}, null),
+  decoder: waysOf({ ...unit, files: others }, sizes, {}, null),
 });
 assert.equal(fit(of({ int8: "c" })).residency, "together");
 assert.equal(fit(of({ f32: "a" })).residency, "in turn");
+assert.equal(fit(of({ f32: "a" }, { f32: "a" })).residency, "together"); // signatures of one file, which is there once
 sizes.a.bytes = 850e6;
 assert.match(fit(of({ f32: "a" })).warning, /of the 2\.0 GiB/);
 sizes.a.bytes = 1.5e9;
