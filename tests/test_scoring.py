@@ -9,6 +9,8 @@ from PIL import Image
 
 from snapgen_jax.cli import main
 from snapgen_jax.config import load_config
+from snapgen_jax.evaluation.interfaces import EvaluatorSpec
+from snapgen_jax.scoring import _with_options
 from snapgen_jax.training.exits import ExitCode
 from snapgen_jax.workdir import prepare_workdir
 
@@ -94,3 +96,11 @@ def test_evaluators_that_read_no_example_say_nothing_of_the_split(evaluate) -> N
     prompts = "--set=diversity.prompts=('a star',)"
     code, numbers, said = evaluate(5, "--names=diversity", prompts)
     assert code == ExitCode.DONE and "validation.held_out" not in numbers and "NOT HELD OUT" not in said
+
+
+def test_options_of_the_generator_are_for_evaluators_that_draw() -> None:
+    generation, options = {"steps": 4, "batch_size": 16}, {"compositional": {"seed": 3}, "validation_loss": {"seed": 5}}
+    drawn = _with_options(EvaluatorSpec("compositional", options={"options": {"guidance": 2.0}}), generation, options)
+    assert drawn.options == {"seed": 3, "options": {"guidance": 2.0, "steps": 4, "batch_size": 16}}
+    measured = EvaluatorSpec("validation_loss", function=lambda params, frozen, batch, key: {})
+    assert _with_options(measured, generation, options).options == {"seed": 5}

@@ -12,6 +12,7 @@ import json
 import pathlib
 from typing import Any
 
+from benchmarks.claims.adapters import BASE
 from benchmarks.claims.claim import SCORE, Claim, Metric, better, no_worse
 from benchmarks.claims.trials import Draw, Effort, Trial
 from snapgen_jax.generation import Generator
@@ -29,13 +30,6 @@ METRICS = {
 }
 BITS = pathlib.Path(__file__).with_name("bitsfusion_bits.json")
 
-BASE = {
-    "ci": Effort(),
-    "short": Effort(6_000),
-    "night": Effort(12_000),
-    "gpu": Effort(12_000),
-    "world": Effort(12_000),
-}
 STAGE = {
     "ci": Effort(),
     "short": Effort(600, 3),

@@ -10,7 +10,6 @@ import numpy as np
 
 from benchmarks.claims.claim import Metric
 from benchmarks.claims.trials import Budget, Draw
-from snapgen_jax.evaluation import registry
 from snapgen_jax.scoring import measure
 
 OF_PROMPTS = ("compositional", "new_object")
@@ -38,9 +37,7 @@ def score(
             "deviation": {"examples": min(budget.examples, DEVIATIONS), "reference": draw.reference},
         }
         generation = {**options, "batch_size": batch_size}
-        for some in ([n for n in names if registry.draws(n)], [n for n in names if not registry.draws(n)]):
-            given = generation if some and registry.draws(some[0]) else None
-            found += [measure(folder, some, generation=given, options=asked, generator=generator)] if some else []
+        found += [measure(folder, names, generation=generation, options=asked, generator=generator)] if names else []
     numbers: dict[str, Any] = {}
     for key in metrics:
         if values := [float(one.numbers[key]) for one in found if key in one.numbers]:

@@ -26,12 +26,6 @@ EVALUATORS: dict[str, str] = {
 }
 
 
-def draws(name: str) -> bool:
-    """Whether an evaluator draws from a generator, and so takes its `options`."""
-    module, evaluator = EVALUATORS[name].split(":")
-    return "options" in typing.get_type_hints(getattr(importlib.import_module(module), evaluator))
-
-
 def create(spec: EvaluatorSpec) -> Evaluator:
     """The evaluator that a spec asks for, with its options, and with the recipe's function where it takes one.
 

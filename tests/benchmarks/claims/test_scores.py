@@ -35,19 +35,6 @@ def test_a_prompt_is_drawn_several_times_and_its_number_is_their_mean(monkeypatc
     assert calls == [(("compositional", "frechet", "diversity"), 0, asked), (("compositional",), 1, asked)]
 
 
-def test_options_of_the_generator_are_for_evaluators_that_draw(monkeypatch, tmp_path):
-    calls = []
-
-    def measure(folder, names, *, generation, options, generator):
-        calls.append((tuple(names), generation))
-        return EvaluationResult({})
-
-    monkeypatch.setattr(scores, "measure", measure)
-    draw = Draw({"steps": 4}, ("compositional", "validation_loss"))
-    score(tmp_path, draw, dataclasses.replace(BUDGETS["short"], images=1), 16, None, METRICS)
-    assert calls == [(("compositional",), {"steps": 4, "batch_size": 16}), (("validation_loss",), None)]
-
-
 def test_every_budget_that_is_recorded_draws_a_thousand_images_a_seed_for_the_score():
     images = {name: b.per_category * b.images * len(b.categories) for name, b in BUDGETS.items() if name != "ci"}
     assert set(images) == {"short", "night", "gpu", "world"} and all(count >= 1_024 for count in images.values())
