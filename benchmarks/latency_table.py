@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--config", default=CONFIG, help="of a run whose network is measured")
     parser.add_argument("--table", default="", help="a table to hold against whole networks, in place of a new one")
     parser.add_argument("--out", default="", help="file to write; by default it is printed alone")
-    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--random", type=int, default=12, help="networks of random blocks")
     parser.add_argument("--seed", type=int, default=0)

@@ -18,6 +18,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if arg not in (None, "quick", "runlocal"):
         raise ValueError(f"unknown argument {arg!r}; the argument is quick, runlocal, or nothing")
     form = f":{arg}" if arg else ""
+    budgets = (0.9, 0.85) if arg == "runlocal" else (0.85, 0.7)  # the smallest network is not much more than its rest
     single = ("single_object", "colours")
     options = {
         "copies": 1,
@@ -65,9 +66,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         {
             "stages": (
                 {"name": "robust", "config": f"robust.py{form}", "rows": ({"label": "all blocks"},)},
-                searched("evolve_1", "robust", 0.85),
+                searched("evolve_1", "robust", budgets[0]),
                 trained("evolved_1", "robust", "evolve_1", "evolved once", "all blocks"),
-                searched("evolve_2", "evolved_1", 0.7),
+                searched("evolve_2", "evolved_1", budgets[1]),
                 trained("evolved_2", "evolved_1", "evolve_2", "evolved twice", "evolved once"),
                 eight,
             ),

@@ -66,8 +66,21 @@ def test_what_was_removed_is_the_block_that_was_meant_whatever_it_is_called_by_t
 
 def test_a_budget_below_what_blocks_can_save_is_refused():
     table = synthetic(UNET)
-    with pytest.raises(ConfigError, match=r"the network costs .* still; raise the budget"):
-        search(UNET, valued(UNET), table, 5.0, copies=1)
+    with pytest.raises(ConfigError, match=r"budget=4: without down_.* the network costs 5 still; raise the budget"):
+        search(UNET, valued(UNET), table, 4.0, copies=1)
+
+
+def test_where_a_copy_finds_no_room_nothing_is_removed_for_it():
+    """The best block costs more than all else that could go, or is all that is left."""
+    table, values = synthetic(UNET), valued(UNET)
+    best = max(values, key=lambda block: values[block])
+    dear = dataclasses.replace(table, blocks={**table.blocks, kind(UNET, best): 100.0})
+    budget = dear(UNET) - 1.0
+    made = search(UNET, values, dear, budget, copies=1)
+    assert made == search(UNET, values, dear, budget, copies=0)
+    assert [step.action for step in made.steps] == ["remove"]
+    last = search(UNET, {best: 1.0}, table, table(UNET) - 1.0, copies=1)
+    assert [(step.action, step.block) for step in last.steps] == [("remove", best)]
 
 
 def test_chance_meets_the_budget_too_and_differs_by_its_seed():
