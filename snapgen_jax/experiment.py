@@ -42,6 +42,7 @@ from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.loop import Batches, ScheduledEvaluator
 from snapgen_jax.training.recipe import Recipe
 from snapgen_jax.training.state import TrainState
+from snapgen_jax.weights.frozen import is_published, load_network
 from snapgen_jax.workdir import prepare_workdir, recorded_config
 
 Tree = Any
@@ -218,7 +219,13 @@ class Experiment:
         return Generator(self.recipe, generator.params, self.recipe.load_frozen(None, "generate"), None)
 
     def earlier_weights(self) -> Tree:
-        """`{player: weights}` of the stage that `init_from` names."""
+        """`{player: weights}` of the stage that `init_from` names, or of the published network whose folder it is.
+
+        Raises:
+            ConfigError: it is neither.
+        """
+        if is_published(epath.Path(self.config.init_from)):
+            return {"model": load_network(self.config.init_from)}
         return load_weights(self.config.init_from, load_recipe(self.config.init_from))
 
     def read(self, batches: int) -> dict[str, float]:
