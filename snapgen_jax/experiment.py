@@ -31,7 +31,7 @@ from snapgen_jax.data.tokenizer import CaptionTokenizer
 from snapgen_jax.data.tokenizer_specs import OwnTokenizer, load_tokenizers, make_tokenizer
 from snapgen_jax.evaluation import registry
 from snapgen_jax.evaluation.interfaces import EvaluationResult, Evaluator
-from snapgen_jax.generation import Generator, load_recipe, load_weights, on_every_host
+from snapgen_jax.generation import Generator, load_start, on_every_host
 from snapgen_jax.inputs.interfaces import StoredInputs, prefixed
 from snapgen_jax.parallel.hosts import current, text_for_all
 from snapgen_jax.parallel.mesh import make_mesh
@@ -42,7 +42,6 @@ from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.loop import Batches, ScheduledEvaluator
 from snapgen_jax.training.recipe import Recipe
 from snapgen_jax.training.state import TrainState
-from snapgen_jax.weights.frozen import is_published, load_network
 from snapgen_jax.workdir import prepare_workdir, recorded_config
 
 Tree = Any
@@ -219,14 +218,8 @@ class Experiment:
         return Generator(self.recipe, generator.params, self.recipe.load_frozen(None, "generate"), None)
 
     def earlier_weights(self) -> Tree:
-        """`{player: weights}` of the stage that `init_from` names, or of the published network whose folder it is.
-
-        Raises:
-            ConfigError: it is neither.
-        """
-        if is_published(epath.Path(self.config.init_from)):
-            return {"model": load_network(self.config.init_from)}
-        return load_weights(self.config.init_from, load_recipe(self.config.init_from))
+        """`{player: weights}` of the stage that `init_from` names."""
+        return load_start(self.config.init_from)
 
     def read(self, batches: int) -> dict[str, float]:
         """Draws batches and computes nothing: what the input can do, without the device.

@@ -1,10 +1,11 @@
 """A run starts from a published network: a UNet of Stable Diffusion, or an autoencoder whose decoder is pruned."""
 
-import pathlib
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from snapgen_jax.config import read_one, resolve
 from snapgen_jax.experiment import Experiment
@@ -27,29 +28,30 @@ def unet():
 
 
 def started_from(config):
-    experiment = Experiment(resolve(config), pathlib.Path("nowhere"))
-    state = jax.eval_shape(experiment.recipe.init, key(0, 0, "init"))
+    experiment = Experiment(resolve(config), epath.Path("nowhere"))
+    recipe: Any = experiment.recipe
+    state = jax.eval_shape(recipe.init, key(0, 0, "init"))
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state)
-    return experiment, experiment.recipe.warm_start(state, experiment.earlier_weights()).players["model"].params
+    return recipe, recipe.warm_start(state, experiment.earlier_weights()).players["model"].params
 
 
 def test_robust_training_starts_from_a_published_unet(unet):
-    config = read_one("configs/snapfusion/robust.py:runlocal")
+    config: Any = read_one("configs/snapfusion/robust.py:runlocal")
     config.init_from = str(SD15 / "unet")
     with pytest.raises(ConfigError, match="the run that init_from names holds another network than the config"):
         started_from(config)
     network = read_config_file(SD15 / "unet" / "config.json", sd_unet.read_config)
     config.network = plain(network)
     config.inputs.clip_l.width = config.inputs.clip_l.projection = network.context_width
-    experiment, params = started_from(config)
+    recipe, params = started_from(config)
     jax.tree.map(np.testing.assert_array_equal, params["sd_unet"], unet)
-    frozen = load_base(str(SD15 / "unet"), experiment.recipe, None)
+    frozen = load_base(str(SD15 / "unet"), recipe, None)
     jax.tree.map(np.testing.assert_array_equal, frozen["sd_unet"], unet)
 
 
 def test_a_pruned_decoder_starts_from_a_published_autoencoder():
     whole = read_config_file(SD15 / "vae" / "config.json", sd3_autoencoder.read_config)
-    config = read_one("configs/snapfusion/decoder.py:runlocal")
+    config: Any = read_one("configs/snapfusion/decoder.py:runlocal")
     config.init_from = str(SD15 / "vae")
     config.inputs.codec.autoencoder = plain(whole)
     config.decoder.autoencoder = plain(whole)
