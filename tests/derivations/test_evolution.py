@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import pathlib
 from typing import Any
 
 import pytest
@@ -129,6 +130,29 @@ def test_the_chain_reads_and_its_configs_fit_what_will_be_derived(form, tmp_path
     for name in ("evolved_1", "evolved_2", "eight"):
         assert configs[name].recipe.network.blocks == (("mid_transformer", 2),)
     assert configs["eight"].recipe.teacher.network == configs["eight"].recipe.network
+
+
+@pytest.mark.parametrize("form", ["quick", "runlocal"])
+def test_both_rounds_of_the_chain_find_room_whatever_blocks_are_worth(form):
+    """Values by chance stand for those of training."""
+    first, _, second, *_ = load_chain(f"configs/shapes/evolve.py:{form}")[0].stages[1:]
+    recipe: Any = load_experiment(f"configs/shapes/robust.py:{form}").start("cpu")
+    network = recipe.denoiser.network.config
+    file = first.options["table"]
+    cost = LatencyTable.read(file, network) if file else multiply_adds(recipe.inputs.latent_shape()[:2], 20)
+    for seed in range(8 if file else 2):
+        found = network
+        for stage in (first, second):
+            budget = stage.options["budget"] * cost(network)
+            made = by_chance(found, cost, budget, stage.options["copies"], seed)
+            assert cost(made.network) <= budget
+            found = made.network
+
+
+def test_the_stored_table_orders_networks_as_they_are_measured():
+    stored = json.loads(pathlib.Path(load_chain("configs/shapes/evolve.py")[0].stages[1].options["table"]).read_text())
+    assert stored["spearman"] >= 0.9 and len(stored["whole networks, by the table and measured"]) >= 10
+    assert min(stored["blocks"].values()) > 0
 
 
 @pytest.mark.parametrize(
