@@ -19,7 +19,7 @@ from snapgen_jax.data.config import DataConfig
 from snapgen_jax.data.errors import DataError
 from snapgen_jax.data.pretrained_tokenizers import PretrainedTokenizer, PretrainedTokenizers, StandInTokenizer
 from snapgen_jax.data.sources import Source
-from snapgen_jax.data.tokenizer import CaptionTokenizer, Tokenizer, build_tokenizer
+from snapgen_jax.data.tokenizer import CaptionTokenizer, Tokenizer, build_tokenizer, named_file
 from snapgen_jax.inputs.interfaces import TokenizerSpec
 from snapgen_jax.training.files import write_whole
 
@@ -148,7 +148,7 @@ def _file(own: Specs, config: DataConfig, init_from: epath.PathLike) -> epath.Pa
         return epath.Path(workdir) / "tokenizer.json"
     if init_from and earlier.exists():
         return earlier
-    return None if config.tokenizer == "train" else epath.Path(config.tokenizer)
+    return None if config.tokenizer == "train" else named_file(config)
 
 
 def _source(file: epath.Path | None, config: DataConfig, source: Source, texts: tuple[str, ...]) -> dict[str, Any]:

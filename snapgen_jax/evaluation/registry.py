@@ -23,6 +23,8 @@ EVALUATORS: dict[str, str] = {
     "clip_score": "snapgen_jax.evaluation.clip_score:ClipScore",
     "deviation": "snapgen_jax.evaluation.deviation:Deviation",
     "similarity": "snapgen_jax.evaluation.similarity:Similarity",
+    "rewards": "snapgen_jax.evaluation.rewards:RewardScore",
+    "unchanged": "snapgen_jax.evaluation.unchanged:Unchanged",
 }
 
 

@@ -34,6 +34,9 @@ DenoiserConfig = UNetConfig | MMDiTConfig | DiTConfig | SDUNetConfig
 TextEncoderConfig = ClipTextConfig | T5Config | Gemma2Config
 """Of networks from token ids and a mask to a `TextContext`."""
 
+RewardNetworkConfig = RewardConfig
+"""Of networks from images `[B, H, W, 3]` in [0, 1] and token ids `[B, L]` to a number each, `[B]`."""
+
 CONFIGS: tuple[type[Preset], ...] = (
     *typing.get_args(DenoiserConfig),
     *typing.get_args(TextEncoderConfig),

@@ -13,6 +13,7 @@ OF_RECIPES = (
     "reconstruction",
     "exposure",
     "similarity",
+    "unchanged",
 )  # what they measure is a function of the recipe
 
 
