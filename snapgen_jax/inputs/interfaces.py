@@ -105,7 +105,8 @@ class Inputs(Protocol):
         ...
 
     def draw_condition(self, networks: Networks, batch: Tree, key: jax.Array, kept: Mapping[str, jax.Array]) -> Tree:
-        """What the loss is told of a batch, some of it dropped; no gradient passes what is computed here.
+        """What the loss is told of a batch, some of it dropped. A method calls it outside of its loss, so that no
+        gradient passes what is computed here; one that trains an encoder that runs here calls it inside.
 
         Args:
             networks: `{role: parameters}`.

@@ -36,13 +36,13 @@ from snapgen_jax.recipes._base import base_tokenizers, load_base
 from snapgen_jax.recipes._encoder_mix import ORIGINAL, TUNED, blended, load_tuned, shares_of
 from snapgen_jax.recipes._reward_config import RewardSamplingConfig, RewardTuningConfig
 from snapgen_jax.recipes._rewards import CONSTRAINT, Rewards
-from snapgen_jax.recipes._sampling import SamplingConfig, first_state, noise_shape, sample_steps
+from snapgen_jax.recipes._sampling import SamplingConfig, first_state, initial_noise, noise_shape, sample_steps
 from snapgen_jax.recipes._teacher import run_config
 from snapgen_jax.recipes._tuned_export import mixed_plan, switched_plan
 from snapgen_jax.recipes.flow_matching import FlowMatching
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.exports import ExportPlan
-from snapgen_jax.training.recipe import Metrics, Use
+from snapgen_jax.training.recipe import Metrics, Part, Use
 from snapgen_jax.training.state import TrainState
 
 Tree = Any
@@ -170,7 +170,7 @@ class RewardTuning(FlowMatching):
         config, base = self.config, self._base()
         if use == "train" and not (config.init_from or config.by_adapters):
             raise ConfigError("there are no weights to tune: set init_from to the trained run")
-        if run_config(base).get("recipe") == NAME if base else False:
+        if base and run_config(base).get("recipe") == NAME:
             raise ConfigError(
                 f"{base!r} is a run of this recipe, which holds what it tuned alone: set base to the run that it tuned"
             )
@@ -215,18 +215,19 @@ class RewardTuning(FlowMatching):
     # --- training ---
 
     def draw(self, networks: Tree, batch: Tree, key: jax.Array, step: int | jax.Array = 0) -> Tree:
-        """Everything random about one global batch, beside its token ids: `noise` `[B, *noise_shape]`; or for the
-        direct form `x_0` and `eps` `[B, ...]` and `level`, a `Level` of `[B]`."""
+        """Everything random about one global batch, beside its token ids: `keys` `[B]`, and from these `noise` `[B,
+        *noise_shape]`; or for the direct form `x_0` and `eps` `[B, ...]` and `level`, a `Level` of `[B]`."""
         told = {name: batch[name] for name in next(iter(self.batch_specs().values())) if name != "image"}
         size = next(iter(told.values())).shape[0]
+        keys_key, time_key = jax.random.split(key)
+        keys = jax.random.split(keys_key, size)
         if self.config.form == "sampled":
             sampling = self.config.sampling
             shape = noise_shape(self.inputs.latent_shape(sampling.image_size), sampling)
-            return {"batch": told, "noise": jax.random.normal(key, (size, *shape))}
-        eps_key, time_key = jax.random.split(key)
+            return {"batch": told, "keys": keys, "noise": initial_noise(keys, shape)}
         x_0 = self.inputs.clean(networks, batch)
-        level = self.draw_level(time_key, (size,), step)
-        return {"batch": told, "x_0": x_0, "eps": jax.random.normal(eps_key, x_0.shape), "level": level}
+        level, eps = self.draw_level(time_key, (size,), step), initial_noise(keys, x_0.shape[1:])
+        return {"batch": told, "keys": keys, "x_0": x_0, "eps": eps, "level": level}
 
     def loss(self, networks: Tree, drawn: Tree, extra: Tree) -> tuple[jax.Array, Tree]:
         """Minus the weighted sum of the rewards, in the mean; and each of them."""
@@ -245,13 +246,14 @@ class RewardTuning(FlowMatching):
             tuned_steps: K; None for that of the config.
         """
         last = self.config.backprop_steps if tuned_steps is None else tuned_steps
-        before = self._encoded(self.original(networks), drawn["batch"])
-        after = self._encoded(networks, drawn["batch"])
+        before, after = (
+            self._encoded(model, drawn["batch"], drawn["keys"]) for model in (self.original(networks), networks)
+        )
         return self._switched(networks, drawn["noise"], before, after, self.config.sampling, last, remat="steps")
 
-    def _encoded(self, networks: Networks, conditions: Tree) -> tuple[Any, Any]:
+    def _encoded(self, networks: Networks, conditions: Tree, keys: jax.Array) -> tuple[Any, Any]:
         """What a model attends to of prompts and of none; inside of the loss, since encoders are trained."""
-        told = self.inputs.draw_condition(networks, conditions, jax.random.key(0), {})  # drops nothing, draws nothing
+        told = self.inputs.draw_condition(networks, conditions, keys[0], {})  # drops nothing, so it draws nothing
         return self.inputs.condition(networks, told), self.inputs.null_condition(networks)
 
     def _switched(
@@ -282,10 +284,21 @@ class RewardTuning(FlowMatching):
     ) -> tuple[jax.Array, Any]:
         return self.denoise(networks, x_t, level, i, carry, condition, None)
 
+    def parts(self) -> Mapping[str, Part]:
+        """ "draw", as for flow matching; and "roll_out", the sampler without the way back."""
+        if self.config.form == "direct":
+            return super().parts()
+
+        def roll_out(state: TrainState, frozen: Tree, batch: Tree, key: jax.Array) -> Tree:
+            networks = self.current(state, frozen)
+            return self.roll_out(networks, self.draw(networks, batch, key, state.step))
+
+        return {**super().parts(), "roll_out": roll_out}
+
     def _predicted(self, networks: Tree, drawn: Tree) -> jax.Array:
         """The latents that one step predicts from noised data, `x_t - t v`."""
         x_t = interpolate(drawn["x_0"], drawn["eps"], drawn["level"].t)
-        condition, _ = self._encoded(networks, drawn["batch"])
+        condition, _ = self._encoded(networks, drawn["batch"], drawn["keys"])
         v, _ = self.denoiser(networks[self.role], x_t, drawn["level"], condition)
         return x_t - expand_like(drawn["level"].t, x_t) * v
 
@@ -320,9 +333,10 @@ class RewardTuning(FlowMatching):
             return stages
 
         def encoders(networks: Tree, given: Tree) -> Tree:
-            parts = {name: self._encoded(self._with_encoder(networks, name), given["conditions"]) for name in shares}
+            told, keys = given["conditions"], given["keys"]
+            parts = {name: self._encoded(self._with_encoder(networks, name), told, keys) for name in shares}
             condition, null = (blended({name: pair[i] for name, pair in parts.items()}, shares) for i in (0, 1))
-            before = self._encoded(self.original(networks), given["conditions"])
+            before = self._encoded(self.original(networks), told, keys)
             begun = stages["encoders"](networks, given)
             return {"noise": begun["noise"], "condition": condition, "null": null, "before": before}
 

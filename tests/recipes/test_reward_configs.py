@@ -1,0 +1,50 @@
+"""The full-size configs of reward tuning: the paper's numbers, and that an update of the small forms fits its parts."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from snapgen_jax.config import load_experiment
+
+SD15, SNAPGEN = "configs/reward/sd15.py", "configs/reward/t2i_1024_4step.py"
+
+
+@functools.cache
+def recipe(spec, *overrides) -> Any:
+    return load_experiment(spec, overrides).build("cpu")
+
+
+def test_rewards_and_sampler_of_stable_diffusion_are_those_of_the_authors_script():
+    config = recipe(SD15).config
+    weights = {name: source.weight for name, source in config.used().items()}
+    assert weights == {"aesthetic": 3, "pickscore": 1, "hpsv2": 100, "constraint": 50}
+    sampling, optimizer = config.sampling, config.optimizer
+    assert (sampling.steps, sampling.guidance, sampling.tuned_steps, config.backprop_steps) == (25, 7.5, 15, 5)
+    assert (optimizer.learning_rate, config.batch_size, config.train_steps) == (1e-6, 256, 10_000)
+    assert config.constraint.network.vision.layers == 40 and config.constraint.published == "clip_little_g"
+
+
+def test_after_the_text_encoder_the_network_learns_and_the_encoder_stays():
+    made = recipe(f"{SD15}:network")
+    assert made.trains == {"model": ("sd_unet",)}
+    assert {"clip_l", "original/clip_l", "original/sd_unet"} < set(made.frozen_spec()) and made.config.tuned_text
+
+
+def test_snapgen_tunes_clip_l_through_all_four_steps():
+    made = recipe(SNAPGEN)
+    assert made.trains == {"model": ("clip_l",)} and made.config.backprop_steps == made.config.sampling.steps == 4
+    assert made.config.sampling.guidance == 1 and made.config.sampling.last_steps == 4
+    adapted = recipe(f"{SNAPGEN}:adapters")
+    assert adapted.trains == {"model": ("adapters",)} and adapted.tuned == ("unet",)
+
+
+def test_an_update_fits_its_parts():
+    """Shapes of a whole update in two microbatches, through sampler, decoder and rewards, without a byte of them."""
+    made = recipe(f"{SNAPGEN}:runlocal", "microbatches=2")
+    (batch,) = made.batch_specs().values()
+    state = jax.eval_shape(made.init, jax.random.key(0))
+    after, metrics = jax.eval_shape(made.update, state, made.frozen_spec(), batch, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    assert {"reward", "reward/drawn", "reward/constraint", "grad_norm"} <= set(metrics)
