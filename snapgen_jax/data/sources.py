@@ -66,6 +66,7 @@ SOURCES = {
     "tfds": "snapgen_jax.data.tfds_source",
     "stored": "snapgen_jax.data.stored_source",
     "new_object": "snapgen_jax.data.new_object",
+    "shapes_changes": "snapgen_jax.data.shapes_changes",
 }
 
 

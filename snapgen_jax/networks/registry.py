@@ -16,6 +16,7 @@ from snapgen_jax.networks.dit import DiTConfig
 from snapgen_jax.networks.gemma2 import Gemma2Config
 from snapgen_jax.networks.label import LabelEmbeddingConfig
 from snapgen_jax.networks.lpips import LPIPSConfig
+from snapgen_jax.networks.matching import MatchingConfig
 from snapgen_jax.networks.mmdit import MMDiTConfig
 from snapgen_jax.networks.module import Preset
 from snapgen_jax.networks.patch_discriminator import PatchDiscriminatorConfig
@@ -46,6 +47,7 @@ CONFIGS: tuple[type[Preset], ...] = (
     TinyDecoderConfig,
     LPIPSConfig,
     RewardConfig,
+    MatchingConfig,
     PatchDiscriminatorConfig,
     DiscriminatorConfig,
     ProjectorConfig,
