@@ -12,7 +12,9 @@ from snapgen_jax.data.shapes_grammar import ShapesConfig
 Split = Literal["train", "validation"]
 Crop = Literal["centre", "random"]
 Flip = Literal["none", "random"]
-SourceName = Literal["shapes", "digits", "folder", "tfds", "stored", "new_object", "prompts", "synthetic"]
+SourceName = Literal[
+    "shapes", "digits", "folder", "tfds", "stored", "new_object", "shapes_changes", "prompts", "synthetic"
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +44,10 @@ class SourceConfig:
     Attributes:
         source: "shapes" (rendered scenes), "digits" (scikit-learn's scanned digits), "folder" (own images with
             captions), "tfds" (any TFDS image data set), "stored" (shards of `snapgen prepare`), "new_object" (a few
-            pictures of an object that the shapes world has not), "prompts" (a text file, one a line, without images) or
-            "synthetic" (random batches of whatever shapes the recipe asks for, drawn once: a run on them shows the
-            speed of the device alone).
+            pictures of an object that the shapes world has not), "shapes_changes" (rendered scenes, each with a false
+            caption beside the true one), "prompts" (a text file, one a line, without images) or "synthetic" (random
+            batches of whatever shapes the recipe asks for, drawn once: a run on them shows the speed of the device
+            alone).
         path: "folder" and "stored": the folder. "prompts": the file. "tfds": the data directory; empty means TFDS's
             default.
         name: "tfds": the data set, with config and version where wanted: "imagenet2012", "coco_captions/2014:1.1.0".
@@ -60,7 +63,7 @@ class SourceConfig:
             draw` reads it under any source.
         captions: "folder": "needed" leaves images without a caption out; "none" takes every image, for a recipe that
             reads no text.
-        shapes: the shapes data set; its size is that of the new object's pictures too.
+        shapes: the shapes data set, also that of "shapes_changes"; its size is that of the new object's pictures too.
         new_object: which object, and how many pictures.
     """
 

@@ -67,6 +67,7 @@ SOURCES = {
     "stored": "snapgen_jax.data.stored_source",
     "new_object": "snapgen_jax.data.new_object",
     "prompts": "snapgen_jax.data.prompt_file",
+    "shapes_changes": "snapgen_jax.data.shapes_changes",
 }
 
 
