@@ -62,20 +62,30 @@ def measure(
 
     Returns:
         What all of them found.
+
+    Raises:
+        ConfigError: an evaluator is unknown, or does not take an option; `generation` is for none of them, since none
+            draws.
     """
     generator = generator or load(workdir, step, decoder=decoder)
     experiment = Experiment(resolve(load_config(workdir)), workdir)
     stored = experiment.stored_generator(generator)
     known = {spec.name: spec for spec in generator.recipe.evaluators()}
     known |= {spec.name: spec for spec in experiment.recipe.evaluators() if spec.function is not None}
+    reads = {name: name in known and known[name].function is not None for name in names}
+    told = [name for name in generation or () if name != "batch_size"]  # which changes no number
+    if told and all(reads.values()):
+        raise ConfigError(
+            f"{', '.join(told)}: said of drawing, and {', '.join(names)} reads the data and draws nothing; leave it "
+            "out, or name an evaluator that draws"
+        )
     found = EvaluationResult({}, {}, {})
     for name in names:
         try:
             evaluator = registry.create(_with_options(known.get(name, EvaluatorSpec(name)), generation, options))
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        reads = name in known and known[name].function is not None
-        result = judge(experiment, name, evaluator, stored if reads else generator)
+        result = judge(experiment, name, evaluator, stored if reads[name] else generator)
         found.numbers.update(result.numbers)
         found.pictures.update(result.pictures)
         found.values.update(result.values)

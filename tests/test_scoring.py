@@ -104,3 +104,9 @@ def test_options_of_the_generator_are_for_evaluators_that_draw() -> None:
     assert drawn.options == {"seed": 3, "options": {"guidance": 2.0, "steps": 4, "batch_size": 16}}
     measured = EvaluatorSpec("validation_loss", function=lambda params, frozen, batch, key: {})
     assert _with_options(measured, generation, options).options == {"seed": 5}
+
+
+def test_options_of_the_generator_that_nothing_reads_are_refused(evaluate) -> None:
+    code, numbers, said = evaluate(7, "--names=validation_loss", "--steps=4")
+    assert code == ExitCode.BAD_CONFIG and not numbers
+    assert "steps: said of drawing, and validation_loss reads the data and draws nothing; leave it out" in said

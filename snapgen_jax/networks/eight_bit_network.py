@@ -17,29 +17,19 @@ from jax.sharding import PartitionSpec
 from snapgen_jax.networks.eight_bits import SCALE, Format, quantise_kernel
 from snapgen_jax.networks.layers import Linear
 from snapgen_jax.networks.module import Network, Path, Rules, Tree, build, flatten, part_name, unflatten
+from snapgen_jax.networks.wrapped import WrappedConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class EightBitConfig:
-    """The config of such a network. Its other attributes are those of `network`.
+class EightBitConfig(WrappedConfig):
+    """The config of such a network.
 
     Attributes:
         network: config of the network as it was trained, with its platform choices fixed.
         form: of the kernels and of what they are multiplied by.
     """
 
-    network: Any
     form: Format
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "network":
-            raise AttributeError(name)
-        return getattr(self.network, name)
-
-    @property
-    def kind(self) -> str:
-        """That of the network."""
-        return self.network.kind
 
     def module(self, rngs: nnx.Rngs) -> nnx.Module:
         """Creates the network and rounds it."""
@@ -61,14 +51,6 @@ class EightBitConfig:
                 placed = PartitionSpec(*spec[:-2], spec[-1])
                 scales.append((pattern.removesuffix("kernel$") + rf"{SCALE}$", placed))
         return [*self.network.rules(), *scales]
-
-    def input_spec(self, *args: Any, **sizes: Any) -> tuple[Any, ...]:
-        """As of the network."""
-        return self.network.input_spec(*args, **sizes)
-
-    def tap_names(self) -> tuple[str, ...]:
-        """As of the network."""
-        return self.network.tap_names()
 
     def kernels(self) -> tuple[Path, ...]:
         """The paths of the kernels that are in eight bits."""

@@ -23,7 +23,6 @@ from flax import nnx
 from snapgen_jax.networks.module import (
     NetworkConfig,
     Path,
-    Rules,
     Tree,
     apply,
     build,
@@ -31,6 +30,7 @@ from snapgen_jax.networks.module import (
     flatten,
     unflatten,
 )
+from snapgen_jax.networks.wrapped import WrappedConfig
 
 TIME, PROJECTION, TABLE = "time", "embedding", "table"
 
@@ -64,30 +64,18 @@ class Index(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class TimeCachedConfig:
-    """The config of a network with tables. Its other attributes are those of `network`.
+class TimeCachedConfig(WrappedConfig):
+    """The config of a network with tables.
 
     Attributes:
         network: the config of the network, with as many time features as there are steps: what it takes is a row of
             zeros with a one at the step.
     """
 
-    network: Any
-
     @classmethod
     def of(cls, config: NetworkConfig, steps: int) -> Self:
         """That of a network and a number of steps."""
         return cls(dataclasses.replace(config, time_width=steps))  # type: ignore[type-var]
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "network":
-            raise AttributeError(name)
-        return getattr(self.network, name)
-
-    @property
-    def kind(self) -> str:
-        """That of the network."""
-        return self.network.kind
 
     def module(self, rngs: nnx.Rngs) -> nnx.Module:
         """Creates the network, with tables in the place of its layers of time."""
@@ -104,18 +92,6 @@ class TimeCachedConfig:
                 holder.embedding = Rows(steps, node.kernel[...].shape[-1], dtype)
         module.time, module.activation = Index(), _identity
         return module
-
-    def rules(self) -> Rules:
-        """Those of the network; the tables are replicated."""
-        return self.network.rules()
-
-    def input_spec(self, *args: Any, **sizes: Any) -> tuple[Any, ...]:
-        """As of the network."""
-        return self.network.input_spec(*args, **sizes)
-
-    def tap_names(self) -> tuple[str, ...]:
-        """As of the network."""
-        return self.network.tap_names()
 
 
 def _identity(x: jax.Array) -> jax.Array:
