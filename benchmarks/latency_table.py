@@ -1,34 +1,39 @@
 """What each block of a UNet costs as TFLite: the table that evolution reads, held against whole networks.
 
-    python -m benchmarks.latency_table --out=latency.json
+    python -m benchmarks.latency_table --out=benchmarks/results/latency_table-cpu2.json
     python -m benchmarks.latency_table --config=configs/shapes/robust.py:runlocal --out=latency.json
     python -m benchmarks.latency_table --table=phone.json           # holds a table of a phone against this machine
 
-A block is measured in its place: the network with two further copies of it, less the network, over two. All networks
-take turns on LiteRT, and the fastest call of each counts, which other work on the machine changes least. `rest` is the
-network less its blocks. Then networks of random blocks are measured too, and Spearman's rank correlation of their times
-with the table's is in the file, as `spearman`; 0.9 or more is what a search needs. `docs/snapfusion.md` has the form of
-the file, for tables that are measured elsewhere.
+A block is measured in its place: the network as it is, with two further copies of each block, and without each. The
+times of blocks, and `rest`, that of all else, are those whose sums come nearest to all of these (non-negative least
+squares). Then networks of random blocks are measured, and Spearman's rank correlation of their times with the table's
+is in the file, as `spearman`; 0.9 or more is what a search needs. `docs/snapfusion.md` has the form of the file, for
+tables that are measured elsewhere.
+
+A time is that below which a fifth of the calls stay, of several interpreters for each network: where one happens to lie
+in memory changes it by five percent. All take turns, in another order every round.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import numpy as np
+from scipy.optimize import nnls
 from scipy.stats import rankdata
 
-from benchmarks.measuring import commit, fastest, machine
+from benchmarks.measuring import by_turns, commit, machine
 from snapgen_jax.config import load_experiment
 from snapgen_jax.derivations.evolution import LatencyTable, described
 from snapgen_jax.export.convert import to_tflite
@@ -38,21 +43,26 @@ from snapgen_jax.networks.module import build, stand_in
 from snapgen_jax.recipes._flow_export import denoiser_unit
 
 COPIES = 2  # of a block, for a difference that stands out
+INTERPRETERS, FASTER = 4, 0.2
 CONFIG = "configs/shapes/robust.py:quick"
 
 
 def on_litert(
-    name: str, network: Evolving, latent: tuple[int, ...], context: Any, folder: pathlib.Path, threads: int
-) -> Callable[[], Any]:
-    """A call of a network with stand-in weights as a TFLite file."""
+    network: Evolving, latent: tuple[int, ...], context: Any, folder: pathlib.Path, threads: int = 1
+) -> list[Callable[[], Any]]:
+    """Calls of a network with stand-in weights as a TFLite file, which is made where the folder has it not; one for
+    each of some interpreters."""
     built, _ = build(dataclasses.replace(network, dtype="float32"))
     unit = denoiser_unit(network.kind, built.config, latent, context)
-    weights = jax.jit(lambda: stand_in(built, 0))()
-    path = to_tflite(unit.function, unit.select({network.kind: weights}), unit.inputs, "run", folder / f"{name}.tflite")
-    call = litert_unit(path, "run", threads)
+    path = folder / f"{hashlib.sha256(repr((built.config, latent)).encode()).hexdigest()[:16]}.tflite"
+    if not path.exists():
+        weights = jax.jit(lambda: stand_in(built, 0))()
+        made = folder / f"{path.stem}.part"
+        to_tflite(unit.function, unit.select({network.kind: weights}), unit.inputs, "run", made, "litert").rename(path)
     generator = np.random.default_rng(0)
     arrays = {key: generator.normal(size=spec.shape).astype(spec.dtype) for key, spec in unit.inputs.items()}
-    return lambda: call(**arrays)
+    calls = [litert_unit(path, "run", threads) for _ in range(INTERPRETERS)]
+    return [lambda call=call: call(**arrays) for call in calls]
 
 
 def repeated(network: Evolving, block: str) -> Evolving:
@@ -75,19 +85,47 @@ def random_networks(network: Evolving, count: int, seed: int) -> dict[str, Evolv
     return {f"random {i}": one for i, one in enumerate(sorted(found - {network}, key=repr))}
 
 
-def measured(networks: Mapping[str, Evolving], prepare: Callable[..., Any], rounds: int) -> dict[str, float]:
-    """Milliseconds of each network."""
-    calls = {name: prepare(name.replace(" ", "_"), network) for name, network in networks.items()}
-    return {name: 1000 * seconds for name, seconds in fastest(calls, rounds).items()}
+def calibrating(network: Evolving) -> dict[str, Evolving]:
+    """The networks whose times the table is fitted to."""
+    blocks = candidates(network)
+    return {
+        "whole": network,
+        **{f"+ {block}": repeated(network, block) for block in blocks},
+        **{f"- {block}": changed(network, block, "remove")[0] for block in blocks},
+    }
 
 
-def table_of(network: Evolving, times: Mapping[str, float]) -> LatencyTable:
-    """The table, of the times of the network, "whole", and of those in which a block is repeated, by its name."""
-    blocks: dict[str, float] = {}
-    for block in candidates(network):
-        blocks[kind(network, block)] = max(0.0, (times[block] - times["whole"]) / COPIES)
-    standing = sum(blocks[kind(network, block)] for block in network.droppable_blocks())
-    return LatencyTable(described(network), blocks, times["whole"] - standing)
+def milliseconds(
+    networks: Mapping[str, Evolving], prepare: Callable[[Evolving], Sequence[Callable[[], Any]]], rounds: int
+) -> dict[str, float]:
+    """Of one call of each network; `prepare` gives the calls of one."""
+    prepared = {name: prepare(network) for name, network in networks.items()}
+    times = by_turns({f"{name}/{i}": call for name, calls in prepared.items() for i, call in enumerate(calls)}, rounds)
+    return {
+        name: 1000 * float(np.quantile(np.concatenate([times[f"{name}/{i}"] for i in range(len(calls))]), FASTER))
+        for name, calls in prepared.items()
+    }
+
+
+def table_of(network: Evolving, networks: Mapping[str, Evolving], times: Mapping[str, float]) -> LatencyTable:
+    """The table of a network that comes nearest to the times of some that evolve from it."""
+    kinds = list(dict.fromkeys(kind(network, block) for block in network.droppable_blocks()))
+
+    def counts(one: Evolving) -> list[int]:
+        stand = [kind(one, block) for block in one.droppable_blocks()]
+        return [1, *(stand.count(name) for name in kinds)]
+
+    rest, *blocks = nnls(np.array([counts(one) for one in networks.values()], float), [times[n] for n in networks])[0]
+    return LatencyTable(
+        described(network), {n: round(float(ms), 5) for n, ms in zip(kinds, blocks, strict=True)}, round(rest, 5)
+    )
+
+
+def measured_recipe(recipe: Any) -> tuple[Evolving, tuple[int, ...], Any]:
+    """The network of a run, and the shapes of its latents and of what it attends to."""
+    networks = jax.eval_shape(recipe.init, jax.random.key(0)).players["model"].params
+    context = jax.eval_shape(recipe.inputs.null_condition, networks)
+    return recipe.denoiser.network.config, recipe.inputs.latent_shape(), context
 
 
 def main() -> None:
@@ -96,28 +134,24 @@ def main() -> None:
     parser.add_argument("--config", default=CONFIG, help="of a run whose network is measured")
     parser.add_argument("--table", default="", help="a table to hold against whole networks, in place of a new one")
     parser.add_argument("--out", default="", help="file to write; by default it is printed alone")
-    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=150)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--random", type=int, default=12, help="networks of random blocks")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--files", default="", help="folder that keeps the TFLite files, and may have some")
     asked = parser.parse_args()
-    recipe: Any = load_experiment(asked.config).start("cpu")
-    network: Any = recipe.denoiser.network.config
-    latent = recipe.inputs.latent_shape()
-    networks = jax.eval_shape(recipe.init, jax.random.key(0)).players["model"].params
-    context = jax.eval_shape(recipe.inputs.null_condition, networks)
+    network, latent, context = measured_recipe(load_experiment(asked.config).start("cpu"))
+    whole = random_networks(network, asked.random, asked.seed)
+    fitted = {} if asked.table else calibrating(network)
     with tempfile.TemporaryDirectory() as scratch:
+        folder = pathlib.Path(asked.files or scratch)
+        folder.mkdir(parents=True, exist_ok=True)
 
-        def prepare(name: str, network: Evolving) -> Any:
-            return on_litert(name, network, latent, context, pathlib.Path(scratch), asked.threads)
+        def prepare(network: Evolving) -> list[Callable[[], Any]]:
+            return on_litert(network, latent, context, folder, asked.threads)
 
-        whole = random_networks(network, asked.random, asked.seed)
-        if asked.table:
-            table, times = LatencyTable.read(asked.table, network), measured(whole, prepare, asked.rounds)
-        else:
-            blocks = {block: repeated(network, block) for block in candidates(network)}
-            times = measured({"whole": network, **blocks, **whole}, prepare, asked.rounds)
-            table = table_of(network, times)
+        times = milliseconds({**fitted, **whole}, prepare, asked.rounds)
+    table = LatencyTable.read(asked.table, network) if asked.table else table_of(network, fitted, times)
     pairs = {name: [round(table(one), 4), round(times[name], 4)] for name, one in whole.items()}
     found = {
         **dataclasses.asdict(table),

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Tree = Any
 CPUINFO = pathlib.Path("/proc/cpuinfo")
@@ -48,13 +49,14 @@ def append(result: Mapping[str, Any], name: str, save: str) -> None:
 
 def by_turns(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each call in every round, in each of which all take turns; after one that compiles, which is not
-    counted."""
+    counted. They do so in another order every round: a call is faster behind some calls than behind others."""
     times: dict[str, list[float]] = {name: [] for name in calls}
+    generator, names = np.random.default_rng(0), list(calls)
     for _ in range(rounds + 1):
-        for name, call in calls.items():
+        for i in generator.permutation(len(names)):
             begin = time.perf_counter()
-            jax.block_until_ready(call())
-            times[name].append(time.perf_counter() - begin)
+            jax.block_until_ready(calls[names[i]]())
+            times[names[i]].append(time.perf_counter() - begin)
     return {name: measured[1:] for name, measured in times.items()}
 
 

@@ -41,7 +41,8 @@ class ExperimentConfig(LoopConfig):
 
     Attributes:
         recipe: name of a module under `snapgen_jax.recipes`.
-        init_from: workdir of an earlier stage to start from, or "".
+        init_from: workdir of an earlier stage to start from; the folder `unet/` or `vae/` of a published Stable
+            Diffusion before the third; or "".
         data: where examples come from.
     """
 

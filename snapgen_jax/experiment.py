@@ -31,7 +31,7 @@ from snapgen_jax.data.tokenizer import CaptionTokenizer
 from snapgen_jax.data.tokenizer_specs import OwnTokenizer, load_tokenizers, make_tokenizer
 from snapgen_jax.evaluation import registry
 from snapgen_jax.evaluation.interfaces import EvaluationResult, Evaluator
-from snapgen_jax.generation import Generator, load_recipe, load_weights, on_every_host
+from snapgen_jax.generation import Generator, load_start, on_every_host
 from snapgen_jax.inputs.interfaces import StoredInputs, prefixed
 from snapgen_jax.parallel.hosts import current, text_for_all
 from snapgen_jax.parallel.mesh import make_mesh
@@ -220,7 +220,7 @@ class Experiment:
     def earlier_weights(self) -> Tree:
         """`{player: weights}` of the stage that `init_from` names. What this run trains and that one did not, such as a
         published text encoder, is read from where the inputs say."""
-        earlier = load_weights(self.config.init_from, load_recipe(self.config.init_from))
+        earlier = load_start(self.config.init_from)
         inputs = self.recipe.inputs
         for player, roles in self.recipe.trains.items():
             held = earlier.get(player, {})

@@ -38,7 +38,7 @@ from snapgen_jax.training.recipe import Recipe
 from snapgen_jax.typed import closest, coerce
 from snapgen_jax.weights.checkpoint import WeightsError
 from snapgen_jax.weights.folder import is_weights_folder, runs_of
-from snapgen_jax.weights.frozen import load_players
+from snapgen_jax.weights.frozen import is_published, load_network, load_players
 from snapgen_jax.weights.peft import read_peft, roles_in
 
 Tree = Any
@@ -530,6 +530,17 @@ def load_weights(workdir: epath.PathLike, recipe: Recipe, step: int | None = Non
     """
     state = jax.eval_shape(recipe.init, key(0, 0, "init"))
     return load_players(workdir, {name: player.params for name, player in state.players.items()}, step)
+
+
+def load_start(source: epath.PathLike) -> Tree:
+    """`{player: weights}` that a run starts from: those of an earlier run, or of a published network.
+
+    Raises:
+        ConfigError: `source` is neither the workdir of one nor the folder of the other.
+    """
+    if is_published(epath.Path(source)):
+        return {"model": load_network(source)}
+    return load_weights(source, load_recipe(source))
 
 
 def load_system(config: Config, folder: str | os.PathLike[str], platform: str | None = None) -> PublishedGenerator:

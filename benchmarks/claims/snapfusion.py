@@ -1,8 +1,9 @@
 """SnapFusion (arXiv 2306.00980): blocks that can be missed, a network evolved under a budget, eight guided steps.
 
 One base network, trained once and shared with `adapters.py`, is what all of it starts from, as Stable Diffusion 1.5 is
-in the paper. The architectures that are compared stand in `benchmarks/results/evolution.json`, which `python -m
-benchmarks.evolution` makes of a run of "robust"; without that file their rows are not there.
+in the paper. SnapGen's adversarial steps are trained on it anew: those of `snapgen.py` stand on another network. The
+architectures that are compared stand in `benchmarks/results/evolution.json`, which `python -m benchmarks.evolution`
+makes of a run of "robust"; without that file their rows are not there.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ from benchmarks.claims.trials import Draw, Effort, Measure, Trial
 from benchmarks.evolution import OUT, SEARCHED
 from snapgen_jax.data.shapes import COLOURS, KINDS
 from snapgen_jax.generation import load
+from snapgen_jax.networks.pruned import pruned
 
 WITHOUT = "validation_loss.without.one"
-TO_TEACHER = "teacher.mse"
+TO_TEACHER, TO_WHOLE = "teacher.mse", "decoder.mse"
 METRICS = {
     WITHOUT: Metric("loss without a block", smaller=True, digits=4),
     TO_TEACHER: Metric("MSE to 16 steps", smaller=True, digits=4),
     f"{TO_TEACHER}.1": Metric("unguided", smaller=True, digits=4),
     f"{TO_TEACHER}.4": Metric("guided by 4", smaller=True, digits=4),
+    TO_WHOLE: Metric("MSE to the whole decoder", smaller=True, digits=5),
 }
 
 
@@ -45,6 +48,9 @@ ABLATED = {"": Draw(evaluators=("compositional", "validation_loss"))}
 CURVE = (1.0, 3.0, 4.0)
 FROM_BASE = {"inputs.text_workdir": "base", "teacher.workdir": "base", "init_from": "base"}
 FROM_SIXTEEN = {**FROM_BASE, "teacher.workdir": "sixteen", "init_from": "sixteen"}
+ON_BASE = {**FROM_BASE, "trunk_workdir": "base"}
+DECODER = {"inputs.codec.workdir": "autoencoder", "init_from": "autoencoder", "generator_workdir": "generator"}
+DRAWS_LATENTS = {"quick": "quick_generator", "runlocal": "runlocal_generator"}
 TRIALS = {
     "base": Trial(
         "adapters_base",
@@ -58,6 +64,18 @@ TRIALS = {
     "eight, vanilla": Trial("steps", effort(3), ("guided_share=0.0",), FROM_SIXTEEN, guided(*CURVE)),
     "eight, guided alone": Trial("steps", effort(1), ("guided_share=1.0",), FROM_SIXTEEN, guided(*CURVE)),
     "eight, higher guidance": Trial("steps", effort(1), ("guidance_range=(2.0, 6.0)",), FROM_SIXTEEN, guided(*CURVE)),
+    "four, adversarial": Trial("steps_adversarial", effort(3), earlier=ON_BASE),
+    "eight, adversarial": Trial("steps_adversarial", effort(3), ("sampling.steps=8",), ON_BASE),
+    "autoencoder": Trial("autoencoder", effort(1, 1_500), draws={}, shared=True, args={"quick": ""}),
+    "generator": Trial(
+        "pruned_decoder",
+        effort(1, 1_500),
+        earlier={"inputs.codec.workdir": "autoencoder"},
+        draws={},
+        shared=True,
+        args=DRAWS_LATENTS,
+    ),
+    "pruned decoder": Trial("pruned_decoder", effort(1, 300), earlier=DECODER, draws={}, shared=True),
     "robust": Trial("robust", effort(3), (), {"init_from": "base"}, ABLATED),
     "plain": Trial("robust", effort(3), ("drop=0.0", "final_drop=0.0"), {"init_from": "base"}, ABLATED),
 }
@@ -85,6 +103,26 @@ def distances(arg: str, workdirs: Mapping[str, pathlib.Path]) -> dict[str, dict[
     return rows
 
 
+def decoded(arg: str, workdirs: Mapping[str, pathlib.Path]) -> dict[str, dict[str, Any]]:
+    """How far images of a decoder with half of the channels are from those of the whole one, trained and not, on drawn
+    latents that it has not seen: the mean square of colours from 0 to 1."""
+    prompts = [f"a {colour} {kind}" for colour in COLOURS for kind in KINDS][: 4 if arg == "runlocal" else None]
+    latents = load(workdirs["generator"]).run(prompts, seed=2**31)["latent"]
+    run: Any = load(workdirs["pruned decoder"])
+    whole = run.recipe.inputs.codec(run.recipe.weights(run.params, run.frozen))
+    begun = {"model": {"decoder": pruned(run.recipe.config.decoder, run.frozen["codec"])}}
+
+    def images(codec: Any) -> np.ndarray:
+        return np.clip(np.asarray(codec.decode(latents)) / 2 + 0.5, 0, 1).reshape(len(prompts), -1)
+
+    rows, reference = {}, images(whole)
+    for row, params in zip(DECODER_ROWS, (run.params, begun), strict=True):
+        each = np.square(images(run.recipe.codec(params, run.frozen)) - reference).mean(axis=1)
+        rows[row] = {TO_WHOLE: float(each.mean()), f"{TO_WHOLE}.each": each.round(7).tolist()}
+    return rows
+
+
+DECODER_ROWS = ("pruned decoder", "pruned decoder, untrained")
 DISTANCE_ROWS = ("eight", "eight, vanilla", "base, 8 steps")
 MEASURES = {
     "distance to the teacher": Measure(
@@ -93,7 +131,14 @@ MEASURES = {
         (TO_TEACHER, f"{TO_TEACHER}.1", f"{TO_TEACHER}.4"),
         ("ci", "short", "night", "gpu", "world"),
         ("sixteen", *DISTANCE),
-    )
+    ),
+    "drawn latents, decoded": Measure(
+        decoded,
+        DECODER_ROWS,
+        (TO_WHOLE,),
+        ("ci", "short", "night", "gpu", "world"),
+        ("generator", "pruned decoder"),
+    ),
 }
 FOUND = json.loads(OUT.read_text())["architectures"] if OUT.exists() else {}
 for _name, _made in FOUND.items():
@@ -136,6 +181,18 @@ CLAIMS = (
     Claim(
         "without guidance in the loss eight steps lie as near to the data",
         (no_worse("eight, vanilla", "eight", FRECHET),),
+    ),
+    Claim(
+        "SnapGen's adversarial steps, trained as long on this base, score better in four and in eight",
+        (better("four, adversarial", "eight"), better("eight, adversarial", "eight")),
+    ),
+    Claim(
+        "eight distilled steps are more diverse than eight adversarial ones",
+        (better("eight", "eight, adversarial", DIVERSITY),),
+    ),
+    Claim(
+        "a decoder with half of the channels learns to decode drawn latents: a tenth of the error that pruning makes",
+        (better("pruned decoder", "pruned decoder, untrained", TO_WHOLE, share=0.1),),
     ),
     *(Claim(f"evolution beats {name} at one budget", (better(SEARCHED, name),)) for name in FOUND if name != SEARCHED),
     Claim(

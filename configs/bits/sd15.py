@@ -6,9 +6,9 @@
     snapgen train --config=configs/bits/sd15.py:data --workdir=gs://BUCKET/sd15_bits_data --config.data.path=SHARDS \
         --config.base=SD15 --config.init_from=gs://BUCKET/sd15_bits
 
-SD15 is a run, or a folder of the weights of one, whose `network` is this. Stage I is 20,000 updates of 256 examples,
-stage II, `:data`, 50,000 of 1,024. Of the UNet's 831.2M stored weights each takes 2.05 bits; the paper's 1.99 divides
-by the layers of time, too, which a table of 50 steps replaces. The file is 219 MB.
+SD15 is `unet/` of the folder of `configs/teacher/sd15.py`, or a run whose `network` is this. Stage I is 20,000 updates
+of 256 examples, stage II, `:data`, 50,000 of 1,024. Of the UNet's 831.2M stored weights each takes 2.05 bits; the
+paper's 1.99 divides by the layers of time, too, which a table of 50 steps replaces. The file is 219 MB.
 
 Machine: 16 chips of TPU v5e; runlocal, a laptop in a minute. Metric: the fixed-noise validation loss.
 """

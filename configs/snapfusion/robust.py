@@ -2,16 +2,16 @@
 
     snapgen plan  --config=configs/snapfusion/robust.py --topology=v5e:16x16
     snapgen train --config=configs/snapfusion/robust.py --workdir=gs://BUCKET/sd15_v --config.data.path=PHOTOS \
-        --config.drop=0 --config.final_drop=0
+        --config.drop=0 --config.final_drop=0 --config.init_from=sd15/unet
     snapgen train --config=configs/snapfusion/robust.py --workdir=gs://BUCKET/robust --config.data.path=PHOTOS \
         --config.init_from=gs://BUCKET/sd15_v
     snapgen train --config=configs/snapfusion/robust.py:evolved --workdir=gs://BUCKET/evolved --config.data.path=PHOTOS
     snapgen train --config=configs/snapfusion/robust.py:runlocal --workdir=/tmp/robust
 
-The first of these runs makes the network of v-prediction that step distillation begins with, the second the one whose
-blocks can be valued, and the third trains the architecture that the paper found (table 3 of arXiv 2306.00980): no
-attention at the highest resolution, and six transformers where it has a quarter of its side. All of them start from
-nothing unless `init_from` names a run: the published UNet is read by `snapgen sample`, and not by training yet.
+The first of these runs makes the network of v-prediction that step distillation begins with, from the published UNet,
+which predicts eps: `sd15` is the folder of `configs/teacher/sd15.py`. The second makes the one whose blocks can be
+valued, and the third trains the architecture that the paper found (table 3 of arXiv 2306.00980): no attention at the
+highest resolution, and six transformers where it has a quarter of its side.
 PHOTOS are captioned images; CLIP-L and the autoencoder of Stable Diffusion 1 lie in `sd15/`.
 
 Machine: 256 chips of TPU v5e; runlocal, a laptop in a minute. Metric: `validation_loss.without.one` beside

@@ -152,15 +152,31 @@ def search(network: Evolving, values: Mapping[str, float], cost: Cost, budget: f
         values: of its blocks: score lost over cost saved.
         cost: of a network.
         budget: that the last network meets.
-        copies: blocks to copy at most. So much is removed that they fit; a block is either removed or copied.
+        copies: blocks to copy at most; fewer where the budget has no room for them. So much is removed that they fit; a
+            block is either removed or copied.
 
     Raises:
-        ConfigError: without all other blocks it costs more still.
+        ConfigError: without all of these blocks it costs more still.
     """
     order = sorted(values, key=lambda block: values[block])
-    best = order[len(order) - copies :] if copies else []
-    saved = savings(network, cost)
-    extra, made = sum(saved[block] for block in best), Evolution(network)
+    for count in range(min(copies, len(order)), -1, -1):
+        low, high = order[: len(order) - count], order[len(order) - count :]
+        made = _within(network, values, cost, budget, low, high)
+        if made is not None:
+            return made
+    least = cost(network) - sum(savings(network, cost).values())
+    raise ConfigError(
+        f"budget={budget:.6g}: without {', '.join(sorted(order)) or 'any block'} the network costs {least:.6g} still; "
+        "raise the budget"
+    )
+
+
+def _within(
+    network: Evolving, values: Mapping[str, float], cost: Cost, budget: float, low: Sequence[str], high: Sequence[str]
+) -> Evolution | None:
+    """The network with copies of the blocks `high`, and without as many of the blocks `low` as the budget asks for;
+    None where it asks for more."""
+    saved, made = savings(network, cost), Evolution(network)
     names = {block: block for block in values}  # what each is called by now
 
     def act(made: Evolution, action: Action, block: str) -> Evolution:
@@ -171,20 +187,14 @@ def search(network: Evolving, values: Mapping[str, float], cost: Cost, budget: f
                 names[other] = renamed(made.network, moved, name, before)
         return made
 
-    gone: set[str] = set()
-    for block in order:
-        if cost(made.network) <= budget - extra or block in best:
-            break
-        made, gone = act(made, "remove", block), {*gone, block}
-        names.pop(block)
-    if cost(made.network) > budget:
-        raise ConfigError(
-            f"budget={budget:.6g}: without {', '.join(sorted(gone)) or 'any block'} the network costs "
-            f"{cost(made.network):.6g} still; raise the budget, or let `copies` be fewer"
-        )
-    for block in reversed(best):
-        if cost(made.network) + saved[block] <= budget:
-            made = act(made, "copy", block)
+    room, left = budget - sum(saved[block] for block in high), list(low)
+    while left and cost(made.network) > room:
+        made = act(made, "remove", left[0])
+        names.pop(left.pop(0))
+    if cost(made.network) > room:
+        return None
+    for block in reversed(high):
+        made = act(made, "copy", block)
     return made
 
 

@@ -26,6 +26,7 @@ from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.codec import CodecConfig
 from snapgen_jax.networks.context import ENCODERS
 from snapgen_jax.networks.gemma2 import Gemma2Config
+from snapgen_jax.networks.pruned import PrunedDecoderConfig
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.exports import ExportPlan
 from snapgen_jax.weights.maps import clip, gemma2, sd3_autoencoder
@@ -248,7 +249,8 @@ def decoder_codec(where: str, inputs: Any) -> CodecConfig:
 
 def _latents(codec: CodecConfig) -> dict[str, Any]:
     """What a decoder takes. A tiny one normalises as the autoencoder that it learnt from."""
-    network = codec.tiny_decoder if codec.decoder == "tiny" else codec.autoencoder
+    network: Any = codec.tiny_decoder if codec.decoder == "tiny" else codec.autoencoder
+    network = network.autoencoder if isinstance(network, PrunedDecoderConfig) else network
     normalised = getattr(network, "normalisation", "") != "measured"
     return {
         "channels": network.latent_channels,

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 
 from snapgen_jax.networks.codec import CodecConfig, build_codec
 from snapgen_jax.networks.module import apply, build
+from snapgen_jax.networks.pruned import PrunedDecoderConfig
+from snapgen_jax.networks.tiny_decoder import TinyDecoderConfig
 from snapgen_jax.training.exports import ExportUnit
 
 Tree = Any
@@ -66,12 +68,18 @@ def decoder_unit(config: CodecConfig, latent_shape: tuple[int, ...]) -> ExportUn
     config = dataclasses.replace(
         config,
         autoencoder=dataclasses.replace(config.autoencoder, dtype="float32"),
-        tiny_decoder=dataclasses.replace(config.tiny_decoder, dtype="float32", depthwise="grouped"),
+        tiny_decoder=_for_export(config.tiny_decoder),
     )
     role = "codec/decoder" if config.decoder == "tiny" else "codec"
     latent = jax.ShapeDtypeStruct((1, *latent_shape), jnp.float32)
     part = _without_encoder if role == "codec" else None
     return ExportUnit("decoder", functools.partial(_decode, role, config), (role,), {"latent": latent}, part=part)
+
+
+def _for_export(config: TinyDecoderConfig | PrunedDecoderConfig) -> TinyDecoderConfig | PrunedDecoderConfig:
+    if isinstance(config, TinyDecoderConfig):
+        return dataclasses.replace(config, dtype="float32", depthwise="grouped")
+    return dataclasses.replace(config, autoencoder=dataclasses.replace(config.autoencoder, dtype="float32"))
 
 
 def _without_encoder(weights: Mapping[str, Tree]) -> dict[str, Tree]:

@@ -17,6 +17,7 @@ import numpy as np
 from snapgen_jax.bounds import FINITE, above, at_least, check
 from snapgen_jax.networks.autoencoder import AutoencoderCodec, AutoencoderConfig
 from snapgen_jax.networks.module import Network, Platform, Tree, build, for_platform
+from snapgen_jax.networks.pruned import PrunedDecoderConfig
 from snapgen_jax.networks.sizes import height_width
 from snapgen_jax.networks.tiny_decoder import TinyDecoderCodec, TinyDecoderConfig
 
@@ -75,7 +76,7 @@ class CodecConfig:
         autoencoder: the network of the kind "autoencoder".
         workdir: where its weights are: a run of the recipe `autoencoder`, or a folder of published weights.
         decoder: what decodes: the autoencoder's own decoder, or a tiny one.
-        tiny_decoder: the network of the decoder "tiny".
+        tiny_decoder: the network of the decoder "tiny"; it may be the autoencoder's with fewer channels.
         decoder_workdir: where its weights are: a run of the recipe `decoder_distillation`.
     """
 
@@ -87,7 +88,7 @@ class CodecConfig:
     autoencoder: AutoencoderConfig = AutoencoderConfig.preset("shapes")
     workdir: str = ""
     decoder: Literal["autoencoder", "tiny"] = "autoencoder"
-    tiny_decoder: TinyDecoderConfig = TinyDecoderConfig.preset("shapes")
+    tiny_decoder: TinyDecoderConfig | PrunedDecoderConfig = TinyDecoderConfig.preset("shapes")
     decoder_workdir: str = ""
 
     def __post_init__(self) -> None:

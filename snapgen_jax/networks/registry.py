@@ -21,6 +21,7 @@ from snapgen_jax.networks.mmdit import MMDiTConfig
 from snapgen_jax.networks.module import Preset
 from snapgen_jax.networks.patch_discriminator import PatchDiscriminatorConfig
 from snapgen_jax.networks.projector import ProjectorConfig
+from snapgen_jax.networks.pruned import PrunedDecoderConfig
 from snapgen_jax.networks.rewards import RewardConfig
 from snapgen_jax.networks.sd_unet import SDUNetConfig
 from snapgen_jax.networks.svd_unet import SVDUNetConfig
@@ -48,6 +49,7 @@ CONFIGS: tuple[type[Preset], ...] = (
     AutoencoderConfig,
     VideoAutoencoderConfig,
     TinyDecoderConfig,
+    PrunedDecoderConfig,
     LPIPSConfig,
     RewardConfig,
     MatchingConfig,

@@ -15,11 +15,12 @@ from snapgen_jax.networks.dit import DiTConfig
 from snapgen_jax.networks.mmdit import MMDiTConfig
 from snapgen_jax.networks.module import Network
 from snapgen_jax.networks.rules import rules_of
+from snapgen_jax.networks.sd_unet import SDUNetConfig
 from snapgen_jax.recipes._assembly import specs_of, trained_roles
 from snapgen_jax.recipes._teacher import run_config
 from snapgen_jax.recipes.flow_matching import FlowMatching
 from snapgen_jax.training.exits import ConfigError
-from snapgen_jax.weights.frozen import is_published, load_dit, load_mmdit, load_run
+from snapgen_jax.weights.frozen import is_published, load_dit, load_mmdit, load_run, load_sd_unet
 
 Tree = Any
 
@@ -29,7 +30,7 @@ def load_base(base: str, method: FlowMatching, mesh: Mesh | None) -> Tree:
 
     Args:
         base: a trained run, whose averaged weights are read; or the folder `transformer/` of a published Stable
-            Diffusion 3.5 or DiT.
+            Diffusion 3.5 or DiT, or `unet/` of a Stable Diffusion before.
         method: whose config says what the base is.
         mesh: where the weights go; None for one device.
 
@@ -48,16 +49,18 @@ def load_base(base: str, method: FlowMatching, mesh: Mesh | None) -> Tree:
 
 
 def _published(base: str, method: FlowMatching, own: Mapping[str, Network], mesh: Mesh | None) -> Tree:
-    """The networks of published weights: an MMDiT, or a DiT and its table of classes."""
+    """The networks of published weights: an MMDiT, a Stable Diffusion's UNet, or a DiT and its table of classes."""
     config, specs = method.config.network, specs_of(own, own)
     if isinstance(config, MMDiTConfig) and own.keys() == {method.role}:
         return {method.role: load_mmdit(base, config, specs[method.role], mesh)}
+    if isinstance(config, SDUNetConfig) and own.keys() == {method.role}:
+        return {method.role: load_sd_unet(base, config, specs[method.role], mesh)}
     if isinstance(config, DiTConfig) and own.keys() <= {method.role, LABEL}:
         return load_dit(base, config, own[LABEL].config if LABEL in own else None, specs, mesh)
     raise ConfigError(
-        f"{base} holds published weights, of an MMDiT alone or of a DiT and its classes: set network.kind to 'mmdit', "
-        "and inputs whose text encoders are published or of a run; or network.kind to 'dit' and inputs.kind to "
-        "'class_labels'"
+        f"{base} holds published weights, of an MMDiT or a UNet alone or of a DiT and its classes: set network.kind to "
+        "'mmdit' or 'sd_unet', and inputs whose text encoders are published or of a run; or network.kind to 'dit' and "
+        "inputs.kind to 'class_labels'"
     )
 
 

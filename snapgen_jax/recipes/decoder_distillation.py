@@ -2,9 +2,11 @@
 
     L = (x - D(z))^2 + LPIPS(x, D(z)) + a L_G(D(z)),   z = E(x)
 
-x is the image, or what the frozen large decoder makes of z (as in SnapFusion, Li et al. 2023, section 3.2), and then z
-may also come from a trained generator. There is no divergence: the latents are given. It learns on random crops of
-latent and image.
+x is the image, or what the frozen large decoder makes of z, and then z may also come from a trained generator. There is
+no divergence: the latents are given. It learns on random crops of latent and image.
+
+SnapFusion (Li et al. 2023, section 3.3) has the squared error alone, latents of its generator alone, and for a decoder
+the large one with half of its channels (`networks/pruned.py`), which starts from weights of the large one.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from snapgen_jax.bounds import SHARE, at_least, check
 from snapgen_jax.inputs.images import ImagesConfig
 from snapgen_jax.inputs.interfaces import TokenizerSpec, prefixed, subtree
 from snapgen_jax.networks.codec import CodecConfig, build_codec, from_uint8
-from snapgen_jax.networks.module import Network, Platform, apply, build, for_platform
+from snapgen_jax.networks.module import Network, Platform, apply, build, flatten, for_platform
+from snapgen_jax.networks.pruned import PrunedDecoderConfig, pruned
 from snapgen_jax.networks.rules import rules_of
 from snapgen_jax.networks.tiny_decoder import TinyDecoderCodec, TinyDecoderConfig
 from snapgen_jax.recipes._assembly import Specs, merged_specs, specs_of
@@ -29,10 +32,11 @@ from snapgen_jax.recipes._reconstruction import Reconstruction, ReconstructionCo
 from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.recipe import Use
-from snapgen_jax.weights.frozen import load_run
+from snapgen_jax.training.state import TrainState
+from snapgen_jax.weights.frozen import check_weights, load_run
 
 Tree = Any
-ROLE, GENERATOR = "decoder", "generator"
+ROLE, GENERATOR, WHOLE = "decoder", "generator", "autoencoder"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +45,8 @@ class DecoderDistillationConfig(ReconstructionConfig):
     the frozen autoencoder whose latents it decodes.
 
     Attributes:
-        decoder: the network.
+        decoder: the network: a tiny one, or the large one with fewer channels. The latter, whose `autoencoder` is that
+            of the codec, takes its first weights from a run of the recipe `autoencoder` that `init_from` names.
         target: what it should make: the "image" itself, or what the "large" decoder makes of the latent.
         crop: side in pixels of the random crops that it learns on; 0 for whole images.
         generator_workdir: a run of `flow_matching`, or of a method built on it, on latents of this codec: some of the
@@ -51,7 +56,7 @@ class DecoderDistillationConfig(ReconstructionConfig):
     """
 
     inputs: ImagesConfig = ImagesConfig(codec=CodecConfig("autoencoder"))
-    decoder: TinyDecoderConfig = TinyDecoderConfig.preset("shapes")
+    decoder: TinyDecoderConfig | PrunedDecoderConfig = TinyDecoderConfig.preset("shapes")
     target: Literal["image", "large"] = "image"
     crop: int = 0
     generator_workdir: str = ""
@@ -86,6 +91,10 @@ class DecoderDistillation(Reconstruction):
             )
         both = dataclasses.replace(codec, decoder="tiny", tiny_decoder=config.decoder)
         build_codec(both, platform)  # raises where the two decoders do not take the same latents
+        if isinstance(config.decoder, PrunedDecoderConfig) and config.decoder.autoencoder != codec.autoencoder:
+            raise ConfigError(
+                "decoder.autoencoder differs from inputs.codec.autoencoder, whose decoder it prunes: make them equal"
+            )
         for size in sizes:
             if config.crop > min(size):
                 raise ConfigError(f"crop={config.crop} is larger than an image of {size[0]} x {size[1]} px; change one")
@@ -154,14 +163,23 @@ class DecoderDistillation(Reconstruction):
 
     # --- training ---
 
+    def warm_start(self, state: TrainState, earlier: Tree) -> TrainState:
+        """From an earlier run of the same decoder; a pruned one also from the autoencoder that it prunes."""
+        config, model = self.config.decoder, earlier.get("model", {})
+        if not isinstance(config, PrunedDecoderConfig) or WHOLE not in model:
+            return super().warm_start(state, earlier)
+        check_weights("the run in init_from", flatten(build(config.autoencoder)[1]), flatten(model[WHOLE]))
+        return super().warm_start(state, {"model": {ROLE: pruned(config, model[WHOLE])}})
+
     def draw(self, networks: Tree, batch: Tree, key: jax.Array) -> Tree:
         """Latents and the images to be made of them, cropped alike; no gradient passes here."""
         codec, images = self.inputs.codec(networks), from_uint8(batch["image"])
         if self.generator is None:
             latents = codec.encode(images)
         else:
-            generated = self._generate(self.generator, networks, batch, jax.random.fold_in(key, 1))
-            latents = jnp.concatenate([generated, codec.encode(images[self.generated :])])
+            latents = self._generate(self.generator, networks, batch, jax.random.fold_in(key, 1))
+            if self.generated < self.config.batch_size:
+                latents = jnp.concatenate([latents, codec.encode(images[self.generated :])])
         if self.config.crop:
             images, latents = self._crops(images, latents, key)
         target = images if self.config.target == "image" else codec.decode(latents)

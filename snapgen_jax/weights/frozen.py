@@ -17,7 +17,8 @@ from snapgen_jax.networks.codec import Codec, CodecConfig
 from snapgen_jax.networks.dit import DiTConfig
 from snapgen_jax.networks.label import LabelEmbeddingConfig
 from snapgen_jax.networks.mmdit import MMDiTConfig
-from snapgen_jax.networks.module import Network, flatten, frozen_spec, init, stand_in, unflatten
+from snapgen_jax.networks.module import Network, build, flatten, frozen_spec, init, stand_in, unflatten
+from snapgen_jax.networks.sd_unet import SDUNetConfig
 from snapgen_jax.parallel.sharding import Rules, tree_shardings
 from snapgen_jax.training.checkpoint import Checkpointer
 from snapgen_jax.training.exits import ConfigError
@@ -29,13 +30,17 @@ from snapgen_jax.weights.maps import clip as clip_map
 from snapgen_jax.weights.maps import dit as dit_map
 from snapgen_jax.weights.maps import gemma2 as gemma2_map
 from snapgen_jax.weights.maps import lpips as lpips_map
-from snapgen_jax.weights.maps import rewards, sd3_autoencoder, sd3_mmdit
+from snapgen_jax.weights.maps import rewards, sd3_autoencoder, sd3_mmdit, sd_unet
 from snapgen_jax.weights.maps import t5 as t5_map
-from snapgen_jax.weights.published import read_json
+from snapgen_jax.weights.published import read_config_file, read_json
 from snapgen_jax.weights.sources import autoencoder_name, source
 
 Tree = Any
 Path = tuple[str, ...]
+_STARTS: dict[str, tuple[str, Any]] = {
+    "UNet2DConditionModel": ("sd15", sd_unet),
+    "AutoencoderKL": ("sd1_vae", sd3_autoencoder),
+}
 _STAND_IN = 2412  # the seed of the networks that stand in for trained ones
 
 log = logging.getLogger(__name__)
@@ -200,6 +205,47 @@ def _load_autoencoder(config: CodecConfig, spec: Tree, mesh: Mesh | None) -> Tre
         held = load_run(folder, {"autoencoder": spec}, mesh=mesh, rules=config.autoencoder.rules())
         return held["autoencoder"]
     return _load_published(name, folder, sd3_autoencoder, config.autoencoder, spec, mesh)
+
+
+def load_network(folder: epath.PathLike) -> dict[str, Tree]:
+    """A published network that a run may start from: the UNet of a Stable Diffusion before the third, or an
+    autoencoder. Its `config.json` says which, and of which size.
+
+    Args:
+        folder: `unet/` or `vae/` of the repository.
+
+    Returns:
+        `{role: parameters}`, float32 on the first device; the role is the kind of the network's config.
+
+    Raises:
+        ConfigError: the folder holds another network, or none whole.
+    """
+    file = epath.Path(folder) / "config.json"
+    with _told():
+        found = read_json(file).get("_class_name", "")
+        if found not in _STARTS:
+            raise ConfigError(
+                f"{str(folder)!r} holds a published {found or 'network that its config.json does not name'}; a run "
+                f"starts from an earlier run, or from a published {' or '.join(_STARTS)}"
+            )
+        name, maps = _STARTS[found]
+        config = read_config_file(pathlib.Path(file), maps.read_config)
+    return {config.kind: _load_published(name, folder, maps, config, build(config)[1], None)}
+
+
+def load_sd_unet(folder: epath.PathLike, config: SDUNetConfig, spec: Tree, mesh: Mesh | None = None) -> Tree:
+    """The UNet of a published Stable Diffusion before the third, slice by slice onto the mesh.
+
+    Args:
+        folder: of its safetensors files, `unet/` of the repository.
+        config: its architecture.
+        spec: nested dict of `ShapeDtypeStruct`.
+        mesh: where the parameters go; without one onto one device.
+
+    Raises:
+        ConfigError: the folder is not there, or holds another network.
+    """
+    return _load_published("sd15", folder, sd_unet, config, spec, mesh)
 
 
 def load_mmdit(folder: epath.PathLike, config: MMDiTConfig, spec: Tree, mesh: Mesh | None = None) -> Tree:

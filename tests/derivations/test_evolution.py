@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import pathlib
 from typing import Any
 
 import pytest
@@ -66,8 +67,21 @@ def test_what_was_removed_is_the_block_that_was_meant_whatever_it_is_called_by_t
 
 def test_a_budget_below_what_blocks_can_save_is_refused():
     table = synthetic(UNET)
-    with pytest.raises(ConfigError, match=r"the network costs .* still; raise the budget"):
-        search(UNET, valued(UNET), table, 5.0, copies=1)
+    with pytest.raises(ConfigError, match=r"budget=4: without down_.* the network costs 5 still; raise the budget"):
+        search(UNET, valued(UNET), table, 4.0, copies=1)
+
+
+def test_where_a_copy_finds_no_room_nothing_is_removed_for_it():
+    """The best block costs more than all else that could go, or is all that is left."""
+    table, values = synthetic(UNET), valued(UNET)
+    best = max(values, key=lambda block: values[block])
+    dear = dataclasses.replace(table, blocks={**table.blocks, kind(UNET, best): 100.0})
+    budget = dear(UNET) - 1.0
+    made = search(UNET, values, dear, budget, copies=1)
+    assert made == search(UNET, values, dear, budget, copies=0)
+    assert [step.action for step in made.steps] == ["remove"]
+    last = search(UNET, {best: 1.0}, table, table(UNET) - 1.0, copies=1)
+    assert [(step.action, step.block) for step in last.steps] == [("remove", best)]
 
 
 def test_chance_meets_the_budget_too_and_differs_by_its_seed():
@@ -116,6 +130,29 @@ def test_the_chain_reads_and_its_configs_fit_what_will_be_derived(form, tmp_path
     for name in ("evolved_1", "evolved_2", "eight"):
         assert configs[name].recipe.network.blocks == (("mid_transformer", 2),)
     assert configs["eight"].recipe.teacher.network == configs["eight"].recipe.network
+
+
+@pytest.mark.parametrize("form", ["quick", "runlocal"])
+def test_both_rounds_of_the_chain_find_room_whatever_blocks_are_worth(form):
+    """Values by chance stand for those of training."""
+    first, _, second, *_ = load_chain(f"configs/shapes/evolve.py:{form}")[0].stages[1:]
+    recipe: Any = load_experiment(f"configs/shapes/robust.py:{form}").start("cpu")
+    network = recipe.denoiser.network.config
+    file = first.options["table"]
+    cost = LatencyTable.read(file, network) if file else multiply_adds(recipe.inputs.latent_shape()[:2], 20)
+    for seed in range(8 if file else 2):
+        found = network
+        for stage in (first, second):
+            budget = stage.options["budget"] * cost(network)
+            made = by_chance(found, cost, budget, stage.options["copies"], seed)
+            assert cost(made.network) <= budget
+            found = made.network
+
+
+def test_the_stored_table_orders_networks_as_they_are_measured():
+    stored = json.loads(pathlib.Path(load_chain("configs/shapes/evolve.py")[0].stages[1].options["table"]).read_text())
+    assert stored["spearman"] >= 0.9 and len(stored["whole networks, by the table and measured"]) >= 10
+    assert min(stored["blocks"].values()) > 0
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from snapgen_jax.chain import load_chain
 from snapgen_jax.config import load_experiment
+from snapgen_jax.networks.module import build
+from tests.recipes_for_tests import random_like
 
 SD15, SNAPGEN = "configs/reward/sd15.py", "configs/reward/t2i_1024_4step.py"
 
@@ -49,6 +51,19 @@ def test_an_update_fits_its_parts():
     after, metrics = jax.eval_shape(made.update, state, made.frozen_spec(), batch, jax.random.key(0))
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
     assert {"reward", "reward/drawn", "reward/constraint", "grad_norm"} <= set(metrics)
+
+
+def test_gradients_reach_an_encoder_that_runs_with_the_inputs():
+    inputs = recipe(f"{SD15}:runlocal").inputs
+    tokens = {"clip_l": jnp.arange(14, dtype=jnp.int32).reshape(2, 7)}
+
+    def total(text):
+        networks = {"clip_l": text}
+        told = inputs.draw_condition(networks, tokens, jax.random.key(0), {})
+        return jnp.sum(inputs.condition(networks, told).sequence ** 2)
+
+    grads = jax.jit(jax.grad(total))(random_like(build(inputs.networks()["clip_l"].config)[1]))
+    assert jnp.abs(grads["layers"]["block_00"]["attention"]["query"]["kernel"]).max() > 0
 
 
 def test_the_chain_of_the_shapes_world_fills_in_what_its_stages_made():
