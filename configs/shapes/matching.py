@@ -6,6 +6,8 @@ It learns from renders. Each has a true caption and one that is false in one fac
 which colour is whose, or an object too many or too few. The exact detector, `snapgen_jax/evaluation/detector.py`, is
 not used, and so can judge what the reward has taught. `tokenizer_workdir` names the generator that is to be rewarded,
 whose tokens it then reads; without it one is trained, which is that of a generator of the same `data.shapes`.
+Machine: two CPU cores. Metric: `matching.accuracy.CHANGE`, chance is 0.5. Not yet trained to its end: after 1,500
+updates, held-out accuracy is 0.99 for objects, 0.80 number, 0.69 colour, 0.50 kind, 0.50 position and 0.49 binding.
 """
 
 from ml_collections import ConfigDict
