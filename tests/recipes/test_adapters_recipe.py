@@ -168,7 +168,7 @@ def test_a_base_that_is_another_network_than_the_config_says_is_refused(base, tm
 
 def test_published_weights_are_asked_for_a_network_of_their_kind(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"num_layers": 2}))
-    with pytest.raises(ConfigError, match=r"of an MMDiT alone or of a DiT and its classes: set network.kind"):
+    with pytest.raises(ConfigError, match=r"of an MMDiT or a UNet alone or of a DiT and its classes: set"):
         adapters(tmp_path).load_frozen(None)
 
 
