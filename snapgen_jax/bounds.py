@@ -62,9 +62,9 @@ def at_least(low: float, hint: str = "") -> Bounds:
     return Bounds(low, hint=hint)
 
 
-def above(low: float) -> Bounds:
+def above(low: float, hint: str = "") -> Bounds:
     """More than `low`."""
-    return Bounds(low, open="low")
+    return Bounds(low, open="low", hint=hint)
 
 
 def within(low: float, high: float) -> Bounds:

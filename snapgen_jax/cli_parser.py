@@ -63,6 +63,13 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--decoder", help="a run of a tiny decoder, in place of the run's own; with --workdir")
     _adapters(sample)
     sample.add_argument(
+        "--encoder",
+        action="append",
+        default=[],
+        metavar="NAME=WORKDIR",
+        help="of a run of reward_tuning: the text encoder of another, mixed in by --encoder_mix; repeat for more",
+    )
+    sample.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
         help="in which a run's networks compute (default: float32 on a CPU, else bfloat16)",

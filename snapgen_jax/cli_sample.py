@@ -15,6 +15,7 @@ from snapgen_jax.training.exits import ConfigError
 _GOES_WITH = {
     "decoder": (("workdir",), "a bundle holds the decoder that it was exported with"),
     "adapters": (("workdir",), "name the run that they adapt"),
+    "encoder": (("workdir",), "a bundle holds the encoders that it was exported with"),
     "dtype": (("workdir",), "a bundle has --precision, and published weights --config.dtype"),
     "time": (("workdir", "weights"), "`snapgen bench` measures a bundle"),
     "precision": (("bundle",), "a run computes in the precision of its device; see --dtype"),
@@ -103,7 +104,16 @@ def _generator(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     from snapgen_jax.generation import load
 
     choices = {"dtype": options.dtype} if options.dtype else {}
+    choices |= {"encoders": _encoders(options.encoder)} if options.encoder else {}
     return load(options.workdir, decoder=options.decoder, adapters=options.adapters, **choices), chosen
+
+
+def _encoders(named: Sequence[str]) -> dict[str, str]:
+    """`{name: workdir}` of "NAME=WORKDIR"."""
+    found = {name: workdir for name, _, workdir in (text.partition("=") for text in named)}
+    if not all(found) or not all(found.values()):
+        raise ConfigError(f"--encoder={named[0]}: give --encoder=NAME=WORKDIR")
+    return found
 
 
 def say_unpacking(unit: str, done: int, total: int) -> None:

@@ -218,8 +218,15 @@ class Experiment:
         return Generator(self.recipe, generator.params, self.recipe.load_frozen(None, "generate"), None)
 
     def earlier_weights(self) -> Tree:
-        """`{player: weights}` of the stage that `init_from` names."""
-        return load_start(self.config.init_from)
+        """`{player: weights}` of the stage that `init_from` names. What this run trains and that one did not, such as a
+        published text encoder, is read from where the inputs say."""
+        earlier = load_start(self.config.init_from)
+        inputs = self.recipe.inputs
+        for player, roles in self.recipe.trains.items():
+            held = earlier.get(player, {})
+            brought = tuple(role for role in roles if role in inputs.pretrained() and role not in held)
+            earlier |= {player: {**held, **inputs.load(brought, None)}} if brought else {}
+        return earlier
 
     def read(self, batches: int) -> dict[str, float]:
         """Draws batches and computes nothing: what the input can do, without the device.

@@ -370,11 +370,13 @@ def load_drawing(
     platform: str | None = None,
     decoder: epath.PathLike | None = None,
     dtype: str | None = None,
+    encoders: Mapping[str, str] | None = None,
 ) -> Recipe:
     """As `load_recipe`, but of a run on stored inputs with their encoders in place of what is stored, where its config
-    names weights of these: the recipe that takes prompts and gives images. `dtype` is as for `load`."""
+    names weights of these: the recipe that takes prompts and gives images. `dtype` and `encoders` are as for `load`."""
     config = load_config(workdir)
     config = config if decoder is None else _with_decoder(config, decoder)
+    config = config if not encoders else _with_encoders(config, encoders)
     if dtype is not None:
         with config.unlocked():
             _set_dtype(config, dtype)
@@ -413,6 +415,19 @@ def _with_decoder(config: ConfigDict, decoder: epath.PathLike) -> ConfigDict:
     return config
 
 
+def _with_encoders(config: ConfigDict, encoders: Mapping[str, str]) -> ConfigDict:
+    """The config of a tuned model with further tuned text encoders, `{name: workdir}`."""
+    if "others" not in config:
+        raise ConfigError(
+            f"a run of the recipe {config.recipe!r} mixes no text encoders; name one of 'reward_tuning', beside which "
+            "others are added"
+        )
+    known: Any = config["others"]
+    with config.unlocked():
+        known.update(encoders)
+    return config
+
+
 def load(
     workdir: epath.PathLike,
     step: int | None = None,
@@ -421,6 +436,7 @@ def load(
     adapters: str | os.PathLike[str] | None = None,
     mesh: jax.sharding.Mesh | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
+    encoders: Mapping[str, str] | None = None,
 ) -> Generator:
     """The generator of a trained run. One on stored inputs runs their encoders, where its config names weights of them,
     so that it takes prompts and gives images.
@@ -434,12 +450,14 @@ def load(
         mesh: of devices of this process, which each hold all weights and share out a batch; None for one device.
         dtype: in which the networks compute; by default float32 on a CPU and bfloat16 elsewhere. Where it is bfloat16
             their kernels are kept so, too.
+        encoders: of a run of `reward_tuning`: further runs of it, by the names that its option `encoder_mix` mixes
+            their text encoders by.
 
     Raises:
-        ConfigError: there is no run, no checkpoint, or one of another shape; or the adapters do not fit.
+        ConfigError: there is no run, no checkpoint, or one of another shape; or the adapters or encoders do not fit.
     """
     workdir = epath.Path(workdir)
-    recipe = load_drawing(workdir, platform, decoder, dtype)
+    recipe = load_drawing(workdir, platform, decoder, dtype, encoders)
     weights = load_weights(workdir, recipe, step)  # first: a run that has none yet may have no tokenizer either
     tokenizer = load_tokenizers(recipe.tokenizers(), workdir / "tokenizer.json")
     if isinstance(recipe, _HasNetworks):

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from snapgen_jax.generation import Generator
 from snapgen_jax.parallel.mesh import MeshConfig, make_mesh
 from snapgen_jax.training import loop
+from snapgen_jax.training.checkpoint import Checkpointer
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.keys import key
 from snapgen_jax.training.loop import LoopConfig
@@ -356,3 +357,16 @@ def adder(weight, frozen):
     """The generator of `Adds`; prompts are numbers."""
     params, frozen = {"model": {"weight": jnp.int32(weight)}}, {"offset": jnp.int32(frozen)}
     return Generator(Adds(), params, frozen, Digits())  # type: ignore[arg-type]  # all it needs
+
+
+def saved_away_from_zero(method, workdir):
+    """Saves a run of a network that was moved away from zero; its weights."""
+    state, random = jax.jit(method.init)(key(0, 0, "init")), np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda x: x + 0.1 * random.normal(size=x.shape).astype(np.float32), state.players["model"].ema
+    )
+    state = state.replace(players={"model": state.players["model"].replace(ema=params)})
+    checkpointer = Checkpointer(workdir)
+    checkpointer.save(state, 0, {})
+    checkpointer.close()
+    return params

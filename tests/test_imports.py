@@ -99,6 +99,7 @@ MAY_IMPORT = {
     "lazy_schedules": ["config", "experiment", "generation", "recipes.lazy_gates", "training"],
     "coding": ["generation", "networks", "weights", "data.images", "training.exits"],
     "evaluation": ["generation", "data.shapes", "data.shapes_grammar", "data.prompts", "data.words", "page", "typed"],
+    "evaluation.unchanged": ["evaluation", "training.fingerprint"],
     "evaluation.report": ["evaluation", "data.prompts", "page", "training.files", "training.metrics"],
     "export": ["bounds", "diffusion.noise", "training.exports"],
     "export.apps": ["export", "training.exits"],

@@ -12,7 +12,9 @@ from snapgen_jax.data.shapes_grammar import ShapesConfig
 Split = Literal["train", "validation"]
 Crop = Literal["centre", "random"]
 Flip = Literal["none", "random"]
-SourceName = Literal["shapes", "digits", "folder", "tfds", "stored", "new_object", "synthetic"]
+SourceName = Literal[
+    "shapes", "digits", "folder", "tfds", "stored", "new_object", "shapes_changes", "prompts", "synthetic"
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +44,18 @@ class SourceConfig:
     Attributes:
         source: "shapes" (rendered scenes), "digits" (scikit-learn's scanned digits), "folder" (own images with
             captions), "tfds" (any TFDS image data set), "stored" (shards of `snapgen prepare`), "new_object" (a few
-            pictures of an object that the shapes world has not) or "synthetic" (random batches of whatever shapes the
-            recipe asks for, drawn once: a run on them shows the speed of the device alone).
-        path: "folder" and "stored": the folder. "tfds": the data directory; empty means TFDS's default.
+            pictures of an object that the shapes world has not), "shapes_changes" (rendered scenes, each with a false
+            caption beside the true one), "prompts" (a text file, one a line, without images) or "synthetic" (random
+            batches of whatever shapes the recipe asks for, drawn once: a run on them shows the speed of the device
+            alone).
+        path: "folder" and "stored": the folder. "prompts": the file. "tfds": the data directory; empty means TFDS's
+            default.
         name: "tfds": the data set, with config and version where wanted: "imagenet2012", "coco_captions/2014:1.1.0".
         train_split: "tfds": TFDS split of the training examples.
         validation_split: "tfds": TFDS split of the validation examples.
-        validation_path: "folder" and "stored": a folder of its own for validation, in place of a share of the others.
-        validation_share: "digits", "folder" and "stored": share of the examples held out for validation.
+        validation_path: "folder", "stored" and "prompts": one of its own for validation, in place of a share of the
+            others.
+        validation_share: "digits", "folder", "stored" and "prompts": share of the examples held out for validation.
         image_feature: "tfds": feature that holds the image.
         caption_feature: "tfds": feature that holds the caption or the class label, "captions/text" for a nested one;
             empty finds it.
@@ -57,7 +63,7 @@ class SourceConfig:
             draw` reads it under any source.
         captions: "folder": "needed" leaves images without a caption out; "none" takes every image, for a recipe that
             reads no text.
-        shapes: the shapes data set; its size is that of the new object's pictures too.
+        shapes: the shapes data set, also that of "shapes_changes"; its size is that of the new object's pictures too.
         new_object: which object, and how many pictures.
     """
 
@@ -109,7 +115,8 @@ class DataConfig(SourceConfig):
         bucket_shares: {bucket: its share of the training batches}, such as `{"512x512": 3, "384x640": 1}`; relative
             weights of all buckets. Empty: by the number of examples whose shape is nearest to the bucket's.
         texts: {array of token ids: the text of the source that it is made of}; "caption" for those not named.
-        tokenizer: "train" trains one on the captions of this source, else the path of a `tokenizer.json`.
+        tokenizer: "train" trains one on the captions of this source, else the path of a `tokenizer.json`, or of a run
+            that has one.
         vocab_size: upper bound of a trained tokenizer's vocabulary.
         workers: worker processes; 0 reads in threads of the main process.
         threads: reading threads in each process.

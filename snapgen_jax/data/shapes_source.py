@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from snapgen_jax.data.shapes_captions import DENSE_OBJECTS, caption, dense, layo
 from snapgen_jax.data.shapes_grammar import ShapesConfig, sample_scene
 from snapgen_jax.data.sources import asked
 
+Writer = Callable[[Scene, np.random.Generator], str]
 # First word of the seed of a scene, so that no training scene is a validation scene.
 _STREAM: dict[Split, int] = {"train": 0x5EED, "validation": 0x7E57}
 
@@ -41,14 +42,18 @@ class ShapesSource:
     def example(self, index: int, rng: np.random.Generator, names: Collection[str] | None = None) -> Example:
         """The rendered scene `[size, size, 3]`, and one of its phrasings."""
         scene = self.scene(index)
-        image = {"image": render(scene, self._config.size)} if asked("image", names) else {}
-        return {**image, "caption": self._words(scene, rng)}
+        return {**self.picture(scene, names), "caption": self.writer(scene, rng)(scene, rng)}
 
-    def _words(self, scene: Scene, rng: np.random.Generator) -> str:
+    def picture(self, scene: Scene, names: Collection[str] | None = None) -> Example:
+        """`{"image": ...}`, the rendered scene; nothing where `names` do not list it."""
+        return {"image": render(scene, self._config.size)} if asked("image", names) else {}
+
+    def writer(self, scene: Scene, rng: np.random.Generator) -> Writer:
+        """What makes the caption of a scene: `layout`, `dense` or `caption`."""
         if self._config.captions == "layout":
-            return layout(scene)
+            return lambda scene, _: layout(scene)
         share = self._config.dense_share if len(scene.objects) <= DENSE_OBJECTS else 0.0
-        return dense(scene, rng) if share and rng.random() < share else caption(scene, rng)
+        return dense if share and rng.random() < share else caption
 
     def name(self, index: int) -> str:
         """ "shapes scene 7"."""

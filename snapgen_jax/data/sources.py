@@ -66,6 +66,8 @@ SOURCES = {
     "tfds": "snapgen_jax.data.tfds_source",
     "stored": "snapgen_jax.data.stored_source",
     "new_object": "snapgen_jax.data.new_object",
+    "prompts": "snapgen_jax.data.prompt_file",
+    "shapes_changes": "snapgen_jax.data.shapes_changes",
 }
 
 

@@ -1,6 +1,7 @@
 """Shards of `snapgen prepare`, of either kind.
 
-"images": pictures and captions as they were collected; they are cropped, resized and tokenized as of any source.
+"images": pictures and captions as they were collected; they are cropped, resized and tokenized as of any source. There
+may be several pictures of an example, such as the two of a pair.
 "encoded": what frozen encoders made of them: latents of the bucket that an example was encoded for, and of each of its
 captions text states or token ids. Of several captions each draw takes one, by their weights where they have any.
 """
@@ -41,9 +42,9 @@ class StoredSource:
         return len(self._indices)
 
     def spec(self) -> dict[str, ArraySpec]:
-        """Image and caption; or the arrays of the manifest, and the caption that they are of."""
+        """Images and caption; or the arrays of the manifest, and the caption that they are of."""
         if self.manifest.kind == "images":
-            return {"image": IMAGE, "caption": TEXT}
+            return {**dict.fromkeys(self._images(), IMAGE), "caption": TEXT}
         arrays = {
             name: ArraySpec("array", array.shape, np.dtype(array.dtype))
             for name, array in self.manifest.arrays.items()
@@ -52,19 +53,24 @@ class StoredSource:
         return {**arrays, "caption": TEXT}
 
     def example(self, index: int, rng: np.random.Generator, names: Collection[str] | None = None) -> Example:
-        """The picture at its own size and one of its captions; or the arrays of one caption. "" without captions."""
+        """The pictures at their own size and one caption; or the arrays of one caption. "" without captions."""
         record = self._record(index)
         captions = record["captions"]
         chosen = pick_index(rng, max(1, len(captions)), record.get("caption_weights"))
         caption = {"caption": captions[chosen] if captions else ""}
         if self.manifest.kind == "images":
-            return {"image": decode(record["image"]), **caption} if asked("image", names) else caption
+            return {**{name: decode(record[name]) for name in self._images() if asked(name, names)}, **caption}
         arrays = {
             name: record[name][chosen] if array.captions else record[name]
             for name, array in self.manifest.arrays.items()
             if name in record and asked(name, names)
         }
         return {**arrays, **caption}
+
+    def _images(self) -> tuple[str, ...]:
+        """The encoded images of an example, `image` first: its shape decides the crop of all."""
+        held = [name for name, array in self.manifest.arrays.items() if array.dtype == "bytes"]
+        return tuple(sorted(held, key=lambda name: (name != "image", name)))
 
     def _record(self, index: int) -> dict[str, Any]:
         place = int(self._indices[index])

@@ -212,4 +212,10 @@ def build_tokenizer(config: DataConfig, source: Source, texts: Sequence[str] = (
     """The tokenizer that a config names: trained on texts of the source, or loaded."""
     if config.tokenizer == "train":
         return train_tokenizer(source, config, texts=texts)
-    return Tokenizer.load(config.tokenizer)
+    return Tokenizer.load(named_file(config))
+
+
+def named_file(config: DataConfig) -> epath.Path:
+    """The `tokenizer.json` that a config names, by itself or by the run that has it."""
+    path = epath.Path(config.tokenizer)
+    return path / "tokenizer.json" if path.is_dir() else path

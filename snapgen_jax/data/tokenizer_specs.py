@@ -19,7 +19,7 @@ from snapgen_jax.data.config import DataConfig
 from snapgen_jax.data.errors import DataError
 from snapgen_jax.data.pretrained_tokenizers import PretrainedTokenizer, PretrainedTokenizers, StandInTokenizer
 from snapgen_jax.data.sources import Source
-from snapgen_jax.data.tokenizer import CaptionTokenizer, Tokenizer, build_tokenizer
+from snapgen_jax.data.tokenizer import CaptionTokenizer, Tokenizer, build_tokenizer, named_file
 from snapgen_jax.inputs.interfaces import TokenizerSpec
 from snapgen_jax.training.files import write_whole
 
@@ -119,7 +119,7 @@ def make_tokenizer(
     if not own:
         return None
     file = _file(own, config, init_from)
-    texts = tuple(dict.fromkeys(config.texts.get(name, "caption") for name in own))
+    texts = tuple(dict.fromkeys(config.texts.get(name, "caption") for name, spec in own.items() if not spec.like))
     if path.exists():
         tokenizer, kept = _read(path)
         if kept.source is None:
@@ -148,7 +148,7 @@ def _file(own: Specs, config: DataConfig, init_from: epath.PathLike) -> epath.Pa
         return epath.Path(workdir) / "tokenizer.json"
     if init_from and earlier.exists():
         return earlier
-    return None if config.tokenizer == "train" else epath.Path(config.tokenizer)
+    return None if config.tokenizer == "train" else named_file(config)
 
 
 def _source(file: epath.Path | None, config: DataConfig, source: Source, texts: tuple[str, ...]) -> dict[str, Any]:
@@ -159,7 +159,8 @@ def _source(file: epath.Path | None, config: DataConfig, source: Source, texts: 
     said = {f"data.{name}": getattr(config, name) for name in fields}
     if config.mixture:
         said["data.mixture"] = [dataclasses.asdict(domain) for domain in config.mixture]
-    shapes = dataclasses.asdict(config.shapes) if config.source == "shapes" else {}
+    rendered = config.source in ("shapes", "shapes_changes")
+    shapes = dataclasses.asdict(config.shapes) if rendered else {}
     made_of = {**said, **{f"data.shapes.{name}": value for name, value in shapes.items()}, "texts": texts}
     return json.loads(json.dumps({**made_of, "examples": len(source), "captions": _captions(source, texts)}))
 

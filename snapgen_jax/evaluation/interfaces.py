@@ -20,7 +20,7 @@ class EvaluatorSpec:
         name: the evaluator's name in `snapgen_jax.evaluation.registry`.
         every_steps: cadence in steps; 0 means only at the end.
         at_end: whether it also runs after the last step.
-        function: a pure function of the recipe that the evaluator calls, where it needs one:
+        function: a function of the recipe that the evaluator calls, where it needs one; as a rule a pure
             `function(params, frozen, batch, key) -> {name: array}`.
         options: further keyword arguments of the evaluator.
     """

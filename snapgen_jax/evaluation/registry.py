@@ -22,7 +22,10 @@ EVALUATORS: dict[str, str] = {
     "exposure": "snapgen_jax.evaluation.exposure:Exposure",
     "clip_score": "snapgen_jax.evaluation.clip_score:ClipScore",
     "deviation": "snapgen_jax.evaluation.deviation:Deviation",
+    "matching": "snapgen_jax.evaluation.matching:MatchingAccuracy",
     "similarity": "snapgen_jax.evaluation.similarity:Similarity",
+    "rewards": "snapgen_jax.evaluation.rewards:RewardScore",
+    "unchanged": "snapgen_jax.evaluation.unchanged:Unchanged",
 }
 
 

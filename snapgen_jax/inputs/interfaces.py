@@ -30,6 +30,8 @@ class TokenizerSpec:
         vocab_size: how many ids the text encoder knows; every id must be smaller.
         workdir: "trained": the run whose `tokenizer.json` is used; "" trains a new one.
         folder: "pretrained": local folder of the tokenizer's files.
+        like: "trained": another array of token ids, on whose texts alone a new tokenizer is trained; "" for its own
+            too.
     """
 
     kind: Literal["trained", "pretrained", "stand_in"]
@@ -37,6 +39,7 @@ class TokenizerSpec:
     vocab_size: int
     workdir: str = ""
     folder: str = ""
+    like: str = ""
 
 
 @runtime_checkable
@@ -105,7 +108,8 @@ class Inputs(Protocol):
         ...
 
     def draw_condition(self, networks: Networks, batch: Tree, key: jax.Array, kept: Mapping[str, jax.Array]) -> Tree:
-        """What the loss is told of a batch, some of it dropped; no gradient passes what is computed here.
+        """What the loss is told of a batch, some of it dropped. A method calls it outside of its loss, so that no
+        gradient passes what is computed here; one that trains an encoder that runs here calls it inside.
 
         Args:
             networks: `{role: parameters}`.

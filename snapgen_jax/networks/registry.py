@@ -16,6 +16,7 @@ from snapgen_jax.networks.dit import DiTConfig
 from snapgen_jax.networks.gemma2 import Gemma2Config
 from snapgen_jax.networks.label import LabelEmbeddingConfig
 from snapgen_jax.networks.lpips import LPIPSConfig
+from snapgen_jax.networks.matching import MatchingConfig
 from snapgen_jax.networks.mmdit import MMDiTConfig
 from snapgen_jax.networks.module import Preset
 from snapgen_jax.networks.patch_discriminator import PatchDiscriminatorConfig
@@ -35,6 +36,9 @@ DenoiserConfig = UNetConfig | MMDiTConfig | DiTConfig | SDUNetConfig
 TextEncoderConfig = ClipTextConfig | T5Config | Gemma2Config
 """Of networks from token ids and a mask to a `TextContext`."""
 
+RewardNetworkConfig = RewardConfig | MatchingConfig
+"""Of networks from images `[B, H, W, 3]` in [0, 1] and token ids `[B, L]` to a number each, `[B]`."""
+
 CONFIGS: tuple[type[Preset], ...] = (
     *typing.get_args(DenoiserConfig),
     *typing.get_args(TextEncoderConfig),
@@ -48,6 +52,7 @@ CONFIGS: tuple[type[Preset], ...] = (
     PrunedDecoderConfig,
     LPIPSConfig,
     RewardConfig,
+    MatchingConfig,
     PatchDiscriminatorConfig,
     DiscriminatorConfig,
     ProjectorConfig,

@@ -28,7 +28,7 @@ from snapgen_jax.networks.module import Preset, Rules
 
 __all__ = ["Reward", "RewardConfig", "preprocess"]
 
-Preprocessing = Literal["transformers", "torchvision", "hpsv2"]
+Preprocessing = Literal["transformers", "torchvision", "hpsv2", "signed"]
 # Of the photographs that CLIP was trained on.
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _ROUNDING = 2e-6
@@ -46,6 +46,8 @@ class RewardConfig(Preset):
             factor ("scaled"), or a chain of linear layers from the image's embedding ("linear").
         hidden: widths of that chain between the embedding and the one number.
         preprocessing: how an image comes to the encoder's size, see `preprocess`.
+        padding: whether the text encoder sees the padding of a text ("seen", as the published ones do), or not
+            ("hidden", as one of a contrastive run of ours).
     """
 
     kind: Literal["reward"] = "reward"
@@ -54,6 +56,7 @@ class RewardConfig(Preset):
     score: Literal["cosine", "scaled", "linear"] = "cosine"
     hidden: tuple[int, ...] = ()
     preprocessing: Preprocessing = "transformers"
+    padding: Literal["seen", "hidden"] = "seen"
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {"vision": ClipVisionConfig.preset("smoke"), "text": ClipTextConfig.preset("smoke")},
@@ -143,7 +146,9 @@ class Reward(nnx.Module):
             for layer in self.head:
                 image = layer(image)
             return image[:, 0]
-        text = _unit(self.text(tokens, jnp.ones(tokens.shape, jnp.float32)).pooled)  # type: ignore[operator]
+        assert config.text is not None
+        seen = jnp.ones(tokens.shape) if config.padding == "seen" else tokens != config.text.pad_id
+        text = _unit(self.text(tokens, seen.astype(jnp.float32)).pooled)  # type: ignore[operator]
         cosine = jnp.sum(image * text, axis=-1)
         return cosine if self.logit_scale is None else jnp.exp(self.logit_scale[...].astype(jnp.float32)) * cosine
 
@@ -165,7 +170,8 @@ def preprocess(images: jax.Array, size: int, form: Preprocessing = "transformers
         form: "transformers" resizes the shorter side to S, clips what bicubic interpolation overshoots along each axis,
             and crops the middle. "torchvision", in the code of the first CLIP, does so too, but rounds the offset of
             the crop to even where it is a half, instead of down. "hpsv2" resizes the longer side to S, does not clip,
-            and puts black around, as that reward was trained.
+            and puts black around, as that reward was trained. "signed" is "transformers" to [-1, 1] without CLIP's mean
+            and deviation, as a contrastive run of ours reads its images.
 
     Returns:
         `[B, S, S, 3]` float32.
@@ -183,6 +189,8 @@ def preprocess(images: jax.Array, size: int, form: Preprocessing = "transformers
         top, left = (half((side - size) / 2) for side in resized)
         images = _clip(_resize(_clip(_resize(images, 2, resized[1])), 1, resized[0]))
         images = images[:, top : top + size, left : left + size]
+    if form == "signed":
+        return 2 * images - 1
     return (images - np.asarray(MEAN, np.float32)) / np.asarray(DEVIATION, np.float32)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -120,16 +120,48 @@ def sample_flow(
         options: guidance and its times, method, and the grid.
         carry: what `denoise` reads and rewrites, such as cached activations.
     """
-    grid = sampling_grid(schedule, options)
+    x = first_state(schedule, noise, options)
+    return sample_steps(denoise, schedule, x, (0, options.steps), noise, condition, null, options, carry)
+
+
+def first_state(schedule: Schedule, noise: jax.Array, options: SamplingConfig) -> jax.Array:
+    """Where sampling begins, `[B, ...]`, from noise `[B, ...]` of `noise_shape`."""
+    first = noise[:, 0] if options.method == "renoise" else noise
+    return schedule.initial(first, sampling_grid(schedule, options))
+
+
+def sample_steps(
+    denoise: Denoise,
+    schedule: Schedule,
+    x: jax.Array,
+    steps: tuple[int, int],
+    noise: jax.Array,
+    condition: Condition,
+    null: Condition,
+    options: SamplingConfig,
+    carry: Carry = None,
+    remat: Literal["none", "steps"] = "none",
+) -> tuple[jax.Array, Carry]:
+    """Some steps of `sample_flow`; those of two calls one after the other are those of one.
+
+    Args:
+        denoise, schedule, noise, condition, null, options, carry: as for `sample_flow`.
+        x: `[B, ...]`, the state before the first of the steps.
+        steps: (first, last): the steps first, ..., last - 1 of the grid.
+        remat: "steps" keeps the state before each step for the backward pass, and computes the step again there.
+    """
+    grid, (first, last) = sampling_grid(schedule, options), steps
 
     def at_grid(x_t: jax.Array, t: jax.Array, i: jax.Array, carry: Carry, c: Condition) -> tuple[jax.Array, Carry]:
         return denoise(x_t, grid.at(i, x_t.shape[0]), i, carry, c)
 
     guided = with_guidance(at_grid, condition, null, options.guidance, _guided_times(grid, options))
+    if remat == "steps":
+        guided = jax.checkpoint(guided, prevent_cse=False)  # a scan keeps the two computations apart
+    later = None
     if options.method == "renoise":
-        later = jnp.moveaxis(jnp.roll(noise, -1, axis=1), 1, 0)  # the last interval ends in data and uses none
-        return sample(guided, schedule.initial(noise[:, 0], grid), grid.t, carry, method="renoise", noise=later)
-    return sample(guided, schedule.initial(noise, grid), grid.t, carry, method=options.method)
+        later = jnp.moveaxis(jnp.roll(noise, -1, axis=1), 1, 0)[:last]  # the last interval ends in data and uses none
+    return sample(guided, x, grid.t[first : last + 1], carry, method=options.method, start=first, noise=later)
 
 
 def own_states(

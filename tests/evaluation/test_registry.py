@@ -13,6 +13,8 @@ OF_RECIPES = (
     "reconstruction",
     "exposure",
     "similarity",
+    "unchanged",
+    "matching",
 )  # what they measure is a function of the recipe
 
 

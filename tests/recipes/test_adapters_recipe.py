@@ -24,7 +24,7 @@ from snapgen_jax.training.keys import key
 from snapgen_jax.training.loop import LoopConfig
 from snapgen_jax.training.recipe import Recipe
 from tests.recipes.test_flow_matching_recipe import CONFIG
-from tests.recipes_for_tests import ByPosition, greys
+from tests.recipes_for_tests import ByPosition, greys, saved_away_from_zero
 
 LORA = LoraConfig(2, 4.0, ("attention/", "^text/token_embedding$", "conv_out"))
 METHOD = FlowMatching(CONFIG, "cpu")
@@ -51,14 +51,7 @@ def train(recipe, workdir, steps, **changes):
 def base(tmp_path_factory):
     """The workdir of a network, and its averaged weights."""
     workdir = tmp_path_factory.mktemp("base")
-    state, random = jax.jit(METHOD.init)(key(0, 0, "init")), np.random.default_rng(1)
-    params = jax.tree.map(
-        lambda x: x + 0.1 * random.normal(size=x.shape).astype(np.float32), state.players["model"].ema
-    )
-    state = state.replace(players={"model": state.players["model"].replace(ema=params)})
-    checkpointer = Checkpointer(workdir)
-    checkpointer.save(state, 0, {})
-    checkpointer.close()
+    params = saved_away_from_zero(METHOD, workdir)
     return epath.Path(workdir), params
 
 
@@ -175,7 +168,7 @@ def test_a_base_that_is_another_network_than_the_config_says_is_refused(base, tm
 
 def test_published_weights_are_asked_for_a_network_of_their_kind(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"num_layers": 2}))
-    with pytest.raises(ConfigError, match=r"of an MMDiT alone or of a DiT and its classes: set network.kind"):
+    with pytest.raises(ConfigError, match=r"of an MMDiT or a UNet alone or of a DiT and its classes: set"):
         adapters(tmp_path).load_frozen(None)
 
 
