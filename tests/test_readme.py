@@ -13,6 +13,7 @@ from snapgen_jax.chain import load_chain
 from snapgen_jax.cli_parser import build_parser, split_beam, split_overrides
 from snapgen_jax.cli_prepare import collect_config
 from snapgen_jax.config import load_config
+from snapgen_jax.recipes._reward_config import RewardSamplingConfig
 from snapgen_jax.recipes.lazy_gates import LazySamplingConfig
 from snapgen_jax.training.exits import ExitCode
 
@@ -85,9 +86,9 @@ def test_a_snapgen_command_that_is_named_is_understood(command):
         assert all(a.split("=")[0] in options for a in arguments if a.startswith("-"))
         return
     parsed, others = build_parser().parse_known_args(arguments)
-    # Gates have the options of every flow, and some of their own.
-    drawing = dataclasses.fields(LazySamplingConfig) if "takes_options" in parsed else ()
-    options = {f"--{field.name}" for field in drawing}
+    # Gates and tuned models have the options of every flow, and some of their own.
+    drawing = (LazySamplingConfig, RewardSamplingConfig) if "takes_options" in parsed else ()
+    options = {f"--{field.name}" for config in drawing for field in dataclasses.fields(config)}
     assert {a.split("=")[0] for a in others} <= options
     if arguments[:2] == ["prepare", "collect"]:
         parsed.overrides = overrides

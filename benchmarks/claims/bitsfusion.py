@@ -22,11 +22,13 @@ from snapgen_jax.recipes.quantised import SCALES
 
 ERROR, LATE = "validation_loss.image_error", "validation_loss.image_error.t=0.95"
 LOSS, FLOAT_LOSS = "validation_loss.mean", "validation_loss.unquantised"
+LATE_LOSSES = ("validation_loss.t=0.80", "validation_loss.t=0.95")
 METRICS = {
     ERROR: Metric("image error", smaller=True, digits=5),
     LATE: Metric("image error at t=0.95", smaller=True, digits=5),
     LOSS: Metric("loss", smaller=True, digits=4),
     FLOAT_LOSS: Metric("float loss", smaller=True, digits=4),
+    **{key: Metric(f"loss at {key[-6:]}", smaller=True, digits=4) for key in LATE_LOSSES},
 }
 BITS = pathlib.Path(__file__).with_name("bitsfusion_bits.json")
 
@@ -92,6 +94,10 @@ TRIALS = {
         },
     ),
     "no features": Trial("quantised", STAGE, lambda arg: [*mixed(arg), "feature_weight=0.0"], START, {"": ERRORS}),
+    # The paper's weight of 0.01 makes them nine tenths of the gradient here; with this they begin as the output does.
+    "light features": Trial(
+        "quantised", STAGE, lambda arg: [*mixed(arg), "feature_weight=0.0005"], START, {"": ERRORS}
+    ),
     "even times": Trial("quantised", STAGE, lambda arg: [*mixed(arg), "schedule.density=uniform"], START, {"": ERRORS}),
     "stage two": Trial(
         "quantised_data",
@@ -111,15 +117,21 @@ CLAIMS = (
         "measured bits, 2.0 on average, are closer than two bits everywhere, 2.3",
         (better("mixed", "uniform", ERROR),),
     ),
-    Claim("features of the stages help", (better("mixed", "no features", ERROR),)),
+    Claim("features of the stages help, at the paper's weight", (better("mixed", "no features", ERROR),)),
+    Claim("and where they weigh as the output does", (better("light features", "no features", ERROR),)),
     Claim("times drawn towards noise help there", (better("mixed", "even times", LATE),)),
     Claim(
         "at two bits the score is no worse than the float network's by 0.03",
         (no_worse("stage two", "mixed, float"),),
     ),
+    Claim("stage II scores no worse than stage I", (no_worse("stage two", "mixed, drawn", SCORE),)),
     Claim(
-        "stage II is no worse than stage I, in score and in loss",
-        (no_worse("stage two", "mixed, drawn", SCORE), better("stage two", "mixed", LOSS)),
+        "and its loss is lower at the late times towards which both are drawn",
+        tuple(better("stage two", "mixed", key) for key in LATE_LOSSES),
+    ),
+    Claim(
+        "and in the mean over all times, four fifths of which is the loss at t=0.05",
+        (better("stage two", "mixed", LOSS),),
     ),
     Claim(
         "weights that are rounded without training draw as well",

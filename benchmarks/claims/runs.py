@@ -333,7 +333,8 @@ def _plain(draw: Draw) -> list[Any]:
     """A draw as JSON, with options that are no function."""
     options: Any = draw.options
     plain = [dict(options), list(draw.evaluators), draw.wrap.__qualname__ if draw.wrap else None]
-    return [*plain, dict(draw.reference)] if draw.reference else plain
+    more = [*([dict(draw.reference)] if draw.reference else []), *([list(draw.categories)] if draw.categories else [])]
+    return [*plain, *more]
 
 
 def fix_platform(config: Any, **chosen: str) -> None:

@@ -27,11 +27,11 @@ def score(
     if callable(options := draw.options):
         raise ValueError("options that are a function of the seed; ask for those of one by Draw.of")
     generator = draw.wrap(generator) if draw.wrap else generator
-    found = []
+    found, categories = [], draw.categories or budget.categories
     for seed in range(budget.images):
         names = [name for name in draw.evaluators if seed == 0 or name in OF_PROMPTS]
         asked = {
-            "compositional": {"per_category": budget.per_category, "categories": budget.categories, "seed": seed},
+            "compositional": {"per_category": budget.per_category, "categories": categories, "seed": seed},
             "new_object": {"seed": seed},
             "frechet": {"examples": budget.examples},
             "deviation": {"examples": min(budget.examples, DEVIATIONS), "reference": draw.reference},

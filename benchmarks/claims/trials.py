@@ -36,12 +36,14 @@ class Draw:
         evaluators: by name.
         wrap: makes of the generator the one that is scored, such as `scores.PermutedCaptions`.
         reference: options of the full way of sampling, for the evaluator `deviation`.
+        categories: of the score; those of the budget by default.
     """
 
     options: Mapping[str, Any] | Callable[[str, int], Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     evaluators: tuple[str, ...] = IMAGES
     wrap: Callable[[Any], Any] | None = None
     reference: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    categories: tuple[str, ...] = ()
 
     def of(self, arg: str, seed: int) -> Draw:
         """As a seed is drawn from: with options that are no function."""

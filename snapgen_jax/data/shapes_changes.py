@@ -179,10 +179,10 @@ def _other_binding(scene: Scene, rng: np.random.Generator) -> Scene | None:
 
 def _other_objects(scene: Scene, rng: np.random.Generator) -> Scene | None:
     groups = scene.groups
-    if len(groups) > 1:
+    group, *others = groups
+    if others:
         left_out = pick(rng, range(len(groups)))
         return dataclasses.replace(scene, groups=tuple(g for i, g in enumerate(groups) if i != left_out), relation=None)
-    group = groups[0]
     if group.count > 1:
         return None
     kind = pick(rng, [kind for kind in KINDS if kind != group.kind])

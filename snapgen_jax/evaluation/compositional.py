@@ -89,10 +89,7 @@ class CompositionalScore:
         passed = [p.requirement.met_by(detect(image)) for p, image in zip(prompts, images, strict=True)]
         trial = validate_detector(images.shape[1])
         numbers = {**score(prompts, passed), "score.chance": trial["detector.chance"], **trial}
-        values = {
-            "score.overall": np.array(passed, np.float64),
-            "score.heldout": np.array([ok for p, ok in zip(prompts, passed, strict=True) if p.heldout], np.float64),
-        }
+        values = {f"score.{name}": np.array(group, np.float64) for name, group in _verdicts(prompts, passed).items()}
         return EvaluationResult(numbers, _pictures(prompts, images, passed), values)
 
 
@@ -103,17 +100,22 @@ def score(prompts: Sequence[Prompt], passed: Sequence[bool]) -> dict[str, float]
     All but the last two come with a Wilson 95% interval as `.low` and `.high`. Categories are of equal size, so that
     the mean over them is a share too.
     """
-    verdicts: dict[str, list[bool]] = {}
-    for prompt, verdict in zip(prompts, passed, strict=True):
-        side = "heldout" if prompt.heldout else "seen"
-        for name in ("overall", side, prompt.category, f"{prompt.category}.{side}"):
-            verdicts.setdefault(name, []).append(verdict)
     numbers = {}
-    for name, group in verdicts.items():
+    for name, group in _verdicts(prompts, passed).items():
         numbers[f"score.{name}"] = float(np.mean(group))
         if "." not in name:
             numbers[f"score.{name}.low"], numbers[f"score.{name}.high"] = wilson_interval(sum(group), len(group))
     return numbers
+
+
+def _verdicts(prompts: Sequence[Prompt], passed: Sequence[bool]) -> dict[str, list[bool]]:
+    """Whether each passed, by the groups that `score` names."""
+    groups: dict[str, list[bool]] = {}
+    for prompt, verdict in zip(prompts, passed, strict=True):
+        side = "heldout" if prompt.heldout else "seen"
+        for name in ("overall", side, prompt.category, f"{prompt.category}.{side}"):
+            groups.setdefault(name, []).append(verdict)
+    return groups
 
 
 def _pictures(prompts: Sequence[Prompt], images: np.ndarray, passed: Sequence[bool]) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ OF_RECIPES = (
     "exposure",
     "similarity",
     "unchanged",
+    "matching",
 )  # what they measure is a function of the recipe
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from snapgen_jax.chain import load_chain
 from snapgen_jax.config import load_experiment
 
 SD15, SNAPGEN = "configs/reward/sd15.py", "configs/reward/t2i_1024_4step.py"
@@ -48,3 +49,13 @@ def test_an_update_fits_its_parts():
     after, metrics = jax.eval_shape(made.update, state, made.frozen_spec(), batch, jax.random.key(0))
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
     assert {"reward", "reward/drawn", "reward/constraint", "grad_norm"} <= set(metrics)
+
+
+def test_the_chain_of_the_shapes_world_fills_in_what_its_stages_made():
+    chain, _ = load_chain("configs/shapes/reward_chain.py:runlocal")
+    assert [stage.name for stage in chain.stages] == ["base", "matching", "clip", "text", "network"]
+    for stage in chain.stages[-2:]:
+        made = recipe(stage.config, *(f"{key}={value}" for key, value in stage.earlier.items()))
+        sources = {name: source.workdir for name, source in made.config.used().items()}
+        assert sources == {"matching": "matching", "constraint": "clip"} and made.config.init_from == "base"
+        assert made.trains == {"model": ("text",) if stage.name == "text" else ("unet",)}

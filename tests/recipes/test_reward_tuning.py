@@ -13,6 +13,7 @@ from etils import epath
 from snapgen_jax.diffusion.samplers import sample
 from snapgen_jax.evaluation.interfaces import EvaluationConfig
 from snapgen_jax.evaluation.registry import create
+from snapgen_jax.evaluation.rewards import RewardScore
 from snapgen_jax.generation import Generator
 from snapgen_jax.inputs.interfaces import Inputs, TokenizerSpec
 from snapgen_jax.networks.clip import ClipTextConfig
@@ -296,6 +297,31 @@ def test_the_clip_of_a_contrastive_run_is_a_reward(tmp_path):
     expected = np.sum(embedded["image"] * embedded["text"], axis=1)
     found = jax.jit(lambda images, batch: rewards(networks, images, batch))(images, batch)
     np.testing.assert_allclose(found["clip"], expected, atol=2e-6)
+
+
+class FourPrompts:
+    """A tokenizer that knows four prompts."""
+
+    names = ("tokens", "mask")
+
+    def arrays(self, texts, lengths):
+        assert len(texts) == 4 and set(lengths) == set(self.names)
+        return prompts(0)
+
+
+def test_the_evaluator_scores_each_image_with_its_prompt_and_reads_the_rewards(tuned, frozen):
+    recipe, _, params = tuned
+    generator = Generator(recipe, params, recipe.load_frozen(None, "generate"), FourPrompts())
+    asked = ["a", "b", "c", "d"]
+    found = RewardScore(prompts=asked, options={"tuned_steps": 0})(generator)
+    images = generator.generate(asked, tuned_steps=0)
+    expected = jax.jit(recipe.score)(params, frozen, {**prompts(0), "image": images})
+    assert set(found.numbers) == {"reward.taste", "reward.constraint", "reward.total"}
+    for name, values in expected.items():
+        np.testing.assert_allclose(found.values[f"reward.{name}"], values, rtol=1e-5)
+        assert found.numbers[f"reward.{name}"] == pytest.approx(float(jnp.mean(values)), rel=1e-5)
+    with pytest.raises(ValueError, match="this is none"):
+        RewardScore(prompts=asked)(Generator(METHOD, params, {}, FourPrompts()))
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------------

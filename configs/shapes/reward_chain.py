@@ -1,0 +1,47 @@
+"""TextCraftor from nothing: a base, a detector that is the reward, a CLIP that is the constraint; then the text encoder
+is tuned, and the network with it.
+
+    snapgen chain --config=configs/shapes/reward_chain.py --workdir=reward
+    snapgen chain --config=configs/shapes/reward_chain.py:quick --workdir=reward
+
+Run it where this repository is. Machine: two CPU cores. Metric: the score of each row, by the exact detector, and
+`diversity`, which falls where all prompts lead to one image.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """`arg`: None, "quick" for the simpler world of single objects, or "runlocal" for some minutes in which it shows
+    only that everything works."""
+    form, network = (f":{arg}", f":{arg}_network") if arg else ("", ":network")
+    few = {"steps": 8}
+    tuned = {"init_from": "base", "rewards.matching.workdir": "matching", "constraint.workdir": "clip"}
+    return ConfigDict(
+        {
+            "stages": (
+                {"name": "base", "config": f"adapters_base.py{form}", "rows": ({"label": "base", "options": few},)},
+                {
+                    "name": "matching",
+                    "config": f"matching.py{form}",
+                    "earlier": {"tokenizer_workdir": "base"},
+                },
+                {"name": "clip", "config": f"clip.py{form}", "earlier": {"data.tokenizer": "base"}},
+                {
+                    "name": "text",
+                    "config": f"reward.py{form}",
+                    "earlier": tuned,
+                    "rows": ({"label": "text encoder", "against": "base"},),
+                },
+                {
+                    "name": "network",
+                    "config": f"reward.py{network}",
+                    "earlier": {**tuned, "tuned_text": "text"},
+                    "rows": ({"label": "text encoder, then network", "against": "text encoder"},),
+                },
+            ),
+            "scores": ("compositional", "diversity"),
+            "per_category": 2 if arg == "runlocal" else 64,
+            **({"categories": ("single_object", "colours")} if arg == "quick" else {}),
+        }
+    )
