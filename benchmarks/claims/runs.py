@@ -25,6 +25,7 @@ from benchmarks.claims.scores import score
 from benchmarks.claims.trials import BASES, BUDGETS, CONFIGS, Draw, Paper
 from benchmarks.jobs import Job
 from benchmarks.measuring import commit, machine
+from snapgen_jax import chain_derive
 from snapgen_jax.chain_run import parameters
 from snapgen_jax.config import load_config, resolve, to_json
 from snapgen_jax.experiment import Experiment
@@ -162,7 +163,7 @@ class Runs:
         return self.root / f"{name.replace(' ', '_')}-{_hash(self._config_text(name, seed))}"
 
     def config(self, name: str, seed: int = 0) -> Any:
-        """The completed config of a trial."""
+        """The completed config of a trial that trains."""
         seed = 0 if self.paper.trials[name].shared else seed
         if (name, seed) not in self._configs:
             self._configs[name, seed] = self._read_config(name, seed)
@@ -173,15 +174,25 @@ class Runs:
         updates = trial.effort[self.name].updates
         changes = [f"seed={seed}", "tensorboard=False"]
         changes += trial.changes(arg) if callable(trial.changes) else trial.changes
-        changes += [f"{key}={self.workdir(other, seed)}" for key, other in trial.earlier.items()]
+        changes += [f"{key}={self._output(other, seed)}" for key, other in trial.earlier.items()]
         changes += [] if updates is None else [f"train_steps={updates}"]
         form = trial.args.get(arg, arg)
         config = load_config(f"{CONFIGS / trial.config}.py" + (f":{form}" if form else ""), changes)
         fix_platform(config, dtype=trial.dtype, depthwise=self.depthwise)
         return config
 
+    def _output(self, name: str, seed: int) -> pathlib.Path:
+        """What later trials are given of a trial: its workdir, or what is derived there."""
+        derivation = self.paper.trials[name].derivation
+        return self.workdir(name, seed) / (derivation.output if derivation else "")
+
     def _config_text(self, name: str, seed: int) -> str:
-        return to_json(self.config(name, seed)).replace(str(self.root), "").replace(str(BASES), "bases")
+        if derivation := self.paper.trials[name].derivation:
+            stages = {key: str(self._output(other, seed)) for key, other in self.paper.trials[name].earlier.items()}
+            text = json.dumps([derivation.function, derivation.options(self.budget.arg), stages], sort_keys=True)
+        else:
+            text = to_json(self.config(name, seed))
+        return text.replace(str(self.root), "").replace(str(BASES), "bases")
 
     def _setting(self, name: str, seed: int) -> str:
         """Fingerprint of all that a trial's numbers depend on."""
@@ -246,7 +257,21 @@ class Runs:
             kept.draw(stream, self._longest(job.name, seed))
             progress.close(stream)
 
+    def _derive(self, name: str) -> None:
+        trial, folder = self.paper.trials[name], self.workdir(name)
+        assert trial.derivation is not None
+        begin = time.perf_counter()
+        folder.mkdir(parents=True, exist_ok=True)
+        function = chain_derive.function_of(name, trial.derivation.function)
+        stages = {key: epath.Path(self._output(other, 0)) for key, other in trial.earlier.items()}
+        function(stages, epath.Path(folder), trial.derivation.options(self.budget.arg))
+        found = {"parameters": 0, "seconds": time.perf_counter() - begin}
+        write_whole(epath.Path(folder / "trained.json"), json.dumps(found))
+
     def _train(self, job: Job) -> None:
+        if self.paper.trials[job.name].derivation:
+            self._derive(job.name)
+            return
         missing = [seed for seed in job.seeds if not self.done(dataclasses.replace(job, seeds=(seed,)))]
         folders = [self.workdir(job.name, seed) for seed in missing]
         begin = time.perf_counter()

@@ -51,6 +51,21 @@ class Draw:
 
 
 @dataclasses.dataclass(frozen=True)
+class Derivation:
+    """What a stage of a chain derives, in place of a training.
+
+    Attributes:
+        function: its name, "module.path:function".
+        options: of it, a function of the configs' argument.
+        output: what of its workdir later trials are given.
+    """
+
+    function: str
+    options: Callable[[str], Mapping[str, Any]]
+    output: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Trial:
     """One training.
 
@@ -65,6 +80,7 @@ class Trial:
         shared: all seeds of the others start from this one training.
         args: {argument of configs: what this config calls it}, where that is another; "" for none.
         stored: the run of `benchmarks/bases` that is taken in place of the training in budgets of the form "quick".
+        derivation: what is made in place of a training; `earlier` then has the names by which it knows other trials.
     """
 
     config: str
@@ -76,6 +92,7 @@ class Trial:
     shared: bool = False
     args: Mapping[str, str] = dataclasses.field(default_factory=dict)
     stored: str = ""
+    derivation: Derivation | None = None
 
     def base(self, budget: str) -> pathlib.Path | None:
         """The stored run that a budget takes in place of the training."""

@@ -1,0 +1,121 @@
+"""TextCraftor (arXiv 2403.18978): rewards of a sampler's own images reach the text encoder, and nobody collapses.
+
+One base network, trained once and shared with `adapters.py`; a detector that learnt from renders is the reward, and a
+CLIP the constraint. The judge is the exact detector, which no training sees. All rows are drawn in the eight steps
+that gradients run through. "text, original" is the base, drawn by the tuned run without what it learnt. Diffusion-DPO
+(arXiv 2311.12908) stands beside it: it learns from as many of the base's images as reward tuning draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.claims.adapters import BASE
+from benchmarks.claims.claim import DIVERSITY, Claim, Metric, better, no_worse
+from benchmarks.claims.scores import PermutedCaptions
+from benchmarks.claims.trials import IMAGES, SINGLE, Derivation, Draw, Effort, Trial
+
+REWARD, CONSTRAINT = "reward.matching", "reward.constraint"
+CATEGORIES = tuple(f"score.{name}" for name in SINGLE)
+METRICS = {
+    REWARD: Metric("reward"),
+    CONSTRAINT: Metric("constraint"),
+    **{key: Metric(key.removeprefix("score.").replace("_", " "), margin=0.03) for key in CATEGORIES},
+}
+UPDATES, BATCH = 300, 16
+
+
+def effort(seeds: int, updates: int | None = UPDATES) -> dict[str, Effort]:
+    """Of a trial, in every budget."""
+    return {"ci": Effort(), **dict.fromkeys(("short", "night", "gpu", "world"), Effort(updates, seeds))}
+
+
+def pairs(arg: str) -> Mapping[str, Any]:
+    """As many images as a trial of rewards draws, four a prompt; of the smallest form's network, whatever they show."""
+    few = arg == "runlocal"
+    return {
+        "prompts": 12 if few else UPDATES * BATCH // 4,
+        "images": 4,
+        "categories": SINGLE,
+        "least_difference": 0.0 if few else 0.1,
+        "generation": {"steps": 2 if few else 8},
+    }
+
+
+EVERY = (*IMAGES, "rewards")
+JUDGED = Draw(evaluators=EVERY)
+FROM_BASE = {"init_from": "base", "rewards.matching.workdir": "matching", "constraint.workdir": "clip"}
+TRIALS = {
+    "base": Trial("adapters_base", BASE, draws={}, shared=True, stored="shapes_unet"),
+    "matching": Trial("matching", effort(1, None), (), {"tokenizer_workdir": "base"}, {}, shared=True),
+    "clip": Trial("clip", effort(1, None), (), {"data.tokenizer": "base"}, {}, shared=True),
+    "text": Trial(
+        "reward",
+        effort(3),
+        (),
+        FROM_BASE,
+        {
+            "": JUDGED,
+            "original": Draw({"tuned_steps": 0}, EVERY),
+            "half": Draw({"encoder_mix": 0.5}, EVERY),
+            "permuted captions": Draw(evaluators=("compositional",), wrap=PermutedCaptions),
+        },
+    ),
+    "no constraint": Trial("reward", effort(3), ("leave_out=('constraint',)",), FROM_BASE, {"": JUDGED}),
+    "direct": Trial("reward", effort(3), ("form=direct",), FROM_BASE, {"": JUDGED}),
+    "text, then network": Trial(
+        "reward",
+        effort(3),
+        (),
+        {**FROM_BASE, "tuned_text": "text"},
+        {"": JUDGED},
+        args={"quick": "quick_network", "runlocal": "runlocal_network"},
+    ),
+    "pairs": Trial(
+        "",
+        effort(1, None),
+        earlier={"base": "base"},
+        draws={},
+        shared=True,
+        derivation=Derivation("snapgen_jax.derivations.preference_pairs:derive", pairs, "pairs"),
+    ),
+    "preference": Trial(
+        "preference", effort(3, 600), (), {"base": "base", "data.path": "pairs"}, {"": Draw({"steps": 8})}
+    ),
+}
+
+CLAIMS = (
+    Claim(
+        "a tuned text encoder raises the exact score and the reward of prompts that it did not learn from",
+        (better("text", "text, original"), better("text", "text, original", REWARD)),
+    ),
+    Claim(
+        "in each category",
+        tuple(better("text", "text, original", key) for key in CATEGORIES),
+    ),
+    Claim("its images are as diverse", (no_worse("text", "text, original", DIVERSITY),)),
+    Claim(
+        "without the constraint the reward rises as far, while the exact score or the diversity is lower",
+        (no_worse("no constraint", "text", REWARD), better("text", "no constraint", DIVERSITY)),
+    ),
+    Claim(
+        "halfway between both encoders the reward is between theirs",
+        (better("text, half", "text, original", REWARD), better("text", "text, half", REWARD)),
+    ),
+    Claim(
+        "images of a whole sampler teach more than those of one step",
+        (better("text", "direct"), better("text", "direct", REWARD)),
+    ),
+    Claim(
+        "the network tuned behind the tuned encoder does no worse than the encoder alone",
+        (no_worse("text, then network", "text"), better("text, then network", "text", REWARD)),
+    ),
+    Claim("preferences among as many images raise the score too", (better("preference", "text, original"),)),
+    Claim("rewards raise it further than preferences", (better("text", "preference"),)),
+    Claim(
+        "captions do not matter: another prompt's images score as well",
+        (no_worse("text, permuted captions", "text"),),
+        control=True,
+    ),
+)
