@@ -25,11 +25,12 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from snapgen_jax.conditions import chosen_options
 from snapgen_jax.config import resolve
 from snapgen_jax.data.config import DataConfig
 from snapgen_jax.data.digits import WORDS
 from snapgen_jax.data.words import class_caption, read_class_names
-from snapgen_jax.generation import Generator, chosen_options, load, load_config
+from snapgen_jax.generation import Generator, load, load_config
 from snapgen_jax.parallel.hosts import Cluster, current
 from snapgen_jax.parallel.mesh import MeshConfig, make_mesh
 from snapgen_jax.training.checkpoint import complete_steps

@@ -8,20 +8,18 @@ outputs = generator.run(conditions={"label": [3, 7]}, steps=28)   # {name: [2, .
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
-import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol, cast, get_type_hints, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from snapgen_jax.conditions import chosen_options, condition_arrays, described, prompt_arrays, same_length
 from snapgen_jax.config import Config, build, from_json, resolve, system_class
 from snapgen_jax.data.pretrained_tokenizers import PretrainedTokenizer
 from snapgen_jax.data.tokenizer import CaptionTokenizer
@@ -35,7 +33,6 @@ from snapgen_jax.systems.published import Generator as PublishedGenerator
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.keys import example_keys, key
 from snapgen_jax.training.recipe import Recipe
-from snapgen_jax.typed import closest, coerce
 from snapgen_jax.weights.checkpoint import WeightsError
 from snapgen_jax.weights.folder import is_weights_folder, runs_of
 from snapgen_jax.weights.frozen import is_published, load_network, load_players
@@ -154,7 +151,7 @@ class Generator:
         counts |= {} if indices is None else {"indices": len(indices)}
         if not counts:
             raise ValueError(f"there is nothing to draw: {self._wanted()}")
-        count = _same_length(counts)
+        count = same_length(counts)
         drawn_from = word("seed", seed)
         where = np.array([word("index", i) for i in (range(count) if indices is None else indices)])
         if batch_size < 1:
@@ -186,7 +183,7 @@ class Generator:
         if not isinstance(self.recipe, _HasStages):
             raise ValueError(f"a run of {type(self.recipe).__name__} does not draw in stages that could be timed")
         chosen, arrays = chosen_options(self.recipe.options, options), self._arrays(prompts, conditions or {})
-        count = _same_length({name: len(array) for name, array in arrays.items()})
+        count = same_length({name: len(array) for name, array in arrays.items()})
         keys = jax.jit(example_keys)(word("seed", seed), np.arange(count, dtype=np.uint32))
         given = {"conditions": arrays, "keys": keys}
         if self.mesh is not None:
@@ -219,100 +216,8 @@ class Generator:
         if not self.recipe.conditions():
             return "the run is unconditional; call `run(indices=range(n))`"
         prompts = "give `prompts`" if self.takes_prompts else ""
-        arrays = ", ".join(_described(self.recipe, name) for name in self.condition_names)
+        arrays = ", ".join(described(self.recipe, name) for name in self.condition_names)
         return " and ".join(filter(None, (prompts, f"give `conditions` (--condition) with {arrays}" if arrays else "")))
-
-
-def prompt_arrays(recipe: Recipe, tokenizer: CaptionTokenizer, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-    """The arrays `[N, L]` that stand for N prompts in a recipe's batches."""
-    specs = next(iter(recipe.batch_specs().values()))
-    return tokenizer.arrays(prompts, {name: specs[name].shape[1] for name in tokenizer.names if name in specs})
-
-
-def condition_arrays(recipe: Recipe, conditions: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Conditions `{name: [N, ...]}` as arrays of a recipe's batches; integers and floats become those of the batches.
-
-    Raises:
-        ValueError: the batches have no such array, or it has another shape or type there. All must fit one bucket.
-        ConfigError: a value has no meaning, such as a class label beyond the last.
-    """
-    buckets = recipe.batch_specs()
-    known = list(dict.fromkeys([name for specs in buckets.values() for name in specs] + ["noise"]))
-    arrays = {}
-    for name, value in conditions.items():
-        if name not in known:
-            raise ValueError(f"unknown condition {name!r}{closest(name, known)}")
-        specs = [specs[name] for specs in buckets.values() if name in specs]
-        array = _as_dtype(np.asarray(value), specs[0].dtype if specs else np.dtype(np.float32))
-        right_shape = not specs or any(array.shape[1:] == spec.shape[1:] for spec in specs)
-        right_dtype = array.dtype == (specs[0].dtype if specs else np.float32)
-        if array.ndim == 0 or not right_shape or not right_dtype:
-            found = f"{array.dtype} {list(array.shape)}"
-            raise ValueError(f"conditions[{name!r}] is {found}; expected {_described(recipe, name)}")
-        arrays[name] = array
-    shapes = {name: array.shape[1:] for name, array in arrays.items()}
-    if not any(
-        all(shape == specs[n].shape[1:] for n, shape in shapes.items() if n in specs) for specs in buckets.values()
-    ):
-        raise ValueError(
-            f"no bucket holds conditions of the shapes {shapes}; take all from one of {', '.join(buckets)}"
-        )
-    recipe.inputs.check_batch(arrays)
-    return arrays
-
-
-def chosen_options(default: Any, changes: Mapping[str, Any]) -> Any:
-    """The options of a recipe's `generate` with some of them changed: a new instance of the dataclass of `default`.
-
-    Raises:
-        ConfigError: an option is unknown, with the closest match; of another type; not finite; or refused by the class.
-    """
-    hints = get_type_hints(type(default))
-    names = [field.name for field in dataclasses.fields(default)]
-    what = "option of this run's generator"
-    values = {}
-    for name, value in changes.items():
-        if name not in names:
-            known = closest(name, names) if names else "; it has none"
-            raise ConfigError(f"unknown option {name!r} of this run's generator{known}")
-        try:
-            value = coerce(value.item() if isinstance(value, np.generic) else value, hints[name], name, what)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        if not all(math.isfinite(x) for x in jax.tree.leaves(value) if isinstance(x, float)):
-            raise ConfigError(f"{what} {name!r} is {value}; give a finite number")
-        values[name] = value
-    try:
-        return dataclasses.replace(default, **values)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def _same_length(counts: Mapping[str, int]) -> int:
-    """N, of which there is one and it is not zero."""
-    first = next(iter(counts))
-    for name, count in counts.items():
-        if count != counts[first]:
-            raise ValueError(f"{first} has length {counts[first]} and {name} has {count}; give as many of each")
-    if not counts[first]:
-        raise ValueError(f"{first} is empty; give at least one")
-    return counts[first]
-
-
-def _as_dtype(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Integers as other integers where every value fits, floats as other floats; all else as it is."""
-    for kind in (np.integer, np.floating):
-        if jnp.issubdtype(array.dtype, kind) and jnp.issubdtype(dtype, kind):
-            other = array.astype(dtype)
-            return other if kind is np.floating or (other == array).all() else array
-    return array
-
-
-def _described(recipe: Recipe, name: str) -> str:
-    """What a condition must be: "label int32 [N]", with the shapes of all buckets."""
-    specs = [specs[name] for specs in recipe.batch_specs().values() if name in specs]
-    shapes = dict.fromkeys(f"[{', '.join(('N', *map(str, spec.shape[1:])))}]" for spec in specs)
-    return f"{name} {np.dtype(specs[0].dtype)} {' or '.join(shapes)}" if specs else f"{name} float32 [N, ...]"
 
 
 def on_every_host(params: Tree) -> jax.sharding.NamedSharding | None:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from snapgen_jax.conditions import chosen_options
 from snapgen_jax.config import resolve
 from snapgen_jax.experiment import Experiment
-from snapgen_jax.generation import chosen_options, load, load_config, load_recipe
+from snapgen_jax.generation import load, load_config, load_recipe
 from snapgen_jax.recipes.lazy_gates import LazyGates, majority_schedule, masks_of
 from snapgen_jax.training import progress
 from snapgen_jax.training.exits import ConfigError

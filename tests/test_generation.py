@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from snapgen_jax import scoring
+from snapgen_jax.conditions import chosen_options
 from snapgen_jax.config import load_config
-from snapgen_jax.generation import Generator, chosen_options
+from snapgen_jax.generation import Generator
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.workdir import prepare_workdir
 from tests.generators_for_tests import Greys, Options, by_edit, by_label, by_prompt, spec

@@ -10,10 +10,11 @@ import jax
 import numpy as np
 
 from snapgen_jax.bounds import SEED, at_least, check, check_texts
+from snapgen_jax.conditions import prompt_arrays
 from snapgen_jax.evaluation.interfaces import EvaluationResult, ImageGenerator, ValidationData
 from snapgen_jax.evaluation.outputs import draw, read_images
 from snapgen_jax.evaluation.requests import requests
-from snapgen_jax.generation import Generator, prompt_arrays
+from snapgen_jax.generation import Generator
 
 Tree = Any
 _TOGETHER = 16  # images
@@ -68,9 +69,7 @@ class RewardScore:
         frozen, score = with_all_frozen(generator), jax.jit(recipe.score)
         size, parts = min(_TOGETHER, len(images)), []
         for start in range(0, len(images), size):
-            rows = np.arange(start, start + size) % len(
-                images
-            )  # the last batch is filled up, so that one program serves
+            rows = np.arange(start, start + size) % len(images)  # the last is filled up: one program serves
             batch = {name: array[rows] for name, array in arrays.items()}
             parts.append(jax.device_get(score(generator.params, frozen, batch)))
         names = {name: f"reward.{name}" for name in parts[0]}

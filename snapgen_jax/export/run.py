@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from snapgen_jax.conditions import chosen_options
 from snapgen_jax.evaluation.compositional import PER_CATEGORY, fixed_prompts
 from snapgen_jax.evaluation.detector import detect
 from snapgen_jax.export.bundle import GPUCheck, Sizes, check_place, export_bundle, generator_of
@@ -27,7 +28,7 @@ from snapgen_jax.export.manifest import About
 from snapgen_jax.export.mixed import BUDGET, Budget
 from snapgen_jax.export.packed import NOTHING_PACKED, Form
 from snapgen_jax.export.precision import Precision
-from snapgen_jax.generation import chosen_options, load_config, load_weights, with_adapters
+from snapgen_jax.generation import load_config, load_weights, with_adapters
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.files import on_object_store
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from snapgen_jax.conditions import chosen_options
 from snapgen_jax.export import verify
 from snapgen_jax.export.client import LiteRTGenerator, litert_unit
 from snapgen_jax.export.convert import to_tflite
@@ -18,7 +19,6 @@ from snapgen_jax.export.older import from_schema_1
 from snapgen_jax.export.program import BundleError, parse
 from snapgen_jax.export.sampler import Sampler
 from snapgen_jax.export.storage import describe_storage
-from snapgen_jax.generation import chosen_options
 from snapgen_jax.inputs.captions import CaptionsConfig
 from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.codec import CodecConfig
