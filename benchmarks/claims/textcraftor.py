@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.claims.adapters import BASE
 from benchmarks.claims.claim import DIVERSITY, Claim, Metric, better, no_worse
 from benchmarks.claims.scores import PermutedCaptions
-from benchmarks.claims.trials import IMAGES, SINGLE, Derivation, Draw, Effort, Trial
+from benchmarks.claims.trials import SINGLE, Derivation, Draw, Effort, Trial
 
 REWARD, CONSTRAINT = "reward.matching", "reward.constraint"
 CATEGORIES = tuple(f"score.{name}" for name in SINGLE)
@@ -43,7 +43,7 @@ def pairs(arg: str) -> Mapping[str, Any]:
     }
 
 
-EVERY = (*IMAGES, "rewards")
+EVERY = ("compositional", "diversity", "rewards")  # a run that reads prompts alone has no images to compare with
 JUDGED = Draw(evaluators=EVERY)
 FROM_BASE = {"init_from": "base", "rewards.matching.workdir": "matching", "constraint.workdir": "clip"}
 TRIALS = {
@@ -81,7 +81,11 @@ TRIALS = {
         derivation=Derivation("snapgen_jax.derivations.preference_pairs:derive", pairs, "pairs"),
     ),
     "preference": Trial(
-        "preference", effort(3, 600), (), {"base": "base", "data.path": "pairs"}, {"": Draw({"steps": 8})}
+        "preference",
+        effort(3, 600),
+        (),
+        {"base": "base", "data.path": "pairs"},
+        {"": Draw({"steps": 8}, ("compositional", "diversity"))},
     ),
 }
 
