@@ -86,6 +86,7 @@ class Part:
             "over": found.over,
             "seeds": found.seeds,
             "prompts": found.prompts,
+            "digits": max(metric.digits, 3),
             "status": status,
             **needs,
         }

@@ -145,10 +145,14 @@ def verdict(found: Difference, floor: float, margin: float) -> Status:
 def sample_needed(found: Difference, margin: float) -> str:
     """The sample whose bound would be as narrow as the margin: "9 seeds of 2048 prompts".
 
-    Seeds and prompts may each take half of the margin's square.
+    Seeds and prompts may each take half of the margin's square. Of a number that has no margin, the sample that would
+    tell a difference of this size from none; "more seeds" where there is no difference either.
     """
     if found.low is None:
         return f"{SEEDS} seeds"
+    margin = margin or abs(found.mean)
+    if not margin:
+        return "more seeds"
     if not found.prompts:
         return f"{_seeds_by_t(found, margin)} seeds"
     half = margin**2 / (1 if found.seeds == 1 else 2)
@@ -161,8 +165,8 @@ def sample_needed(found: Difference, margin: float) -> str:
 
 def _seeds_by_t(found: Difference, margin: float) -> int:
     """The fewest seeds whose bound by Student's t is as narrow as the margin, at the spread of these."""
-    n = found.seeds
-    spread = found.width * math.sqrt(n) / stats.t.ppf(0.95, n - 1)
+    spread = found.width * math.sqrt(found.seeds) / stats.t.ppf(0.95, found.seeds - 1)
+    n = max(found.seeds, math.floor((stats.norm.ppf(0.95) * spread / margin) ** 2))  # which the normal would ask for
     while stats.t.ppf(0.95, n - 1) * spread / math.sqrt(n) > margin:
         n += 1
     return n

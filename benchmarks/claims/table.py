@@ -132,13 +132,14 @@ def _claim_line(paper: str, claim: Mapping[str, Any]) -> str:
 
 
 def _seen(part: Mapping[str, Any]) -> str:
-    text = f"{part['compared']} = {part['mean']:+.3f}"
+    digits = part["digits"]
+    text = f"{part['compared']} = {part['mean']:+.{digits}f}"
     if part["over"] == "exact":
         text = f"{part['compared']} = {part['mean']:.2f}"
     elif part["low"] is None:
         text += ", one number, no bound"
     else:
-        text += f", above {part['low']:+.3f} over {_sample(part)}"
+        text += f", above {part['low']:+.{digits}f} over {_sample(part)}"
     return text + (f", needs {part['needs']}" if "needs" in part else "")
 
 

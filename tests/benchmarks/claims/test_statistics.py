@@ -116,3 +116,9 @@ def test_the_sample_that_would_resolve_makes_the_bound_as_narrow_as_the_margin()
     few = difference(row(0.5, 0.6, 0.7, prompts=False), row(0.6, 0.6, 0.6), SCORE)
     needed = int(sample_needed(few, 0.03).split()[0])
     assert needed > 9 * 3 / 4 and 1.7 * 0.1 / math.sqrt(needed) == pytest.approx(0.03, rel=0.05)
+
+
+def test_without_a_margin_the_sample_is_that_which_would_tell_the_difference_from_none():
+    few = difference(row(0.501, 0.6, 0.7, prompts=False), row(0.5, 0.7, 0.6), SCORE)
+    assert int(sample_needed(few, 0.0).split()[0]) == int(sample_needed(few, abs(few.mean)).split()[0]) > 100_000
+    assert sample_needed(Difference(0.0, -0.1, 0.1, "seeds", 3, width_of_seeds=0.1), 0.0) == "more seeds"
