@@ -3,7 +3,7 @@
 One base network, trained once and shared with `adapters.py`; a detector that learnt from renders is the reward, and a
 CLIP the constraint. The judge is the exact detector, which no training sees. All rows are drawn in the eight steps
 that gradients run through. "text, original" is the base, drawn by the tuned run without what it learnt. Diffusion-DPO
-(arXiv 2311.12908) stands beside it: it learns from as many of the base's images as reward tuning draws.
+(arXiv 2311.12908) stands beside it: the same reward judges as many of the base's images as reward tuning draws.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def effort(seeds: int, updates: int | None = UPDATES) -> dict[str, Effort]:
 
 
 def pairs(arg: str) -> Mapping[str, Any]:
-    """As many images as a trial of rewards draws, four a prompt; of the smallest form's network, whatever they show."""
+    """As many images as a trial of rewards draws, four a prompt, which the same reward judges."""
     few = arg == "runlocal"
     return {
         "prompts": 12 if few else UPDATES * BATCH // 4,
@@ -75,7 +75,7 @@ TRIALS = {
     "pairs": Trial(
         "",
         effort(1, None),
-        earlier={"base": "base"},
+        earlier={"base": "base", "reward": "matching"},
         draws={},
         shared=True,
         derivation=Derivation("snapgen_jax.derivations.preference_pairs:derive", pairs, "pairs"),
