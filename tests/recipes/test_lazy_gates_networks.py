@@ -175,5 +175,5 @@ def test_a_published_dit_of_another_size_is_refused_by_name():
     fewer = dataclasses.replace(inputs, label=dataclasses.replace(inputs.label, classes=9))
     with pytest.raises(ConfigError, match=r"class_embedder\.embedding_table"):
         published(inputs=fewer).load_frozen(None)
-    with pytest.raises(ConfigError, match=r"of an MMDiT alone or of a DiT and its classes: set network.kind"):
+    with pytest.raises(ConfigError, match=r"of an MMDiT or a UNet alone or of a DiT and its classes: set network.kind"):
         published(network=UNetConfig.preset("smoke", context_width=24, pooled_width=24)).load_frozen(None)
