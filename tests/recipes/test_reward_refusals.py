@@ -1,0 +1,69 @@
+"""Reward tuning refuses what does not fit, before a weight is read."""
+
+import pytest
+
+from snapgen_jax.evaluation.interfaces import EvaluationConfig
+from snapgen_jax.networks.clip import ClipTextConfig
+from snapgen_jax.networks.rewards import RewardConfig
+from snapgen_jax.recipes._encoder_mix import shares_of
+from snapgen_jax.recipes._reward_config import RewardSamplingConfig
+from snapgen_jax.recipes._rewards import RewardSourceConfig
+from tests.recipes.test_reward_tuning import REWARD, tuning
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backprop_steps": 5}, "backprop_steps=5 of sampling.steps=4"),
+        ({"backprop_steps": 0}, "backprop_steps is 0; give 1 or more"),
+        ({"leave_out": ("beauty",)}, "there is no reward 'beauty'; there are taste, constraint"),
+        ({"leave_out": ("taste", "constraint")}, "there is no reward; name one"),
+        ({"rewards": {"constraint": REWARD}}, "is the name of the field `constraint`"),
+        ({"tuned_text": "runs/text"}, "beside trains='text'; go on with its encoder by init_from"),
+        ({"encoder": "clip_l"}, "encoder='clip_l'; the inputs bring text"),
+        ({"others": {"tuned": "runs/text"}}, "'tuned' has its meaning already"),
+        ({"evaluation": EvaluationConfig()}, "evaluation names validation_loss, which reads images"),
+        (
+            {
+                "rewards": {
+                    "far": RewardSourceConfig(
+                        network=RewardConfig.preset("smoke", text=ClipTextConfig.preset("smoke", max_tokens=4))
+                    )
+                }
+            },
+            "the reward 'far' reads 4 tokens of 32 ids, and 'tokens' of the inputs are 6 of 32",
+        ),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tuning(**changes)
+
+
+@pytest.mark.parametrize(
+    ("mix", "message"),
+    [
+        ("original:0.5,tuned:0.4", "the shares sum to 0.9; let them sum to 1"),
+        ("tuned", "give the share of the tuned encoder, such as 0.5"),
+        ("tuned:1,tuned:0", "names an encoder twice"),
+        (1.5, "1.5 is no share; give numbers from 0 to 1"),
+    ],
+)
+def test_shares_that_are_none_are_refused(mix, message):
+    with pytest.raises(ValueError, match=message):
+        RewardSamplingConfig(encoder_mix=mix)
+
+
+def test_shares_are_read_off_a_number_or_names():
+    assert shares_of(1.0) == {"tuned": 1.0} and shares_of(0.25) == {"tuned": 0.25, "original": 0.75}
+    assert shares_of("original:0.1, pick:0.9") == {"original": 0.1, "pick": 0.9}
+
+
+def test_more_tuned_steps_than_steps_are_refused():
+    with pytest.raises(ValueError, match="tuned_steps=15 of steps=10; give as many at most"):
+        RewardSamplingConfig(steps=10, tuned_steps=15)
+
+
+def test_to_do_without_the_constraint_is_said(caplog):
+    tuning(leave_out=("constraint",))
+    assert "the constraint is left out" in caplog.text
