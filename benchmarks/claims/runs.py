@@ -174,7 +174,7 @@ class Runs:
         updates = trial.effort[self.name].updates
         changes = [f"seed={seed}", "tensorboard=False"]
         changes += trial.changes(arg) if callable(trial.changes) else trial.changes
-        changes += [f"{key}={self._output(other, seed)}" for key, other in trial.earlier.items()]
+        changes += [f"{key}={path}" for key, path in self._earlier(name, seed).items()]
         changes += [] if updates is None else [f"train_steps={updates}"]
         form = trial.args.get(arg, arg)
         config = load_config(f"{CONFIGS / trial.config}.py" + (f":{form}" if form else ""), changes)
@@ -186,9 +186,13 @@ class Runs:
         derivation = self.paper.trials[name].derivation
         return self.workdir(name, seed) / (derivation.output if derivation else "")
 
+    def _earlier(self, name: str, seed: int) -> dict[str, pathlib.Path]:
+        """What a trial is given of those that it starts from, by its keys."""
+        return {key: self._output(other, seed) for key, other in self.paper.trials[name].earlier.items()}
+
     def _config_text(self, name: str, seed: int) -> str:
         if derivation := self.paper.trials[name].derivation:
-            stages = {key: str(self._output(other, seed)) for key, other in self.paper.trials[name].earlier.items()}
+            stages = {key: str(path) for key, path in self._earlier(name, seed).items()}
             text = json.dumps([derivation.function, derivation.options(self.budget.arg), stages], sort_keys=True)
         else:
             text = to_json(self.config(name, seed))
@@ -263,7 +267,7 @@ class Runs:
         begin = time.perf_counter()
         folder.mkdir(parents=True, exist_ok=True)
         function = chain_derive.function_of(name, trial.derivation.function)
-        stages = {key: epath.Path(self._output(other, 0)) for key, other in trial.earlier.items()}
+        stages = {key: epath.Path(path) for key, path in self._earlier(name, 0).items()}
         function(stages, epath.Path(folder), trial.derivation.options(self.budget.arg))
         found = {"parameters": 0, "seconds": time.perf_counter() - begin}
         write_whole(epath.Path(folder / "trained.json"), json.dumps(found))

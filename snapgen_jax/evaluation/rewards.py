@@ -57,7 +57,7 @@ class RewardScore:
         Raises:
             ValueError: the run has no rewards, or there is nothing to draw.
         """
-        recipe = getattr(generator, "recipe", None)
+        recipe = generator.recipe if isinstance(generator, Generator) else None
         if not isinstance(generator, Generator) or not isinstance(recipe, Scores) or generator.tokenizer is None:
             raise ValueError(
                 "rewards are those that a run of the recipe 'reward_tuning' is trained with, and this is none"

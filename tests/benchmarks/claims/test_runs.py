@@ -14,11 +14,12 @@ from benchmarks.claims import scores
 from benchmarks.claims.batches import KeptBatches
 from benchmarks.claims.landing import Landed, read_all
 from benchmarks.claims.runs import Runs, fix_platform
-from benchmarks.claims.trials import BASES, BUDGETS, Draw, Effort, Paper, Trial, paper
+from benchmarks.claims.trials import BASES, BUDGETS, Derivation, Draw, Effort, Paper, Trial, paper
 from benchmarks.jobs import Job, make_all
 from snapgen_jax.config import resolve, to_json
 from snapgen_jax.evaluation.interfaces import EvaluationResult
 from snapgen_jax.training.loop import PlainBatch
+from tests import derive_for_tests
 from tests.benchmarks.claims.rows import SMALL
 from tests.generators_for_tests import by_prompt
 from tests.recipes_for_tests import greys
@@ -358,3 +359,21 @@ def test_the_options_of_a_draw_may_depend_on_the_seed(tmp_path, made):
     trials = {"one": Trial("clip", {"ci": Effort(1, 2)}, draws={"": draw})}
     runs = new(tmp_path, Paper("one", (), trials))
     assert runs._setting("one", 0) != runs._setting("one", 1)
+
+
+def test_a_trial_may_be_what_a_stage_derives_and_later_ones_are_given_its_output(tmp_path):
+    effort, rounds = {"ci": Effort()}, ["one", "two"]
+    derivation = Derivation("tests.derive_for_tests:count", lambda arg: {"rounds": rounds}, "counted")
+    trials = {
+        "base": Trial("clip", effort, draws={}, shared=True),
+        "made": Trial("", effort, earlier={"from": "base"}, draws={}, shared=True, derivation=derivation),
+        "after": Trial("student", effort, earlier={"init_from": "made"}),
+    }
+    runs = Runs(Paper("small", (), trials), "ci", tmp_path / "runs", tmp_path / "out")
+    job, folder = Job("train", "made", (0,)), runs.workdir("made")
+    assert runs.config("after").init_from == str(folder / "counted") and not runs.done(job)
+    derive_for_tests.calls.clear()
+    runs.do(job)
+    assert runs.done(job) and derive_for_tests.calls == rounds and (folder / "items.jsonl").exists()
+    rounds.append("three")
+    assert Runs(runs.paper, "ci", tmp_path / "runs", tmp_path / "out").workdir("made") != folder, "other options"
