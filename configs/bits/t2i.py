@@ -1,6 +1,6 @@
 """SnapGen's 379M UNet in about two bits a weight: stage I, from the run of `configs/pretrain/t2i_1024.py`.
 
-    snapgen plan  --config=configs/bits/t2i.py --topology=v5e:4x4 --batch_size=64
+    snapgen plan  --config=configs/bits/t2i.py --topology=v5e:4x4
     snapgen train --config=configs/bits/t2i.py --workdir=gs://BUCKET/t2i_bits --config.data.path=SHARDS \
         --config.base=gs://BUCKET/t2i_1024 --config.init_from=gs://BUCKET/t2i_1024
     snapgen train --config=configs/bits/t2i.py:data --workdir=gs://BUCKET/t2i_bits_data --config.data.path=SHARDS \
@@ -49,4 +49,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if arg != "runlocal":
         c.train_steps = 50_000 if arg == "data" else 20_000
         c.batch_size = 1_024 if arg == "data" else 256
+        c.microbatches = 64 if arg == "data" else 16  # one image on a chip, as in pretraining
+        c.mesh = ConfigDict({"data": 1, "fsdp": 16})  # so planned; links then bound it, by little
     return c
