@@ -68,7 +68,7 @@ def measure(
             draws.
     """
     generator = generator or load(workdir, step, decoder=decoder)
-    experiment = Experiment(resolve(load_config(workdir)), workdir)
+    experiment = Experiment(resolve(_asked_for(load_config(workdir), names)), workdir)
     stored = experiment.stored_generator(generator)
     known = {spec.name: spec for spec in generator.recipe.evaluators()}
     known |= {spec.name: spec for spec in experiment.recipe.evaluators() if spec.function is not None}
@@ -94,6 +94,15 @@ def measure(
     for title, picture in found.pictures.items():
         (folder / f"{title}.png").write_bytes(png_bytes(picture))
     return found
+
+
+def _asked_for(config: Any, names: Sequence[str]) -> Any:
+    """A run's config that also names the evaluators which measure through a function of the recipe."""
+    if "evaluation" in config:
+        when = config.evaluation
+        named = (*when.during, *when.final)
+        when.final = (*when.final, *(name for name in names if name not in named and registry.takes_function(name)))
+    return config
 
 
 def _with_options(

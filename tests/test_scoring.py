@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 from snapgen_jax.cli import main
-from snapgen_jax.config import load_config
+from snapgen_jax.config import load_config, resolve
 from snapgen_jax.evaluation.interfaces import EvaluatorSpec
-from snapgen_jax.scoring import _with_options
+from snapgen_jax.experiment import Experiment
+from snapgen_jax.scoring import _asked_for, _with_options
 from snapgen_jax.training.exits import ExitCode
 from snapgen_jax.workdir import prepare_workdir
 
@@ -110,3 +111,10 @@ def test_options_of_the_generator_that_nothing_reads_are_refused(evaluate) -> No
     code, numbers, said = evaluate(7, "--names=validation_loss", "--steps=4")
     assert code == ExitCode.BAD_CONFIG and not numbers
     assert "steps: said of drawing, and validation_loss reads the data and draws nothing; leave it out" in said
+
+
+def test_a_run_is_measured_by_functions_of_its_recipe_that_its_config_does_not_name(tmp_path) -> None:
+    config = load_config("configs/shapes/robust.py:runlocal", ["evaluation.during=()", "evaluation.final=()"])
+    asked = _asked_for(config, ["validation_loss", "sample_grid", "frechet"])
+    found = Experiment(resolve(asked), tmp_path).recipe.evaluators()
+    assert [spec.name for spec in found] == ["validation_loss"] and found[0].function is not None

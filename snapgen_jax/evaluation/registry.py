@@ -29,6 +29,16 @@ EVALUATORS: dict[str, str] = {
 }
 
 
+def takes_function(name: str) -> bool:
+    """Whether an evaluator measures through a function of the recipe; False of an unknown one."""
+    return name in EVALUATORS and "function" in typing.get_type_hints(_class(name))
+
+
+def _class(name: str) -> typing.Any:
+    module, found = EVALUATORS[name].split(":")
+    return getattr(importlib.import_module(module), found)
+
+
 def create(spec: EvaluatorSpec) -> Evaluator:
     """The evaluator that a spec asks for, with its options, and with the recipe's function where it takes one.
 
@@ -38,8 +48,7 @@ def create(spec: EvaluatorSpec) -> Evaluator:
     """
     if spec.name not in EVALUATORS:
         raise ValueError(f"unknown evaluator {spec.name!r}{closest(spec.name, EVALUATORS)}")
-    module, name = EVALUATORS[spec.name].split(":")
-    evaluator = getattr(importlib.import_module(module), name)
+    evaluator = _class(spec.name)
     hints = typing.get_type_hints(evaluator)
     takes_function = hints.pop("function", None) is not None
     what = f"option of the evaluator {spec.name!r}"
