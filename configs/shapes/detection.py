@@ -5,7 +5,8 @@
 It learns from renders, whose objects are known: kinds, colours, numbers and places at once. The exact detector,
 `snapgen_jax/evaluation/detector.py`, is not used, and so can judge what the reward has taught. It reads what a caption
 demands and no tokens, so it serves any generator of this world whose captions are phrases (`data.shapes.dense_share`
-0). Machine: two CPU cores. Metric: `matching.accuracy.CHANGE`, chance is 0.5.
+0). Machine: two CPU cores. Time: three and a half processor minutes. Metric: `matching.accuracy.CHANGE`, chance is 0.5:
+1.0 for every change.
 """
 
 from ml_collections import ConfigDict
