@@ -39,7 +39,7 @@ class OneNetwork:
         self.config = config
         self.inputs = config.inputs.build(config.batch_size, platform)
         self.network, _ = build(for_platform(config.network, platform))
-        self.trains = {"model": (self.role,)}
+        self.trains: Mapping[str, tuple[str, ...]] = {"model": (self.role,)}
         self.optimizer = make_optimizer(config.optimizer, config.train_steps)
         self.learning_rate = learning_rate_schedule(config.optimizer, config.train_steps)
 
