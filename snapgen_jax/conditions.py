@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, get_type_hints
 
 import jax
@@ -17,10 +17,13 @@ from snapgen_jax.training.recipe import Recipe
 from snapgen_jax.typed import closest, coerce
 
 
-def prompt_arrays(recipe: Recipe, tokenizer: CaptionTokenizer, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-    """The arrays `[N, L]` that stand for N prompts in a recipe's batches."""
+def prompt_arrays(
+    recipe: Recipe, tokenizer: CaptionTokenizer, prompts: Sequence[str], names: Collection[str] | None = None
+) -> dict[str, np.ndarray]:
+    """The arrays `[N, L]` that stand for N prompts in a recipe's batches; those of `names`, or all."""
     specs = next(iter(recipe.batch_specs().values()))
-    return tokenizer.arrays(prompts, {name: specs[name].shape[1] for name in tokenizer.names if name in specs})
+    wanted = specs.keys() if names is None else specs.keys() & set(names)
+    return tokenizer.arrays(prompts, {name: specs[name].shape[1] for name in tokenizer.names if name in wanted})
 
 
 def condition_arrays(recipe: Recipe, conditions: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -201,7 +201,7 @@ class Generator:
         arrays = condition_arrays(self.recipe, conditions)
         if prompts is not None:
             assert self.tokenizer is not None
-            made = prompt_arrays(self.recipe, self.tokenizer, list(prompts))
+            made = prompt_arrays(self.recipe, self.tokenizer, list(prompts), self.recipe.conditions())
             for name in made:
                 if name in arrays:
                     raise ValueError(f"both the prompts and conditions[{name!r}] give {name!r}; leave one of them out")

@@ -1,5 +1,5 @@
-"""TextCraftor from nothing: a base, a detector that is the reward, a CLIP that is the constraint; then the text encoder
-is tuned, and the network with it.
+"""TextCraftor from nothing: a base, a network that is the reward, a CLIP that is the constraint; then the text encoder
+is tuned, and the network with it. The reward is `detection.py`, and in the simpler world `matching.py`.
 
     snapgen chain --config=configs/shapes/reward_chain.py --workdir=reward
     snapgen chain --config=configs/shapes/reward_chain.py:quick --workdir=reward
@@ -16,16 +16,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     only that everything works."""
     form, network = (f":{arg}", f":{arg}_network") if arg else ("", ":network")
     few = {"steps": 8}
-    tuned = {"init_from": "base", "rewards.matching.workdir": "matching", "constraint.workdir": "clip"}
+    reward, earlier = ("matching", {"tokenizer_workdir": "base"}) if arg else ("detection", {})
+    tuned = {"init_from": "base", f"rewards.{reward}.workdir": reward, "constraint.workdir": "clip"}
     return ConfigDict(
         {
             "stages": (
                 {"name": "base", "config": f"adapters_base.py{form}", "rows": ({"label": "base", "options": few},)},
-                {
-                    "name": "matching",
-                    "config": f"matching.py{form}",
-                    "earlier": {"tokenizer_workdir": "base"},
-                },
+                {"name": reward, "config": f"{reward}.py{form}", "earlier": earlier},
                 {"name": "clip", "config": f"clip.py{form}", "earlier": {"data.tokenizer": "base"}},
                 {
                     "name": "text",

@@ -18,16 +18,24 @@ import os
 import pathlib
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 
 from snapgen_jax.data.errors import DataError
-from snapgen_jax.data.tokenizer import Tokenizer, encode_with, mask_name
+from snapgen_jax.data.tokenizer import encode_with, mask_name
 from snapgen_jax.data.words import require_text
 
 log = logging.getLogger(__name__)
 _WARNINGS = 10
+
+
+class Encodes(Protocol):
+    """What makes token ids of texts."""
+
+    def encode(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids int32 and mask float32 `[N, length]` of N texts."""
+        ...
 
 
 class PretrainedTokenizer:
@@ -150,7 +158,7 @@ class PretrainedTokenizers:
         names: the arrays that they give, ids and masks.
     """
 
-    def __init__(self, tokenizers: Mapping[str, PretrainedTokenizer | StandInTokenizer | Tokenizer]):
+    def __init__(self, tokenizers: Mapping[str, Encodes]):
         """`tokenizers`: {array of token ids: that which encodes it}; a run's own may be among them."""
         self.each = dict(tokenizers)
         self.names = tuple(name for tokens in tokenizers for name in (tokens, mask_name(tokens)))

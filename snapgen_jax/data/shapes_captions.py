@@ -10,7 +10,7 @@ from snapgen_jax.data.words import article, pick
 DENSE_OBJECTS = 2  # of more, a dense caption would be long
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 _PLURALS = {"cross": "crosses"}
-_ONE_GROUP = (
+ONE_GROUP = (
     "{}",
     "a photo of {}",
     "a picture of {}",
@@ -19,22 +19,27 @@ _ONE_GROUP = (
     "{} on a plain background",
     "there {be} {}",
 )
-_MANY_GROUPS = ("{}", "a photo of {}", "a picture of {}", "an image of {}", "there {be} {}")
-_TWO_GROUPS = ("{} and {}", "{} and {}", "{} with {}", "{} together with {}")
-_PHRASES: dict[Relation, tuple[str, ...]] = {
+MANY_GROUPS = ("{}", "a photo of {}", "a picture of {}", "an image of {}", "there {be} {}")
+TWO_GROUPS = ("{} and {}", "{} and {}", "{} with {}", "{} together with {}")
+PHRASES: dict[Relation, tuple[str, ...]] = {
     "left of": ("left of", "to the left of"),
     "right of": ("right of", "to the right of"),
     "above": ("above", "over"),
     "below": ("below", "under"),
 }
-_RELATED = ("{a} {r} {b}", "{a} {r} {b}", "{a} {be} {r} {b}", "a photo of {a} {r} {b}", "a picture of {a} {r} {b}")
+RELATED = ("{a} {r} {b}", "{a} {r} {b}", "{a} {be} {r} {b}", "a photo of {a} {r} {b}", "a picture of {a} {r} {b}")
+
+
+def plural(kind: str) -> str:
+    """Of a kind: "stars"."""
+    return _PLURALS.get(kind, kind + "s")
 
 
 def phrase(group: Group) -> str:
     """A group as a noun phrase: "a star", "an orange circle", "two red crosses", "a small ring"."""
     words = [word for word in (group.size, group.colour) if word]
     if group.count > 1:
-        words += [_PLURALS.get(group.kind, group.kind + "s")]
+        words += [plural(group.kind)]
         return " ".join([NUMBERS[group.count], *words])
     words += [group.kind]
     return " ".join([article(words[0]), *words])
@@ -66,8 +71,8 @@ def dense(scene: Scene, rng: np.random.Generator) -> str:
     """
     items = [scene.objects[i] for i in rng.permutation(len(scene.objects))]
     nouns = [f"{article(item.colour)} {item.colour} {item.kind} {place(item)}" for item in items]
-    joined = pick(rng, _TWO_GROUPS) if len(nouns) == 2 else "{}"
-    return pick(rng, _MANY_GROUPS).format(joined.format(*nouns), be="is")
+    joined = pick(rng, TWO_GROUPS) if len(nouns) == 2 else "{}"
+    return pick(rng, MANY_GROUPS).format(joined.format(*nouns), be="is")
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
@@ -75,9 +80,9 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     nouns = [phrase(group) for group in scene.groups]
     first = scene.groups[0]
     if scene.relation is not None:
-        words = pick(rng, _PHRASES[scene.relation])
-        return pick(rng, _RELATED).format(a=nouns[0], b=nouns[1], r=words, be=_verb(first))
+        words = pick(rng, PHRASES[scene.relation])
+        return pick(rng, RELATED).format(a=nouns[0], b=nouns[1], r=words, be=_verb(first))
     if len(nouns) == 1:
-        return pick(rng, _ONE_GROUP).format(nouns[0], be=_verb(first))
-    joined = pick(rng, _TWO_GROUPS) if len(nouns) == 2 else ", ".join(["{}"] * (len(nouns) - 1)) + " and {}"
-    return pick(rng, _MANY_GROUPS).format(joined.format(*nouns), be=_verb(first))
+        return pick(rng, ONE_GROUP).format(nouns[0], be=_verb(first))
+    joined = pick(rng, TWO_GROUPS) if len(nouns) == 2 else ", ".join(["{}"] * (len(nouns) - 1)) + " and {}"
+    return pick(rng, MANY_GROUPS).format(joined.format(*nouns), be=_verb(first))

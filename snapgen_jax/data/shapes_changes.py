@@ -30,6 +30,7 @@ from snapgen_jax.data.shapes_captions import caption, place
 from snapgen_jax.data.shapes_grammar import MIN_SIZE, ShapesConfig
 from snapgen_jax.data.shapes_heldout import is_heldout, said_heldout
 from snapgen_jax.data.shapes_source import ShapesSource
+from snapgen_jax.data.sources import asked
 from snapgen_jax.data.words import pick
 
 # How often a change is drawn where several fit: most often what is learnt last.
@@ -53,8 +54,15 @@ class ShapesChanges:
         return len(self._scenes)
 
     def spec(self) -> dict[str, ArraySpec]:
-        """Image and caption, the false caption, and which of `CHANGES` makes it false."""
-        return {**self._scenes.spec(), "other_caption": TEXT, "changed": LABEL}
+        """Image and caption, the false caption, which of `CHANGES` makes it false, and the objects of the scene: kind
+        and colour, numbered from 1 in the order of `shapes` and 0 for none, and the places of their centres."""
+        return {
+            **self._scenes.spec(),
+            "other_caption": TEXT,
+            "changed": LABEL,
+            "objects": ArraySpec("array", (MOST_OBJECTS, 2), np.int32, "same"),
+            "places": ArraySpec("points", (MOST_OBJECTS, 2), np.float32, "negate_x"),
+        }
 
     def example(self, index: int, rng: np.random.Generator, names: Collection[str] | None = None) -> Example:
         """The rendered scene `[size, size, 3]`, one of its phrasings, a false one, and the number of its change."""
@@ -67,6 +75,7 @@ class ShapesChanges:
             "caption": write(scene, rng),
             "other_caption": write(false, apart),
             "changed": np.int32(CHANGES.index(name)),
+            **(_listed(scene) if asked("objects", names) else {}),
         }
 
     def name(self, index: int) -> str:
@@ -78,6 +87,15 @@ class ShapesChanges:
 
     def buckets(self) -> None:
         """None."""
+
+
+def _listed(scene: Scene) -> Example:
+    """The objects of a scene as arrays, see `ShapesChanges.spec`."""
+    objects, places = np.zeros((MOST_OBJECTS, 2), np.int32), np.zeros((MOST_OBJECTS, 2), np.float32)
+    for row, item in enumerate(scene.objects):
+        objects[row] = 1 + KINDS.index(item.kind), 1 + tuple(COLOURS).index(item.colour)
+        places[row] = 2 * item.x - 1, 2 * item.y - 1
+    return {"objects": objects, "places": places}
 
 
 def changed(scene: Scene, rng: np.random.Generator, what: str = "words") -> tuple[str, Scene]:

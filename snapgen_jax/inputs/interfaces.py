@@ -25,7 +25,8 @@ class TokenizerSpec:
     Attributes:
         kind: "trained" is a `tokenizer.json` of ours, trained on the captions of the data or kept by a run;
             "pretrained" is that of a published text encoder; "stand_in" makes ids of words that mean nothing, for an
-            encoder that was drawn.
+            encoder that was drawn; "demands" gives what a caption of the shapes world demands, as numbers in place of
+            ids (`data.shapes_demands`).
         length: L, tokens in a caption.
         vocab_size: how many ids the text encoder knows; every id must be smaller.
         workdir: "trained": the run whose `tokenizer.json` is used; "" trains a new one.
@@ -34,7 +35,7 @@ class TokenizerSpec:
             too.
     """
 
-    kind: Literal["trained", "pretrained", "stand_in"]
+    kind: Literal["trained", "pretrained", "stand_in", "demands"]
     length: int
     vocab_size: int
     workdir: str = ""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -166,10 +166,23 @@ class Matching(nnx.Module):
         return MOST * jnp.tanh(logits / MOST)
 
 
+class StageConfig(Protocol):
+    """What a `Stage` reads of a config: residual blocks, groups of its norms, and the dtype in which it computes."""
+
+    @property
+    def blocks(self) -> int: ...
+
+    @property
+    def groups(self) -> int: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+
 class Stage(nnx.Module):
     """Half the height and width by a convolution, and residual blocks behind it."""
 
-    def __init__(self, before: int, after: int, config: MatchingConfig, rngs: nnx.Rngs):
+    def __init__(self, before: int, after: int, config: StageConfig, rngs: nnx.Rngs):
         dtype = compute_dtype(config)
         self.conv_down = Conv(before, after, 4, stride=2, padding=(1, 1), dtype=dtype, rngs=rngs)
         self.blocks = nnx.List([Block(after, config, rngs) for _ in range(config.blocks)])
@@ -184,7 +197,7 @@ class Stage(nnx.Module):
 class Block(nnx.Module):
     """Two convolutions with a residual, `[B, H, W, C] -> [B, H, W, C]`."""
 
-    def __init__(self, width: int, config: MatchingConfig, rngs: nnx.Rngs):
+    def __init__(self, width: int, config: StageConfig, rngs: nnx.Rngs):
         dtype = compute_dtype(config)
         self.norm_1 = GroupNorm(width, config.groups, dtype=dtype)
         self.conv_1 = Conv(width, width, dtype=dtype, rngs=rngs)

@@ -11,6 +11,7 @@ from snapgen_jax.networks.autoencoder import AutoencoderConfig
 from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.clip_vision import ClipVisionConfig
 from snapgen_jax.networks.context import ConditionerConfig
+from snapgen_jax.networks.detection import DetectionConfig
 from snapgen_jax.networks.discriminator import DiscriminatorConfig
 from snapgen_jax.networks.dit import DiTConfig
 from snapgen_jax.networks.gemma2 import Gemma2Config
@@ -36,7 +37,7 @@ DenoiserConfig = UNetConfig | MMDiTConfig | DiTConfig | SDUNetConfig
 TextEncoderConfig = ClipTextConfig | T5Config | Gemma2Config
 """Of networks from token ids and a mask to a `TextContext`."""
 
-RewardNetworkConfig = RewardConfig | MatchingConfig
+RewardNetworkConfig = RewardConfig | MatchingConfig | DetectionConfig
 """Of networks from images `[B, H, W, 3]` in [0, 1] and token ids `[B, L]` to a number each, `[B]`."""
 
 CONFIGS: tuple[type[Preset], ...] = (
@@ -53,6 +54,7 @@ CONFIGS: tuple[type[Preset], ...] = (
     LPIPSConfig,
     RewardConfig,
     MatchingConfig,
+    DetectionConfig,
     PatchDiscriminatorConfig,
     DiscriminatorConfig,
     ProjectorConfig,

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from snapgen_jax.bounds import above, check
 from snapgen_jax.inputs.captions import same_tokens
 from snapgen_jax.inputs.interfaces import Networks, TokenizerSpec
+from snapgen_jax.networks.detection import DetectionConfig
 from snapgen_jax.networks.module import Network, Platform, apply, build, for_platform, frozen_spec
 from snapgen_jax.networks.registry import RewardNetworkConfig
 from snapgen_jax.networks.rewards import RewardConfig
@@ -31,7 +32,8 @@ class RewardSourceConfig:
     """One reward `R(images, tokens) -> [B]`, and where its weights are: a run, published files, or nowhere.
 
     Attributes:
-        network: what it is, told apart by `kind`: "reward", a CLIP or a reward on top of one, or "matching".
+        network: what it is, told apart by `kind`: "reward", a CLIP or a reward on top of one; "matching"; or
+            "detection", which reads what a caption of the shapes world demands, and no tokens.
         weight: gamma, its factor in the sum.
         workdir: a trained run: of `contrastive`, whose image and text encoder are compared (`network.preprocessing`
             is then "signed" and `network.padding` "hidden"); or of another recipe, whose network has the role
@@ -61,6 +63,11 @@ class RewardSourceConfig:
             raise ValueError(f"{' and '.join(named)} each say where the weights are; give one of them")
         if self.tokens and self.tokenizer:
             raise ValueError(f"tokens={self.tokens!r} and tokenizer={self.tokenizer!r}: give one of them")
+        if isinstance(self.network, DetectionConfig) and (self.tokens or self.tokenizer):
+            raise ValueError(
+                f"tokens={self.tokens!r} and tokenizer={self.tokenizer!r}: a reward of the kind 'detection' reads "
+                "what a caption demands, and needs neither; leave both out"
+            )
 
 
 class Rewards:
@@ -88,9 +95,9 @@ class Rewards:
 
     def _check_tokens(self, name: str) -> None:
         source, text = self.sources[name], self._text(name)
-        if source.tokenizer:
-            if text is None:
-                raise ConfigError(f"the reward {name!r} reads no text; leave its tokenizer out")
+        if source.tokenizer and text is None:
+            raise ConfigError(f"the reward {name!r} reads no text; leave its tokenizer out")
+        if self._own(name) is not None:
             return
         if not self._inputs:
             raise ConfigError(f"the inputs read no text, and the reward {name!r} compares images with texts")
@@ -106,25 +113,29 @@ class Rewards:
             )
 
     def _text(self, name: str) -> Any:
-        """Config of a reward's text encoder; None for one that reads no text."""
-        return self._networks[name].config.text
+        """Config of a reward's text encoder; None for one that has none."""
+        config = self._networks[name].config
+        return None if isinstance(config, DetectionConfig) else config.text
+
+    def _own(self, name: str) -> TokenizerSpec | None:
+        """The tokenizer that a reward has of its own; None where it reads the tokens of the inputs."""
+        config, folder = self._networks[name].config, self.sources[name].tokenizer
+        if isinstance(config, DetectionConfig):
+            return TokenizerSpec("demands", config.length, config.demand_ids)
+        if not folder:
+            return None
+        return TokenizerSpec("pretrained", config.text.max_tokens, config.text.vocab_size, folder=folder)
 
     def _array(self, name: str) -> str:
         """The array of token ids that a reward reads."""
-        source = self.sources[name]
-        return f"{name}_tokens" if source.tokenizer else source.tokens or next(iter(self._inputs))
+        own = self._own(name)
+        return self.sources[name].tokens or next(iter(self._inputs)) if own is None else f"{name}_tokens"
 
     # --- shapes and networks ---
 
     def tokenizers(self) -> dict[str, TokenizerSpec]:
         """Those that rewards have of their own."""
-        return {
-            self._array(name): TokenizerSpec(
-                "pretrained", self._text(name).max_tokens, self._text(name).vocab_size, folder=source.tokenizer
-            )
-            for name, source in self.sources.items()
-            if source.tokenizer
-        }
+        return {self._array(name): spec for name in self.sources if (spec := self._own(name)) is not None}
 
     def specs(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The arrays of token ids int32 `[B, L]` that the inputs do not have."""

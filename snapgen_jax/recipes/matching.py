@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
 
 from snapgen_jax.bounds import SHARE, at_least, check, check_texts
 from snapgen_jax.evaluation.interfaces import EvaluationConfig, EvaluatorSpec
@@ -24,20 +23,14 @@ from snapgen_jax.inputs.images import ImagesConfig
 from snapgen_jax.inputs.interfaces import TokenizerSpec
 from snapgen_jax.losses.matching import matching_loss
 from snapgen_jax.networks.matching import MatchingConfig
-from snapgen_jax.networks.module import Platform, apply, build, for_platform, init
-from snapgen_jax.networks.rules import rules_of
-from snapgen_jax.recipes._assembly import Specs, taken_from
-from snapgen_jax.training.accumulate import accumulate_gradients
+from snapgen_jax.networks.module import Platform, apply
+from snapgen_jax.recipes._assembly import Specs
+from snapgen_jax.recipes._one_network import OneNetwork
 from snapgen_jax.training.exits import ConfigError
-from snapgen_jax.training.exports import ExportPlan
 from snapgen_jax.training.optimizer import (
     OptimizerConfig,
-    learning_rate_schedule,
-    make_optimizer,
-    new_player,
-    step_player,
 )
-from snapgen_jax.training.recipe import Metrics, NoOptions, Part, Use
+from snapgen_jax.training.recipe import Metrics, NoOptions
 from snapgen_jax.training.state import TrainState
 
 Tree = Any
@@ -88,11 +81,11 @@ class MatchingRecipeConfig:
         check_texts(self, "changes")
 
 
-class MatchingRecipe:
+class MatchingRecipe(OneNetwork):
     """See the top of this file. Implements `training.recipe.Recipe`."""
 
     Config = MatchingRecipeConfig
-    options = NoOptions()
+    role = ROLE
 
     def __init__(self, config: MatchingRecipeConfig, platform: Platform):
         """`platform` is the one compiled for; it fixes the compute dtype.
@@ -111,12 +104,7 @@ class MatchingRecipe:
                     f"changes={config.changes} with negatives='batch': captions of other images are not sorted by what "
                     "they change; set changes=(), or negatives='caption'"
                 )
-        self.config = config
-        self.inputs = config.inputs.build(config.batch_size, platform)
-        self.network, _ = build(for_platform(config.network, platform))
-        self.trains = {"model": (ROLE,)}
-        self.optimizer = make_optimizer(config.optimizer, config.train_steps)
-        self.learning_rate = learning_rate_schedule(config.optimizer, config.train_steps)
+        super().__init__(config, platform)
 
     # --- shapes ---
 
@@ -143,53 +131,12 @@ class MatchingRecipe:
         """Captions and the images beside them."""
         return TOKENS, "image"
 
-    # --- networks ---
-
-    def init(self, key: jax.Array) -> TrainState:
-        """Draws the network."""
-        player = new_player({ROLE: init(self.network, key)}, self.optimizer, ema=self.config.ema_decay > 0)
-        return TrainState(jnp.int32(0), jnp.int32(0), {"model": player}, {})
-
-    def warm_start(self, state: TrainState, earlier: Tree) -> TrainState:
-        """Starts from `{player: weights}` of an earlier run; optimizer, average and schedule begin anew."""
-        params = taken_from(state.players["model"].params, earlier.get("model", {}))
-        return state.replace(players={"model": new_player(params, self.optimizer, ema=self.config.ema_decay > 0)})
-
-    def frozen_spec(self) -> Tree:
-        """Nothing is frozen."""
-        return {}
-
-    def load_frozen(self, mesh: Mesh | None, use: Use = "train") -> Tree:
-        """Nothing is frozen."""
-        del mesh, use
-        return {}
-
-    def weights(self, params: Tree, frozen: Tree) -> dict[str, Tree]:
-        """The network."""
-        return {**frozen, **params["model"]}
-
-    def rules(self) -> Sequence[tuple[str, PartitionSpec]]:
-        """Those of the network."""
-        return rules_of({ROLE: self.network})
-
-    def parts(self) -> Mapping[str, Part]:
-        """None: the step is one piece."""
-        return {}
-
-    def codec(self, params: Tree, frozen: Tree) -> Any:
-        """There is none.
-
-        Raises:
-            ConfigError: always, with what to do instead.
-        """
-        raise ConfigError("a matching run makes no latents; name a run of an autoencoder, or of a generator")
-
     # --- training ---
 
     def draw(self, batch: Tree, key: jax.Array) -> Tree:
         """`image` float32 `[B, H, W, 3]` in [0, 1], altered at random, `tokens` and `other_tokens` `[B, L]`."""
         images_key, rows_key = jax.random.split(key)
-        images = altered(_unit(batch["image"]), images_key, self.config.noise, self.config.blur)
+        images = altered(unit(batch["image"]), images_key, self.config.noise, self.config.blur)
         rows = jax.random.bernoulli(rows_key, self.config.batch_share, (len(images), 1))
         false = jnp.where(rows, of_others(batch), self.false(batch))
         return {"image": images, TOKENS: batch[TOKENS], OTHER: false}
@@ -213,20 +160,14 @@ class MatchingRecipe:
 
     def update(self, state: TrainState, frozen: Tree, batch: Tree, key: jax.Array) -> tuple[TrainState, Metrics]:
         """One optimizer step on the cross-entropy of a batch's true and false captions."""
-        config, player = self.config, state.players["model"]
 
         def loss(params: Tree, drawn: Tree) -> tuple[jax.Array, jax.Array]:
             networks = self.weights({"model": params}, frozen)
             true, false = self.logits(networks, drawn["image"], drawn[TOKENS], drawn[OTHER])
             return matching_loss(true, false).mean(), _correct(true, false).mean()
 
-        drawn = self.draw(batch, key)
-        grads, value, accuracy = accumulate_gradients(loss, player.params, drawn, config.microbatches)
-        clip, decay = config.optimizer.clip_norm, config.ema_decay
-        player, norm = step_player(player, grads, self.optimizer, state.step, clip_norm=clip, ema_decay=decay)
-        rate = jnp.asarray(self.learning_rate(state.step))
-        metrics = {"loss": value, "accuracy": accuracy, "grad_norm": norm, "learning_rate": rate}
-        return state.replace(players={"model": player}), metrics
+        state, metrics, accuracy = self.learn(state, loss, self.draw(batch, key))
+        return state, {**metrics, "accuracy": accuracy}
 
     # --- use ---
 
@@ -242,7 +183,7 @@ class MatchingRecipe:
         """
         del keys, options
         networks = self.weights(params, frozen)
-        (logits,) = self.logits(networks, _unit(conditions["image"]), conditions[TOKENS])
+        (logits,) = self.logits(networks, unit(conditions["image"]), conditions[TOKENS])
         return {"match": jax.nn.sigmoid(logits)}
 
     def judge(self, params: Tree, frozen: Tree, batch: Tree, key: jax.Array) -> dict[str, jax.Array]:
@@ -250,7 +191,7 @@ class MatchingRecipe:
         false one for false, the true one for the better, and `changed`, where the data say what was."""
         del key
         networks = self.weights(params, frozen)
-        true, false = self.logits(networks, _unit(batch["image"]), batch[TOKENS], self.false(batch))
+        true, false = self.logits(networks, unit(batch["image"]), batch[TOKENS], self.false(batch))
         found = {"loss": matching_loss(true, false), "true": true > 0, "false": false <= 0, "ranked": true > false}
         return {**found, CHANGED: batch[CHANGED]} if CHANGED in batch else found
 
@@ -260,21 +201,13 @@ class MatchingRecipe:
         parts = {"matching": {"function": self.judge, "options": {"changes": self.config.changes}}}
         return [when.spec(name, **parts.get(name, {})) for name in when.names]
 
-    def exports(self) -> ExportPlan:
-        """There is nothing to draw with.
-
-        Raises:
-            ConfigError: always, with what to do instead.
-        """
-        raise ConfigError("a matching run draws nothing; export a generator that it was the reward of")
-
 
 def of_others(batch: Tree) -> jax.Array:
     """Beside each image of a batch the caption of another, `[B, L]`."""
     return jnp.roll(batch[TOKENS], 1, axis=0)
 
 
-def _unit(images: jax.Array) -> jax.Array:
+def unit(images: jax.Array) -> jax.Array:
     """uint8 to float32 in [0, 1]."""
     return images.astype(jnp.float32) / 255
 

@@ -38,7 +38,7 @@ def test_every_change_is_drawn_and_a_config_names_the_source():
     source = build_source(DataConfig(source="shapes_changes", shapes=CONFIG))
     counts = collections.Counter(CHANGES[int(drawn(source, index)["changed"])] for index in range(400))
     assert set(counts) == set(CHANGES) and min(counts.values()) > 5
-    assert set(source.spec()) == {"image", "caption", "other_caption", "changed"}
+    assert set(source.spec()) == {"image", "caption", "other_caption", "changed", "objects", "places"}
     assert len(source) == CONFIG.train_examples and source.name(7) == "shapes scene 7"
 
 

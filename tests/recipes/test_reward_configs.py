@@ -5,9 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from snapgen_jax.chain import load_chain
+from snapgen_jax.conditions import prompt_arrays
 from snapgen_jax.config import load_experiment
+from snapgen_jax.data.errors import DataError
+from snapgen_jax.data.pretrained_tokenizers import PretrainedTokenizers, StandInTokenizer
+from snapgen_jax.data.shapes_demands import DemandTokenizer
 from snapgen_jax.networks.module import build
 from tests.recipes_for_tests import random_like
 
@@ -74,3 +79,34 @@ def test_the_chain_of_the_shapes_world_fills_in_what_its_stages_made():
         sources = {name: source.workdir for name, source in made.config.used().items()}
         assert sources == {"matching": "matching", "constraint": "clip"} and made.config.init_from == "base"
         assert made.trains == {"model": ("text",) if stage.name == "text" else ("unet",)}
+
+
+def test_the_whole_shapes_world_is_rewarded_by_what_captions_demand():
+    chain, _ = load_chain("configs/shapes/reward_chain.py")
+    assert [stage.name for stage in chain.stages] == ["base", "detection", "clip", "text", "network"]
+    text = chain.stages[3]
+    made = recipe(text.config, *(f"{key}={value}" for key, value in text.earlier.items()))
+    assert {name: source.workdir for name, source in made.config.used().items()} == {
+        "detection": "detection",
+        "constraint": "clip",
+    }
+    (batch,) = made.batch_specs().values()
+    assert batch["detection_tokens"].shape == (16, 10) and made.tokenizers()["detection_tokens"].kind == "demands"
+    state = jax.eval_shape(made.init, jax.random.key(0))
+    _, metrics = jax.eval_shape(made.update, state, made.frozen_spec(), batch, jax.random.key(0))
+    assert {"reward/detection", "reward/constraint"} <= set(metrics)
+
+
+def test_a_model_that_demands_rewarded_draws_any_prompt():
+    made = recipe("configs/shapes/reward.py")
+    tokenizer = PretrainedTokenizers({"tokens": StandInTokenizer(512), "detection_tokens": DemandTokenizer()})
+    assert set(prompt_arrays(made, tokenizer, ["a moon"], made.conditions())) == {"tokens", "mask"}
+    with pytest.raises(DataError, match="'a moon' is no caption"):
+        prompt_arrays(made, tokenizer, ["a moon"])
+
+
+def test_captions_of_the_whole_world_have_demands_and_the_detector_is_that_of_its_config():
+    for spec in ("configs/shapes/reward.py", "configs/shapes/detection.py"):
+        assert load_experiment(spec).config.data.shapes.dense_share == 0
+    network = load_experiment("configs/shapes/detection.py").build("cpu").network
+    assert recipe("configs/shapes/reward.py").rewards.networks()["reward/detection"].config == network.config

@@ -4,6 +4,7 @@ import pytest
 
 from snapgen_jax.evaluation.interfaces import EvaluationConfig
 from snapgen_jax.networks.clip import ClipTextConfig
+from snapgen_jax.networks.detection import DetectionConfig
 from snapgen_jax.networks.rewards import RewardConfig
 from snapgen_jax.recipes._encoder_mix import shares_of
 from snapgen_jax.recipes._reward_config import RewardSamplingConfig
@@ -38,6 +39,12 @@ from tests.recipes.test_reward_tuning import REWARD, tuning
 def test_a_config_that_does_not_fit_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         tuning(**changes)
+
+
+def test_a_reward_that_reads_demands_takes_no_tokens():
+    for changes in ({"tokens": "tokens"}, {"tokenizer": "folder"}):
+        with pytest.raises(ValueError, match="a reward of the kind 'detection' reads what a caption demands"):
+            RewardSourceConfig(network=DetectionConfig.preset("smoke"), stand_in=True, **changes)
 
 
 @pytest.mark.parametrize(
