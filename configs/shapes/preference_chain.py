@@ -16,9 +16,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     simple = {"categories": ("single_object", "colours")} if arg == "quick" else {}
     pairs = {"prompts": {None: 2_048, "quick": 768, "runlocal": 12}[arg], "images": 4, "shards": 8, **simple}
     if arg == "runlocal":
-        # A network of twenty updates draws nothing that the detector accepts, so a run of `matching` judges here.
+        # A network of twenty updates draws nothing that the detector accepts, so a run of `detection` judges here.
         pairs.update({"shards": 2, "least_difference": 0.0, "generation": {"steps": 2}})
-    reward = ({"name": "reward", "config": f"matching.py{form}", "earlier": {"tokenizer_workdir": "base"}},)
+    reward = ({"name": "reward", "config": f"detection.py{form}"},)
     return ConfigDict(
         {
             "stages": (

@@ -6,8 +6,7 @@
     snapgen sample --workdir=runs/reward --encoder_mix=0.5 --prompt="a red circle left of a blue square"
 
 `runs/base` is a run of `adapters_base.py`, `runs/detection` one of `detection.py` and `runs/clip` one of `clip.py`,
-trained with the base's tokenizer; `reward_chain.py` trains all of them. In the simpler world `runs/matching`, a run of
-`matching.py` with that tokenizer, stands in place of `runs/detection`. The second line tunes the network, with the
+trained with the base's tokenizer; `reward_chain.py` trains all of them. The second line tunes the network, with the
 tuned encoder as it is. Metric: `score.overall`, by the exact detector, which is no reward; `diversity` must stay.
 
 What is drawn is decided at much noise here, and where it goes at still more: gradients through the last steps alone
@@ -16,16 +15,15 @@ would come too late. So few steps, and through all of them. Machine: two CPU cor
 
 from ml_collections import ConfigDict
 
-from configs.shapes import adapters_base, clip, detection, matching
+from configs.shapes import adapters_base, clip, detection
 
 STEPS = 8
 
 
 def rewards(c: ConfigDict, arg: str | None) -> ConfigDict:
-    """A network that learnt from renders, and CLIP as the constraint."""
-    name, config = ("matching", matching) if arg else ("detection", detection)
-    network = {**config.get_config(arg).network.to_dict(), "kind": name}
-    c.rewards = ConfigDict({name: {"network": network, "workdir": f"runs/{name}", "weight": 1.0}})
+    """The detector that learnt from renders, and CLIP as the constraint."""
+    network = {**detection.get_config(arg).network.to_dict(), "kind": "detection"}
+    c.rewards = ConfigDict({"detection": {"network": network, "workdir": "runs/detection", "weight": 1.0}})
     of_clip = clip.get_config(arg)
     encoders = {"vision": of_clip.image.to_dict(), "text": of_clip.inputs.text.to_dict()}
     network = {"kind": "reward", **encoders, "preprocessing": "signed", "padding": "hidden"}
@@ -43,13 +41,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.train_steps = 500
     c.batch_size = 16
     c.log_every_steps = 10
-    c.optimizer = ConfigDict({"learning_rate": 1e-4, "warmup_steps": 20, "weight_decay": 0.0})
+    c.optimizer = ConfigDict({"learning_rate": 1e-3, "warmup_steps": 20, "weight_decay": 0.0})
     c.ema_decay = 0.0
     c.sampling = ConfigDict({"steps": STEPS, "guidance": 2.0, "shift": 3.0})
     c.backprop_steps = STEPS
     rewards(c, form)
-    if form is None:
-        c.data.shapes.dense_share = 0.0  # the detector reads what phrases demand
+    c.data.shapes.dense_share = 0.0  # the detector reads what phrases demand
     c.checkpoint.every_steps = 100
     c.evaluation = ConfigDict({"every_steps": 100, "during": ("rewards",), "final": ("rewards", "sample_grid")})
     if arg and arg.endswith("network"):

@@ -1,5 +1,5 @@
-"""TextCraftor from nothing: a base, a network that is the reward, a CLIP that is the constraint; then the text encoder
-is tuned, and the network with it. The reward is `detection.py`, and in the simpler world `matching.py`.
+"""TextCraftor from nothing: a base, a detector that is the reward, a CLIP that is the constraint; then the text encoder
+is tuned, and the network with it.
 
     snapgen chain --config=configs/shapes/reward_chain.py --workdir=reward
     snapgen chain --config=configs/shapes/reward_chain.py:quick --workdir=reward
@@ -16,13 +16,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     only that everything works."""
     form, network = (f":{arg}", f":{arg}_network") if arg else ("", ":network")
     few = {"steps": 8}
-    reward, earlier = ("matching", {"tokenizer_workdir": "base"}) if arg else ("detection", {})
-    tuned = {"init_from": "base", f"rewards.{reward}.workdir": reward, "constraint.workdir": "clip"}
+    tuned = {"init_from": "base", "rewards.detection.workdir": "detection", "constraint.workdir": "clip"}
     return ConfigDict(
         {
             "stages": (
                 {"name": "base", "config": f"adapters_base.py{form}", "rows": ({"label": "base", "options": few},)},
-                {"name": reward, "config": f"{reward}.py{form}", "earlier": earlier},
+                {"name": "detection", "config": f"detection.py{form}"},
                 {"name": "clip", "config": f"clip.py{form}", "earlier": {"data.tokenizer": "base"}},
                 {
                     "name": "text",
