@@ -337,8 +337,8 @@ def _plain(draw: Draw) -> list[Any]:
     """A draw as JSON, with options that are no function."""
     options: Any = draw.options
     plain = [dict(options), list(draw.evaluators), draw.wrap.__qualname__ if draw.wrap else None]
-    more = [*([dict(draw.reference)] if draw.reference else []), *([list(draw.categories)] if draw.categories else [])]
-    return [*plain, *more]
+    more = [dict(draw.reference), list(draw.categories), draw.images]
+    return [*plain, *filter(None, more)]
 
 
 def fix_platform(config: Any, **chosen: str) -> None:

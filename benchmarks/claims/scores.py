@@ -21,14 +21,14 @@ def score(
 ) -> dict[str, Any]:
     """The metrics of a run as floats, and as NAME.each those of the prompts.
 
-    Evaluators of prompts draw each one `budget.images` times, and its number is the mean: images of one prompt are no
+    Evaluators of prompts draw each one several times, and its number is the mean: images of one prompt are no
     sample of prompts. The other evaluators run once.
     """
     if callable(options := draw.options):
         raise ValueError("options that are a function of the seed; ask for those of one by Draw.of")
     generator = draw.wrap(generator) if draw.wrap else generator
     found, categories = [], draw.categories or budget.categories
-    for seed in range(budget.images):
+    for seed in range(min(draw.images or budget.images, budget.images)):
         names = [name for name in draw.evaluators if seed == 0 or name in OF_PROMPTS]
         asked = {
             "compositional": {"per_category": budget.per_category, "categories": categories, "seed": seed},

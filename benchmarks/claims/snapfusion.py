@@ -13,23 +13,28 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from benchmarks.claims.adapters import BASE
 from benchmarks.claims.claim import DIVERSITY, FRECHET, SCORE, Claim, Metric, better, no_worse
-from benchmarks.claims.trials import Draw, Effort, Measure, Trial
+from benchmarks.claims.trials import SINGLE, Draw, Effort, Measure, Trial
 from benchmarks.evolution import OUT, SEARCHED
-from snapgen_jax.data.shapes import COLOURS, KINDS
+from snapgen_jax.data.prompts import make_prompts_with_scenes
+from snapgen_jax.data.shapes import COLOURS, KINDS, render
 from snapgen_jax.generation import load
 from snapgen_jax.networks.pruned import pruned
 
 WITHOUT = "validation_loss.without.one"
 TO_TEACHER, TO_WHOLE = "teacher.mse", "decoder.mse"
+NOISY, CLEAR = "step.noisy", "step.clear"
 METRICS = {
     WITHOUT: Metric("loss without a block", smaller=True, digits=4),
     TO_TEACHER: Metric("MSE to 16 steps", smaller=True, digits=4),
     f"{TO_TEACHER}.1": Metric("unguided", smaller=True, digits=4),
     f"{TO_TEACHER}.4": Metric("guided by 4", smaller=True, digits=4),
+    NOISY: Metric("error of a step, t >= 0.9", smaller=True, digits=5),
+    CLEAR: Metric("error of a step, t < 0.9", smaller=True, digits=5),
     TO_WHOLE: Metric("MSE to the whole decoder", smaller=True, digits=5),
 }
 
@@ -42,6 +47,11 @@ def effort(seeds: int, updates: int = 600) -> dict[str, Effort]:
 def guided(*scales: float) -> dict[str, Draw]:
     """As the run's config says, and at other scales of guidance: the curve of score against Frechet."""
     return {"": Draw(), **{f"guidance {w:g}": Draw(options={"guidance": w}) for w in scales}}
+
+
+def twice_the_steps(arg: str) -> tuple[str, ...]:
+    """Of the student that has the config's own."""
+    return (f"sampling.steps={4 if arg == 'runlocal' else 16}",)
 
 
 ABLATED = {"": Draw(evaluators=("compositional", "validation_loss"))}
@@ -59,7 +69,7 @@ TRIALS = {
         shared=True,
         stored="shapes_unet",
     ),
-    "sixteen": Trial("steps", effort(1), ("sampling.steps=16",), FROM_BASE, shared=True),
+    "sixteen": Trial("steps", effort(1), twice_the_steps, FROM_BASE, shared=True),
     "eight": Trial("steps", effort(3), earlier=FROM_SIXTEEN, draws=guided(*CURVE)),
     "eight, vanilla": Trial("steps", effort(3), ("guided_share=0.0",), FROM_SIXTEEN, guided(*CURVE)),
     "eight, guided alone": Trial("steps", effort(1), ("guided_share=1.0",), FROM_SIXTEEN, guided(*CURVE)),
@@ -103,6 +113,41 @@ def distances(arg: str, workdirs: Mapping[str, pathlib.Path]) -> dict[str, dict[
     return rows
 
 
+def step_errors(arg: str, workdirs: Mapping[str, pathlib.Path]) -> dict[str, dict[str, Any]]:
+    """L_dstl of distilled networks, and of the base in their place, unguided, on the same noised renders: at the steps
+    from t = 0.9 up, where what is drawn is decided, and at those below."""
+    count, batches = (2, 1) if arg == "runlocal" else (64, 16)
+    scenes = [pair for category in SINGLE for pair in make_prompts_with_scenes(category, False, count)]
+    rows: dict[str, dict[str, Any]] = {}
+    base = load(workdirs["base"])
+    for name, first in STEP_ROWS.items():
+        run: Any = load(workdirs[name])
+        recipe, frozen = run.recipe, run.recipe.load_frozen(None, "train")
+        specs = next(iter(recipe.batch_specs().values()))
+        size, length = specs["tokens"].shape
+
+        @jax.jit
+        def errors(params: Any, batch: Any, key: Any, recipe: Any = recipe, frozen: Any = frozen) -> Any:
+            networks = recipe.weights(params, frozen)
+            drawn = recipe.draw(networks, batch, key)
+            return drawn["level"].t, recipe.distance(networks, drawn, recipe.predict(networks, drawn)[0])
+
+        begun = {"model": {role: base.params["model"][role] for role in run.params["model"]}}
+        for row, params in ((name, run.params), (first, begun)):
+            found = []
+            for i in range(batches):
+                few = [scenes[j % len(scenes)] for j in range(i * size, (i + 1) * size)]
+                tokens, mask = run.tokenizer.encode([prompt.prompt for prompt, _ in few], length)
+                images = np.stack([render(scene, specs["image"].shape[1]) for _, scene in few])
+                found.append(errors(params, {"image": images, "tokens": tokens, "mask": mask}, jax.random.key(i)))
+            t, error = (np.concatenate(values) for values in zip(*found, strict=True))
+            rows[row] = {}
+            for key, chosen in ((NOISY, t >= 0.899), (CLEAR, t < 0.899)):
+                each = error[chosen]
+                rows[row] |= {key: float(each.mean()), f"{key}.each": each.round(7).tolist()}
+    return rows
+
+
 def decoded(arg: str, workdirs: Mapping[str, pathlib.Path]) -> dict[str, dict[str, Any]]:
     """How far images of a decoder with half of the channels are from those of the whole one, trained and not, on drawn
     latents that it has not seen: the mean square of colours from 0 to 1."""
@@ -123,6 +168,7 @@ def decoded(arg: str, workdirs: Mapping[str, pathlib.Path]) -> dict[str, dict[st
 
 
 DECODER_ROWS = ("pruned decoder", "pruned decoder, untrained")
+STEP_ROWS = {"sixteen": "base, 16 steps", "eight": "base, 8 steps"}
 DISTANCE_ROWS = ("eight", "eight, vanilla", "base, 8 steps")
 MEASURES = {
     "distance to the teacher": Measure(
@@ -131,6 +177,13 @@ MEASURES = {
         (TO_TEACHER, f"{TO_TEACHER}.1", f"{TO_TEACHER}.4"),
         ("ci", "short", "night", "gpu", "world"),
         ("sixteen", *DISTANCE),
+    ),
+    "errors of a step": Measure(
+        step_errors,
+        (*STEP_ROWS, *STEP_ROWS.values()),
+        (NOISY, CLEAR),
+        ("ci", "short", "night", "gpu", "world"),
+        ("base", *STEP_ROWS),
     ),
     "drawn latents, decoded": Measure(
         decoded,
@@ -162,6 +215,14 @@ CLAIMS = (
     Claim(
         "from the same noise eight distilled steps lead nearer to the teacher's sixteen, guided and not",
         tuple(better("eight", "base, 8 steps", key) for key in (TO_TEACHER, f"{TO_TEACHER}.1")),
+    ),
+    Claim(
+        "at much noise a distilled step lies nearer to its teacher's two",
+        (better("sixteen", "base, 16 steps", NOISY), better("eight", "base, 8 steps", NOISY)),
+    ),
+    Claim(
+        "and at less noise",
+        (better("sixteen", "base, 16 steps", CLEAR), better("eight", "base, 8 steps", CLEAR)),
     ),
     Claim(
         "with guidance in the loss they lead nearer at the highest guidance of training",

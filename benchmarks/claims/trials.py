@@ -37,6 +37,7 @@ class Draw:
         wrap: makes of the generator the one that is scored, such as `scores.PermutedCaptions`.
         reference: options of the full way of sampling, for the evaluator `deviation`.
         categories: of the score; those of the budget by default.
+        images: for each prompt; those of the budget by default.
     """
 
     options: Mapping[str, Any] | Callable[[str, int], Mapping[str, Any]] = dataclasses.field(default_factory=dict)
@@ -44,6 +45,7 @@ class Draw:
     wrap: Callable[[Any], Any] | None = None
     reference: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     categories: tuple[str, ...] = ()
+    images: int = 0
 
     def of(self, arg: str, seed: int) -> Draw:
         """As a seed is drawn from: with options that are no function."""

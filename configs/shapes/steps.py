@@ -29,7 +29,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # The paper's range, 2 to 14, is for guidance of 7.5 or so; here 2 is what the base scores best with.
     c.guidance_range = (1.0, 4.0)
     c.guided_share = 0.5
-    c.optimizer = ConfigDict({"learning_rate": 5e-4, "schedule": "linear", "warmup_steps": 50, "weight_decay": 0.01})
+    c.optimizer = ConfigDict({"learning_rate": 1e-4, "schedule": "linear", "warmup_steps": 50, "weight_decay": 0.01})
     c.ema_decay = 0.99
     c.checkpoint.every_steps = 500
     c.evaluation = ConfigDict({"every_steps": 1_000, "during": ("sample_grid",), "final": ("sample_grid",)})
