@@ -27,6 +27,7 @@ METRICS = {
 UPDATES, BATCH = 300, 16
 WHOLE = {"quick": "", "patches": ""}  # the whole world in every budget
 NETWORK = {**dict.fromkeys(WHOLE, "network"), "runlocal": "runlocal_network"}
+WISH = ("rewards.detection.text='a red circle'",)  # whatever the prompt
 
 
 def effort(seeds: int, updates: int | None = UPDATES) -> dict[str, Effort]:
@@ -73,6 +74,15 @@ TRIALS = {
         args=WHOLE,
     ),
     "no constraint": Trial("reward", effort(3), ("leave_out=('constraint',)",), FROM_BASE, {"": JUDGED}, args=WHOLE),
+    "wish, no constraint": Trial(
+        "reward",
+        effort(3, 150),
+        (*WISH, "leave_out=('constraint',)"),
+        FROM_BASE,
+        {"": JUDGED, "original": drawn({"tuned_steps": 0})},
+        args=WHOLE,
+    ),
+    "wish": Trial("reward", effort(3, 150), WISH, FROM_BASE, {"": JUDGED}, args=WHOLE),
     "direct": Trial("reward", effort(3), ("form=direct",), FROM_BASE, {"": JUDGED}, args=WHOLE),
     "text, then network": Trial(
         "reward", effort(3), (), {**FROM_BASE, "tuned_text": "text"}, {"": JUDGED}, args=NETWORK
@@ -87,7 +97,7 @@ TRIALS = {
     ),
     "preference": Trial(
         "preference",
-        effort(3, 600),
+        effort(3, 300),
         (),
         {"base": "base", "data.path": "pairs"},
         {"": drawn({"steps": 8}, ("compositional", "diversity"))},
@@ -106,8 +116,27 @@ CLAIMS = (
     ),
     Claim("its images are as diverse", (no_worse("text", "text, original", DIVERSITY),)),
     Claim(
-        "without the constraint the reward rises as far, while the exact score or the diversity is lower",
+        "without the constraint this reward, which reads the prompts, rises as far, and the images are less diverse",
         (no_worse("no constraint", "text", REWARD), better("text", "no constraint", DIVERSITY)),
+    ),
+    Claim(
+        "a reward of one wish, which does not know the prompts, rises without the constraint while the score falls",
+        (
+            better("wish, no constraint", "wish, no constraint, original", REWARD),
+            better("wish, no constraint, original", "wish, no constraint"),
+        ),
+    ),
+    Claim(
+        "and the images are less diverse",
+        (better("wish, no constraint, original", "wish, no constraint", DIVERSITY),),
+    ),
+    Claim(
+        "with the constraint more of the score and of the diversity stays, and the reward still rises",
+        (
+            better("wish", "wish, no constraint"),
+            better("wish", "wish, no constraint", DIVERSITY),
+            better("wish", "wish, no constraint, original", REWARD),
+        ),
     ),
     Claim(
         "halfway between both encoders the reward is between theirs",

@@ -13,6 +13,7 @@ the repository of Gemma 2 itself. It decides the special tokens and the padding;
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import pathlib
@@ -148,6 +149,18 @@ class StandInTokenizer:
             ids = [1 + zlib.crc32(word.encode()) % (self.vocab_size - 2) for word in words] + [self.vocab_size - 1]
             tokens[row, : len(ids)], mask[row, : len(ids)] = ids, 1.0
         return tokens, mask
+
+
+@dataclasses.dataclass(frozen=True)
+class OneText:
+    """Encodes one text in place of every other."""
+
+    tokenizer: Encodes
+    text: str
+
+    def encode(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids int32 and mask float32 `[N, length]` of the one text, for N texts."""
+        return self.tokenizer.encode([self.text] * len(texts), length)
 
 
 class PretrainedTokenizers:

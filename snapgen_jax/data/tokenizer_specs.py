@@ -17,7 +17,7 @@ from etils import epath
 
 from snapgen_jax.data.config import DataConfig
 from snapgen_jax.data.errors import DataError
-from snapgen_jax.data.pretrained_tokenizers import Encodes, PretrainedTokenizers, StandInTokenizer
+from snapgen_jax.data.pretrained_tokenizers import Encodes, OneText, PretrainedTokenizers, StandInTokenizer
 from snapgen_jax.data.shapes_demands import DemandTokenizer
 from snapgen_jax.data.sources import Source
 from snapgen_jax.data.tokenizer import CaptionTokenizer, Tokenizer, build_tokenizer, named_file
@@ -67,27 +67,24 @@ def load_tokenizers(specs: Specs, own: epath.PathLike | OwnTokenizer | None) -> 
             `tokenizer.json` was altered after the run began.
     """
     trained = _trained(specs)
-    plain: dict[str, StandInTokenizer | DemandTokenizer] = {
+    made: dict[str, Encodes] = {
         name: StandInTokenizer(spec.vocab_size) if spec.kind == "stand_in" else DemandTokenizer()
         for name, spec in specs.items()
         if spec.kind in ("stand_in", "demands")
     }
     folders = {name: spec.folder for name, spec in specs.items() if spec.kind == "pretrained"}
     vocab_sizes = {name: spec.vocab_size for name, spec in specs.items()}
-    published = PretrainedTokenizers.load(folders, vocab_sizes) if folders else None
-    made: dict[str, Encodes] = {
-        **plain,
-        **({} if published is None else published.each),
-    }
-    if not trained:
-        return PretrainedTokenizers(made) if plain else published
-    if own is None:
-        raise DataError(f"{', '.join(trained)} needs the tokenizer.json of a run, and no run is given")
-    tokenizer = Tokenizer.parse(own.text, "tokenizer.json") if isinstance(own, OwnTokenizer) else _read(own)[0]
-    _check_room(trained, tokenizer)
-    if list(specs) == ["tokens"]:
-        return tokenizer
-    return PretrainedTokenizers({name: made.get(name, tokenizer) for name in specs})
+    made.update(PretrainedTokenizers.load(folders, vocab_sizes).each)
+    if trained:
+        if own is None:
+            raise DataError(f"{', '.join(trained)} needs the tokenizer.json of a run, and no run is given")
+        tokenizer = Tokenizer.parse(own.text, "tokenizer.json") if isinstance(own, OwnTokenizer) else _read(own)[0]
+        _check_room(trained, tokenizer)
+        if list(specs) == ["tokens"]:
+            return tokenizer
+        made.update(dict.fromkeys(trained, tokenizer))
+    each = {name: OneText(made[name], spec.text) if spec.text else made[name] for name, spec in specs.items()}
+    return PretrainedTokenizers(each) if specs else None
 
 
 def make_tokenizer(

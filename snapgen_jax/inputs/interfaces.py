@@ -33,6 +33,7 @@ class TokenizerSpec:
         folder: "pretrained": local folder of the tokenizer's files.
         like: "trained": another array of token ids, on whose texts alone a new tokenizer is trained; "" for its own
             too.
+        text: that stands in place of every caption; "" for the captions themselves.
     """
 
     kind: Literal["trained", "pretrained", "stand_in", "demands"]
@@ -41,6 +42,7 @@ class TokenizerSpec:
     workdir: str = ""
     folder: str = ""
     like: str = ""
+    text: str = ""
 
 
 @runtime_checkable

@@ -44,6 +44,8 @@ class RewardSourceConfig:
         stand_in: in place of either, a network as it is drawn: to try speed and memory with.
         tokens: which array of token ids of the inputs it reads; "" for the first.
         tokenizer: folder of a tokenizer of its own, whose ids it reads in place of the inputs'.
+        text: that all images are compared with, each in place of its own prompt, such as "a beautiful photograph"; ""
+            for the prompts. Such a reward does not know what was asked for.
     """
 
     network: RewardNetworkConfig = RewardConfig.preset("clip_h")
@@ -55,6 +57,7 @@ class RewardSourceConfig:
     stand_in: bool = False
     tokens: str = ""
     tokenizer: str = ""
+    text: str = ""
 
     def __post_init__(self) -> None:
         check(self, weight=above(0, "leave a reward out by its name in `leave_out`"))
@@ -97,18 +100,20 @@ class Rewards:
         source, text = self.sources[name], self._text(name)
         if source.tokenizer and text is None:
             raise ConfigError(f"the reward {name!r} reads no text; leave its tokenizer out")
-        if self._own(name) is not None:
+        if source.text and text is None and not isinstance(source.network, DetectionConfig):
+            raise ConfigError(f"the reward {name!r} reads no text; leave its text out")
+        if self._has_ids(name):
             return
         if not self._inputs:
             raise ConfigError(f"the inputs read no text, and the reward {name!r} compares images with texts")
         if source.tokens and source.tokens not in self._inputs:
             known = ", ".join(self._inputs)
             raise ConfigError(f"the reward {name!r} reads the tokens {source.tokens!r}; the inputs have {known}")
-        spec = self._inputs[self._array(name)]
+        spec = self._inputs[self._shared(name)]
         if text is not None and (spec.vocab_size > text.vocab_size or spec.length > text.max_tokens):
             raise ConfigError(
                 f"the reward {name!r} reads {text.max_tokens} tokens of {text.vocab_size} ids, and "
-                f"{self._array(name)!r} of the inputs are {spec.length} of {spec.vocab_size}; name its own tokenizer, "
+                f"{self._shared(name)!r} of the inputs are {spec.length} of {spec.vocab_size}; name its own tokenizer, "
                 "or a reward of the same"
             )
 
@@ -117,19 +122,31 @@ class Rewards:
         config = self._networks[name].config
         return None if isinstance(config, DetectionConfig) else config.text
 
+    def _has_ids(self, name: str) -> bool:
+        """Whether a reward reads ids that are not those of the inputs."""
+        return isinstance(self._networks[name].config, DetectionConfig) or bool(self.sources[name].tokenizer)
+
+    def _shared(self, name: str) -> str:
+        """The array of the inputs whose tokenizer a reward knows."""
+        return self.sources[name].tokens or next(iter(self._inputs))
+
     def _own(self, name: str) -> TokenizerSpec | None:
-        """The tokenizer that a reward has of its own; None where it reads the tokens of the inputs."""
-        config, folder = self._networks[name].config, self.sources[name].tokenizer
+        """What makes an array of its own for a reward; None where it reads one of the inputs'."""
+        config, source = self._networks[name].config, self.sources[name]
         if isinstance(config, DetectionConfig):
-            return TokenizerSpec("demands", config.length, config.demand_ids)
-        if not folder:
+            return TokenizerSpec("demands", config.length, config.demand_ids, text=source.text)
+        if source.tokenizer:
+            text = config.text
+            return TokenizerSpec(
+                "pretrained", text.max_tokens, text.vocab_size, folder=source.tokenizer, text=source.text
+            )
+        if not source.text:
             return None
-        return TokenizerSpec("pretrained", config.text.max_tokens, config.text.vocab_size, folder=folder)
+        return dataclasses.replace(self._inputs[self._shared(name)], like=self._shared(name), text=source.text)
 
     def _array(self, name: str) -> str:
         """The array of token ids that a reward reads."""
-        own = self._own(name)
-        return self.sources[name].tokens or next(iter(self._inputs)) if own is None else f"{name}_tokens"
+        return self._shared(name) if self._own(name) is None else f"{name}_tokens"
 
     # --- shapes and networks ---
 

@@ -210,7 +210,7 @@ class RewardTuning(FlowMatching):
 
     def tokenizers(self) -> Mapping[str, TokenizerSpec]:
         """Those of the inputs, where the base run trained one, that; and those of rewards."""
-        return {**base_tokenizers(self._base(), super().tokenizers()), **self.rewards.tokenizers()}
+        return base_tokenizers(self._base(), {**super().tokenizers(), **self.rewards.tokenizers()})
 
     # --- training ---
 

@@ -102,6 +102,15 @@ def test_a_trained_and_a_published_tokenizer_serve_one_run(tmp_path, published, 
     assert arrays["t5"].shape == (1, 5)
 
 
+def test_one_text_may_stand_in_place_of_every_caption(earlier) -> None:
+    specs = {"tokens": TRAINED, "wish": dataclasses.replace(TRAINED, like="tokens", text="ab")}
+    tokenizers = load_tokenizers(specs, earlier / "tokenizer.json")
+    assert tokenizers is not None
+    arrays = tokenizers.arrays(["ab", "ba"], {"tokens": 6, "wish": 6})
+    np.testing.assert_array_equal(arrays["wish"], arrays["tokens"][[0, 0]])
+    assert (arrays["tokens"][0] != arrays["tokens"][1]).any()
+
+
 def test_specs_that_no_tokenizer_fits_are_refused(tmp_path, published, earlier) -> None:
     small = dataclasses.replace(TRAINED, vocab_size=258)
     says = "the tokenizer has 259 ids and the text encoder takes 258; set data.vocab_size to at most text.vocab_size"

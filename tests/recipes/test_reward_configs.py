@@ -91,6 +91,12 @@ def test_the_shapes_world_is_rewarded_by_what_captions_demand():
     assert {"reward/detection", "reward/constraint"} <= set(metrics)
 
 
+def test_a_wish_is_compared_with_every_image_of_the_shapes_world():
+    made = recipe("configs/shapes/reward.py:runlocal", "rewards.detection.text='a red circle'")
+    spec = made.tokenizers()["detection_tokens"]
+    assert (spec.kind, spec.text) == ("demands", "a red circle")
+
+
 def test_a_model_that_demands_rewarded_draws_any_prompt():
     made = recipe("configs/shapes/reward.py")
     tokenizer = PretrainedTokenizers({"tokens": StandInTokenizer(512), "detection_tokens": DemandTokenizer()})

@@ -273,6 +273,17 @@ def test_a_reward_is_of_each_image_with_its_own_prompt(base, frozen):
     np.testing.assert_allclose(recipe.rewards.total(found), found["taste"] + 2 * found["constraint"])
 
 
+def test_a_reward_of_one_text_reads_that_in_place_of_the_prompts(base):
+    sources = tuning(base[0]).config.rewards
+    wish = {name: dataclasses.replace(source, text="a red circle") for name, source in sources.items()}
+    recipe = tuning(base[0], rewards=wish)
+    tokenizers = recipe.tokenizers()
+    assert tokenizers["taste_tokens"] == dataclasses.replace(tokenizers["tokens"], text="a red circle", like="tokens")
+    (batch,) = recipe.batch_specs().values()
+    assert batch["taste_tokens"].shape == batch["tokens"].shape
+    assert recipe.rewards.arrays() == ("taste_tokens", "tokens")  # the constraint reads the prompts
+
+
 def test_the_clip_of_a_contrastive_run_is_a_reward(tmp_path):
     own = ContrastiveConfig(
         batch_size=4,
