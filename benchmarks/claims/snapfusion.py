@@ -197,7 +197,7 @@ FOUND = json.loads(OUT.read_text())["architectures"] if OUT.exists() else {}
 for _name, _made in FOUND.items():
     TRIALS[_name] = Trial(
         "robust",
-        effort(3 if _name == SEARCHED else 1),
+        effort(1),
         (f"network.blocks={_made['network']['blocks']!r}", f"moved={_made['moved']!r}"),
         {"init_from": "robust"},
     )
