@@ -136,4 +136,4 @@ def test_the_chain_fills_the_folder_of_the_pairs_into_the_stage_that_learns(arg,
     config = run._config(run.stages["preference"])
     assert config.recipe.base == str(tmp_path / "base") and config.experiment.data.path == "somewhere/pairs"
     if "reward" in names:
-        assert run._config(run.stages["reward"]).recipe.tokenizer_workdir == str(tmp_path / "base")
+        assert run._config(run.stages["reward"]).recipe.network.kind == "detection"
