@@ -80,11 +80,12 @@ def measure(
             "out, or name an evaluator that draws"
         )
     found = EvaluationResult({}, {}, {})
-    for name in names:
-        try:
-            evaluator = registry.create(_with_options(known.get(name, EvaluatorSpec(name)), generation, options))
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+    try:  # all of them before the first draws
+        specs = {name: _with_options(known.get(name, EvaluatorSpec(name)), generation, options) for name in names}
+        evaluators = {name: registry.create(spec) for name, spec in specs.items()}
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    for name, evaluator in evaluators.items():
         result = judge(experiment, name, evaluator, stored if reads[name] else generator)
         found.numbers.update(result.numbers)
         found.pictures.update(result.pictures)

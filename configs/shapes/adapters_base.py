@@ -11,7 +11,10 @@ from configs.shapes import clip, quickstart
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """`arg`: as for `clip.py`."""
+    """`arg`: None; "quick" for single objects alone; or "runlocal" for a few seconds. "patches" is another name of
+    None, as for `clip.py`."""
+    if arg not in (None, "patches", "quick", "runlocal"):
+        raise ValueError(f"unknown argument {arg!r}; the arguments are patches, quick and runlocal, or nothing")
     c = quickstart.get_config("runlocal" if arg == "runlocal" else None)
     c.data = clip.data(arg)
     if arg == "quick":

@@ -12,6 +12,8 @@ from ml_collections import ConfigDict
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """`arg`: as for `clip.py`."""
+    if arg not in (None, "quick", "runlocal"):
+        raise ValueError(f"unknown argument {arg!r}; the arguments are quick and runlocal, or nothing")
     form = f":{arg}" if arg else ""
     simple = {"categories": ("single_object", "colours")} if arg == "quick" else {}
     pairs = {"prompts": {None: 2_048, "quick": 768, "runlocal": 12}[arg], "images": 4, "shards": 8, **simple}

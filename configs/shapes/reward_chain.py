@@ -14,6 +14,8 @@ from ml_collections import ConfigDict
 def get_config(arg: str | None = None) -> ConfigDict:
     """`arg`: None, "quick" for the simpler world of single objects, or "runlocal" for some minutes in which it shows
     only that everything works."""
+    if arg not in (None, "quick", "runlocal"):
+        raise ValueError(f"unknown argument {arg!r}; the arguments are quick and runlocal, or nothing")
     form, network = (f":{arg}", f":{arg}_network") if arg else ("", ":network")
     few = {"steps": 8}
     tuned = {"init_from": "base", "rewards.detection.workdir": "detection", "constraint.workdir": "clip"}

@@ -130,6 +130,11 @@ def make_tokenizer(
         if _may_stay(kept.source, file, config, source, texts, path, has_weights):
             _check_room(own, tokenizer)
             return kept
+    if file and not file.exists():
+        raise DataError(
+            f"{str(file)!r} is not a readable tokenizer.json: there is no such file. A run that starts from another "
+            "has its tokenizer: name a trained run that reads texts, or by data.tokenizer a file"
+        )
     tokenizer = Tokenizer.load(file) if file else build_tokenizer(config, source, texts)
     _check_room(own, tokenizer)
     made = OwnTokenizer(tokenizer.text(), _source(file, config, source, texts), kept=False)

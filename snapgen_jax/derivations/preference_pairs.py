@@ -7,7 +7,7 @@
 
 Several images are drawn for each prompt. Where the judge sees a difference, the best and the worst are kept, as `image`
 and `other_image` of a folder of shards that the source "stored" reads. The judge is the exact detector of the shapes
-world, or a run of the recipe `matching`. A shard is an item, so that a stage that was stopped goes on.
+world, or a run of the recipe `detection` or `matching`. A shard is an item, so that a stage that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def exact(images: np.ndarray, asked: Sequence[Asked]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Matched:
-    """The probability that an image shows what its prompt says, by a run of the recipe `matching`."""
+    """The probability that an image shows what its prompt says, by a run of the recipe `detection` or `matching`."""
 
     run: Generator
     batch_size: int
@@ -116,8 +116,8 @@ def derive(stages: Mapping[str, epath.Path], workdir: epath.Path, options: Mappi
     """Pairs of a run's own images.
 
     Args:
-        stages: "base", the run that draws; optionally "reward", a run of the recipe `matching` that judges in place of
-            the detector.
+        stages: "base", the run that draws; optionally "reward", a run of `detection` or `matching` that judges
+            in place of the exact detector.
         workdir: of the stage; the pairs are its folder "pairs".
         options: fields of `Options`.
 
@@ -176,8 +176,8 @@ def _judge(reward: epath.Path | None, options: Options) -> Judge:
     run = load(reward)
     if not run.takes_prompts or "image" not in run.condition_names:
         raise ConfigError(
-            f"{reward} does not say how well an image fits a prompt; name a run of the recipe 'matching' as `reward`, "
-            "or leave it out for the exact detector"
+            f"{reward} does not say how well an image fits a prompt; name a run of 'detection' or 'matching' as "
+            "`reward`, or leave it out for the exact detector"
         )
     return Matched(run, options.batch_size)
 

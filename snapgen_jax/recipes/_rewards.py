@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -19,9 +20,11 @@ from snapgen_jax.networks.registry import RewardNetworkConfig
 from snapgen_jax.networks.rewards import RewardConfig
 from snapgen_jax.recipes._teacher import run_config
 from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.typed import plain
 from snapgen_jax.weights.frozen import draw_stand_ins, load_reward, load_run
 
 Tree = Any
+OF_PLATFORM = ("dtype", "depthwise", "separable_block", "attention", "remat")  # how, and not what, a network computes
 CONSTRAINT = "constraint"
 Published = Literal["", "clip_l", "clip_h", "clip_little_g", "pickscore", "hpsv2", "aesthetic"]
 _OF_CONTRASTIVE = {"vision": "image", "text": "text"}  # parts of a reward by the roles of that recipe
@@ -197,7 +200,10 @@ class Rewards:
                 f"the reward {name!r} of {source.workdir!r} knows another tokenizer than {used.workdir!r}, whose token "
                 f"ids it would read; train it with data.tokenizer={used.workdir}/tokenizer.json"
             )
-        return _of_run(source, network, mesh)
+        try:
+            return _of_run(source, network, mesh)
+        except ConfigError as error:
+            raise ConfigError(f"{'' if name == CONSTRAINT else 'rewards.'}{name}.workdir: {error}") from error
 
     # --- in the step ---
 
@@ -232,20 +238,38 @@ def role_of(name: str) -> str:
 
 def _of_run(source: RewardSourceConfig, network: Network, mesh: Mesh | None) -> Tree:
     """The network of a trained run."""
-    spec, rules, recipe = frozen_spec(network), network.config.rules(), run_config(source.workdir).get("recipe", "")
-    if network.config.kind != "reward":
-        kind = network.config.kind
-        return load_run(source.workdir, {kind: spec}, mesh=mesh, rules=rules)[kind]
-    if recipe not in ("", "contrastive"):
+    spec, rules, run = frozen_spec(network), network.config.rules(), run_config(source.workdir)
+    kind, recipe = network.config.kind, run.get("recipe", "")
+    wanted = "contrastive" if kind == "reward" else kind
+    if recipe not in ("", wanted):
         raise ConfigError(
-            f"{source.workdir!r} is a run of {recipe!r}, and a network of the kind 'reward' is that of a run of "
-            "'contrastive'; set network.kind to the run's, or name another run"
+            f"{source.workdir!r} is a run of {recipe!r}, and a network of the kind {kind!r} is that of a run of "
+            f"{wanted!r}; set network.kind to the run's, or name another run"
         )
+    if kind != "reward":
+        _check_alike("network", run.get("network", {}), source.network)
+        return load_run(source.workdir, {kind: spec}, mesh=mesh, rules=rules)[kind]
     if set(spec) != set(_OF_CONTRASTIVE):
         raise ConfigError(
             f"{source.workdir!r} is a run of 'contrastive', which is a cosine of image and text; set network.score to "
             "'cosine' and network.text to its text encoder"
         )
+    _check_alike("network.vision", run.get("image", {}), network.config.vision)
+    _check_alike("network.text", run.get("inputs", {}).get("text", {}), network.config.text)
     own = {_OF_CONTRASTIVE[part]: tree for part, tree in spec.items()}
     read = load_run(source.workdir, own, mesh=mesh, rules=rules)
     return {part: read[role] for part, role in _OF_CONTRASTIVE.items()}
+
+
+def _check_alike(where: str, run: Mapping[str, Any], config: Any) -> None:
+    """Raises ConfigError where a network of the config is not that of a run: what shapes of weights do not show."""
+    asked = json.loads(json.dumps(plain(config)))
+    for name, value in asked.items():
+        if name not in run or name in OF_PLATFORM or run[name] == value:
+            continue
+        if isinstance(value, Mapping) and isinstance(run[name], Mapping):
+            _check_alike(f"{where}.{name}", run[name], value)
+            continue
+        raise ConfigError(
+            f"the run was trained with {where}.{name}={run[name]!r}, and the config says {value!r}; set it to the run's"
+        )

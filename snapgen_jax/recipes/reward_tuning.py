@@ -86,7 +86,7 @@ class RewardTuning(FlowMatching):
         if CONSTRAINT in config.leave_out and jax.process_index() == 0:
             log.warning(
                 "the constraint is left out: rewards rise while images may lose what their prompts say, and each "
-                "other's variety. Compare clip_score, compositional or diversity before and after"
+                "other's variety. Compare compositional and diversity before and after"
             )
 
     def _encoder(self) -> str:

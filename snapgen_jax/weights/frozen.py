@@ -119,8 +119,9 @@ def _checkpoints(workdir: epath.PathLike, step: int | None) -> Iterator[tuple[Ch
     try:
         found = checkpointer.latest_step() if step is None else step
         if found is None:
+            lacks = "it has no complete checkpoint yet" if epath.Path(workdir).exists() else "there is no such folder"
             raise ConfigError(
-                f"{str(workdir)!r} is no trained run: it has no complete checkpoint yet; train it with `snapgen train "
+                f"{str(workdir)!r} is no trained run: {lacks}; train it with `snapgen train --config=... "
                 f"--workdir={workdir}`, or name another"
             )
         yield checkpointer, found

@@ -1,14 +1,19 @@
 """Reward tuning refuses what does not fit, before a weight is read."""
 
+import json
+
 import pytest
 
 from snapgen_jax.evaluation.interfaces import EvaluationConfig
+from snapgen_jax.inputs.interfaces import TokenizerSpec
 from snapgen_jax.networks.clip import ClipTextConfig
 from snapgen_jax.networks.detection import DetectionConfig
 from snapgen_jax.networks.rewards import RewardConfig
 from snapgen_jax.recipes._encoder_mix import shares_of
 from snapgen_jax.recipes._reward_config import RewardSamplingConfig
-from snapgen_jax.recipes._rewards import RewardSourceConfig
+from snapgen_jax.recipes._rewards import Rewards, RewardSourceConfig
+from snapgen_jax.training.exits import ConfigError
+from snapgen_jax.typed import plain
 from tests.recipes.test_reward_tuning import REWARD, tuning
 
 
@@ -74,3 +79,19 @@ def test_more_tuned_steps_than_steps_are_refused():
 def test_to_do_without_the_constraint_is_said(caplog):
     tuning(leave_out=("constraint",))
     assert "the constraint is left out" in caplog.text
+
+
+def test_a_reward_of_another_network_than_its_runs_is_refused_though_the_shapes_are_the_same(tmp_path):
+    trained, asked = (DetectionConfig.preset("smoke", image_size=size) for size in (8, 16))
+    (tmp_path / "config.json").write_text(json.dumps({"recipe": "detection", "network": plain(trained)}))
+    source = RewardSourceConfig(network=asked, workdir=str(tmp_path))
+    says = "rewards.eye.workdir: the run was trained with network.image_size=8, and the config says 16; set it to the"
+    with pytest.raises(ConfigError, match=says):
+        Rewards({"eye": source}, {}, "cpu").load(None, {"eye_tokens": TokenizerSpec("demands", 10, 9)})
+
+
+def test_a_run_of_another_recipe_is_no_reward(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"recipe": "flow_matching"}))
+    source = RewardSourceConfig(network=DetectionConfig.preset("smoke"), workdir=str(tmp_path))
+    with pytest.raises(ConfigError, match="a run of 'flow_matching', and a network of the kind 'detection' is that"):
+        Rewards({"constraint": source}, {}, "cpu").load(None, {"constraint_tokens": TokenizerSpec("demands", 10, 9)})
