@@ -27,7 +27,7 @@ METRICS = {
 UPDATES, BATCH = 300, 16
 WHOLE = {"quick": "", "patches": ""}  # the whole world in every budget
 NETWORK = {**dict.fromkeys(WHOLE, "network"), "runlocal": "runlocal_network"}
-WISH = ("rewards.detection.text='a red circle'",)  # whatever the prompt
+WISH = ("rewards.detection.text='a red circle'", "optimizer.learning_rate=3e-3")  # whatever the prompt, and fast
 
 
 def effort(seeds: int, updates: int | None = UPDATES) -> dict[str, Effort]:
@@ -131,13 +131,10 @@ CLAIMS = (
         (better("wish, no constraint, original", "wish, no constraint", DIVERSITY),),
     ),
     Claim(
-        "with the constraint more of the score and of the diversity stays, and the reward still rises",
-        (
-            better("wish", "wish, no constraint"),
-            better("wish", "wish, no constraint", DIVERSITY),
-            better("wish", "wish, no constraint, original", REWARD),
-        ),
+        "with the constraint more of the score and of the diversity stays",
+        (better("wish", "wish, no constraint"), better("wish", "wish, no constraint", DIVERSITY)),
     ),
+    Claim("and the wish is heard", (better("wish", "wish, no constraint, original", REWARD),)),
     Claim(
         "halfway between both encoders the reward is between theirs",
         (better("text, half", "text, original", REWARD), better("text", "text, half", REWARD)),
