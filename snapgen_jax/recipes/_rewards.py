@@ -20,7 +20,6 @@ from snapgen_jax.networks.registry import RewardNetworkConfig
 from snapgen_jax.networks.rewards import RewardConfig
 from snapgen_jax.recipes._teacher import run_config
 from snapgen_jax.training.exits import ConfigError
-from snapgen_jax.typed import plain
 from snapgen_jax.weights.frozen import draw_stand_ins, load_reward, load_run
 
 Tree = Any
@@ -263,7 +262,7 @@ def _of_run(source: RewardSourceConfig, network: Network, mesh: Mesh | None) -> 
 
 def _check_alike(where: str, run: Mapping[str, Any], config: Any) -> None:
     """Raises ConfigError where a network of the config is not that of a run: what shapes of weights do not show."""
-    asked = json.loads(json.dumps(plain(config)))
+    asked = json.loads(json.dumps(dataclasses.asdict(config)))
     for name, value in asked.items():
         if name not in run or name in OF_PLATFORM or run[name] == value:
             continue
