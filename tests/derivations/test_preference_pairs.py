@@ -120,7 +120,7 @@ def test_options_that_mean_nothing_and_pairs_that_do_not_differ_are_refused(base
 
 
 def test_a_judge_must_say_how_well_an_image_fits(base, tmp_path):
-    with pytest.raises(ConfigError, match="does not say how well an image fits a prompt; name a run of .detection. or .matching."):
+    with pytest.raises(ConfigError, match="fits a prompt; name a run of 'detection' or 'matching'"):
         derive({"base": base, "reward": base}, epath.Path(tmp_path), OPTIONS)
 
 
