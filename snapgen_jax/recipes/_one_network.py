@@ -1,4 +1,7 @@
-"""What the recipes share that train one network, freeze none, and draw nothing. One player, "model", holds it."""
+"""What the recipes share that freeze no network and draw nothing, and those of them that train a single one.
+
+One player, "model", holds what learns.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +25,49 @@ from snapgen_jax.training.state import Player, TrainState
 Tree = Any
 
 
-class OneNetwork:
+class NothingFrozen:
+    """A recipe's answers to what it has none of: frozen networks, pieces of a step, latents.
+
+    Attributes:
+        role: the name of the recipe in messages; a subclass says it.
+    """
+
+    role: str
+    options = NoOptions()
+
+    def frozen_spec(self) -> Tree:
+        """Nothing is frozen."""
+        return {}
+
+    def load_frozen(self, mesh: Mesh | None, use: Use = "train") -> Tree:
+        """Nothing is frozen."""
+        del mesh, use
+        return {}
+
+    def weights(self, params: Tree, frozen: Tree) -> dict[str, Tree]:
+        """The player's networks."""
+        return {**frozen, **params["model"]}
+
+    def parts(self) -> Mapping[str, Part]:
+        """None: the step is one piece."""
+        return {}
+
+    def codec(self, params: Tree, frozen: Tree) -> Any:
+        """There is none.
+
+        Raises:
+            ConfigError: always, with what to do instead.
+        """
+        raise ConfigError(f"a {self.role} run makes no latents; name a run of an autoencoder, or of a generator")
+
+
+class OneNetwork(NothingFrozen):
     """A recipe without its batches, loss and use.
 
     Attributes:
         role: of the network, and the name of the recipe in messages; a subclass says it.
         network: what learns.
     """
-
-    role: str
-    options = NoOptions()
 
     def __init__(self, config: Any, platform: Platform):
         """`config` has `batch_size`, `microbatches`, `train_steps`, `inputs`, `network`, `optimizer` and `ema_decay`;
@@ -58,34 +94,9 @@ class OneNetwork:
     def _new_player(self, params: Tree) -> Player:
         return new_player(params, self.optimizer, ema=self.config.ema_decay > 0)
 
-    def frozen_spec(self) -> Tree:
-        """Nothing is frozen."""
-        return {}
-
-    def load_frozen(self, mesh: Mesh | None, use: Use = "train") -> Tree:
-        """Nothing is frozen."""
-        del mesh, use
-        return {}
-
-    def weights(self, params: Tree, frozen: Tree) -> dict[str, Tree]:
-        """The network."""
-        return {**frozen, **params["model"]}
-
     def rules(self) -> Sequence[tuple[str, PartitionSpec]]:
         """Those of the network."""
         return rules_of({self.role: self.network})
-
-    def parts(self) -> Mapping[str, Part]:
-        """None: the step is one piece."""
-        return {}
-
-    def codec(self, params: Tree, frozen: Tree) -> Any:
-        """There is none.
-
-        Raises:
-            ConfigError: always, with what to do instead.
-        """
-        raise ConfigError(f"a {self.role} run makes no latents; name a run of an autoencoder, or of a generator")
 
     # --- training and leaving ---
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from snapgen_jax.bounds import SHARE, at_least, check
 from snapgen_jax.evaluation.interfaces import EvaluationConfig, EvaluatorSpec
@@ -26,6 +26,7 @@ from snapgen_jax.networks.codec import CodecConfig, from_uint8
 from snapgen_jax.networks.module import Platform, apply, build, for_platform, init
 from snapgen_jax.networks.rules import rules_of
 from snapgen_jax.recipes._assembly import Specs
+from snapgen_jax.recipes._one_network import NothingFrozen
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.exports import ExportPlan
 from snapgen_jax.training.optimizer import (
@@ -35,7 +36,7 @@ from snapgen_jax.training.optimizer import (
     new_player,
     step_player,
 )
-from snapgen_jax.training.recipe import Metrics, NoOptions, Part, Use
+from snapgen_jax.training.recipe import Metrics, NoOptions
 from snapgen_jax.training.state import TrainState
 
 Tree = Any
@@ -67,11 +68,11 @@ class ContrastiveConfig:
         check(self, batch_size=at_least(1), train_steps=at_least(1), ema_decay=SHARE)
 
 
-class Contrastive:
+class Contrastive(NothingFrozen):
     """See the top of this file. Implements `training.recipe.Recipe`."""
 
     Config = ContrastiveConfig
-    options = NoOptions()
+    role = "contrastive"
 
     def __init__(self, config: ContrastiveConfig, platform: Platform):
         """`platform` is the one compiled for; it fixes the compute dtype.
@@ -133,34 +134,9 @@ class Contrastive:
         player = new_player(earlier["model"], self.optimizer, ema=self.config.ema_decay > 0)
         return state.replace(players={"model": player})
 
-    def frozen_spec(self) -> Tree:
-        """Nothing is frozen."""
-        return {}
-
-    def load_frozen(self, mesh: Mesh | None, use: Use = "train") -> Tree:
-        """Nothing is frozen."""
-        del mesh, use
-        return {}
-
-    def weights(self, params: Tree, frozen: Tree) -> dict[str, Tree]:
-        """Both encoders and the temperature."""
-        return {**frozen, **params["model"]}
-
     def rules(self) -> Sequence[tuple[str, PartitionSpec]]:
         """Those of the two encoders."""
         return rules_of({"image": self.image, "text": self.text})
-
-    def parts(self) -> Mapping[str, Part]:
-        """None: the step is one piece."""
-        return {}
-
-    def codec(self, params: Tree, frozen: Tree) -> Any:
-        """There is none.
-
-        Raises:
-            ConfigError: always, with what to do instead.
-        """
-        raise ConfigError("a contrastive run makes no latents; name a run of an autoencoder, or of a generator")
 
     def embed_text(self, networks: Tree, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """`[B, L]` tokens to unit vectors `[B, D]`."""
