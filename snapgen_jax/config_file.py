@@ -45,9 +45,13 @@ def read(spec: str) -> Mapping[str, Any] | ConfigDict:
                 f"{path}: {error}; a config imports ml_collections, the standard library, and other files of its "
                 f"`{PACKAGE}/` folder (from {PACKAGE}.shapes import quickstart)"
             ) from error
-        except (ValueError, KeyError) as error:
+        except ValueError as error:
             raise ConfigError(f"{path}: get_config({arg!r}) failed: {error}") from error
         except Exception as error:  # a slip in a file of the user's
+            if isinstance(error, KeyError) and arg and error.args == (arg,):
+                raise ConfigError(
+                    f"{path}: get_config knows no argument {arg!r}; the top of the file says which it takes"
+                ) from error
             raise ConfigError(
                 f"{_place(error, file)}: {type(error).__name__}: {error}; correct the config file"
             ) from error

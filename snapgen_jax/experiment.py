@@ -28,7 +28,7 @@ from snapgen_jax.data.sources import Source, build_source
 from snapgen_jax.data.stored_source import StoredSource
 from snapgen_jax.data.synthetic import SyntheticBatches
 from snapgen_jax.data.tokenizer import CaptionTokenizer
-from snapgen_jax.data.tokenizer_specs import OwnTokenizer, load_tokenizers, make_tokenizer
+from snapgen_jax.data.tokenizer_specs import OwnTokenizer, check_texts, load_tokenizers, make_tokenizer
 from snapgen_jax.evaluation import registry
 from snapgen_jax.evaluation.interfaces import EvaluationResult, Evaluator
 from snapgen_jax.generation import Generator, load_start, on_every_host
@@ -144,7 +144,9 @@ class Experiment:
         if self.is_synthetic:
             words = {name: spec.vocab_size for name, spec in self.recipe.tokenizers().items()}
             return SyntheticBatches(specs, bounds={**words, **self.recipe.inputs.integer_bounds()}, seed=seed, **share)
-        return Pipeline(self.config.data, specs, self.tokenizer, seed=seed, split="train", source=self.source, **share)
+        pipeline = Pipeline(self.config.data, specs, self.tokenizer, seed=seed, source=self.source, **share)
+        check_texts(self.recipe.tokenizers(), self.config.data.texts, self.source)
+        return pipeline
 
     def evaluators(self) -> list[ScheduledEvaluator]:
         """The recipe's evaluators, each run on a generator with the weights of the moment; none for synthetic batches,

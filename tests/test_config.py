@@ -165,6 +165,7 @@ def test_a_missing_file_and_a_file_without_get_config_are_refused(tmp_path):
             r"slip.py:3: AttributeError: .*'inputs'",
         ),
         ("def get_config():\n    return {}\n", r"must take one argument, `def get_config\(arg=None\)`"),
+        ("def get_config(arg=None):\n    return {'one': {}}['x']\n", r"slip.py:2: KeyError: 'x'; correct"),
         ("def get_config(arg=None):\n    pass\n", r"get_config\(''\) returned None; return a ConfigDict, or a dict"),
     ],
 )
@@ -174,9 +175,12 @@ def test_a_slip_in_a_config_file_is_named_with_its_line(text, message, tmp_path)
         configs.load_config(str(tmp_path / "slip.py"))
 
 
-def test_an_unknown_argument_of_get_config_is_refused():
+def test_an_unknown_argument_of_get_config_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="unknown argument 'runlocl'"):
         configs.load_config(QUICKSTART + ":runlocl")
+    (tmp_path / "table.py").write_text("def get_config(arg=None):\n    return {None: {}, 'one': {}}[arg]\n")
+    with pytest.raises(ConfigError, match=r"table.py: get_config knows no argument 'two'; the top of the file says"):
+        configs.load_config(f"{tmp_path / 'table.py'}:two")
 
 
 def test_json_restores_the_very_config():

@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from snapgen_jax.data.config import DataConfig
-from snapgen_jax.data.errors import DataError
+from snapgen_jax.data.errors import DataError, UnreadableExampleError
 from snapgen_jax.data.pretrained_tokenizers import Encodes, OneText, PretrainedTokenizers, StandInTokenizer
 from snapgen_jax.data.shapes_demands import DemandTokenizer
 from snapgen_jax.data.sources import Source
@@ -85,6 +85,33 @@ def load_tokenizers(specs: Specs, own: epath.PathLike | OwnTokenizer | None) -> 
         made.update(dict.fromkeys(trained, tokenizer))
     each = {name: OneText(made[name], spec.text) if spec.text else made[name] for name, spec in specs.items()}
     return PretrainedTokenizers(each) if specs else None
+
+
+def check_texts(specs: Specs, texts: Mapping[str, str], source: Source) -> None:
+    """Reads the first captions by what reads words of the shapes world alone, before anything is computed from them.
+
+    Args:
+        specs: {array of token ids: its tokenizer}.
+        texts: {array of token ids: the text of the source that it is made of}, "caption" by default.
+        source: the examples.
+
+    Raises:
+        DataError: the shapes world has no such caption; names the example.
+    """
+    rng, tokenizer = np.random.default_rng(0), DemandTokenizer()
+    for name, spec in specs.items():
+        if spec.kind != "demands" or spec.text or name in source.spec():
+            continue
+        text = texts.get(name, "caption")
+        for index in range(min(len(source), _CAPTIONS_COMPARED)):
+            try:
+                caption = source.example(index, rng, (text,))[text]
+            except UnreadableExampleError:  # counted in training
+                continue
+            try:
+                tokenizer.encode([caption], spec.length)
+            except DataError as error:
+                raise DataError(f"{source.name(index)}: {error}") from error
 
 
 def make_tokenizer(

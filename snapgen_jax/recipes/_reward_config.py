@@ -62,6 +62,9 @@ class RewardTuningConfig(FlowMatchingConfig):
         form: images that are "sampled" from noise, from the prompts of a batch alone; or "direct", one step from noised
             images of the data, the paper's baseline.
         backprop_steps: K, the steps through which gradients run.
+        stop_input_gradient: of each of these steps the gradient reaches the weights and not the latent that the network
+            was given, so that it comes to earlier steps along the sum of the velocities alone (DRTune, Wu et al. 2024,
+            arXiv 2405.00760): no Jacobians of later steps multiply it, which with many steps grow it without bound.
         rewards: by name.
         constraint: the reward that keeps images true to their prompts. It is needed, unless `leave_out` names it.
         leave_out: rewards to do without, by name; "constraint" for the constraint.
@@ -81,6 +84,7 @@ class RewardTuningConfig(FlowMatchingConfig):
     lora: LoraConfig = LoraConfig()
     form: Literal["sampled", "direct"] = "sampled"
     backprop_steps: int = 5
+    stop_input_gradient: bool = False
     rewards: Mapping[str, RewardSourceConfig] = dataclasses.field(default_factory=dict)
     constraint: RewardSourceConfig = RewardSourceConfig()
     leave_out: tuple[str, ...] = ()
@@ -93,6 +97,8 @@ class RewardTuningConfig(FlowMatchingConfig):
             raise ValueError(
                 f"backprop_steps={self.backprop_steps} of sampling.steps={self.sampling.steps}; give as many at most"
             )
+        if self.stop_input_gradient and self.form == "direct":
+            raise ValueError("stop_input_gradient is of images that are sampled, and form='direct' samples none")
         if CONSTRAINT in self.rewards:
             raise ValueError(f"rewards: {CONSTRAINT!r} is the name of the field `constraint`; set that one")
         if unknown := [name for name in self.leave_out if name not in (*self.rewards, CONSTRAINT)]:

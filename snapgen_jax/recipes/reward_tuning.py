@@ -282,7 +282,8 @@ class RewardTuning(FlowMatching):
     def _call(
         self, networks: Networks, x_t: jax.Array, level: Level, i: jax.Array, carry: Any, condition: Any
     ) -> tuple[jax.Array, Any]:
-        return self.denoise(networks, x_t, level, i, carry, condition, None)
+        seen = jax.lax.stop_gradient(x_t) if self.config.stop_input_gradient else x_t
+        return self.denoise(networks, seen, level, i, carry, condition, None)
 
     def parts(self) -> Mapping[str, Part]:
         """ "draw", as for flow matching; and "roll_out", the sampler without the way back."""

@@ -9,6 +9,8 @@ from snapgen_jax.data.errors import DataError
 from snapgen_jax.data.pipeline import Pipeline
 from snapgen_jax.data.sources import build_source
 from snapgen_jax.data.tokenizer import train
+from snapgen_jax.data.tokenizer_specs import check_texts
+from snapgen_jax.inputs.interfaces import TokenizerSpec
 
 LINES = [
     f"{count} {colour} foxes" for count in ("two", "three") for colour in ("red", "blue", "green", "grey", "black")
@@ -65,3 +67,14 @@ def test_a_file_without_prompts_is_refused(tmp_path, text, message):
         source(path)
     with pytest.raises(DataError, match=r"needs data\.path, a text file"):
         source("")
+
+
+def test_a_line_that_a_detector_cannot_read_is_named_before_training(tmp_path):
+    path, specs = tmp_path / "prompts.txt", {"detection_tokens": TokenizerSpec("demands", 10, 9)}
+    path.write_text("two stars\n\na red circle left of a blue square\n")
+    check_texts(specs, {}, source(path, validation_share=0.0))
+    path.write_text("two stars\n\na photograph of a horse\n")
+    with pytest.raises(DataError, match=r"prompts\.txt, line 3: 'a photograph of a horse' is no caption whose demands"):
+        check_texts(specs, {}, source(path, validation_share=0.0))
+    wish = {"detection_tokens": TokenizerSpec("demands", 10, 9, text="a red circle")}
+    check_texts(wish, {}, source(path, validation_share=0.0))

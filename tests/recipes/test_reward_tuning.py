@@ -148,8 +148,9 @@ def test_the_run_holds_its_frozen_networks_to_their_files(base, tuned, frozen):
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
-def test_gradients_are_those_of_a_sampler_that_is_cut_before_the_last_steps(base, frozen):
-    recipe, last = tuning(base[0]), 2
+@pytest.mark.parametrize("stop_input", [False, True], ids=["through all", "along the velocities"])
+def test_gradients_are_those_of_a_sampler_that_is_cut_before_the_last_steps(base, frozen, stop_input):
+    recipe, last = tuning(base[0], stop_input_gradient=stop_input), 2
     text = jax.tree.map(lambda x: 1.1 * x + 0.01, frozen["original/text"])
     drawn, w = drawn_of(recipe, frozen), recipe.config.sampling.guidance
     grid = recipe.config.schedule.grid(STEPS, 3.0)
@@ -166,7 +167,8 @@ def test_gradients_are_those_of_a_sampler_that_is_cut_before_the_last_steps(base
         def step(x, i):
             x = jnp.where(i == STEPS - last, jax.lax.stop_gradient(x), x)
             condition = jax.tree.map(lambda a, b: jnp.where(i < STEPS - last, a, b), *told)
-            v = recipe.denoiser(frozen["unet"], jnp.concatenate([x, x]), grid.at(i, 8), condition)[0]
+            given = jax.lax.stop_gradient(x) if stop_input else x
+            v = recipe.denoiser(frozen["unet"], jnp.concatenate([given, given]), grid.at(i, 8), condition)[0]
             ts = jnp.asarray(grid.t)
             return x + (ts[i + 1] - ts[i]) * (v[4:] + w * (v[:4] - v[4:])), None
 
