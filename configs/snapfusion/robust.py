@@ -37,6 +37,8 @@ def experiment(preset: str) -> ConfigDict:
         {
             "kind": "clip_captions",
             "image_sizes": ((512, 512),),
+            "null": "empty_prompt",
+            "clip_l": {"preset": "sd15"},
             "codec": {"kind": "autoencoder", "autoencoder": {"preset": "sd1"}, "workdir": "sd15/vae"},
             "clip_l_folder": "sd15/text_encoder",
             "clip_l_tokenizer": "sd15/tokenizer",
@@ -64,8 +66,8 @@ def run_locally(c: ConfigDict) -> ConfigDict:
     c.data = ConfigDict({"source": "synthetic"})
     clip = {"preset": "smoke", "vocab_size": 512, "width": 24, "max_tokens": 7, "projection": 24, "eos_id": 511}
     codec = {"kind": "autoencoder", "autoencoder": {"preset": "smoke"}}
-    inputs = {"kind": "clip_captions", "image_sizes": ((16, 16),), "codec": codec, "clip_l": clip, "stand_ins": True}
-    c.inputs = ConfigDict(inputs)
+    encoders = {"codec": codec, "clip_l": clip, "stand_ins": True}
+    c.inputs = ConfigDict({"kind": "clip_captions", "image_sizes": ((16, 16),), "null": "empty_prompt", **encoders})
     c.network = ConfigDict({"kind": "sd_unet", "preset": "smoke"})
     c.optimizer.warmup_steps = 2
     c.sampling.steps = 2

@@ -2,14 +2,15 @@
 
 What class-conditional ImageNet is trained on: "a photo of a tench" in place of a label (SnapGen, arXiv 2412.09619,
 section 3.1), and the autoencoder of Stable Diffusion 1. A dropped caption leaves zeros that are masked, as in
-`encoders.py`. Where latents were stored beforehand, see `stored_clip_captions.py`.
+`encoders.py`, or the empty prompt, by which Stable Diffusion 1 was trained. Where latents were stored beforehand, see
+`stored_clip_captions.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -23,13 +24,16 @@ from snapgen_jax.inputs._images import ImageCodec, OfImages, Size, image_specs
 from snapgen_jax.inputs._text_encoders import TextEncoders, all_named, text_encoder
 from snapgen_jax.inputs.interfaces import Networks, TokenizerSpec, Tree, is_kept
 from snapgen_jax.networks.autoencoder import AutoencoderConfig
-from snapgen_jax.networks.clip import ClipTextConfig
+from snapgen_jax.networks.clip import ClipTextConfig, null_tokens
 from snapgen_jax.networks.codec import CodecConfig
 from snapgen_jax.networks.module import Network, Platform, apply, build
 from snapgen_jax.networks.text import TextContext
+from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.exports import ExportUnit, InputsExport
 
 CLIP = "clip_l"  # the role of the encoder, and the array of its token ids
+OF_CLIP = ("clip_captions", "stored_clip_captions")  # kinds of inputs
+Null = Literal["zeros", "empty_prompt"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +72,14 @@ class ClipCaptionsConfig(ClipFrozenConfig):
     Attributes:
         image_sizes: (height, width) of each aspect bucket, in pixels.
         caption_dropout: share of captions that are replaced by none, for guidance.
+        null: what is attended to without a caption: zeros that are masked, or what CLIP-L makes of the empty prompt. A
+            network that goes on from a published Stable Diffusion 1 knows the latter.
     """
 
     kind: Literal["clip_captions"] = "clip_captions"
     image_sizes: tuple[Size, ...] = ((256, 256),)
     caption_dropout: float = 0.1
+    null: Null = "zeros"
 
     def __post_init__(self) -> None:
         check(self, image_sizes=at_least(1), caption_dropout=SHARE)
@@ -86,7 +93,7 @@ class OfClip:
     """The part of an `Inputs` that reads captions through CLIP-L inside the step.
 
     Attributes:
-        config: with `caption_dropout`.
+        config: with `caption_dropout` and `null`.
         text: the encoder.
     """
 
@@ -110,7 +117,7 @@ class OfClip:
         return {CLIP: draw_kept(key, batch_size, self.config.caption_dropout)}
 
     def draw_condition(self, networks: Networks, batch: Tree, key: jax.Array, kept: Mapping[str, jax.Array]) -> Tree:
-        """What CLIP-L makes of the captions, zeros that are masked where they are not kept."""
+        """What CLIP-L makes of the captions, the null condition where they are not kept."""
         del key
         context, rows = self.text.encode(networks, batch)[CLIP], is_kept(kept, CLIP)
         return context if rows is None else keep(rows, context, self.null_condition(networks))
@@ -121,11 +128,30 @@ class OfClip:
         return drawn
 
     def null_condition(self, networks: Networks) -> TextContext:
-        """Zeros that are masked, `[1, ...]`."""
-        del networks
+        """Zeros that are masked, or the states of the empty prompt, `[1, ...]`."""
+        if self.config.null == "zeros":
+            return self.zeros()
+        return self.text.encode(networks, {CLIP: jnp.asarray(self.empty_prompt())[None]})[CLIP]
+
+    def empty_prompt(self) -> np.ndarray:
+        """Its token ids, int32 `[L]`."""
+        clip = self.text.encoders[CLIP].config
+        return null_tokens(clip, clip.max_tokens)[0]
+
+    def zeros(self) -> TextContext:
+        """Zeros in the shape of the states of one caption, `[1, ...]`."""
         clip = self.text.encoders[CLIP].config
         shapes = (clip.max_tokens, clip.width), (clip.max_tokens,), (clip.projection or clip.width,)
         return TextContext(*(jnp.zeros((1, *shape)) for shape in shapes))
+
+    def check_null(self, workdir: str, inputs: Mapping[str, Any], parts: Sequence[str]) -> None:
+        """Raises `ConfigError` where an earlier run, as for `check_run`, had another null condition."""
+        theirs = inputs.get("null", "zeros")
+        if "condition" in parts and inputs.get("kind") in OF_CLIP and theirs != self.config.null:
+            raise ConfigError(
+                f"the run {workdir!r} was trained with inputs.null={theirs!r}, and here it is {self.config.null!r}; "
+                "make them equal"
+            )
 
 
 class ClipCaptions(OfClip, OfImages):
@@ -148,6 +174,11 @@ class ClipCaptions(OfClip, OfImages):
         """All."""
         return tuple(self.networks())
 
+    def check_run(self, workdir: str, inputs: Mapping[str, Any], parts: Sequence[str]) -> None:
+        """Raises `ConfigError` where an earlier run had other latents, or another null condition."""
+        super().check_run(workdir, inputs, parts)
+        self.check_null(workdir, inputs, parts)
+
     def load(self, roles: tuple[str, ...], mesh: Mesh | None) -> dict[str, Tree]:
         """Reads text encoder and autoencoder onto the mesh, slice by slice; or draws both as stand-ins."""
         return self.text.load(roles, self.images, mesh)
@@ -161,14 +192,15 @@ class ClipCaptions(OfClip, OfImages):
             (CLIP,),
             {CLIP: jax.ShapeDtypeStruct((1, clip.max_tokens), jnp.int32)},
         )
-        context = jax.eval_shape(self.null_condition, {})
+        context, zeros = jax.eval_shape(self.zeros), self.config.null == "zeros"
+        nothing = {name: np.zeros(x.shape[1:], np.float32) for name, x in vars(context).items()}
         return InputsExport(
             [unit],
-            {CLIP: np.zeros(clip.max_tokens, np.int32)},
+            {CLIP: np.zeros(clip.max_tokens, np.int32) if zeros else self.empty_prompt()},
             self.images.describe(),
             self.images.export_unit(),
             tokenizers=[{"file": f"tokenizers/{CLIP}.json", "tokens": CLIP}],
-            null_context={name: np.zeros(x.shape[1:], np.float32) for name, x in vars(context).items()},
+            null_context=nothing if zeros else {},
             context=context,
         )
 

@@ -7,7 +7,8 @@ name are fifteen times the size of a latent at 256 px, and CLIP-L is a twentieth
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from snapgen_jax.bounds import SHARE, at_least, check
 from snapgen_jax.inputs._frozen import FrozenEncoders, StoredDtype, check_made, latent_sizes
 from snapgen_jax.inputs._images import ImageCodec, Size
 from snapgen_jax.inputs._latents import LATENT, OfLatents, StoredLatents
-from snapgen_jax.inputs.clip_captions import ClipCaptionsConfig, ClipFrozenConfig, OfClip
+from snapgen_jax.inputs.clip_captions import ClipCaptionsConfig, ClipFrozenConfig, Null, OfClip
 from snapgen_jax.inputs.interfaces import Networks, Tree
 from snapgen_jax.networks.module import Network, Platform
 from snapgen_jax.training.exits import ConfigError
@@ -34,6 +35,7 @@ class StoredClipCaptionsConfig:
         dtype: of latents as they are stored.
         encoders: what makes latents and token ids; the text encoder is read for training, the autoencoder for samples.
         caption_dropout: share of captions that are replaced by none, for guidance.
+        null: as for `clip_captions`.
     """
 
     kind: Literal["stored_clip_captions"] = "stored_clip_captions"
@@ -43,6 +45,7 @@ class StoredClipCaptionsConfig:
     dtype: StoredDtype = "bfloat16"
     encoders: ClipFrozenConfig = ClipFrozenConfig()
     caption_dropout: float = 0.1
+    null: Null = "zeros"
 
     def __post_init__(self) -> None:
         check(self, image_sizes=at_least(1), reduction=at_least(1), latent_channels=at_least(1), caption_dropout=SHARE)
@@ -56,7 +59,8 @@ class StoredClipCaptionsConfig:
         if not self.encoders.named():
             return None
         frozen = {field.name: getattr(self.encoders, field.name) for field in dataclasses.fields(ClipFrozenConfig)}
-        return ClipCaptionsConfig(**frozen, image_sizes=self.image_sizes, caption_dropout=self.caption_dropout)
+        kept = {"caption_dropout": self.caption_dropout, "null": self.null}
+        return ClipCaptionsConfig(**frozen, **kept, image_sizes=self.image_sizes)
 
 
 class StoredClipCaptions(OfClip, OfLatents):
@@ -76,6 +80,10 @@ class StoredClipCaptions(OfClip, OfLatents):
     def networks(self) -> dict[str, Network]:
         """ "clip_l"; the autoencoder ran beforehand."""
         return self.text_networks()
+
+    def check_run(self, workdir: str, inputs: Mapping[str, Any], parts: Sequence[str]) -> None:
+        """Raises `ConfigError` where an earlier run had another null condition; it says nothing of its latents."""
+        self.check_null(workdir, inputs, parts)
 
     def clean(self, networks: Networks, batch: Tree) -> jax.Array:
         """The stored latents."""

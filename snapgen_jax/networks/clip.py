@@ -35,6 +35,7 @@ _PUBLISHED: dict[str, Any] = {
     "output": "penultimate",
     "key_bias": True,
 }
+_LARGE: dict[str, Any] = {**_PUBLISHED, "width": 768, "layers": 12, "heads": 12, "pad_id": 49407}
 _MIDDLE: dict[str, Any] = {"width": 1024, "layers": 24, "heads": 16, "projection": 1024, "activation": "gelu"}
 
 
@@ -110,7 +111,8 @@ class ClipTextConfig(Preset):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {"vocab_size": 32, "width": 16, "heads": 2, "max_tokens": 8, "projection": 16},
         "shapes": {},
-        "clip_l": {**_PUBLISHED, "width": 768, "layers": 12, "heads": 12, "projection": 768, "pad_id": 49407},
+        "clip_l": {**_LARGE, "projection": 768},
+        "sd15": {**_LARGE, "projection": None, "output": "last"},  # CLIP-L as Stable Diffusion 1 reads it
         "clip_h": {**_PUBLISHED, **_MIDDLE},
         "clip_little_g": {**_PUBLISHED, **_MIDDLE},  # g/14's text half has the sizes of H/14's
         "clip_g": {

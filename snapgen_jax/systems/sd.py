@@ -43,7 +43,6 @@ from snapgen_jax.systems.published import (
     read_training,
 )
 from snapgen_jax.weights.checkpoint import WeightsError
-from snapgen_jax.weights.mapping import WeightMap
 from snapgen_jax.weights.maps import clip as clip_map
 from snapgen_jax.weights.maps import sd3_autoencoder, sd_unet
 
@@ -57,18 +56,7 @@ def _read_text_encoder(values: Mapping[str, Any], **changes: Any) -> ClipTextCon
     return found if projected else dataclasses.replace(found, projection=None)
 
 
-def _text_map(config: ClipTextConfig) -> WeightMap:
-    """As `weights.maps.clip`; of an encoder alone, as newer versions of transformers write it, too."""
-    whole = clip_map.weight_map(config)
-    if config.projection is not None:
-        return whole
-    prefix = "text_model."
-    bare = (dataclasses.replace(r, names=tuple(name.removeprefix(prefix) for name in r.names)) for r in whole.rules)
-    ignored = tuple(pattern.removeprefix(r"text_model\.") for pattern in whole.ignored)
-    return dataclasses.replace(whole, rules=tuple(bare), ignored=ignored, prefixes=(prefix, ""))
-
-
-_TEXT: Any = SimpleNamespace(read_config=_read_text_encoder, weight_map=_text_map)
+_TEXT: Any = SimpleNamespace(read_config=_read_text_encoder, weight_map=clip_map.read_map)
 PARTS = {
     "unet": Part("unet", sd_unet, "sd15"),
     "autoencoder": Part("vae", sd3_autoencoder, "sd15"),
@@ -113,17 +101,16 @@ class SDConfig:
 def published_configs(size: str) -> NetworkConfigs:
     """The configs of the networks of a published size, without a file."""
     scale = 0.13025 if size == "sdxl" else 0.18215
-    alone = {"output": "last", "projection": None}
     networks: NetworkConfigs = {
         "unet": SDUNetConfig.preset(size),
         "autoencoder": AutoencoderConfig.preset("sd1", scale=scale),
     }
     match size:
         case "sd15":
-            networks["clip"] = ClipTextConfig.preset("clip_l", **alone)
+            networks["clip"] = ClipTextConfig.preset("sd15")
         case "sd21":  # OpenCLIP-H without its last layer
             changes = {"width": 1024, "heads": 16, "layers": 23, "activation": "gelu", "pad_id": 0}
-            networks["clip"] = ClipTextConfig.preset("clip_l", **alone, **changes)
+            networks["clip"] = ClipTextConfig.preset("sd15", **changes)
         case _:
             networks["clip"] = ClipTextConfig.preset("clip_l", projection=None)
             networks["clip_g"] = ClipTextConfig.preset("clip_g")

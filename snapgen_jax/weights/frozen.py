@@ -313,8 +313,8 @@ def load_text_encoder(network: Network, name: str, folder: str, mesh: Mesh | Non
         raise ConfigError(
             f"the text encoder {name} has no weights: set its folder among `encoders`\n{source(name).advice}"
         )
-    maps = {"gemma2_2b": gemma2_map, "t5_xxl": t5_map}.get(name, clip_map)
-    return _load_published(name, folder, maps, network.config, frozen_spec(network), mesh)
+    read_map = {"gemma2_2b": gemma2_map.weight_map, "t5_xxl": t5_map.weight_map}.get(name, clip_map.read_map)
+    return _load_mapped(name, folder, read_map(network.config), network.config, frozen_spec(network), mesh)
 
 
 def load_reward(network: Network, name: str, folder: str, head_folder: str = "", mesh: Mesh | None = None) -> Tree:

@@ -133,8 +133,9 @@ def test_encoders_that_make_other_latents_than_are_described_are_refused():
         dataclasses.replace(STORED, reduction=8).build(8, "cpu").frozen_encoders()
 
 
-def test_a_bundle_draws_from_clip_what_the_run_draws_within_its_band_of_times(frozen):
-    made = recipe()
+@pytest.mark.parametrize("null", ["zeros", "empty_prompt"])
+def test_a_bundle_draws_from_clip_what_the_run_draws_within_its_band_of_times(frozen, null):
+    made = recipe(null=null)
     params = {"model": jax.jit(made.first_params)(key(0, 0, "init"))}
     stirred = jax.tree.map(lambda x: x + 0.05 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
     options = dataclasses.replace(made.options, steps=4, guidance=3.0, guidance_interval=(0.2, 0.6))
@@ -153,6 +154,20 @@ def test_a_bundle_draws_from_clip_what_the_run_draws_within_its_band_of_times(fr
     assert np.abs(image.astype(int) - np.asarray(drawn["image"][0])).max() <= 1
     other = sampler.run({"clip_l": told[0]}, noise[0], guidance_interval=(0.0, 1.0))["image"]
     assert (image != other).any()
+
+
+def test_without_a_caption_it_is_zeros_or_the_empty_prompt_and_a_run_of_the_other_is_refused(frozen):
+    empty, zeros = recipe(null="empty_prompt").inputs, recipe().inputs
+    told = empty.text.encode(frozen, {"clip_l": empty.empty_prompt()[None]})["clip_l"]
+    jax.tree.map(np.testing.assert_array_equal, empty.null_condition(frozen), told)
+    assert list(empty.empty_prompt()[:3]) == [TEXT.bos_id, TEXT.eos_id, TEXT.pad_id] and np.all(told.mask)
+    assert dataclasses.replace(STORED, null="empty_prompt").unstored() == empty.config
+    run = {"kind": "clip_captions", "codec": {"kind": "autoencoder"}}
+    zeros.check_run("runs/base", run, ("latent", "condition"))
+    empty.check_run("runs/base", run, ("latent",))
+    for ours in (empty, dataclasses.replace(STORED, null="empty_prompt").build(8, "cpu")):
+        with pytest.raises(ConfigError, match=r"'runs/base' was trained with inputs\.null='zeros'"):
+            ours.check_run("runs/base", run, ("latent", "condition"))
 
 
 def test_missing_weights_are_asked_for_with_their_source():

@@ -8,6 +8,7 @@ import pytest
 from etils import epath
 
 from snapgen_jax.config import read_one, resolve
+from snapgen_jax.data.pretrained_tokenizers import PretrainedTokenizer
 from snapgen_jax.experiment import Experiment
 from snapgen_jax.networks.pruned import PrunedDecoderConfig, pruned
 from snapgen_jax.recipes._base import load_base
@@ -15,7 +16,7 @@ from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.keys import key
 from snapgen_jax.typed import plain
 from snapgen_jax.weights.frozen import load_network
-from snapgen_jax.weights.maps import sd3_autoencoder, sd_unet
+from snapgen_jax.weights.maps import clip, sd3_autoencoder, sd_unet
 from snapgen_jax.weights.published import read_config_file
 from tests.parity import GOLDENS
 
@@ -66,3 +67,27 @@ def test_what_no_run_starts_from_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
     with pytest.raises(ConfigError, match="holds no safetensors file"):
         load_network(tmp_path)
+
+
+def test_rewards_tune_the_published_text_encoder_which_speaks_without_a_caption_too():
+    config: Any = read_one("configs/reward/sd15.py:runlocal")
+    network = read_config_file(SD15 / "unet" / "config.json", sd_unet.read_config)
+    text = read_config_file(SD15 / "text_encoder" / "config.json", clip.read_config)
+    config.init_from, config.prediction = str(SD15 / "unet"), "eps"
+    config.network = plain(network)
+    config.inputs.stand_ins = False
+    config.inputs.clip_l = {**plain(text), "projection": None, "output": "last"}
+    config.inputs.clip_l_folder, config.inputs.clip_l_tokenizer = str(SD15 / "text_encoder"), str(SD15 / "tokenizer")
+    whole = read_config_file(SD15 / "vae" / "config.json", sd3_autoencoder.read_config)
+    config.inputs.codec = {"kind": "autoencoder", "autoencoder": plain(whole), "workdir": str(SD15 / "vae")}
+    for reward in (config.rewards.drawn, config.constraint):
+        reward.network.text.update({"vocab_size": text.vocab_size, "max_tokens": text.max_tokens})
+    recipe, params = started_from(config)
+    assert set(params) == {"clip_l"}
+    frozen = recipe.load_frozen(None)
+    jax.tree.map(np.testing.assert_array_equal, params["clip_l"], frozen["original/clip_l"])
+    (empty,) = PretrainedTokenizer.load(SD15 / "tokenizer").encode([""], text.max_tokens)[0]
+    inputs, networks = recipe.inputs, recipe.weights({"model": params}, frozen)
+    null, told = inputs.null_condition(networks), inputs.text.encode(networks, {"clip_l": empty[None]})["clip_l"]
+    jax.tree.map(np.testing.assert_array_equal, null, told)
+    assert np.ptp(null.sequence) > 0.1

@@ -142,6 +142,16 @@ def weight_map(config: ClipTextConfig, layout: Layout = "transformers") -> Weigh
     )
 
 
+def read_map(config: ClipTextConfig) -> WeightMap:
+    """As `weight_map`, of files of an encoder alone as newer versions of transformers write them, too."""
+    whole, prefix = weight_map(config), "text_model."
+    if config.projection:
+        return whole
+    bare = (dataclasses.replace(r, names=tuple(name.removeprefix(prefix) for name in r.names)) for r in whole.rules)
+    ignored = tuple(pattern.removeprefix(r"text_model\.") for pattern in whole.ignored)
+    return dataclasses.replace(whole, rules=tuple(bare), ignored=ignored, prefixes=(prefix, ""))
+
+
 def layout_of(names: Iterable[str]) -> Layout:
     """The layout that the tensors of these names are in, those of either half of a CLIP."""
     openclip = any(re.search(r"(^|\.)resblocks\.", name) for name in names)
