@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.claims import landing
 from benchmarks.claims.claim import DIVERSITY, FRECHET, HELD_OUT, SCORE, Claim, Metric
 from benchmarks.claims.landing import Landed
-from benchmarks.claims.trials import BUDGETS, Paper
+from benchmarks.claims.trials import Paper
 
 PLACES = {SCORE, HELD_OUT, FRECHET, DIVERSITY}
 
@@ -54,8 +54,7 @@ def _not_run(
 
 
 def hours_of(paper: Paper, budget: str, trials: Sequence[str], landed: Sequence[Landed] = ()) -> float:
-    """Hours of the trainings that are not landed yet, with those that they start from, at the budget's seconds of an
-    update; where a config alone knows its updates they are not counted."""
+    """Hours of the trainings that are not landed yet, with those that they start from."""
     there = {(one.trial, one.seed) for one in landed}
     wanted = {name: {seed for seed in paper.seeds(name, budget) if (name, seed) not in there} for name in trials}
     for name in reversed(trials):
@@ -65,8 +64,7 @@ def hours_of(paper: Paper, budget: str, trials: Sequence[str], landed: Sequence[
         followed = any(wanted[n] for n in trials if name in paper.trials[n].earlier.values())
         if name in wanted and not trial.draws and not followed:
             wanted[name] = set()
-    updates = sum(paper.trials[name].updates(budget) * len(seeds) for name, seeds in wanted.items())
-    return updates * BUDGETS[budget].seconds / 3600
+    return sum(paper.trials[name].seconds(budget) * len(seeds) for name, seeds in wanted.items()) / 3600
 
 
 def _group(landed: Sequence[Landed], rows: landing.Rows, paper: Paper) -> dict[str, Any]:

@@ -36,9 +36,9 @@ FULL_GRADIENT = (  # as the paper has it, at the highest rate of 3e-4 and 1e-3 a
 WISH = ("rewards.detection.text='a red circle'", "optimizer.learning_rate=3e-3")  # whatever the prompt, and fast
 
 
-def effort(seeds: int, updates: int | None = UPDATES) -> dict[str, Effort]:
-    """Of a trial, in every budget."""
-    return {"ci": Effort(), **dict.fromkeys(("short", "night", "gpu", "world"), Effort(updates, seeds))}
+def effort(seeds: int, updates: int | None = UPDATES, seconds: float = 0.7) -> dict[str, Effort]:
+    """Of a trial, in every budget; an update of reward tuning takes 0.7 s."""
+    return {"ci": Effort(), **dict.fromkeys(("short", "night", "gpu", "world"), Effort(updates, seeds, seconds))}
 
 
 def pairs(arg: str) -> Mapping[str, Any]:
@@ -63,9 +63,11 @@ def drawn(options: Mapping[str, Any], evaluators: tuple[str, ...] = EVERY, wrap:
 JUDGED = drawn({})
 FROM_BASE = {"init_from": "base", "rewards.detection.workdir": "detection", "constraint.workdir": "clip"}
 TRIALS = {
-    "base": Trial("adapters_base", effort(1, 12_000), draws={}, shared=True, args=WHOLE),
+    "base": Trial("adapters_base", effort(1, 12_000, 0.05), draws={}, shared=True, args=WHOLE),
     "detection": Trial("detection", effort(1, None), draws={}, shared=True, args=WHOLE),
-    "clip": Trial("clip", effort(1, 2_000), earlier={"data.tokenizer": "base"}, draws={}, shared=True, args=WHOLE),
+    "clip": Trial(
+        "clip", effort(1, 2_000, 0.08), earlier={"data.tokenizer": "base"}, draws={}, shared=True, args=WHOLE
+    ),
     "text": Trial(
         "reward",
         effort(3),
@@ -106,7 +108,7 @@ TRIALS = {
     ),
     "preference": Trial(
         "preference",
-        effort(3, 300),
+        effort(3, 300, 0.2),
         (),
         {"base": "base", "data.path": "pairs"},
         {"": drawn({"steps": 8}, ("compositional", "diversity"))},

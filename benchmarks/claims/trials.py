@@ -21,10 +21,12 @@ SINGLE = ("single_object", "colours")
 
 @dataclasses.dataclass(frozen=True)
 class Effort:
-    """What a budget gives a training: updates, None as its config says; and seeds."""
+    """What a budget gives a training: updates, None as its config says; seeds; and where it was measured what an update
+    takes, in seconds of two cores, None for the budget's own guess."""
 
     updates: int | None = None
     seeds: int = 1
+    seconds: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +105,11 @@ class Trial:
     def updates(self, budget: str) -> int:
         """Of the training in a budget; 0 where it is stored, or its config alone knows."""
         return 0 if self.base(budget) else self.effort[budget].updates or 0
+
+    def seconds(self, budget: str) -> float:
+        """Of one seed's training in a budget, on two cores; updates that its config alone knows are not counted."""
+        each = self.effort[budget].seconds
+        return self.updates(budget) * (BUDGETS[budget].seconds if each is None else each)
 
     def rows(self, name: str) -> dict[str, str]:
         """{draw: row}."""

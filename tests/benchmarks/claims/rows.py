@@ -10,10 +10,11 @@ PROMPTS = np.array([-0.15, -0.05, 0.05, 0.15])
 
 
 def row(*scores, heldout=0.5, diversity=1.0, distance=1.0, parameters=1, prompts=True):
-    """`{seed: numbers}`; of four prompts, whose scores lie 0.1 apart."""
-    common = {"score.heldout": heldout, "diversity.pairwise": diversity, "frechet.distance": distance}
+    """`{seed: numbers}`; of four prompts, whose scores lie 0.1 apart. No two seeds have the very same numbers."""
     found = {}
     for seed, s in enumerate(scores):
+        other = {"score.heldout": heldout, "diversity.pairwise": diversity, "frechet.distance": distance}
+        common = {name: value + 1e-9 * seed for name, value in other.items()}
         each = {"score.overall.each": (s + PROMPTS).tolist()} if prompts else {}
         found[str(seed)] = {"score.overall": s, **each, **common, "parameters": parameters}
     return found

@@ -64,6 +64,14 @@ def test_a_difference_is_taken_prompt_by_prompt_over_the_seeds_that_both_have():
     assert halved.mean == pytest.approx(0.3) and halved.low < 0.3, "a share of a prompt's score varies"
 
 
+def test_what_was_measured_once_counts_as_one_seed():
+    rng = np.random.default_rng(3)
+    a, b = ({"mse": float(x.mean()), "mse.each": x.tolist()} for x in rng.normal(0, 1, (2, 40)))
+    once = difference({"0": a}, {"0": b}, "mse")
+    assert difference(dict.fromkeys("012", a), dict.fromkeys("012", b), "mse") == once and once.seeds == 1
+    assert difference({"0": a, "1": a, "2": b}, dict.fromkeys("012", b), "mse").seeds == 2
+
+
 def test_where_prompts_were_not_kept_three_seeds_have_the_bound_of_students_t():
     found = difference(row(0.5, 0.6, 0.7, prompts=False), row(0.4, 0.4, 0.4), SCORE)
     assert found.mean == pytest.approx(0.2)
