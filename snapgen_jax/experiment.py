@@ -144,9 +144,10 @@ class Experiment:
         if self.is_synthetic:
             words = {name: spec.vocab_size for name, spec in self.recipe.tokenizers().items()}
             return SyntheticBatches(specs, bounds={**words, **self.recipe.inputs.integer_bounds()}, seed=seed, **share)
-        tokenizer = self.tokenizer
-        check_texts(self.recipe.tokenizers(), self.config.data.texts, self.source)
-        return Pipeline(self.config.data, specs, tokenizer, seed=seed, split="train", source=self.source, **share)
+        source, tokenizer = self.source, self.tokenizer
+        pipeline = Pipeline(self.config.data, specs, tokenizer, seed=seed, split="train", source=source, **share)
+        check_texts(self.recipe.tokenizers(), self.config.data.texts, source)
+        return pipeline
 
     def evaluators(self) -> list[ScheduledEvaluator]:
         """The recipe's evaluators, each run on a generator with the weights of the moment; none for synthetic batches,
