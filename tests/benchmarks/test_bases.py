@@ -14,7 +14,8 @@ def test_a_base_is_small_says_where_it_is_from_and_loads(name):
     folder = BASES / name
     record = json.loads((folder / "base.json").read_text())
     assert record["command"].startswith("snapgen train --config=configs/") and record["machine"] and record["commit"]
-    assert 0 < record["score.overall of single objects"] <= 1
+    (number,) = (value for key, value in record.items() if "." in key)
+    assert 0 < number <= 1
     params = snapgen_jax.load(str(folder)).params
     leaves = [x for player in params.values() for x in _leaves(player)]
     assert sum(x.size for x in leaves) == record["parameters"] and {str(x.dtype) for x in leaves} == {"float32"}
