@@ -22,9 +22,11 @@ from benchmarks.claims.trials import SINGLE, Draw, Effort, Measure, Trial
 from benchmarks.evolution import OUT, SEARCHED
 from snapgen_jax.data.prompts import make_prompts_with_scenes
 from snapgen_jax.data.shapes import COLOURS, KINDS, render
+from snapgen_jax.diffusion.schedules import FlowSchedule
 from snapgen_jax.generation import load
 from snapgen_jax.networks.pruned import pruned
 
+SHIFT = 3.0  # of the base's times
 WITHOUT = "validation_loss.without.one"
 TO_TEACHER, TO_WHOLE = "teacher.mse", "decoder.mse"
 NOISY, CLEAR = "step.noisy", "step.clear"
@@ -54,6 +56,13 @@ def twice_the_steps(arg: str) -> tuple[str, ...]:
     return (f"sampling.steps={4 if arg == 'runlocal' else 16}",)
 
 
+def halves() -> dict[str, Draw]:
+    """Of the base in the times of eight steps, those of one half as in sixteen."""
+    coarse, fine = (tuple(map(float, FlowSchedule().grid(steps, SHIFT).t[:-1])) for steps in (8, 16))
+    split = {"first half of 16": fine[:8] + coarse[4:], "last half of 16": coarse[:4] + fine[8:]}
+    return {name: Draw(options={"times": times, "steps": len(times), "shift": 1.0}) for name, times in split.items()}
+
+
 ABLATED = {"": Draw(evaluators=("compositional", "validation_loss"))}
 CURVE = (1.0, 3.0, 4.0)
 FROM_BASE = {"inputs.text_workdir": "base", "teacher.workdir": "base", "init_from": "base"}
@@ -65,13 +74,16 @@ TRIALS = {
     "base": Trial(
         "adapters_base",
         BASE,
-        draws={f"{n} steps": Draw(options={"steps": n}) for n in (32, 16, 8)},
+        draws={**{f"{n} steps": Draw(options={"steps": n}) for n in (32, 16, 8)}, **halves()},
         shared=True,
         stored="shapes_unet",
     ),
     "sixteen": Trial("steps", effort(1), twice_the_steps, FROM_BASE, shared=True),
     "eight": Trial("steps", effort(3), earlier=FROM_SIXTEEN, draws=guided(*CURVE)),
     "eight, vanilla": Trial("steps", effort(3), ("guided_share=0.0",), FROM_SIXTEEN, guided(*CURVE)),
+    "eight, distilled alone": Trial(
+        "steps", effort(1), ("guided_share=0.0", "original_weight=0.0"), FROM_SIXTEEN, guided(*CURVE)
+    ),
     "eight, guided alone": Trial("steps", effort(1), ("guided_share=1.0",), FROM_SIXTEEN, guided(*CURVE)),
     "eight, higher guidance": Trial("steps", effort(1), ("guidance_range=(2.0, 6.0)",), FROM_SIXTEEN, guided(*CURVE)),
     "four, adversarial": Trial("steps_adversarial", effort(3), earlier=ON_BASE),
@@ -168,7 +180,7 @@ def decoded(arg: str, workdirs: Mapping[str, pathlib.Path]) -> dict[str, dict[st
 
 
 DECODER_ROWS = ("pruned decoder", "pruned decoder, untrained")
-STEP_ROWS = {"sixteen": "base, 16 steps", "eight": "base, 8 steps"}
+STEP_ROWS = {"sixteen": "base, 16 steps", "eight": "base, 8 steps", "eight, distilled alone": "base, 8 steps"}
 DISTANCE_ROWS = ("eight", "eight, vanilla", "base, 8 steps")
 MEASURES = {
     "distance to the teacher": Measure(
@@ -180,7 +192,7 @@ MEASURES = {
     ),
     "errors of a step": Measure(
         step_errors,
-        (*STEP_ROWS, *STEP_ROWS.values()),
+        tuple(dict.fromkeys((*STEP_ROWS, *STEP_ROWS.values()))),
         (NOISY, CLEAR),
         ("ci", "short", "night", "gpu", "world"),
         ("base", *STEP_ROWS),
@@ -212,6 +224,14 @@ CLAIMS = (
         (no_worse("eight", "base, 32 steps", SCORE, 0.95),),
     ),
     Claim("eight distilled steps are better than eight of the base", (better("eight", "base, 8 steps"),)),
+    Claim(
+        "of what eight steps of the base lose, either half of the times loses a part",
+        tuple(better(f"base, {half} half of 16", "base, 8 steps") for half in ("first", "last")),
+    ),
+    Claim(
+        "without guidance and the loss on data in training, eight steps score better",
+        (better("eight, distilled alone", "eight"),),
+    ),
     Claim(
         "from the same noise eight distilled steps lead nearer to the teacher's sixteen, guided and not",
         tuple(better("eight", "base, 8 steps", key) for key in (TO_TEACHER, f"{TO_TEACHER}.1")),
