@@ -98,7 +98,7 @@ class RewardTuningConfig(FlowMatchingConfig):
                 f"backprop_steps={self.backprop_steps} of sampling.steps={self.sampling.steps}; give as many at most"
             )
         if self.stop_input_gradient and self.form == "direct":
-            raise ValueError("stop_input_gradient is of images that are sampled, and form='direct' samples none")
+            raise ValueError("stop_input_gradient is of sampled images, and form='direct' samples none; leave it out")
         if CONSTRAINT in self.rewards:
             raise ValueError(f"rewards: {CONSTRAINT!r} is the name of the field `constraint`; set that one")
         if unknown := [name for name in self.leave_out if name not in (*self.rewards, CONSTRAINT)]:

@@ -22,6 +22,7 @@ from tests.recipes.test_reward_tuning import REWARD, tuning
     [
         ({"backprop_steps": 5}, "backprop_steps=5 of sampling.steps=4"),
         ({"backprop_steps": 0}, "backprop_steps is 0; give 1 or more"),
+        ({"stop_input_gradient": True, "form": "direct"}, "form='direct' samples none; leave it out"),
         ({"leave_out": ("beauty",)}, "there is no reward 'beauty'; there are taste, constraint"),
         ({"leave_out": ("taste", "constraint")}, "there is no reward; name one"),
         ({"rewards": {"constraint": REWARD}}, "is the name of the field `constraint`"),
