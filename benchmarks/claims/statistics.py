@@ -49,8 +49,8 @@ class Difference:
 
 
 def difference(a: Seeds, b: Seeds, key: str, factor: float = 1.0, sign: int = 1, name: str = "") -> Difference:
-    """`sign (a - factor b)` in the number `key`, over the seeds that both rows have. What is the same for two seeds in
-    both rows was measured once, and counts once.
+    """`sign (a - factor b)` in the number `key`, over the seeds that both rows have. What was measured once, and which
+    `landing.rows` therefore holds as one object for all seeds, counts as one.
 
     The bound is a bootstrap where the prompts' numbers are there, and Student's t over seeds where only means are.
     One seed without prompts has the bound that was computed when they were there, if that was kept (`kept_bound`).
@@ -64,11 +64,11 @@ def difference(a: Seeds, b: Seeds, key: str, factor: float = 1.0, sign: int = 1,
         name: of row `b`, under which a bound was kept.
     """
     each = f"{key}.each"
-    seeds: list[str] = []
-    for seed in sorted(a.keys() & b.keys()):
-        numbers = [[row[seed].get(name) for row in (a, b) for name in (key, each)] for seed in (*seeds, seed)]
-        if numbers[-1] not in numbers[:-1]:
-            seeds.append(seed)
+    objects = {
+        seed: tuple(id(row[seed].get(name)) for row in (a, b) for name in (key, each))
+        for seed in sorted(a.keys() & b.keys())
+    }
+    seeds = sorted({of: seed for seed, of in reversed(objects.items())}.values())
     if all(each in row[seed] for row in (a, b) for seed in seeds):
         pairs = [(a[seed][each], b[seed][each]) for seed in seeds]
         return bootstrap(sign * np.array([np.subtract(x, np.multiply(factor, y)) for x, y in pairs]))

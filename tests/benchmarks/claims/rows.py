@@ -10,7 +10,7 @@ PROMPTS = np.array([-0.15, -0.05, 0.05, 0.15])
 
 
 def row(*scores, heldout=0.5, diversity=1.0, distance=1.0, parameters=1, prompts=True):
-    """`{seed: numbers}`; of four prompts, whose scores lie 0.1 apart. No two seeds have the very same numbers."""
+    """`{seed: numbers}`; of four prompts, whose scores lie 0.1 apart. No two seeds share an object."""
     found = {}
     for seed, s in enumerate(scores):
         other = {"score.heldout": heldout, "diversity.pairwise": diversity, "frechet.distance": distance}
