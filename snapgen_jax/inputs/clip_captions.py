@@ -192,15 +192,15 @@ class ClipCaptions(OfClip, OfImages):
             (CLIP,),
             {CLIP: jax.ShapeDtypeStruct((1, clip.max_tokens), jnp.int32)},
         )
-        context, zeros = jax.eval_shape(self.zeros), self.config.null == "zeros"
+        context = jax.eval_shape(self.zeros)
         nothing = {name: np.zeros(x.shape[1:], np.float32) for name, x in vars(context).items()}
         return InputsExport(
             [unit],
-            {CLIP: np.zeros(clip.max_tokens, np.int32) if zeros else self.empty_prompt()},
+            {CLIP: self.empty_prompt()},
             self.images.describe(),
             self.images.export_unit(),
             tokenizers=[{"file": f"tokenizers/{CLIP}.json", "tokens": CLIP}],
-            null_context=nothing if zeros else {},
+            null_context=nothing if self.config.null == "zeros" else {},
             context=context,
         )
 
