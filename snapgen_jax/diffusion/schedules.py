@@ -56,6 +56,7 @@ class BaseSchedule(abc.ABC):
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     predictions: ClassVar[tuple[Prediction, ...]]  # what a network may predict under it
     time_scale: ClassVar[float] = 1.0  # time features are of `time_scale * level.time`
+    network_fields: ClassVar[tuple[str, ...]] = ()  # those that decide what a network is told and given at a level
 
     @classmethod
     def preset(cls, name: str) -> Self:
@@ -207,6 +208,7 @@ class VPSchedule(BaseSchedule):
         "dit": {"betas": "linear", "beta_start": 1e-4, "beta_end": 0.02, "spacing": "linspace"},
         "cosine": {"betas": "cosine", "spacing": "linspace"},
     }
+    network_fields = ("betas", "beta_start", "beta_end", "native_steps", "zero_terminal_snr")
     predictions: ClassVar[tuple[Prediction, ...]] = ("velocity", "x_0", "eps", "v")
 
     def __post_init__(self):
@@ -313,6 +315,7 @@ class EDMSchedule(BaseSchedule):
         "edm": {},
         "svd": {"sigma_data": 1.0, "sigma_max": 700.0},  # the density of its training is left to the config
     }
+    network_fields = ("sigma_data",)
     predictions: ClassVar[tuple[Prediction, ...]] = ("velocity", "x_0", "eps", "v", "F")
 
     def __post_init__(self):

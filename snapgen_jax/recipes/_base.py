@@ -17,7 +17,7 @@ from snapgen_jax.networks.module import Network
 from snapgen_jax.networks.rules import rules_of
 from snapgen_jax.networks.sd_unet import SDUNetConfig
 from snapgen_jax.recipes._assembly import specs_of, trained_roles
-from snapgen_jax.recipes._teacher import run_config
+from snapgen_jax.recipes._run import check_output, run_config
 from snapgen_jax.recipes.flow_matching import FlowMatching
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.weights.frozen import is_published, load_dit, load_mmdit, load_run, load_sd_unet
@@ -67,12 +67,7 @@ def _published(base: str, method: FlowMatching, own: Mapping[str, Network], mesh
 def _check_run(base: str, config: Any, inputs: Inputs) -> None:
     """Raises where the base run is not what the config says of it."""
     run = run_config(base)
-    for name, said, was in (
-        ("prediction", config.prediction, run.get("prediction")),
-        ("schedule.kind", config.schedule.kind, run.get("schedule", {}).get("kind")),
-    ):
-        if was not in (None, said):
-            raise ConfigError(f"the run {base!r} has {name}={was!r}, and the config says {said!r}; set it")
+    check_output(base, run, config.prediction, config.schedule)
     if isinstance(of_run := run.get("inputs"), Mapping):
         # A text encoder that comes from the run itself fits it.
         parts = ("latent",) if trained_roles(inputs) else ("latent", "condition")

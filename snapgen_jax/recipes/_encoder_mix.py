@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from snapgen_jax.networks.lora import LoraConfig, init_adapters, merge
 from snapgen_jax.networks.text import TextContext
-from snapgen_jax.recipes._teacher import run_config
+from snapgen_jax.recipes._run import run_config
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.weights.frozen import load_run
 

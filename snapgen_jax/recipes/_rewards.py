@@ -18,7 +18,7 @@ from snapgen_jax.networks.detection import DetectionConfig
 from snapgen_jax.networks.module import Network, Platform, apply, build, for_platform, frozen_spec
 from snapgen_jax.networks.registry import RewardNetworkConfig
 from snapgen_jax.networks.rewards import RewardConfig
-from snapgen_jax.recipes._teacher import run_config
+from snapgen_jax.recipes._run import run_config
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.weights.frozen import draw_stand_ins, load_reward, load_run
 

@@ -7,13 +7,11 @@ trained to jump to the data from a few times: there alone it knows something, an
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 from jax.sharding import Mesh
 
 from snapgen_jax.bounds import FINITE, at_least, check
@@ -30,6 +28,7 @@ from snapgen_jax.networks.module import Network, Platform, build, for_platform, 
 from snapgen_jax.networks.registry import DenoiserConfig
 from snapgen_jax.networks.rules import rules_of
 from snapgen_jax.recipes._assembly import Specs, merged_specs, merged_tokenizers, specs_of, trained_roles
+from snapgen_jax.recipes._run import check_output, run_config
 from snapgen_jax.recipes._sampling import SamplingConfig, sampling_grid
 from snapgen_jax.systems.denoiser import Denoiser, Prediction
 from snapgen_jax.training.exits import ConfigError
@@ -39,6 +38,7 @@ from snapgen_jax.weights.frozen import draw_stand_ins, in_eight_bits, load_mmdit
 Tree = Any
 TEACHER = "teacher"
 FEW_STEP_RECIPE = "adversarial"  # whose runs are few-step generators
+DISTILLED_RECIPE = "step_distillation"  # whose runs know their velocity at the times of their own sampling alone
 SAME_TIME = 1e-3  # times that differ by less are one
 FP8_CAPABILITY = 8.9  # of NVIDIA GPUs, from which on they multiply e4m3: Ada, Hopper and later
 Taken = Literal["condition", "latent"]
@@ -278,9 +278,10 @@ class Teacher:
         """The parameters of its denoiser."""
         return networks[self.places[self.role]]
 
-    def load(self, mesh: Mesh | None, held: Collection[str] = ()) -> dict[str, Tree]:
+    def load(self, mesh: Mesh | None, held: Collection[str] = (), distilled: bool = False) -> dict[str, Tree]:
         """Reads all of `networks()` onto the mesh, from a run or from published files, or draws them: `{role:
-        parameters}` without the roles that are `held` already.
+        parameters}` without the roles that are `held` already. It may be a run of step distillation where it is
+        `distilled`: the caller then asks it at the times of its own sampling alone.
 
         Raises:
             ConfigError: no teacher is named, or it is not what the config says.
@@ -289,7 +290,7 @@ class Teacher:
         networks = {role: n for role, n in self._own_networks().items() if self.places[role] not in held}
         self._check_tokenizers()
         if config.workdir:
-            self._check_run(run_config(config.workdir))
+            self._check_run(run_config(config.workdir), distilled)
         elsewhere = () if self.inputs is None else tuple(r for r in self.inputs.pretrained() if r in networks)
         own = {role: network for role, network in networks.items() if role not in elsewhere}
         rules = rules_of(networks)
@@ -326,12 +327,14 @@ class Teacher:
                     f"and both read {name!r}; use text encoders that were trained with one tokenizer"
                 )
 
-    def _check_run(self, run: Mapping[str, Any]) -> None:
+    def _check_run(self, run: Mapping[str, Any], distilled: bool) -> None:
         """Raises where the teacher's run, of which `run` is the config, is not what the config here says of it."""
         config = self.config
-        if run.get("prediction", config.prediction) != config.prediction:
+        check_output(config.workdir, run, config.prediction, config.schedule, f"{self.name}.")
+        if run.get("recipe") == DISTILLED_RECIPE and not distilled:
             raise ConfigError(
-                f"the run {config.workdir!r} predicts {run['prediction']!r}; set {self.name}.prediction to that"
+                f"the run {config.workdir!r} is of {DISTILLED_RECIPE!r} and knows the times of its own sampling alone, "
+                f"and {self.name} is asked at others; set {self.name}.workdir to the run that it was distilled from"
             )
         self._check_steps(run)
         if not isinstance(inputs := run.get("inputs"), Mapping):
@@ -449,12 +452,6 @@ def _of_run(config: TeacherConfig, name: str) -> TeacherConfig:
     if config.weights and is_weights_folder(config.weights):
         return dataclasses.replace(config, workdir=config.weights, weights="")
     return config
-
-
-def run_config(workdir: epath.PathLike) -> dict[str, Any]:
-    """The config of a run, as it was when trained; `{}` if it was trained without one, by `training.loop` alone."""
-    path = epath.Path(workdir) / "config.json"
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def tap_shapes(denoiser: Denoiser, size: tuple[int, ...], taps: Sequence[str]) -> dict[str, tuple[int, ...]]:

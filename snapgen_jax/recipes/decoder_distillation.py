@@ -29,6 +29,7 @@ from snapgen_jax.networks.rules import rules_of
 from snapgen_jax.networks.tiny_decoder import TinyDecoderCodec, TinyDecoderConfig
 from snapgen_jax.recipes._assembly import Specs, merged_specs, specs_of
 from snapgen_jax.recipes._reconstruction import Reconstruction, ReconstructionConfig
+from snapgen_jax.recipes._run import check_output, run_config
 from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.recipe import Use
@@ -143,10 +144,12 @@ class DecoderDistillation(Reconstruction):
 
     def _load_generator(self, generator: FlowMatching, mesh: Mesh | None) -> Tree:
         """The weights of the generator's run, and its frozen text encoder where it has one."""
-        networks = self._drawing()
+        config, networks = generator.config, self._drawing()
+        workdir = self.config.generator_workdir
+        check_output(workdir, run_config(workdir), config.prediction, config.schedule, "generator.")
         elsewhere = tuple(role for role in generator.inputs.pretrained() if role in networks)
         spec = specs_of(networks, [role for role in networks if role not in elsewhere])
-        held = load_run(self.config.generator_workdir, spec, mesh=mesh, rules=rules_of(networks))
+        held = load_run(workdir, spec, mesh=mesh, rules=rules_of(networks))
         return {**held, **generator.inputs.load(elsewhere, mesh)}
 
     def batch_specs(self) -> Specs:

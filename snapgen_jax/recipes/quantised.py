@@ -31,7 +31,7 @@ from snapgen_jax.networks.quantise import ROUNDS, Levels, bits_of, first_scales,
 from snapgen_jax.recipes._assembly import specs_of, taken_from, trained_roles
 from snapgen_jax.recipes._base import base_tokenizers, load_base
 from snapgen_jax.recipes._flow_export import Time
-from snapgen_jax.recipes._teacher import run_config
+from snapgen_jax.recipes._run import run_config
 from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig, Point
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.exports import ExportPlan, Stored

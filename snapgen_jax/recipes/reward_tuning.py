@@ -36,8 +36,8 @@ from snapgen_jax.recipes._base import base_tokenizers, load_base
 from snapgen_jax.recipes._encoder_mix import ORIGINAL, TUNED, blended, load_tuned, shares_of
 from snapgen_jax.recipes._reward_config import RewardSamplingConfig, RewardTuningConfig
 from snapgen_jax.recipes._rewards import CONSTRAINT, Rewards
+from snapgen_jax.recipes._run import run_config
 from snapgen_jax.recipes._sampling import SamplingConfig, first_state, initial_noise, noise_shape, sample_steps
-from snapgen_jax.recipes._teacher import run_config
 from snapgen_jax.recipes._tuned_export import mixed_plan, switched_plan
 from snapgen_jax.recipes.flow_matching import FlowMatching
 from snapgen_jax.training.exits import ConfigError

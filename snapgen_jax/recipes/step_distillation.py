@@ -30,14 +30,14 @@ from snapgen_jax.inputs.interfaces import TokenizerSpec
 from snapgen_jax.losses.flow_matching import flow_matching_loss
 from snapgen_jax.networks.module import Network, Platform
 from snapgen_jax.recipes._assembly import Specs
+from snapgen_jax.recipes._run import run_config
 from snapgen_jax.recipes._sampling import SamplingConfig
-from snapgen_jax.recipes._teacher import Teacher, TeacherConfig, run_config
+from snapgen_jax.recipes._teacher import DISTILLED_RECIPE, Teacher, TeacherConfig
 from snapgen_jax.recipes.flow_matching import FlowMatching, FlowMatchingConfig, Point
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.recipe import Metrics, Use
 
 Tree = Any
-OF_STEPS = "step_distillation"  # whose runs know the times of their own sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,13 +127,13 @@ class StepDistillation(FlowMatching):
             ConfigError: no teacher is named, it is not what the config says, or it was distilled for other steps.
         """
         self._check_teacher_run()
-        taught = self.teacher.load(mesh) if use == "train" else {}
+        taught = self.teacher.load(mesh, distilled=True) if use == "train" else {}
         return {**super().load_frozen(mesh, use), **taught}
 
     def _check_teacher_run(self) -> None:
         """Raises where the teacher is a run of this recipe and would be asked at other times than its own."""
         run = run_config(self.teacher.config.workdir) if self.teacher.config.workdir else {}
-        if run.get("recipe") != OF_STEPS:
+        if run.get("recipe") != DISTILLED_RECIPE:
             return
         config, said = self.config, {name: run["sampling"][name] for name in ("steps", "shift")}
         wanted = {"steps": config.sampling.steps * config.teacher_steps, "shift": config.sampling.shift}

@@ -157,8 +157,8 @@ def test_a_base_that_is_another_network_than_the_config_says_is_refused(base, tm
     with pytest.raises(ConfigError, match="holds another network than the config describes"):
         adapters(base[0], network=dataclasses.replace(CONFIG.network, channels=(16,))).load_frozen(None)
     for said, message in (
-        ({"prediction": "x_0"}, "has prediction='x_0', and the config says 'velocity'; set it"),
-        ({"schedule": {"kind": "vp"}}, "has schedule.kind='vp', and the config says 'flow'; set it"),
+        ({"prediction": "x_0"}, "has prediction='x_0', and prediction is 'velocity'; set it"),
+        ({"schedule": {"kind": "vp"}}, "has schedule.kind='vp', and schedule.kind is 'flow'; set it"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({"recipe": "flow_matching", **said}))
         with pytest.raises(ConfigError, match=message):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -173,6 +174,20 @@ def test_the_config_for_generated_latents_has_the_networks_of_the_student(tmp_pa
 def test_a_generator_that_does_not_fit_is_refused(changes, says):
     with pytest.raises(ValueError, match=says):
         recipe(generator_workdir="somewhere", **changes)
+
+
+@pytest.mark.parametrize(
+    ("run", "says"),
+    [
+        ({"schedule": {"kind": "vp"}}, r"has schedule\.kind='vp', and generator\.schedule\.kind is 'flow'; set it"),
+        ({"prediction": "v"}, r"has prediction='v', and generator\.prediction is 'velocity'"),
+    ],
+)
+def test_a_generator_that_is_not_what_the_config_says_is_refused(tmp_path, run, says):
+    (tmp_path / "config.json").write_text(json.dumps(run))
+    made = recipe(target="large", crop=0, generator=GENERATOR, generator_workdir=str(tmp_path))
+    with pytest.raises(ConfigError, match=says):
+        made.load_frozen(None)
 
 
 def test_each_term_teaches_by_itself():

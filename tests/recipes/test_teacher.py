@@ -280,7 +280,9 @@ def test_without_one_to_load_it_says_which_key_to_set():
     ("run", "inputs", "tokenizer", "message"),
     [
         ({}, {}, "a", "is no trained run"),  # fits, but has no checkpoint here
-        ({"prediction": "x_0"}, {}, "a", r"predicts 'x_0'; set teacher\.prediction"),
+        ({"prediction": "x_0"}, {}, "a", r"has prediction='x_0', and teacher\.prediction is 'velocity'; set it"),
+        ({"schedule": {"kind": "vp"}}, {}, "a", r"has schedule\.kind='vp', and teacher\.schedule\.kind is 'flow'"),
+        ({"recipe": "step_distillation"}, {}, "a", "its own sampling alone.*to the run that it was distilled from"),
         ({}, {"codec": CodecConfig(patch=2, scale=9.0)}, "a", r"has the latents .*teacher\.inputs"),
         ({}, {"codec": CodecConfig("identity")}, "a", "has the latents"),
         (
