@@ -3,10 +3,12 @@
     python -m benchmarks.latency_table --out=benchmarks/results/latency_table-cpu2.json
     python -m benchmarks.latency_table --config=configs/shapes/robust.py:runlocal --out=latency.json
     python -m benchmarks.latency_table --table=phone.json           # holds a table of a phone against this machine
+    python -m benchmarks.latency_table --config=configs/snapfusion/robust.py --form --out=phone.json
 
 A block is measured in its place: the network as it is, with two further copies of each block, and without each. The
 times of blocks, and `rest`, that of all else, are those whose sums come nearest to all of these (non-negative least
-squares). Then networks of random blocks are measured, and Spearman's rank correlation of their times with the table's
+squares). The last line measures nothing: it writes the form of a table, to be filled in with times of a phone. Then
+networks of random blocks are measured, and Spearman's rank correlation of their times with the table's
 is in the file, as `spearman`; 0.9 or more is what a search needs. `docs/snapfusion.md` has the form of the file, for
 tables that are measured elsewhere.
 
@@ -107,24 +109,47 @@ def milliseconds(
     }
 
 
-def table_of(network: Evolving, networks: Mapping[str, Evolving], times: Mapping[str, float]) -> LatencyTable:
-    """The table of a network that comes nearest to the times of some that evolve from it."""
-    kinds = list(dict.fromkeys(kind(network, block) for block in network.droppable_blocks()))
+def kinds_of(network: Evolving) -> list[str]:
+    """The kinds of a network's blocks, in the order in which they run."""
+    return list(dict.fromkeys(kind(network, block) for block in network.droppable_blocks()))
+
+
+def table_of(
+    network: Evolving,
+    networks: Mapping[str, Evolving],
+    times: Mapping[str, float],
+    latent: Sequence[int],
+    tokens: int,
+) -> LatencyTable:
+    """The table of a network that comes nearest to the times of some that evolve from it.
+
+    Raises:
+        SystemExit: the nearest time of a block is 0.
+    """
+    kinds = kinds_of(network)
 
     def counts(one: Evolving) -> list[int]:
         stand = [kind(one, block) for block in one.droppable_blocks()]
         return [1, *(stand.count(name) for name in kinds)]
 
     rest, *blocks = nnls(np.array([counts(one) for one in networks.values()], float), [times[n] for n in networks])[0]
-    return LatencyTable(
-        described(network), {n: round(float(ms), 5) for n, ms in zip(kinds, blocks, strict=True)}, round(rest, 5)
-    )
+    found = {name: round(float(ms), 5) for name, ms in zip(kinds, blocks, strict=True)}
+    if lost := [name for name, ms in found.items() if not ms]:
+        raise SystemExit(f"the times of {', '.join(lost)} do not stand out from the noise; give more --rounds")
+    return LatencyTable(described(network), [*latent], tokens, found, round(rest, 5))
+
+
+def form_of(network: Evolving, latent: Sequence[int], tokens: int) -> dict[str, Any]:
+    """A table of a network without its times."""
+    blank = {"blocks": dict.fromkeys(kinds_of(network)), "rest": None}
+    return {"network": described(network), "latent": [*latent], "tokens": tokens, **blank}
 
 
 def measured_recipe(recipe: Any) -> tuple[Evolving, tuple[int, ...], Any]:
     """The network of a run, and the shapes of its latents and of what it attends to."""
-    networks = jax.eval_shape(recipe.init, jax.random.key(0)).players["model"].params
-    context = jax.eval_shape(recipe.inputs.null_condition, networks)
+    players = jax.eval_shape(recipe.init, jax.random.key(0)).players
+    params = {name: player.params for name, player in players.items()}
+    context = jax.eval_shape(recipe.inputs.null_condition, recipe.weights(params, recipe.frozen_spec()))
     return recipe.denoiser.network.config, recipe.inputs.latent_shape(), context
 
 
@@ -139,8 +164,13 @@ def main() -> None:
     parser.add_argument("--random", type=int, default=12, help="networks of random blocks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--files", default="", help="folder that keeps the TFLite files, and may have some")
+    parser.add_argument("--form", action="store_true", help="measure nothing: write the form of a table")
     asked = parser.parse_args()
     network, latent, context = measured_recipe(load_experiment(asked.config).start("cpu"))
+    sizes = latent[:2], context.sequence.shape[1]
+    if asked.form:
+        put(form_of(network, *sizes), asked.out)
+        return
     whole = random_networks(network, asked.random, asked.seed)
     fitted = {} if asked.table else calibrating(network)
     with tempfile.TemporaryDirectory() as scratch:
@@ -151,7 +181,7 @@ def main() -> None:
             return on_litert(network, latent, context, folder, asked.threads)
 
         times = milliseconds({**fitted, **whole}, prepare, asked.rounds)
-    table = LatencyTable.read(asked.table, network) if asked.table else table_of(network, fitted, times)
+    table = LatencyTable.read(asked.table, network, *sizes) if asked.table else table_of(network, fitted, times, *sizes)
     pairs = {name: [round(table(one), 4), round(times[name], 4)] for name, one in whole.items()}
     found = {
         **dataclasses.asdict(table),
@@ -162,10 +192,15 @@ def main() -> None:
         "whole networks, by the table and measured": pairs,
         "spearman": round(float(np.corrcoef([rankdata(column) for column in np.array([*pairs.values()]).T])[0, 1]), 4),
     }
+    put(found, asked.out)
+
+
+def put(found: Mapping[str, Any], out: str) -> None:
+    """Prints a table, and writes it where a file is named."""
     text = json.dumps(found, indent=1) + "\n"
     print(text)
-    if asked.out:
-        pathlib.Path(asked.out).write_text(text)
+    if out:
+        pathlib.Path(out).write_text(text)
 
 
 if __name__ == "__main__":

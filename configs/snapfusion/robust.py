@@ -5,13 +5,14 @@
         --config.drop=0 --config.final_drop=0 --config.init_from=sd15/unet
     snapgen train --config=configs/snapfusion/robust.py --workdir=gs://BUCKET/robust --config.data.path=PHOTOS \
         --config.init_from=gs://BUCKET/sd15_v
-    snapgen train --config=configs/snapfusion/robust.py:evolved --workdir=gs://BUCKET/evolved --config.data.path=PHOTOS
+    snapgen train --config=configs/snapfusion/robust.py:evolved --workdir=gs://BUCKET/evolved \
+        --config.data.path=PHOTOS --config.init_from=gs://BUCKET/robust
     snapgen train --config=configs/snapfusion/robust.py:runlocal --workdir=/tmp/robust
 
 The first of these runs makes the network of v-prediction that step distillation begins with, from the published UNet,
 which predicts eps: `sd15` is the folder of `configs/teacher/sd15.py`. The second makes the one whose blocks can be
-valued, and the third trains the architecture that the paper found (table 3 of arXiv 2306.00980): no attention at the
-highest resolution, and six transformers where it has a quarter of its side.
+valued, and the third goes on with the architecture that the paper found (table 3 of arXiv 2306.00980): no attention at
+the highest resolution, and six transformers where it has a quarter of its side.
 PHOTOS are captioned images; CLIP-L and the autoencoder of Stable Diffusion 1 lie in `sd15/`.
 
 Machine: 256 chips of TPU v5e; runlocal, a laptop in a minute. Metric: `validation_loss.without.one` beside
@@ -20,10 +21,26 @@ Machine: 256 chips of TPU v5e; runlocal, a laptop in a minute. Metric: `validati
 
 from ml_collections import ConfigDict
 
+EVOLVED = {  # where blocks of the evolved UNet come from, as way_stage_layer_block; all others keep their places
+    "down_2_0_2": "down_2_1_1",
+    "up_2_0_2": "up_2_0_1",
+    "up_2_0_3": "up_2_1_1",
+    "up_2_1_0": "up_2_2_0",
+    "up_2_1_2": "up_2_2_1",
+    "up_2_1_3": "up_2_2_1",
+    "up_3_1_0": "up_3_2_0",
+}
+
 
 def schedule() -> ConfigDict:
     """That of Stable Diffusion 1.5, whose steps of 8 are among those of 16, and these among those of 32."""
     return ConfigDict({"kind": "vp", "spacing": "trailing"})
+
+
+def path(block: str) -> str:
+    """Of a block among the parameters."""
+    way, *numbers = block.split("_")
+    return "/".join([way, *(f"block_{int(number):02d}" for number in numbers)])
 
 
 def experiment(preset: str) -> ConfigDict:
@@ -85,4 +102,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.recipe = "block_dropping"
     c.train_steps = 50_000
     c.drop, c.final_drop = 0.1, 0.2
+    if arg == "evolved":
+        c.init_from = "robust"
+        c.moved = tuple((path(block), path(source)) for block, source in EVOLVED.items())
     return run_locally(c) if arg == "runlocal" else c

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -53,24 +54,34 @@ class LatencyTable:
 
     Attributes:
         network: the config, as JSON, of which the blocks are.
+        latent: height and width of the latents that were measured.
+        tokens: of the texts.
         blocks: milliseconds of one block of each kind, see `networks.evolved.kind`.
         rest: of all else.
     """
 
     network: Mapping[str, Any]
+    latent: Sequence[int]
+    tokens: int
     blocks: Mapping[str, float]
     rest: float
 
     @classmethod
-    def read(cls, path: str, network: Evolving) -> LatencyTable:
+    def read(cls, path: str, network: Evolving, latent: Sequence[int], tokens: int) -> LatencyTable:
         """Reads a table.
 
+        Args:
+            path: of the file.
+            network: whose blocks it is to know; see `check_kinds` for those of others.
+            latent, tokens: height and width of its latents, and tokens of its texts.
+
         Raises:
-            ConfigError: it is no such table, or of another network.
+            ConfigError: it is no such table, of another network or other sizes, or its times are none.
         """
         try:
             found = json.loads(pathlib.Path(path).read_text())
-            table = cls(found["network"], {k: float(v) for k, v in found["blocks"].items()}, float(found["rest"]))
+            blocks, rest = {k: float(v) for k, v in found["blocks"].items()}, float(found["rest"])
+            table = cls(found["network"], [*map(int, found["latent"])], int(found["tokens"]), blocks, rest)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"table={path!r} is no table of latencies: {error!r}; make it with `python -m "
@@ -82,9 +93,25 @@ class LatencyTable:
                 f"table={path!r} is of another network; these fields differ: "
                 f"{', '.join(f'{k}={was.get(k)!r} (network: {is_now.get(k)!r})' for k in different)}"
             )
-        if missing := sorted({kind(network, block) for block in network.droppable_blocks()} - table.blocks.keys()):
-            raise ConfigError(f"table={path!r} has no time of {', '.join(missing)}; measure them")
+        if (table.latent, table.tokens) != ([*latent], tokens):
+            raise ConfigError(
+                f"table={path!r} is of latents {table.latent} and texts of {table.tokens} tokens, and the run has "
+                f"{[*latent]} and {tokens}; measure it for these"
+            )
+        bad = {name: ms for name, ms in blocks.items() if not (math.isfinite(ms) and ms > 0)}
+        bad |= {} if math.isfinite(rest) and rest >= 0 else {"rest": rest}
+        if bad:
+            raise ConfigError(
+                f"table={path!r} has the times {bad}, in milliseconds; a block takes more than 0, and all else 0 or "
+                "more: measure them again, with more --rounds"
+            )
+        table.check_kinds(network, path)
         return table
+
+    def check_kinds(self, network: Evolving, path: str) -> None:
+        """Raises ConfigError where the table has no time of a block of a network."""
+        if missing := sorted({kind(network, block) for block in network.droppable_blocks()} - self.blocks.keys()):
+            raise ConfigError(f"table={path!r} has no time of {', '.join(missing)}; measure them")
 
     def __call__(self, network: Evolving) -> float:
         """Milliseconds of a network."""
@@ -263,9 +290,11 @@ def _problem(
     network: Evolving = recipe.config.network
     origin: Any = load_recipe(stages["origin"]) if "origin" in stages else recipe
     told = jax.eval_shape(recipe.inputs.null_condition, recipe.weights(generator.params, generator.frozen))
-    cost = multiply_adds(recipe.inputs.latent_shape()[:2], told.sequence.shape[1])
+    sizes = recipe.inputs.latent_shape()[:2], told.sequence.shape[1]
+    cost = multiply_adds(*sizes)
     if options["table"]:
-        cost = LatencyTable.read(options["table"], network)
+        cost = LatencyTable.read(options["table"], network, *sizes)
+        cost.check_kinds(origin.config.network, options["table"])
     return network, cost, options["budget"] * cost(origin.config.network)
 
 

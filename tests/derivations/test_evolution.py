@@ -15,7 +15,8 @@ from snapgen_jax.derivations import evolution
 from snapgen_jax.derivations.evolution import LatencyTable, by_chance, described, multiply_adds, savings, search
 from snapgen_jax.evaluation.interfaces import EvaluationResult
 from snapgen_jax.generation import Generator
-from snapgen_jax.networks.evolved import candidates, kind
+from snapgen_jax.networks.evolved import candidates, kind, moved_weights
+from snapgen_jax.networks.module import build, flatten, frozen_spec
 from snapgen_jax.networks.sd_unet import SDUNetConfig
 from snapgen_jax.networks.unet import UNetConfig
 from snapgen_jax.recipes.block_dropping import RUNS, BlockDropping, BlockDroppingConfig
@@ -26,12 +27,15 @@ from tests.students_for_tests import STUDENT
 UNET = UNetConfig.preset("smoke", first_stage="res", mid="rar", up_depth=(1, 1))
 SD = SDUNetConfig.preset("smoke", down=(("ra",), ("ra", "rar")), mid="rara")
 NETWORKS = {"unet": UNET, "sd_unet": SD}
+SIZES = (8, 8), 20  # of latents and texts
 
 
 def synthetic(network):
     """A table in which every kind of block costs another number of milliseconds."""
     kinds = sorted({kind(network, block) for block in network.droppable_blocks()})
-    return LatencyTable(described(network), {name: 1.0 + i for i, name in enumerate(kinds)}, rest=5.0)
+    return LatencyTable(
+        described(network), [*SIZES[0]], SIZES[1], {name: 1.0 + i for i, name in enumerate(kinds)}, rest=5.0
+    )
 
 
 def valued(network):
@@ -103,16 +107,39 @@ def test_a_table_is_read_for_its_own_network_and_refused_for_another(tmp_path):
     path = tmp_path / "table.json"
     path.write_text(json.dumps(dataclasses.asdict(table)))
     evolved = dataclasses.replace(UNET, blocks=(("mid_transformer", 2),), dtype="float32")
-    read = LatencyTable.read(str(path), evolved)
+    read = LatencyTable.read(str(path), evolved, *SIZES)
     assert read(evolved) == table(UNET) + table.blocks["mid_transformer"]
     with pytest.raises(ConfigError, match=r"another network; these fields differ: groups=4 \(network: 8\)"):
-        LatencyTable.read(str(path), dataclasses.replace(UNET, groups=8))
+        LatencyTable.read(str(path), dataclasses.replace(UNET, groups=8), *SIZES)
     path.write_text(json.dumps({**dataclasses.asdict(table), "blocks": {"mid_residual_block": 1.0}}))
     with pytest.raises(ConfigError, match=r"has no time of .*mid_transformer"):
-        LatencyTable.read(str(path), UNET)
+        LatencyTable.read(str(path), UNET, *SIZES)
+    path.write_text(json.dumps(dataclasses.asdict(table)))
+    with pytest.raises(
+        ConfigError, match=r"of latents \[8, 8\] and texts of 20 tokens, and the run has \[16, 16\] and 20"
+    ):
+        LatencyTable.read(str(path), UNET, (16, 16), 20)
     path.write_text("[]")
     with pytest.raises(ConfigError, match=r"no table of latencies: .*; make it with `python -m"):
-        LatencyTable.read(str(path), UNET)
+        LatencyTable.read(str(path), UNET, *SIZES)
+
+
+@pytest.mark.parametrize(
+    ("times", "says"),
+    [
+        ({"mid_transformer": 0.0}, r"has the times \{'mid_transformer': 0\.0\}, .* more than 0"),
+        ({"mid_transformer": -1.0}, r"\{'mid_transformer': -1\.0\}"),
+        ({"mid_transformer": float("nan")}, r"\{'mid_transformer': nan\}"),
+        ({"rest": -0.5}, r"\{'rest': -0\.5\}"),
+    ],
+)
+def test_times_that_are_none_are_refused_before_a_block_is_valued(times, says, tmp_path):
+    table = dataclasses.asdict(synthetic(UNET))
+    rest = times.pop("rest", 0.0)  # may be 0
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({**table, "blocks": {**table["blocks"], **times}, "rest": rest}))
+    with pytest.raises(ConfigError, match=says):
+        LatencyTable.read(str(path), UNET, *SIZES)
 
 
 @pytest.mark.parametrize("form", ["", ":quick", ":runlocal"])
@@ -139,7 +166,7 @@ def test_both_rounds_of_the_chain_find_room_whatever_blocks_are_worth(form):
     recipe: Any = load_experiment(f"configs/shapes/robust.py:{form}").start("cpu")
     network = recipe.denoiser.network.config
     file = first.options["table"]
-    cost = LatencyTable.read(file, network) if file else multiply_adds(recipe.inputs.latent_shape()[:2], 20)
+    cost = LatencyTable.read(file, network, *SIZES) if file else multiply_adds(recipe.inputs.latent_shape()[:2], 20)
     for seed in range(8 if file else 2):
         found = network
         for stage in (first, second):
@@ -170,6 +197,16 @@ def test_the_configs_of_stable_diffusion_hold_its_blocks_and_native_steps(file, 
         assert recipe.grid.time[:4].tolist() == times and recipe.teacher.config.prediction == "v"
     else:
         assert recipe.blocks == recipe.config.network.droppable_blocks() and recipe.drops
+
+
+def test_the_published_evolved_unet_begins_as_blocks_of_the_whole_one_all_of_them():
+    recipe: Any = load_experiment("configs/snapfusion/robust.py:evolved").start("cpu")
+    networks = SDUNetConfig.preset("sd15"), recipe.config.network
+    whole, evolved = (frozen_spec(build(network)[0]) for network in networks)
+    moved = moved_weights(evolved, whole, recipe.config.moved)
+    assert {path: leaf.shape for path, leaf in flatten(moved).items()} == {
+        path: leaf.shape for path, leaf in flatten(evolved).items()
+    }
 
 
 WORTH = {
