@@ -52,11 +52,13 @@ def run_chain(
         {row: numbers}.
 
     Raises:
-        ConfigError: a config is refused, filled with the examples of what is to be derived or with what was derived; or
-            a derived result does not look like its example.
+        ConfigError: a config is refused, filled with the examples of what is to be derived or with what was derived; a
+            run is to start from one that neither the chain makes nor is there; or a derived result does not look like
+            its example.
     """
     root = epath.Path(workdir)
     run = _Chain(chain, overrides, root)
+    run.check_starts()
     rows: dict[str, Numbers] = {}
     for stage in chain.stages:
         numbers = run.done(stage)
@@ -87,6 +89,24 @@ class _Chain:
         self._read = {stage.name: read_one(stage.config) for stage in chain.stages if stage.config}
         self.configs = {name: self._config(self.stages[name]) for name in self._read}
         self.parts = Stages(root / "chain.json")
+
+    def check_starts(self) -> None:
+        """Raises where a run that is not on record starts from one that neither the chain makes nor is there."""
+        made = {str(self.root / name) for name in self.stages}
+        for name, resolved in self.configs.items():
+            stage, start = self.stages[name], resolved.experiment.init_from
+            if (
+                not start
+                or start in made
+                or "init_from" in stage.filled
+                or self.parts.has(_part(stage), self._label(stage))
+            ):
+                continue
+            if not epath.Path(start).exists():
+                raise ConfigError(
+                    f"the stage {name!r} starts from {start!r}, which is not there; name a run: "
+                    f"--config.{name}.init_from=RUN"
+                )
 
     def done(self, stage: StageConfig) -> Json:
         """The numbers of a run, or the result of a stage that derives; computed now if they are not on record."""

@@ -32,7 +32,7 @@ MADE = re.compile(
     | (OUT/)?\.collecting  # while images are collected
     | sd35/ | unet/ | scheduler/scheduler_config\.json  # published weights
     | config\.json | run\.json | (checkpoints|metrics|samples|export)/[\w.]*     # of a workdir
-    | items\.jsonl | derived\.json  # of a stage of a chain that derives
+    | items\.jsonl | derived\.json | evolve/[\w/]+  # of a chain, or of a stage of one that derives
     | transformer/ | moon/[\w/.]+ | adapter_model\.safetensors | text/token_embedding  # of adapters
     | draw\.json | \d+\.png | drawn\.npz | imagenet_classes\.txt | LOC_synset_mapping\.txt   # of docs/imagenet.md
     | weights\.json | (text_encoder|vae|runs)/[\w/]* | model\.safetensors  # of a folder of weights

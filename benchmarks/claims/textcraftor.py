@@ -61,6 +61,7 @@ def drawn(options: Mapping[str, Any], evaluators: tuple[str, ...] = EVERY, wrap:
 
 
 JUDGED = drawn({})
+MIXES = {"quarter": 0.25, "half": 0.5, "three quarters": 0.75}  # of the tuned encoder
 FROM_BASE = {"init_from": "base", "rewards.detection.workdir": "detection", "constraint.workdir": "clip"}
 TRIALS = {
     "base": Trial("adapters_base", effort(1, 12_000, 0.05), draws={}, shared=True, args=WHOLE),
@@ -76,7 +77,8 @@ TRIALS = {
         {
             "": JUDGED,
             "original": drawn({"tuned_steps": 0}),
-            "half": drawn({"encoder_mix": 0.5}),
+            **{name: drawn({"encoder_mix": share}) for name, share in MIXES.items()},
+            **{f"last {n} steps": drawn({"tuned_steps": n}) for n in (2, 4, 6)},
             "permuted captions": drawn({}, ("compositional",), PermutedCaptions),
         },
         args=WHOLE,
@@ -129,6 +131,17 @@ CLAIMS = (
         "gradients along the velocities alone teach more than those through all of the sampler",
         (better("text", "text, full gradient"), better("text", "text, full gradient", REWARD)),
     ),
+    Claim(
+        "its images lie as near to their prompts in the eyes of CLIP, the constraint",
+        (no_worse("text", "text, original", CONSTRAINT, 0.9),),
+    ),
+    Claim(
+        "the reward rises with the steps that the tuned encoder leads: half of them, and all",
+        (
+            better("text, last 4 steps", "text, original", REWARD),
+            better("text", "text, last 4 steps", REWARD),
+        ),
+    ),
     Claim("its images are as diverse", (no_worse("text", "text, original", DIVERSITY),)),
     Claim(
         "without the constraint this reward, which reads the prompts, rises as far, and the images are less diverse",
@@ -153,6 +166,13 @@ CLAIMS = (
     Claim(
         "halfway between both encoders the reward is between theirs",
         (better("text, half", "text, original", REWARD), better("text", "text, half", REWARD)),
+    ),
+    Claim(
+        "a quarter of the way it has risen, and at three quarters it is higher still",
+        (
+            better("text, quarter", "text, original", REWARD),
+            better("text, three quarters", "text, quarter", REWARD),
+        ),
     ),
     Claim(
         "images of a whole sampler teach more than those of one step",

@@ -1,13 +1,13 @@
-"""SnapFusion in the shapes world, from nothing: robust training, two rounds of evolution, and eight steps.
+"""SnapFusion in the shapes world, from nothing to a bundle: robust training, two rounds of evolution, and eight steps.
 
     snapgen chain --config=configs/shapes/evolve.py --workdir=evolve
     snapgen chain --config=configs/shapes/evolve.py --workdir=evolve --config.evolve_1.table=phone.json \
         --config.evolve_2.table=phone.json
-    snapgen export --workdir=evolve/eight
 
 A round measures what each block is worth, takes out the worst until the budget is met and repeats the best, and goes on
-training. `WORKDIR/evolve_1/items.jsonl` has every value and every action. The budget is a share of the time of the
-first network by a table that was measured before, here on two CPU cores; of its multiply-adds, where `table` is empty.
+training. `WORKDIR/evolve_1/items.jsonl` has every value and every action, `WORKDIR/released/bundle` the bundle of
+the eight steps, which its `verify.py` has accepted. The budget is a share of the time of the first network by a table
+that was measured before, here on two CPU cores; of its multiply-adds, where `table` is empty.
 `docs/snapfusion.md` says more.
 Machine: two CPU cores for two hours; `quick`, one hour. Metric: the table at the end.
 """
@@ -66,6 +66,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "filled": {"network.blocks": blocks, "teacher.network.blocks": blocks},
         "rows": ({"label": "eight steps", "against": "evolved twice"},),
     }
+    released = {
+        "name": "released",
+        "derive": "snapgen_jax.chain_command:run",
+        "earlier": {"eight": "eight"},
+        "options": {"commands": ("export --workdir={eight} --out={here}/bundle", "python {here}/bundle/verify.py")},
+        "example": {"bundle": "a folder"},
+    }
     return ConfigDict(
         {
             "stages": (
@@ -75,6 +82,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 searched("evolve_2", "evolved_1", budgets[1]),
                 trained("evolved_2", "evolved_1", "evolve_2", "evolved twice", "evolved once"),
                 eight,
+                released,
             ),
             "scores": ("compositional", "frechet", "diversity"),
             "per_category": {None: 64, "quick": 32, "runlocal": 2}[arg],

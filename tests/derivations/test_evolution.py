@@ -153,6 +153,7 @@ def test_the_chain_reads_and_its_configs_fit_what_will_be_derived(form, tmp_path
         "evolve_2",
         "evolved_2",
         "eight",
+        "released",
     ]
     for name in ("evolved_1", "evolved_2", "eight"):
         assert configs[name].recipe.network.blocks == (("mid_transformer", 2),)

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import pytest
 
 from snapgen_jax.chain import load_chain
+from snapgen_jax.chain_run import _Chain, run_chain
 from snapgen_jax.conditions import prompt_arrays
 from snapgen_jax.config import load_experiment
 from snapgen_jax.data.errors import DataError
 from snapgen_jax.data.pretrained_tokenizers import PretrainedTokenizers, StandInTokenizer
 from snapgen_jax.data.shapes_demands import DemandTokenizer
 from snapgen_jax.networks.module import build
+from snapgen_jax.training.exits import ConfigError
 from tests.recipes_for_tests import random_like
 
 SD15, SNAPGEN = "configs/reward/sd15.py", "configs/reward/t2i_1024_4step.py"
@@ -79,6 +81,22 @@ def test_the_chain_of_the_shapes_world_fills_in_what_its_stages_made():
         sources = {name: source.workdir for name, source in made.config.used().items()}
         assert sources == {"detection": "detection", "constraint": "clip"} and made.config.init_from == "base"
         assert made.trains == {"model": ("text",) if stage.name == "text" else ("unet",)}
+
+
+def test_a_finished_run_is_improved_by_one_command_and_one_that_is_not_there_is_refused_at_once(tmp_path):
+    base = tmp_path / "base"
+    overrides = [f"clip.data.tokenizer={base}", f"text.init_from={base}"]
+    chain, said = load_chain("configs/shapes/reward_chain.py:improve", overrides)
+    assert [stage.name for stage in chain.stages] == ["detection", "clip", "text"]
+    with pytest.raises(ConfigError, match=r"the stage 'text' starts from .*base', which is not there; name a run"):
+        run_chain(chain, said, tmp_path / "chain")
+    assert not (tmp_path / "chain").exists()
+    base.mkdir()
+    filled = _Chain(chain, said, tmp_path / "chain")
+    filled.check_starts()
+    text = filled.configs["text"]
+    assert text.experiment.init_from == str(base) and filled.configs["clip"].config.data.tokenizer == str(base)
+    assert text.recipe.rewards["detection"].workdir == str(tmp_path / "chain" / "detection")
 
 
 def test_the_shapes_world_is_rewarded_by_what_captions_demand():
