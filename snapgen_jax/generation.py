@@ -28,7 +28,7 @@ from snapgen_jax.diffusion.noise import word
 from snapgen_jax.diffusion.stages import Staged, Stages
 from snapgen_jax.networks.lora import merge
 from snapgen_jax.networks.module import Network, Platform, narrowed
-from snapgen_jax.parallel.mesh import make_mesh, put_batch
+from snapgen_jax.parallel.mesh import make_mesh, mesh_of, put_batch
 from snapgen_jax.systems.published import Generator as PublishedGenerator
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.keys import example_keys, key
@@ -222,9 +222,8 @@ class Generator:
 
 def on_every_host(params: Tree) -> jax.sharding.NamedSharding | None:
     """Where results must lie for each of several processes to read them whole; None for one process alone."""
-    if jax.process_count() == 1:
+    if jax.process_count() == 1 or (mesh := mesh_of(params)) is None:
         return None
-    mesh = next(leaf.sharding.mesh for leaf in jax.tree.leaves(params))
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 

@@ -16,6 +16,8 @@ import numpy as np
 
 from snapgen_jax.cli_exit import run_to_exit_code
 from snapgen_jax.evaluation.interfaces import EvaluationResult
+from snapgen_jax.evaluation.unchanged import Unchanged
+from snapgen_jax.generation import Generator
 from snapgen_jax.parallel import hosts
 from snapgen_jax.parallel.mesh import MeshConfig
 from snapgen_jax.training import loop
@@ -84,7 +86,13 @@ def main(options):
         total = sum(float(np.abs(np.asarray(jax.device_get(x))).sum()) for x in jax.tree.leaves(weights["critic"]))
         return EvaluationResult({"total": total}, {})
 
-    evaluators = [loop.ScheduledEvaluator("total", options.get("evaluate_every_steps", 0), False, evaluate)]
+    def unchanged(weights, frozen):
+        return Unchanged(recipe.load_frozen)(Generator(recipe, weights, frozen, None))
+
+    evaluators = [
+        loop.ScheduledEvaluator("total", options.get("evaluate_every_steps", 0), False, evaluate),
+        loop.ScheduledEvaluator("unchanged", 0, True, unchanged),
+    ]
     data = Disturbed(recipe, options, cluster.index, cluster.count)
     loop.train(recipe, data, config, workdir=options["workdir"], evaluators=evaluators)
 

@@ -12,7 +12,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from snapgen_jax.generation import Generator
 from snapgen_jax.parallel.mesh import MeshConfig, make_mesh
@@ -180,7 +180,8 @@ class TwoPlayers(Bare):
         if use == "generate":  # the projection is what is learnt
             return {}
         matrix = np.linalg.qr(np.random.default_rng(0).normal(size=(WIDTH, WIDTH)))[0]
-        where = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        one = SingleDeviceSharding(jax.devices()[0])  # as `weights.frozen` has it
+        where = one if mesh is None else NamedSharding(mesh, PartitionSpec())
         return {"projection": jax.device_put(matrix.astype(np.float32), where)}
 
     def update(self, state, frozen, batch, key):

@@ -112,6 +112,12 @@ def straight(tmp_path_factory):
     return workdir
 
 
+def test_two_hosts_hold_the_frozen_networks_of_their_run_to_the_files(straight):
+    records = map(json.loads, (straight / "metrics/evaluation.jsonl").read_text().splitlines())
+    (found,) = [record for record in records if record["evaluator"] == "unchanged"]
+    assert found == {"step": 30, "evaluator": "unchanged", "frozen.unchanged": 1.0}
+
+
 def stop(run, index):
     """Sends two signals to one process; returns the exit codes of all and the seconds that it took."""
     begin = time.monotonic()

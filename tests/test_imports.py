@@ -110,7 +110,7 @@ MAY_IMPORT = {
         "page",
         "typed",
     ],
-    "evaluation.unchanged": ["evaluation", "training.fingerprint"],
+    "evaluation.unchanged": ["evaluation", "parallel.mesh", "training.fingerprint"],
     "evaluation.report": ["evaluation", "data.prompts", "page", "training.files", "training.metrics"],
     "export": ["bounds", "diffusion.noise", "training.exports"],
     "export.apps": ["export", "training.exits"],

@@ -14,7 +14,7 @@ from snapgen_jax.conditions import prompt_arrays
 from snapgen_jax.evaluation.interfaces import EvaluationResult, ImageGenerator, ValidationData
 from snapgen_jax.evaluation.outputs import draw, read_images
 from snapgen_jax.evaluation.requests import requests
-from snapgen_jax.generation import Generator
+from snapgen_jax.generation import Generator, on_every_host
 
 Tree = Any
 _TOGETHER = 16  # images
@@ -66,7 +66,8 @@ class RewardScore:
         assert wanted.prompts is not None
         images = read_images(draw(generator, wanted, seed=self.seed, options=self.options), self.output)
         arrays = {**prompt_arrays(generator.recipe, generator.tokenizer, list(wanted.prompts)), "image": images}
-        frozen, score = with_all_frozen(generator), jax.jit(recipe.score)
+        frozen = with_all_frozen(generator)
+        score = jax.jit(recipe.score, out_shardings=on_every_host(generator.params))
         size, parts = min(_TOGETHER, len(images)), []
         for start in range(0, len(images), size):
             rows = np.arange(start, start + size) % len(images)  # the last is filled up: one program serves

@@ -85,6 +85,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(array, AXES)
 
 
+def mesh_of(tree: Tree) -> Mesh | None:
+    """The mesh that the arrays of a tree lie on; None for arrays of one device, or of none."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    meshes = (getattr(leaf.sharding, "mesh", None) for leaf in leaves)
+    return next((mesh for mesh in meshes if isinstance(mesh, Mesh)), None)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The leading dimension split over every batch axis."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))

@@ -393,7 +393,7 @@ class RewardTuning(FlowMatching):
         """Those that `config.evaluation` names; and "unchanged", which at the end holds every frozen network to the
         files that it was read from."""
         named = [spec for spec in super().evaluators() if spec.name != "unchanged"]
-        return [*named, EvaluatorSpec("unchanged", function=functools.partial(self.load_frozen, None))]
+        return [*named, EvaluatorSpec("unchanged", function=self.load_frozen)]
 
     def exports(self) -> ExportPlan:
         """As for flow matching, by the tuned weights; with a mix of encoders in one file, and with two contexts where

@@ -143,6 +143,10 @@ def test_the_run_holds_its_frozen_networks_to_their_files(base, tuned, frozen):
     bits = {**frozen, "reward/taste": jax.tree.map(lambda x: x + (x.ndim == 0), frozen["reward/taste"])}
     with pytest.raises(ValueError, match="frozen networks reward/taste are not those of their files"):
         evaluator(generator.with_weights(params, bits))
+    two = make_mesh(MeshConfig(data=2), jax.devices()[:2])
+    on_two = spec.function(two)
+    assert {leaf.sharding.mesh for leaf in jax.tree.leaves(on_two)} == {two}
+    assert evaluator(generator.with_weights(params, on_two)).numbers == {"frozen.unchanged": len(frozen)}
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------
