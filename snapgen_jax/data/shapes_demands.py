@@ -10,6 +10,7 @@ colour that is not named, no relation. The empty text demands nothing, and is al
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -103,6 +104,16 @@ def numbers(requirement: Requirement, length: int) -> np.ndarray:
     return row
 
 
+def _overlapping(demands: Sequence[Demand]) -> tuple[str, str] | None:
+    """The words of two groups that one object fits both; None where every object fits one at most."""
+    for first, second in itertools.combinations(demands, 2):
+        same_colour = first.colour == second.colour or None in (first.colour, second.colour)
+        if first.kind == second.kind and same_colour:
+            words = [" ".join(filter(None, (demand.colour, demand.kind))) for demand in (first, second)]
+            return f"a {words[0]}", f"a {words[1]}"
+    return None
+
+
 class DemandTokenizer:
     """Captions to what they demand. Stands where a tokenizer does, and holds no state."""
 
@@ -117,7 +128,7 @@ class DemandTokenizer:
             int32 `[N, L]`; and float32 `[N, L]`, 1 at the numbers of each group that there is and of a relation.
 
         Raises:
-            DataError: the shapes world has no such caption, or it demands too much.
+            DataError: the shapes world has no such caption, it demands too much, or two of its groups overlap.
         """
         rows = np.stack([self._row(require_text(text, "the caption or prompt"), length) for text in texts])
         groups = rows[:, :-1].reshape(len(texts), -1, NUMBERS_OF_A_DEMAND)
@@ -132,6 +143,12 @@ class DemandTokenizer:
                 "stars' or 'a red circle left of a blue square'. Dense captions, which say places, and layouts have "
                 "none: set data.shapes.dense_share=0 and data.shapes.captions='phrases'; or use a reward that reads "
                 "any text, such as 'matching'"
+            )
+        if overlap := _overlapping(requirement.demands):
+            raise DataError(
+                f"{text!r} is met by no image: {overlap[0]} and {overlap[1]} may be one object, and each counts in "
+                "every group that it fits. Ask for groups of different kinds, for two colours of one kind, or for a "
+                "number, such as 'two red circles'"
             )
         try:
             return numbers(requirement, length)

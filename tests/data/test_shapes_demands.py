@@ -27,6 +27,7 @@ def test_the_demand_of_a_caption_is_that_of_its_scene(category, combinations):
         text = caption(scene, rng)
         assert demanded(text) == requirement(scene), text
         assert demanded(f" {text.upper()}\n") == requirement(scene)
+        DemandTokenizer().encode([text], LENGTH)  # no two of its groups overlap
 
 
 def test_the_false_captions_of_the_data_are_read_too():
@@ -35,6 +36,7 @@ def test_the_false_captions_of_the_data_are_read_too():
         example = source.example(index, np.random.default_rng(index))
         true, false = demanded(example["caption"]), demanded(example["other_caption"])
         assert true is not None and false is not None and true != false
+        DemandTokenizer().encode([example["caption"], example["other_caption"]], LENGTH)
         objects = source._scenes.scene(index).objects
         assert true.met_by(objects) and not false.met_by(objects), CHANGES[int(example["changed"])]
 
@@ -60,6 +62,16 @@ def test_other_texts_are_refused_by_name():
         assert repr(text) in str(error.value) and "data.shapes.dense_share=0" in str(error.value)
     with pytest.raises(DataError, match="demands 3 different groups of objects, and there is room for 2"):
         DemandTokenizer().encode(["a star, a ring and a cross"], 7)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a red circle left of a red circle", "a circle and a red circle", "two red stars, a ring and a star"],
+)
+def test_groups_of_which_one_object_fits_two_are_refused(text):
+    with pytest.raises(DataError, match="is met by no image"):
+        DemandTokenizer().encode([text], LENGTH)
+    DemandTokenizer().encode(["a red circle left of a blue circle"], LENGTH)
 
 
 def test_a_run_names_it_as_the_tokenizer_of_an_array():
