@@ -87,9 +87,7 @@ class Preference(Adapters):
         if self.config.trains == "adapters":
             return super().weights(params, frozen)
         change = params["model"][DIFFERENCE]
-        moved = {
-            role: jax.tree.map(lambda w, d: w.astype(jnp.float32) + d, frozen[role], change[role]) for role in change
-        }
+        moved = {role: jax.tree.map(_plus, frozen[role], change[role]) for role in change}
         return {**frozen, **moved, DIFFERENCE: change}
 
     def init(self, key: jax.Array) -> TrainState:

@@ -189,6 +189,14 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(frozen):
     np.testing.assert_allclose(stepped(1)["grad_norm"], stepped(2)["grad_norm"], rtol=1e-3)
 
 
+def test_a_small_difference_to_weights_of_bfloat16_is_not_rounded_away(frozen):
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), frozen)
+    change = {"unet": jax.tree.map(lambda x: jnp.full(x.shape, 1e-4), half["unet"])}
+    moved = recipe(trains="network").weights({"model": {"difference": change}}, half)["unet"]
+    for after, before in zip(jax.tree.leaves(moved), jax.tree.leaves(half["unet"]), strict=True):
+        np.testing.assert_allclose(after - before.astype(jnp.float32), 1e-4, atol=1e-6)
+
+
 def test_the_reference_is_read_from_the_base_run(frozen, tmp_path):
     method = FlowMatching(CONFIG, "cpu")
     state = jax.jit(method.init)(key(0, 0, "init"))
