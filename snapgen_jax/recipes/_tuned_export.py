@@ -69,7 +69,7 @@ def switched_plan(
         tuned: the plan of the last steps.
         encoder: the role of the text encoder in `original`.
         role: of the original encoder's weights.
-        options: a `RewardSamplingConfig`.
+        options: a `RewardSamplingConfig` of a method that calls the network once a step.
     """
     names = {unit.name: f"{_BEFORE}_{unit.name}" for unit in original.units if encoder in unit.roles}
 
@@ -84,8 +84,7 @@ def switched_plan(
     if "null_contexts" in program:
         program["null_contexts"] = {**program["null_contexts"], _BEFORE: program["null_contexts"][_CONTEXT]}
     first = options.steps - options.last_steps  # type: ignore[attr-defined]
-    count = options.steps + (options.method == "heun")
-    program["steps"] = [{"context": _BEFORE} if i < first else {} for i in range(count)]
+    program["steps"] = [{"context": _BEFORE} if i < first else {} for i in range(options.steps)]
     added = [before(unit) for unit in original.units if unit.name in names]
     return dataclasses.replace(tuned, units=[*tuned.units, *added], program=program)
 

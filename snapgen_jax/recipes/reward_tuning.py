@@ -400,7 +400,8 @@ class RewardTuning(FlowMatching):
         the original encoder leads up to a step.
 
         Raises:
-            ConfigError: the options ask for the original model, or for two networks.
+            ConfigError: the options ask for the original model, for two networks, or for a change of contexts under
+                Heun's method.
         """
         options: RewardSamplingConfig = self.config.sampling
         shares = self._shares(options)
@@ -414,6 +415,13 @@ class RewardTuning(FlowMatching):
             raise ConfigError(
                 f"tuned_steps={options.tuned_steps} of {options.steps} steps needs two networks in a bundle; export "
                 f"with --tuned_steps={options.steps}, where the tuned one leads in all steps"
+            )
+        if switches and options.method == "heun":
+            raise ConfigError(
+                f"sampling.method='heun' calls the network at the end of a step too, there still with the condition of "
+                f"that step, and a bundle has one for each time: it would follow another path where tuned_steps="
+                f"{options.tuned_steps} of {options.steps} changes between them. Export with --method=euler or "
+                f"--method=renoise, or with --tuned_steps={options.steps}"
             )
         plan = super().exports()
         if set(shares) != {TUNED}:

@@ -452,6 +452,7 @@ def test_a_bundle_has_the_tuned_encoder_a_mix_or_two_contexts(base, tuned, froze
     [
         ({}, {"encoder_mix": 0.0}, "are the original model; export that run"),
         ({"trains": "network"}, {"tuned_steps": 2}, "needs two networks in a bundle; export with --tuned_steps=4"),
+        ({}, {"tuned_steps": 2, "method": "heun"}, "with --method=euler or --method=renoise, or with --tuned_steps=4"),
     ],
 )
 def test_what_no_bundle_holds_is_refused(base, changes, options, message):
