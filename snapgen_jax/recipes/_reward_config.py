@@ -24,9 +24,10 @@ class RewardSamplingConfig(SamplingConfig):
         tuned_steps: how many of the last steps are those of the tuned weights, before which the original ones lead; 0
             gives the images of the original, bit for bit. None for all steps. The paper tunes through 5 of 25 and draws
             with 15.
-        encoder_mix: of several text encoders: the share w of the tuned one, beside the original, from 0 (the images of
-            the original, bit for bit) to 1; or shares by name that sum to one, such as
-            "original:0.1,tuned:0.2,NAME:0.7", where NAME is in the config's `others`.
+        encoder_mix: of several text encoders: the share w of the tuned one, beside the original, from 0 to 1; or shares
+            by name that sum to one, such as "original:0.1,tuned:0.2,NAME:0.7", where NAME is in the config's `others`.
+            Of a tuned text encoder 0 gives the images of the original, bit for bit. Where the network is tuned behind
+            one, 0 is the tuned network with the original encoder.
     """
 
     steps: int = 25
