@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jax.sharding import Mesh
 
 from snapgen_jax.bounds import above, check
@@ -45,7 +46,8 @@ class RewardSourceConfig:
         head_folder: of those of the aesthetic predictor's own layers.
         stand_in: in place of either, a network as it is drawn: to try speed and memory with.
         tokens: which array of token ids of the inputs it reads; "" for the first.
-        tokenizer: folder of a tokenizer of its own, whose ids it reads in place of the inputs'.
+        tokenizer: folder of a tokenizer of its own, whose ids it reads in place of the inputs'. A published reward that
+            reads texts needs it where the inputs' tokenizer is a trained one; a run has none beside its own.
         text: that all images are compared with, each in place of its own prompt, such as "a beautiful photograph"; ""
             for the prompts. Such a reward does not know what was asked for.
     """
@@ -117,6 +119,12 @@ class Rewards:
                 f"the reward {name!r} reads {text.max_tokens} tokens of {text.vocab_size} ids, and "
                 f"{self._shared(name)!r} of the inputs are {spec.length} of {spec.vocab_size}; name its own tokenizer, "
                 "or a reward of the same"
+            )
+        if text is not None and source.published and spec.kind == "trained":
+            raise ConfigError(
+                f"the reward {name!r} is the published {source.published!r}, which knows the ids of its own tokenizer, "
+                f"and {self._shared(name)!r} of the inputs are ids of a trained one; set its `tokenizer` to the folder "
+                f"of the tokenizer that was published with it"
             )
 
     def _text(self, name: str) -> Any:
@@ -198,6 +206,13 @@ class Rewards:
             raise ConfigError(
                 f"the reward {name!r} of {source.workdir!r} knows another tokenizer than {used.workdir!r}, whose token "
                 f"ids it would read; train it with data.tokenizer={used.workdir}/tokenizer.json"
+            )
+        own = epath.Path(source.workdir) / "tokenizer.json"
+        if used.kind == "pretrained" and self._text(name) is not None and own.exists():
+            raise ConfigError(
+                f"the reward {name!r} of {source.workdir!r} knows the ids of {str(own)!r}, and would read those of the "
+                f"published tokenizer {used.folder!r}; leave its `tokenizer` out and let `tokens` name an array of the "
+                "inputs that is made by that file, or take a published reward"
             )
         try:
             return _of_run(source, network, mesh)

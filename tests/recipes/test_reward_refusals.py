@@ -1,5 +1,6 @@
 """Reward tuning refuses what does not fit, before a weight is read."""
 
+import dataclasses
 import json
 
 import pytest
@@ -96,3 +97,30 @@ def test_a_run_of_another_recipe_is_no_reward(tmp_path):
     source = RewardSourceConfig(network=DetectionConfig.preset("smoke"), workdir=str(tmp_path))
     with pytest.raises(ConfigError, match="a run of 'flow_matching', and a network of the kind 'detection' is that"):
         Rewards({"constraint": source}, {}, "cpu").load(None, {"constraint_tokens": TokenizerSpec("demands", 10, 9)})
+
+
+def test_a_published_reward_beside_ids_of_a_trained_tokenizer_needs_its_own():
+    network = RewardConfig.preset("smoke")
+    spec = TokenizerSpec("trained", network.text.max_tokens, network.text.vocab_size)
+    source = RewardSourceConfig(network=network, published="clip_l", folder="clip")
+    with pytest.raises(ConfigError, match="'tokens' of the inputs are ids of a trained one; set its `tokenizer` to"):
+        Rewards({"taste": source}, {"tokens": spec}, "cpu")
+    own = dataclasses.replace(source, tokenizer="clip/tokenizer")
+    assert Rewards({"taste": own}, {"tokens": spec}, "cpu").arrays() == ("taste_tokens",)
+    published = dataclasses.replace(spec, kind="pretrained", folder="other")
+    assert Rewards({"taste": source}, {"tokens": published}, "cpu").arrays() == ("tokens",)
+    sees = dataclasses.replace(source, network=RewardConfig.preset("aesthetic"), published="aesthetic")
+    assert Rewards({"taste": sees}, {"tokens": spec}, "cpu").arrays() == ("tokens",)  # it reads no text
+
+
+def test_a_run_with_a_tokenizer_of_its_own_reads_no_ids_of_a_published_one(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    network = RewardConfig.preset("smoke")
+    spec = TokenizerSpec("pretrained", network.text.max_tokens, network.text.vocab_size, folder="clip")
+    source = RewardSourceConfig(network=network, workdir=str(tmp_path))
+    trained = dataclasses.replace(spec, kind="trained", folder="")
+    says = "would read those of the published tokenizer 'clip'; leave its `tokenizer` out"
+    for inputs, one in ((spec, source), (trained, dataclasses.replace(source, tokenizer="clip"))):
+        rewards = Rewards({"taste": one}, {"tokens": inputs}, "cpu")
+        with pytest.raises(ConfigError, match=says):
+            rewards.load(None, {"tokens": inputs, **rewards.tokenizers()})
