@@ -57,7 +57,8 @@ class RewardTuning(FlowMatching):
 
     Attributes:
         rewards: those that count.
-        encoder: the role of the text encoder that is tuned, or may be.
+        encoders: the roles of the text encoders of the inputs.
+        encoder: that of the one that is tuned, or may be.
         tuned: the roles whose weights learn.
         differing: the roles that tuned and original model have each in a form of its own.
     """
@@ -72,7 +73,8 @@ class RewardTuning(FlowMatching):
             ValueError: the network does not fit what it is fed, or a target of the adapters finds nothing.
         """
         super().__init__(config, platform)
-        self.encoder = self._encoder()
+        self.encoders = self._encoders()
+        self.encoder = config.encoder or self.encoders[0]
         self.tuned = (self.encoder,) if config.tunes_text else (self.role,)
         self.differing = (*self.tuned, *([self.encoder] if config.tuned_text else []))
         self.trains: Mapping[str, tuple[str, ...]] = {"model": (ADAPTERS,) if config.by_adapters else self.tuned}
@@ -89,8 +91,8 @@ class RewardTuning(FlowMatching):
                 "other's variety. Compare compositional and diversity before and after"
             )
 
-    def _encoder(self) -> str:
-        """The role of the text encoder."""
+    def _encoders(self) -> list[str]:
+        """The roles of the text encoders, the one that is tuned among them."""
         inputs, config = self.inputs, self.config
         if isinstance(inputs, StoredInputs):
             raise ConfigError(
@@ -103,7 +105,7 @@ class RewardTuning(FlowMatching):
             raise ConfigError(f"inputs of the kind {inputs.config.kind!r} bring no text encoder")
         if config.encoder and config.encoder not in known:
             raise ConfigError(f"encoder={config.encoder!r}; the inputs bring {', '.join(known)}")
-        return config.encoder or known[0]
+        return known
 
     def _tuned_shapes(self) -> dict[str, Tree]:
         networks = super().networks()
@@ -144,13 +146,37 @@ class RewardTuning(FlowMatching):
         """Starts from the weights of the trained run, or from those or the adapters of an earlier run of this recipe.
 
         Raises:
-            ConfigError: it holds other weights.
+            ConfigError: it holds other weights, or is an earlier run of this recipe that tuned something else.
         """
+        self._check_start()
         new, old = state.players["model"].params, earlier.get("model", {})
         if self.config.by_adapters and ADAPTERS not in old:
             return state
         params = taken_from(new, {role: old[role] for role in new if role in old})
         return state.replace(players={"model": self.new_player(params)})
+
+    def _check_start(self) -> None:
+        """Raises where the run to start from tuned what this one does not go on with: it would be lost unsaid."""
+        config = self.config
+        run = run_config(config.init_from) if config.init_from else {}
+        if run.get("recipe") != NAME:
+            return
+        was = run.get("trains", "text")
+        encoder = run.get("encoder") or self.encoders[0]
+        if was == config.trains and (not config.tunes_text or encoder == self.encoder):
+            return
+        base = config.base or run.get("base") or run.get("init_from")
+        text = was in ("text", "text_adapters")
+        if text and not config.tunes_text:
+            advice = f"set tuned_text to it and init_from to the base, {base!r}"
+        else:
+            same = f"set trains={was!r}" + (f" and encoder={encoder!r}" if text else "")
+            advice = f"{same} to go on with it, or set init_from to the base, {base!r}, to begin anew"
+        held = f"a tuned text encoder, {encoder!r}" if text else "a tuned network"
+        raise ConfigError(
+            f"init_from={config.init_from!r} holds {held} (trains={was!r}), which trains={config.trains!r} does not go "
+            f"on with; {advice}"
+        )
 
     def _frozen_roles(self) -> list[str]:
         return [role for role in self.networks() if role not in self.tuned]
