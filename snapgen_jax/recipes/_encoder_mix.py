@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from etils import epath
 from jax.sharding import Mesh
 
+from snapgen_jax.inputs.captions import same_tokens
 from snapgen_jax.networks.lora import LoraConfig, init_adapters, merge
 from snapgen_jax.networks.text import TextContext
 from snapgen_jax.recipes._run import run_config
@@ -67,31 +71,82 @@ def blended(parts: Mapping[str, Any], shares: Mapping[str, float]) -> Any:
     return dataclasses.replace(mixed, mask=first.mask) if isinstance(first, TextContext) else mixed
 
 
-def load_tuned(
-    workdir: str, role: str, spec: Tree, original: Callable[[], Tree], mesh: Mesh | None, rules: Any
-) -> Tree:
+@dataclasses.dataclass(frozen=True)
+class Original:
+    """A text encoder before it was tuned.
+
+    Attributes:
+        weights: its parameters.
+        workdir: the run whose encoder and tokenizer it is; "" for a published one.
+    """
+
+    weights: Tree
+    workdir: str = ""
+
+
+def load_tuned(workdir: str, role: str, spec: Tree, original: Original, mesh: Mesh | None, rules: Any) -> Tree:
     """The tuned text encoder of an earlier run of `reward_tuning`: its own parameters, or its adapters merged.
+
+    It must have been tuned from `original`. What can be told of that is compared: the tokenizers of both runs; and the
+    encoder that the earlier run began with, where that still is where its config says. Of a base that was moved, and of
+    published encoders, it cannot be told.
 
     Args:
         workdir: of that run.
         role: of the encoder.
         spec: shapes of its parameters.
-        original: gives the encoder that adapters of that run were trained beside.
+        original: the encoder of this run, beside which it is used.
         mesh, rules: where the parameters go.
 
     Raises:
-        ConfigError: it is no such run, or tuned another encoder.
+        ConfigError: it is no such run, tuned another encoder, or knows another tokenizer.
     """
     run = run_config(workdir)
     trains = run.get("trains", "text")
     if run and (run.get("recipe") != "reward_tuning" or not trains.startswith("text")):
         what = f"trains={trains!r}" if run.get("recipe") == "reward_tuning" else f"recipe={run.get('recipe')!r}"
         raise ConfigError(f"{workdir!r} has no tuned text encoder: it is a run of {what}; name one of trains='text'")
+    if original.workdir:
+        _check_origin(workdir, run, original, functools.partial(load_run, spec={role: spec}, mesh=mesh, rules=rules))
     if trains == "text":
         return load_run(workdir, {role: spec}, mesh=mesh, rules=rules)[role]
     said = run["lora"]
     lora = LoraConfig(said["rank"], said["alpha"], tuple(said["targets"]))
     small = jax.eval_shape(lambda key: init_adapters(lora, {role: spec}, key), jax.random.key(0))
     adapters = load_run(workdir, {"adapters": small}, mesh=mesh)["adapters"]
-    merged = jax.jit(lambda tree, adapters: merge({role: tree}, adapters, lora.scale)[role])(original(), adapters)
+    merged = jax.jit(lambda tree, adapters: merge({role: tree}, adapters, lora.scale)[role])(original.weights, adapters)
     return jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), merged, spec)
+
+
+def _check_origin(workdir: str, run: Mapping[str, Any], original: Original, load: Callable[..., Tree]) -> None:
+    """Raises where an encoder was tuned from another than `original`; `load(base)` gives a base's, by role."""
+    own = original.workdir
+    if not same_tokens(workdir, own):
+        raise ConfigError(
+            f"the tuned text encoder of {workdir!r} knows another tokenizer than that of {own!r}, whose token ids it "
+            f"would read; name a run that tuned the encoder of {own!r}"
+        )
+    base = run.get("inputs", {}).get("text_workdir") or run.get("base") or run.get("init_from") or ""
+    copied_here = "://" in base and "://" not in own
+    if not base or copied_here or epath.Path(base) == epath.Path(own):
+        return
+    try:
+        (began_with,) = load(base).values()
+    except ConfigError:  # it was moved
+        return
+    if not _are_equal(began_with, original.weights):
+        raise ConfigError(
+            f"the text encoder of {workdir!r} was tuned from that of {base!r}, and the one here is of {own!r} and has "
+            f"other weights; name a run that tuned the encoder of {own!r}, or set base to {base!r}"
+        )
+
+
+def _are_equal(a: Tree, b: Tree) -> bool:
+    """Whether weights are the same in bfloat16: a platform, or a folder of weights, chooses their dtype."""
+
+    @jax.jit
+    def equal(a: Tree, b: Tree) -> jax.Array:
+        same = jax.tree.map(lambda x, y: jnp.all(x.astype(jnp.bfloat16) == y.astype(jnp.bfloat16)), a, b)
+        return jnp.all(jnp.stack(jax.tree.leaves(same)))
+
+    return bool(equal(a, b))

@@ -33,7 +33,7 @@ from snapgen_jax.networks.module import Network, Platform, build, init
 from snapgen_jax.networks.registry import TextEncoderConfig
 from snapgen_jax.recipes._assembly import Specs, specs_of, taken_from
 from snapgen_jax.recipes._base import base_tokenizers, load_base
-from snapgen_jax.recipes._encoder_mix import ORIGINAL, TUNED, blended, load_tuned, shares_of
+from snapgen_jax.recipes._encoder_mix import ORIGINAL, TUNED, Original, blended, load_tuned, shares_of
 from snapgen_jax.recipes._reward_config import RewardSamplingConfig, RewardTuningConfig
 from snapgen_jax.recipes._rewards import CONSTRAINT, Rewards
 from snapgen_jax.recipes._run import run_config
@@ -213,7 +213,10 @@ class RewardTuning(FlowMatching):
     def _load_tuned(self, workdir: str, read: Mapping[str, Tree], mesh: Mesh | None) -> Tree:
         network = super().networks()[self.encoder]
         spec = specs_of({self.encoder: network}, [self.encoder])[self.encoder]
-        return load_tuned(workdir, self.encoder, spec, lambda: read[self.encoder], mesh, network.config.rules())
+        own = base_tokenizers(self._base(), self.inputs.tokenizers()).values()
+        trained = [tokenizer.workdir for tokenizer in own if tokenizer.kind == "trained"]
+        original = Original(read[self.encoder], trained[0] if trained else "")
+        return load_tuned(workdir, self.encoder, spec, original, mesh, network.config.rules())
 
     def _base(self) -> str:
         return self.config.base or self.config.init_from
