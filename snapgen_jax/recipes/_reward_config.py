@@ -63,9 +63,12 @@ class RewardTuningConfig(FlowMatchingConfig):
         form: images that are "sampled" from noise, from the prompts of a batch alone; or "direct", one step from noised
             images of the data, the paper's baseline.
         backprop_steps: K, the steps through which gradients run.
-        stop_input_gradient: of each of these steps the gradient reaches the weights and not the latent that the network
-            was given, so that it comes to earlier steps along the sum of the velocities alone (DRTune, Wu et al. 2024,
-            arXiv 2405.00760): no Jacobians of later steps multiply it, which with many steps grow it without bound.
+        stop_input_gradient: of each of these steps the gradient reaches the weights and not the latent that the step's
+            velocity is computed from, so that it comes to earlier steps along the sum of the velocities alone: no
+            Jacobians of later steps multiply it, which with many steps grow it without bound. For a network that
+            predicts the velocity this is DRTune (Wu et al. 2024, arXiv 2405.00760), which stops the input of the
+            network and nothing else. From a prediction of x_0, eps or v the velocity is computed with the latent, and
+            this stops that too. Of x_0 DRTune itself would teach the last step alone: the image is its prediction.
         rewards: by name.
         constraint: the reward that keeps images true to their prompts. It is needed, unless `leave_out` names it.
         leave_out: rewards to do without, by name; "constraint" for the constraint.

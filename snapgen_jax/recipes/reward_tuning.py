@@ -311,6 +311,7 @@ class RewardTuning(FlowMatching):
     def _call(
         self, networks: Networks, x_t: jax.Array, level: Level, i: jax.Array, carry: Any, condition: Any
     ) -> tuple[jax.Array, Any]:
+        # Before the conversion to a velocity, so that steps are joined by the sum of the velocities alone.
         seen = jax.lax.stop_gradient(x_t) if self.config.stop_input_gradient else x_t
         return self.denoise(networks, seen, level, i, carry, condition, None)
 

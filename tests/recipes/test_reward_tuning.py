@@ -152,9 +152,13 @@ def test_the_run_holds_its_frozen_networks_to_their_files(base, tuned, frozen):
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stop_input", [False, True], ids=["through all", "along the velocities"])
-def test_gradients_are_those_of_a_sampler_that_is_cut_before_the_last_steps(base, frozen, stop_input):
-    recipe, last = tuning(base[0], stop_input_gradient=stop_input), 2
+@pytest.mark.parametrize(
+    ("stop_input", "prediction"),
+    [(False, "velocity"), (True, "velocity"), (True, "x_0")],
+    ids=["through all", "along the velocities", "along those of another prediction"],
+)
+def test_gradients_are_those_of_a_sampler_that_is_cut_before_the_last_steps(base, frozen, stop_input, prediction):
+    recipe, last = tuning(base[0], stop_input_gradient=stop_input, prediction=prediction), 2
     text = jax.tree.map(lambda x: 1.1 * x + 0.01, frozen["original/text"])
     drawn, w = drawn_of(recipe, frozen), recipe.config.sampling.guidance
     grid = recipe.config.schedule.grid(STEPS, 3.0)
