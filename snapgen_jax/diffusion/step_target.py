@@ -11,7 +11,6 @@ In terms of the data this is SnapFusion's target, (z_{t''} - (sigma''/sigma) z_t
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -32,11 +31,17 @@ def mean_velocity(
     Args:
         denoise: of the teacher: `(x_t [B, ...], level [B]) -> velocity [B, ...]`.
         x_t: `[B, ...]`, at the first level.
-        levels: of `[B]`, from noise down; the teacher is asked at all but the last.
+        levels: of `[B]`, from noise down; the teacher is asked at all but the last. Its program is there once, however
+            many they are.
     """
-    x = x_t
-    for here, there in itertools.pairwise(levels):
-        x = x + expand_like(there.t - here.t, x) * denoise(x, here)
+    stacked = Level(*(jnp.stack(values) for values in zip(*levels, strict=True)))
+    before, after = (Level(*(value[part] for value in stacked)) for part in (slice(None, -1), slice(1, None)))
+
+    def step(x: jax.Array, ends: tuple[Level, Level]) -> tuple[jax.Array, None]:
+        here, there = ends
+        return x + expand_like(there.t - here.t, x) * denoise(x, here), None
+
+    x, _ = jax.lax.scan(step, x_t, (before, after))
     return (x_t - x) / expand_like(levels[0].t - levels[-1].t, x)
 
 

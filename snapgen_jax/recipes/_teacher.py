@@ -398,6 +398,7 @@ class Teacher:
         student: Any,
         taps: Sequence[str] = (),
         guidance: jax.Array | None = None,
+        is_guided: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The teacher's velocity `[B, ...]` and features at a point of the path. No gradient passes.
 
@@ -409,6 +410,8 @@ class Teacher:
             student: what the student attends to.
             taps: names of the features.
             guidance: scale of each example `[B]`, in place of the config's.
+            is_guided: whether it is guided at all, a bool of no axes; None where `guidance` alone says so. Where it is
+                not, nobody is asked without the condition.
         """
         config, t = self.config, jnp.asarray(level.t)
         if self.has_own_latents:
@@ -421,8 +424,12 @@ class Teacher:
         def steered(x: jax.Array, where: Any, v: jax.Array) -> jax.Array:
             if guidance is None and config.guidance == 1:
                 return v
-            v_null = self.denoiser(params, x, where, null_like(self._null_condition(networks), condition))[0]
-            return guided(v_null, v, config.guidance) if guidance is None else guided_from(v, v_null, guidance)
+
+            def by_both() -> jax.Array:
+                v_null = self.denoiser(params, x, where, null_like(self._null_condition(networks), condition))[0]
+                return guided(v_null, v, config.guidance) if guidance is None else guided_from(v, v_null, guidance)
+
+            return by_both() if is_guided is None else jax.lax.cond(is_guided, by_both, lambda: v)
 
         # Once for both: XLA does not see what two scans have in common.
         v, features = self.denoiser(params, x_t, where, condition, taps=taps)

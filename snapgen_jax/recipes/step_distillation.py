@@ -187,15 +187,10 @@ class StepDistillation(FlowMatching):
         config: StepDistillationConfig = self.config
         point = self.predict(networks, drawn)[0]
 
-        def plain() -> jax.Array:
-            return self.distance(networks, drawn, point)
-
-        def aware() -> jax.Array:
-            return self.distance(networks, drawn, point, drawn["guidance"])
-
-        # A condition, not a choice of results: an update that is not guided asks nobody without the condition.
-        only = {0.0: plain, 1.0: aware}.get(config.guided_share)
-        distilled = only() if only else jax.lax.cond(drawn["guided"][0], aware, plain)
+        if config.guided_share in (0, 1):
+            distilled = self.distance(networks, drawn, point, drawn["guidance"] if config.guided_share else None)
+        else:
+            distilled = self.distance(networks, drawn, point, drawn["guidance"], drawn["guided"][0])
         original = self.task_loss(drawn, point) * self.time_weight(drawn["level"])
         scale = jnp.float32(1)
         if config.original_scale == "dynamic":
@@ -208,22 +203,39 @@ class StepDistillation(FlowMatching):
         }
         return distilled + config.original_weight * scale * original, aux, point
 
-    def distance(self, networks: Tree, drawn: Tree, point: Point, guidance: jax.Array | None = None) -> jax.Array:
+    def distance(
+        self,
+        networks: Tree,
+        drawn: Tree,
+        point: Point,
+        guidance: jax.Array | None = None,
+        is_guided: jax.Array | None = None,
+    ) -> jax.Array:
         """L_dstl of each example `[B]`.
 
         Args:
             networks, drawn: as for `loss`.
             point: what the student predicts with the condition.
             guidance: scale of each example `[B]`, at which both are guided; None for none.
+            is_guided: whether they are, a bool of no axes; None where `guidance` alone says so. Where they are not,
+                nobody is asked without the condition, and the teacher is guided as its config says.
         """
-        v = point.v
+        v, own = point.v, self.teacher.config.guidance
         if guidance is not None:
-            null = null_like(self.inputs.null_condition(networks), point.condition)
-            v_null = self.denoiser(networks[self.role], point.x_t, drawn["level"], null)[0]
-            v = guided_from(v, v_null, guidance)
+            scales = guidance
+
+            def by_both() -> jax.Array:
+                null = null_like(self.inputs.null_condition(networks), point.condition)
+                v_null = self.denoiser(networks[self.role], point.x_t, drawn["level"], null)[0]
+                return guided_from(point.v, v_null, scales)
+
+            v = by_both() if is_guided is None else jax.lax.cond(is_guided, by_both, lambda: point.v)
+            if is_guided is not None and own != 1:
+                guidance, is_guided = jnp.where(is_guided, guidance, own), None
 
         def taught(x_t: jax.Array, level: Level) -> jax.Array:
-            return self.teacher.ask(networks, drawn["teacher"], x_t, level, point.condition, guidance=guidance)[0]
+            drawn_by_it, condition = drawn["teacher"], point.condition
+            return self.teacher.ask(networks, drawn_by_it, x_t, level, condition, (), guidance, is_guided)[0]
 
         target = mean_velocity(taught, jax.lax.stop_gradient(point.x_t), self._levels(drawn["step"]))
         return truncated_snr(drawn["level"]) * flow_matching_loss(v, jax.lax.stop_gradient(target))

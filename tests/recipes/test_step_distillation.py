@@ -74,6 +74,29 @@ def test_at_a_scale_of_one_the_guided_loss_is_the_other_bit_for_bit(drawn):
     assert np.abs(guided(NETWORKS, drawn, jnp.full(8, 3.0)) - plain).min() > 0
 
 
+@pytest.mark.parametrize("own", [1.0, 2.5], ids=["plain", "guided teacher"])
+def test_a_coin_in_the_step_gives_either_loss_and_its_gradient(drawn, own):
+    made = recipe(teacher=dataclasses.replace(CONFIG.teacher, guidance=own))
+    scales = jnp.full(8, 3.0)
+
+    def loss(networks, drawn, guidance=None, is_guided=None):
+        return jnp.mean(made.distance(networks, drawn, made.predict(networks, drawn)[0], guidance, is_guided))
+
+    both = jax.jit(jax.value_and_grad(loss))
+    for coin, asked in ((True, scales), (False, None)):
+        found, expected = both(NETWORKS, drawn, scales, jnp.bool_(coin)), both(NETWORKS, drawn, asked)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), found, expected)
+
+
+def test_the_teacher_s_program_is_there_once_however_many_steps_it_takes(drawn):
+    def program(steps):
+        made = recipe(teacher_steps=steps, guided_share=0.5)
+        one = jax.eval_shape(made.draw, NETWORKS, greys(), jax.random.key(0), 0)
+        return str(jax.make_jaxpr(lambda n, d: made.loss(n, d, {})[0])(NETWORKS, one)).count("conv_general_dilated")
+
+    assert program(2) == program(4) > 0
+
+
 def test_guidance_has_a_gradient_by_what_the_student_is_told_of_nothing(drawn):
     made, empty = recipe(), RECIPE.inputs.null_condition(NETWORKS)
 
@@ -93,7 +116,7 @@ def test_the_other_loss_is_brought_to_the_same_size_and_then_weighted(drawn):
     def terms(**changes):
         made = recipe(guided_share=0.0, **changes)
         made.predict = lambda networks, drawn: (point, {})
-        made.distance = lambda networks, drawn, point: networks["distilled"]
+        made.distance = lambda networks, drawn, point, guidance: networks["distilled"]
         made.task_loss = lambda drawn, point: made.original
         made.time_weight = lambda level: 1.0
 
