@@ -54,7 +54,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.evaluation = ConfigDict({"every_steps": 100, "during": ("rewards",), "final": ("rewards", "sample_grid")})
     if arg and arg.endswith("network"):
         c.trains = "network"
-        c.optimizer.learning_rate = 3e-4
+        c.optimizer.learning_rate = 1e-4
         c.tuned_text = "runs/reward"
     if form == "runlocal":
         c.train_steps = 6
