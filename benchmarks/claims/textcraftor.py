@@ -33,6 +33,11 @@ FULL_GRADIENT = (  # as the paper has it, at the highest rate of 3e-4 and 1e-3 a
     "optimizer.clip_norm=1.0",
     "ema_decay=0.0",
 )
+DIRECT = (  # at the rate of 1e-3, 3e-4 and 1e-4 at which the reward was highest
+    "form=direct",
+    "stop_input_gradient=False",
+    "optimizer.learning_rate=1e-4",
+)
 WISH = ("rewards.detection.text='a red circle'", "optimizer.learning_rate=3e-3")  # whatever the prompt, and fast
 
 
@@ -93,9 +98,7 @@ TRIALS = {
         args=WHOLE,
     ),
     "wish": Trial("reward", effort(3, 150), WISH, FROM_BASE, {"": JUDGED}, args=WHOLE),
-    "direct": Trial(
-        "reward", effort(3), ("form=direct", "stop_input_gradient=False"), FROM_BASE, {"": JUDGED}, args=WHOLE
-    ),
+    "direct": Trial("reward", effort(3), DIRECT, FROM_BASE, {"": JUDGED}, args=WHOLE),
     "text, full gradient": Trial("reward", effort(3), FULL_GRADIENT, FROM_BASE, {"": JUDGED}, args=WHOLE),
     "text, then network": Trial(
         "reward", effort(3), (), {**FROM_BASE, "tuned_text": "text"}, {"": JUDGED}, args=NETWORK
