@@ -7,10 +7,9 @@
 
 A block is measured in its place: the network as it is, with two further copies of each block, and without each. The
 times of blocks, and `rest`, that of all else, are those whose sums come nearest to all of these (non-negative least
-squares). The last line measures nothing: it writes the form of a table, to be filled in with times of a phone. Then
-networks of random blocks are measured, and Spearman's rank correlation of their times with the table's
+squares). Then networks of random blocks are measured, and Spearman's rank correlation of their times with the table's
 is in the file, as `spearman`; 0.9 or more is what a search needs. `docs/snapfusion.md` has the form of the file, for
-tables that are measured elsewhere.
+tables that are measured elsewhere; the last line measures nothing and writes that form, to be filled in.
 
 A time is that below which a fifth of the calls stay, of several interpreters for each network: where one happens to lie
 in memory changes it by five percent. All take turns, in another order every round.
@@ -40,7 +39,7 @@ from snapgen_jax.config import load_experiment
 from snapgen_jax.derivations.evolution import LatencyTable, described
 from snapgen_jax.export.convert import to_tflite
 from snapgen_jax.export.runtime import litert_unit
-from snapgen_jax.networks.evolved import Evolving, candidates, changed, kind
+from snapgen_jax.networks.evolved import Evolving, candidates, changed, kind, kinds
 from snapgen_jax.networks.module import build, stand_in
 from snapgen_jax.recipes._flow_export import denoiser_unit
 
@@ -109,11 +108,6 @@ def milliseconds(
     }
 
 
-def kinds_of(network: Evolving) -> list[str]:
-    """The kinds of a network's blocks, in the order in which they run."""
-    return list(dict.fromkeys(kind(network, block) for block in network.droppable_blocks()))
-
-
 def table_of(
     network: Evolving,
     networks: Mapping[str, Evolving],
@@ -126,14 +120,14 @@ def table_of(
     Raises:
         SystemExit: the nearest time of a block is 0.
     """
-    kinds = kinds_of(network)
+    names = kinds(network)
 
     def counts(one: Evolving) -> list[int]:
         stand = [kind(one, block) for block in one.droppable_blocks()]
-        return [1, *(stand.count(name) for name in kinds)]
+        return [1, *(stand.count(name) for name in names)]
 
     rest, *blocks = nnls(np.array([counts(one) for one in networks.values()], float), [times[n] for n in networks])[0]
-    found = {name: round(float(ms), 5) for name, ms in zip(kinds, blocks, strict=True)}
+    found = {name: round(float(ms), 5) for name, ms in zip(names, blocks, strict=True)}
     if lost := [name for name, ms in found.items() if not ms]:
         raise SystemExit(f"the times of {', '.join(lost)} do not stand out from the noise; give more --rounds")
     return LatencyTable(described(network), [*latent], tokens, found, round(rest, 5))
@@ -141,7 +135,7 @@ def table_of(
 
 def form_of(network: Evolving, latent: Sequence[int], tokens: int) -> dict[str, Any]:
     """A table of a network without its times."""
-    blank = {"blocks": dict.fromkeys(kinds_of(network)), "rest": None}
+    blank = {"blocks": dict.fromkeys(kinds(network)), "rest": None}
     return {"network": described(network), "latent": [*latent], "tokens": tokens, **blank}
 
 

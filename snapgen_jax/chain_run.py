@@ -95,14 +95,8 @@ class _Chain:
         made = {str(self.root / name) for name in self.stages}
         for name, resolved in self.configs.items():
             stage, start = self.stages[name], resolved.experiment.init_from
-            if (
-                not start
-                or start in made
-                or "init_from" in stage.filled
-                or self.parts.has(_part(stage), self._label(stage))
-            ):
-                continue
-            if not epath.Path(start).exists():
+            there = not start or start in made or "init_from" in stage.filled or epath.Path(start).exists()
+            if not there and not self.parts.has(_part(stage), self._label(stage)):
                 raise ConfigError(
                     f"the stage {name!r} starts from {start!r}, which is not there; name a run: "
                     f"--config.{name}.init_from=RUN"

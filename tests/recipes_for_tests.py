@@ -360,6 +360,13 @@ def adder(weight, frozen):
     return Generator(Adds(), params, frozen, Digits())  # type: ignore[arg-type]  # all it needs
 
 
+def save_run(state, workdir):
+    """Saves a state as the first checkpoint of a run."""
+    checkpointer = Checkpointer(workdir)
+    checkpointer.save(state, 0, {})
+    checkpointer.close()
+
+
 def saved_away_from_zero(method, workdir):
     """Saves a run of a network that was moved away from zero; its weights."""
     state, random = jax.jit(method.init)(key(0, 0, "init")), np.random.default_rng(1)
@@ -367,7 +374,5 @@ def saved_away_from_zero(method, workdir):
         lambda x: x + 0.1 * random.normal(size=x.shape).astype(np.float32), state.players["model"].ema
     )
     state = state.replace(players={"model": state.players["model"].replace(ema=params)})
-    checkpointer = Checkpointer(workdir)
-    checkpointer.save(state, 0, {})
-    checkpointer.close()
+    save_run(state, workdir)
     return params

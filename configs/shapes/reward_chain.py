@@ -13,10 +13,11 @@ Run it where this repository is. Machine: two CPU cores. Metric: the score of ea
 
 from ml_collections import ConfigDict
 
+SOURCES = {"rewards.detection.workdir": "detection", "constraint.workdir": "clip"}
+
 
 def improve() -> ConfigDict:
     """The stages that a finished run needs."""
-    tuned = {"rewards.detection.workdir": "detection", "constraint.workdir": "clip"}
     rows = (
         {"label": "before", "options": {"tuned_steps": 0}},
         {"label": "text encoder", "against": "before"},
@@ -24,7 +25,7 @@ def improve() -> ConfigDict:
     stages = (
         {"name": "detection", "config": "detection.py"},
         {"name": "clip", "config": "clip.py"},
-        {"name": "text", "config": "reward.py", "earlier": tuned, "rows": rows},
+        {"name": "text", "config": "reward.py", "earlier": SOURCES, "rows": rows},
     )
     return ConfigDict({"stages": stages, "scores": ("compositional", "diversity"), "per_category": 64})
 
@@ -38,7 +39,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         return improve()
     form, network = (f":{arg}", f":{arg}_network") if arg else ("", ":network")
     few = {"steps": 8}
-    tuned = {"init_from": "base", "rewards.detection.workdir": "detection", "constraint.workdir": "clip"}
+    tuned = {"init_from": "base", **SOURCES}
     return ConfigDict(
         {
             "stages": (

@@ -38,6 +38,7 @@ from snapgen_jax.networks.evolved import (
     changed,
     composed,
     kind,
+    kinds,
     renamed,
 )
 from snapgen_jax.recipes.block_dropping import RUNS, BlockDropping
@@ -110,7 +111,7 @@ class LatencyTable:
 
     def check_kinds(self, network: Evolving, path: str) -> None:
         """Raises ConfigError where the table has no time of a block of a network."""
-        if missing := sorted({kind(network, block) for block in network.droppable_blocks()} - self.blocks.keys()):
+        if missing := sorted({*kinds(network)} - self.blocks.keys()):
             raise ConfigError(f"table={path!r} has no time of {', '.join(missing)}; measure them")
 
     def __call__(self, network: Evolving) -> float:

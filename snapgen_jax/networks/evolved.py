@@ -109,6 +109,11 @@ def kind(config: Evolving, block: str) -> str:
     return "_".join([way, *map(str, where[:1]), layer[position]])
 
 
+def kinds(config: Evolving) -> tuple[str, ...]:
+    """The kinds of a network's blocks, in the order in which they run."""
+    return tuple(dict.fromkeys(kind(config, block) for block in config.droppable_blocks()))
+
+
 def candidates(config: Evolving) -> tuple[str, ...]:
     """The blocks that one action may take out or repeat: of a UNet's that stand in one place the last."""
     if isinstance(config, UNetConfig):

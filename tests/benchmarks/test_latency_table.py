@@ -7,7 +7,7 @@ import pytest
 from benchmarks.latency_table import calibrating, form_of, measured_recipe, milliseconds, random_networks, table_of
 from snapgen_jax.config import load_experiment
 from snapgen_jax.derivations.evolution import LatencyTable, described
-from snapgen_jax.networks.evolved import kind
+from snapgen_jax.networks.evolved import kinds
 from snapgen_jax.networks.sd_unet import SDUNetConfig
 from snapgen_jax.networks.unet import UNetConfig
 from snapgen_jax.training.exits import ConfigError
@@ -17,8 +17,9 @@ NETWORKS = [UNetConfig.preset("smoke", first_stage="res", mid="rar", up_depth=(1
 
 @pytest.mark.parametrize("network", NETWORKS, ids=lambda network: network.kind)
 def test_the_table_finds_the_time_of_each_block_and_of_the_rest(network):
-    kinds = sorted({kind(network, block) for block in network.droppable_blocks()})
-    true = LatencyTable(described(network), [8, 8], 20, {name: 0.5 + i for i, name in enumerate(kinds)}, rest=5.0)
+    true = LatencyTable(
+        described(network), [8, 8], 20, {name: 0.5 + i for i, name in enumerate(sorted(kinds(network)))}, rest=5.0
+    )
     networks = calibrating(network)
     found = table_of(network, networks, {name: true(one) for name, one in networks.items()}, (8, 8), 20)
     assert found.rest == pytest.approx(5.0) and found.blocks == pytest.approx(true.blocks)

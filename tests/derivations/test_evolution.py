@@ -15,7 +15,7 @@ from snapgen_jax.derivations import evolution
 from snapgen_jax.derivations.evolution import LatencyTable, by_chance, described, multiply_adds, savings, search
 from snapgen_jax.evaluation.interfaces import EvaluationResult
 from snapgen_jax.generation import Generator
-from snapgen_jax.networks.evolved import candidates, kind, moved_weights
+from snapgen_jax.networks.evolved import candidates, kind, kinds, moved_weights
 from snapgen_jax.networks.module import build, flatten, frozen_spec
 from snapgen_jax.networks.sd_unet import SDUNetConfig
 from snapgen_jax.networks.unet import UNetConfig
@@ -32,10 +32,8 @@ SIZES = (8, 8), 20  # of latents and texts
 
 def synthetic(network):
     """A table in which every kind of block costs another number of milliseconds."""
-    kinds = sorted({kind(network, block) for block in network.droppable_blocks()})
-    return LatencyTable(
-        described(network), [*SIZES[0]], SIZES[1], {name: 1.0 + i for i, name in enumerate(kinds)}, rest=5.0
-    )
+    times = {name: 1.0 + i for i, name in enumerate(sorted(kinds(network)))}
+    return LatencyTable(described(network), [*SIZES[0]], SIZES[1], times, rest=5.0)
 
 
 def valued(network):

@@ -10,12 +10,11 @@ import jax
 import pytest
 
 from snapgen_jax.networks.lora import LoraConfig
-from snapgen_jax.training.checkpoint import Checkpointer
 from snapgen_jax.training.exits import ConfigError
 from snapgen_jax.training.fingerprint import fingerprint
 from snapgen_jax.training.keys import key
 from tests.recipes.test_reward_tuning import METHOD, tuning
-from tests.recipes_for_tests import saved_away_from_zero
+from tests.recipes_for_tests import save_run, saved_away_from_zero
 
 LORA = LoraConfig(2, 4.0, ("attention/",))
 
@@ -66,16 +65,10 @@ def bases(tmp_path_factory):
     first, second = (tmp_path_factory.mktemp(name) for name in ("first", "second"))
     weights, state = saved_away_from_zero(METHOD, first), jax.jit(METHOD.init)(key(0, 0, "init"))
     player = state.players["model"].replace(ema=jax.tree.map(lambda x: 1.5 * x, weights))
-    save(state.replace(players={"model": player}), second)
+    save_run(state.replace(players={"model": player}), second)
     for workdir in (first, second):
         (workdir / "tokenizer.json").write_text("{}")
     return first, second, weights
-
-
-def save(state, workdir):
-    checkpointer = Checkpointer(workdir)
-    checkpointer.save(state, 0, {})
-    checkpointer.close()
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +79,7 @@ def tuned_text(bases, tmp_path_factory):
     def run(trains):
         workdir = tmp_path_factory.mktemp(trains)
         recipe = tuning(bases[0], trains=trains, lora=LORA)
-        save(jax.jit(recipe.init)(key(0, 0, "init")), workdir)
+        save_run(jax.jit(recipe.init)(key(0, 0, "init")), workdir)
         (workdir / "tokenizer.json").write_text("{}")
         return earlier(workdir, trains=trains, init_from=str(bases[0]), lora=dataclasses.asdict(LORA))
 
