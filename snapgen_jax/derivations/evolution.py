@@ -276,6 +276,14 @@ def _generator(run: epath.Path) -> Generator:
     return generator
 
 
+def sizes_of(generator: Generator) -> tuple[tuple[int, int], int]:
+    """Height and width of a run's latents, and tokens of its texts, by which a block's cost goes."""
+    recipe: Any = generator.recipe
+    told = jax.eval_shape(recipe.inputs.null_condition, recipe.weights(generator.params, generator.frozen))
+    height, width = recipe.inputs.latent_shape()[:2]
+    return (height, width), told.sequence.shape[1]
+
+
 def _problem(
     stages: Mapping[str, epath.Path], generator: Generator, options: Mapping[str, Any]
 ) -> tuple[Evolving, Cost, float]:
@@ -290,8 +298,7 @@ def _problem(
     recipe: Any = generator.recipe
     network: Evolving = recipe.config.network
     origin: Any = load_recipe(stages["origin"]) if "origin" in stages else recipe
-    told = jax.eval_shape(recipe.inputs.null_condition, recipe.weights(generator.params, generator.frozen))
-    sizes = recipe.inputs.latent_shape()[:2], told.sequence.shape[1]
+    sizes = sizes_of(generator)
     cost = multiply_adds(*sizes)
     if options["table"]:
         cost = LatencyTable.read(options["table"], network, *sizes)
