@@ -47,7 +47,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.encoder = "clip_l"
     c.backprop_steps = c.sampling.steps
     sd15.rewards(c)
-    c.mesh = ConfigDict({"fsdp": 16})
+    c.mesh = ConfigDict({"fsdp": 1})
     c.checkpoint = ConfigDict({"every_steps": 1_000})
     c.evaluation = ConfigDict({"every_steps": 1_000, "during": ("rewards",), "final": ("rewards",)})
     if arg == "adapters":
@@ -58,7 +58,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         c.train_steps = 4
         c.batch_size = 8
         c.log_every_steps = 2
-        c.mesh = ConfigDict({"fsdp": 1})
         c.data.validation_share = 0.5
         small = {**base.inputs.encoders.to_dict(), "kind": "encoders", "image_sizes": ((64, 64),)}
         c.inputs = ConfigDict({**small, "conditioner": {"preset": "smoke"}, "encoder_dropout": 0.0})

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import logging
 import math
 import re
 
 from snapgen_jax.parallel.traffic import BITS, repeated_lines
 
+log = logging.getLogger(__name__)
+
 _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 _LINE = re.compile(rf"= (?P<type>.+?) (?P<kind>{_KINDS})(?P<start>-start)?\((?P<rest>.*)")
 _ARRAY = re.compile(r"([a-z]+\d*(?:e\d+m\d+(?:fn)?)?)\[([\d,]*)\]")
-# Groups are listed ({{0,1},{2,3}}), counted ([groups,size]<=...), or named as axes of a mesh, whole or in part:
-# mesh['a'=4,'b'=2] {'a','b':(1)2}.
-_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\]|mesh\[([^\]]*)\] *\{([^}]*)\})")
+# Groups are listed ({{0,1},{2,3}}), counted ([groups,size]<=...), or named as axes of a mesh, whole or in part, with an
+# order of its devices or not: mesh['a'=4,'b'=2], device_ids=([4,2]T(1,0)) {'a','b':(1)2}.
+_GROUPS = re.compile(
+    r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\]|mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? *\{([^}]*)\})"
+)
+_DEVICES = re.compile(r"^HloModule .*\bnum_partitions=(\d+)", re.MULTILINE)
 # What leaves a slice is handed to the host, which exchanges it with those of the other slices.
 _LEAVES = re.compile(r'= \((?P<type>\S+), .* send\(.*_xla_megascale_transfer_type="(?P<transfer>\w+)"')
 ACROSS = "across slices"
@@ -47,6 +53,7 @@ def collectives(text: str, slices: int = 1) -> dict[str, Collective]:
         slices: that the program was compiled for.
     """
     found: dict[str, list[tuple[int, int]]] = collections.defaultdict(list)
+    all_devices = int(header[1]) if (header := _DEVICES.search(text)) else 1
     for line, times in repeated_lines(text):
         if leaves := _LEAVES.search(line):
             size = sum(_size(*array) for array in _ARRAY.findall(leaves["type"]))
@@ -61,8 +68,8 @@ def collectives(text: str, slices: int = 1) -> dict[str, Collective]:
             continue
         # A started gather or permute has (operand, result, ...) for a type; a sum has its results.
         size = max(sizes) if match["start"] and kind in ("all-gather", "collective-permute") else sum(sizes)
-        devices = _ring(match["rest"])
-        share = (devices - 1) / max(devices, 1)
+        devices = 1 if kind == "collective-permute" else _ring(match["rest"]) or all_devices
+        share = (devices - 1) / devices
         whole = size * devices if kind == "reduce-scatter" else size
         factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share)
         found[kind] += [(size, round(factor * whole))] * times
@@ -73,10 +80,12 @@ def collectives(text: str, slices: int = 1) -> dict[str, Collective]:
 
 
 def _ring(operands: str) -> int:
-    """How many devices take part; 2 where the text does not say, as of a permute."""
+    """How many devices take part; 0 for all, and where the text says it in a form that is not known here."""
     groups = _GROUPS.search(operands)
     if groups is None:
-        return 2
+        if "replica_groups={}" not in operands:
+            log.warning("no groups of devices are read in %.300s; it counts as one of all devices", operands)
+        return 0
     listed, _, counted, axes, named = groups.groups()
     if listed is not None:
         return len(listed.split(","))

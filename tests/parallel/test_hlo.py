@@ -43,6 +43,26 @@ def test_what_a_device_sends_to_other_slices_is_a_kind_of_its_own():
     assert found["all-reduce"] == collectives(LINES)["all-reduce"]
 
 
+@pytest.mark.parametrize(
+    ("groups", "devices"),
+    [
+        ("{{0,1,2,3},{4,5,6,7}}", 4),
+        ("[2,4]<=[8]", 4),
+        ("[4,2]<=[2,4]T(1,0)", 2),
+        ("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", 4),
+        # As a TPU's compiler names the shares of a mesh of data=16 x fsdp=16.
+        ("mesh['axis_0'=16,'axis_1'=1,'axis_2'=16], device_ids=([16,16]T(1,0)) {'axis_0'}", 16),
+        ("{}", 32),
+        ("a form of tomorrow", 32),
+    ],
+)
+def test_groups_of_devices_are_read_in_each_form_that_compilers_write(groups, devices, caplog):
+    line = f"  %g = f32[1024] all-gather(%a), channel_id=1, replica_groups={groups}, dimensions={{0}}\n"
+    found = collectives(f"HloModule jit_f, num_partitions=32, is_scheduled=true\n\nENTRY %main {{\n{line}}}\n")
+    assert found == {"all-gather": Collective(1, 4096, 4096 * (devices - 1) // devices)}
+    assert ("a form of tomorrow" in caplog.text) == ("tomorrow" in groups)
+
+
 @pytest.mark.parametrize(("axes", "kind"), [({"data": 8}, "all-reduce"), ({"data": 1, "fsdp": 8}, "all-gather")])
 def test_what_a_real_program_sends(axes, kind):
     """A sum over 8 devices of gradients `[64, 32]`, and a parameter of that shape gathered from 8 shares."""
