@@ -25,6 +25,8 @@ ifeq ($(wildcard /dev/accel* /dev/vfio/* /dev/nvidia0 /dev/kfd /dev/dxg),)
 export JAX_PLATFORMS ?= cpu
 endif
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+# Containers often forbid bytecode; each process of the tests would then compile anew all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Behind a company's proxy pip works because it trusts what the machine trusts; so does uv then.
 ifneq ($(wildcard /etc/ssl/certs/ca-certificates.crt),)

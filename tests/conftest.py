@@ -1,5 +1,6 @@
 """Test set-up: CPU only, eight fake devices, programs that are quick to compile, and a cache of them between runs."""
 
+import gc
 import os
 import pathlib
 
@@ -11,6 +12,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(devices=8)}".strip()
+
+# Tracing makes millions of objects that live on; to look through them as often as Python does is a seventh of the time.
+gc.set_threshold(100_000, 10, 10)
 
 import jax  # noqa: E402  # reads what is set above
 import pytest  # noqa: E402
