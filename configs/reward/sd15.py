@@ -68,7 +68,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.train_steps = 10_000
     c.batch_size = 256
     c.microbatches = 1
-    c.mesh.fsdp = 4  # of two shares, what an update computes does not fit beside them
     c.data = ConfigDict({"source": "prompts", "path": ""})
     c.optimizer = ConfigDict({"learning_rate": 1e-6, "warmup_steps": 0, "weight_decay": 0.01, "clip_norm": 0.0})
     c.ema_decay = 0.0

@@ -67,8 +67,8 @@ def experiment(preset: str) -> ConfigDict:
     c.optimizer = ConfigDict({"learning_rate": 1e-5, "warmup_steps": 500, "weight_decay": 0.01})
     c.ema_decay = 0.9999
     c.sampling = ConfigDict({"steps": 50, "guidance": 7.5})
-    # A share is gathered anew at each call of a network, and two shares fit: of 16, each call gathers 15.
-    c.mesh = ConfigDict({"fsdp": 2})
+    # A share is gathered anew at each call of a network: of four 3/4 of it, of sixteen 15/16.
+    c.mesh = ConfigDict({"fsdp": 4})
     c.checkpoint = ConfigDict({"every_steps": 1_000})
     c.evaluation = ConfigDict({"every_steps": 5_000, "during": ("validation_loss",), "final": ("validation_loss",)})
     return c

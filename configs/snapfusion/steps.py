@@ -33,6 +33,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     steps, preset = FORMS.get(form, (8, "snapfusion"))
     c = robust.experiment(preset)
     c.recipe = "step_distillation"
+    if preset == "snapfusion":
+        c.mesh.fsdp = 2
     c.train_steps = 20_000
     c.teacher = ConfigDict({"network": {"kind": "sd_unet", "preset": "sd15"}, "prediction": "v"})
     c.teacher.schedule = robust.schedule()
