@@ -32,6 +32,7 @@ def contents(folder):
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
         for path in folder.rglob("*")
+        if "__pycache__" not in path.parts  # of a config that lies there
     }
 
 
