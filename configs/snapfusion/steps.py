@@ -34,7 +34,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c = robust.experiment(preset)
     c.recipe = "step_distillation"
     if preset == "snapfusion":
-        c.mesh.fsdp = 2
+        c.mesh.fsdp = 2  # it is smaller, and fits so
     c.train_steps = 20_000
     c.teacher = ConfigDict({"network": {"kind": "sd_unet", "preset": "sd15"}, "prediction": "v"})
     c.teacher.schedule = robust.schedule()

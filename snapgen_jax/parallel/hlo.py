@@ -54,6 +54,7 @@ def collectives(text: str, slices: int = 1) -> dict[str, Collective]:
     """
     found: dict[str, list[tuple[int, int]]] = collections.defaultdict(list)
     all_devices = int(header[1]) if (header := _DEVICES.search(text)) else 1
+    unread: list[str] = []
     for line, times in repeated_lines(text):
         if leaves := _LEAVES.search(line):
             size = sum(_size(*array) for array in _ARRAY.findall(leaves["type"]))
@@ -68,23 +69,27 @@ def collectives(text: str, slices: int = 1) -> dict[str, Collective]:
             continue
         # A started gather or permute has (operand, result, ...) for a type; a sum has its results.
         size = max(sizes) if match["start"] and kind in ("all-gather", "collective-permute") else sum(sizes)
-        devices = 1 if kind == "collective-permute" else _ring(match["rest"]) or all_devices
-        share = (devices - 1) / devices
-        whole = size * devices if kind == "reduce-scatter" else size
-        factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share)
-        found[kind] += [(size, round(factor * whole))] * times
+        if kind == "collective-permute":
+            sent = size
+        else:
+            devices = _ring(match["rest"], unread) or all_devices
+            whole = size * devices if kind == "reduce-scatter" else size
+            sent = round((2 if kind == "all-reduce" else 1) * (devices - 1) / devices * whole)
+        found[kind] += [(size, sent)] * times
+    if unread:
+        log.warning("%d collectives count as of all devices; no groups are read in %.300s", len(unread), unread[0])
     return {
         kind: Collective(len(sizes), sum(s for s, _ in sizes), sum(w for _, w in sizes))
         for kind, sizes in sorted(found.items())
     }
 
 
-def _ring(operands: str) -> int:
-    """How many devices take part; 0 for all, and where the text says it in a form that is not known here."""
+def _ring(operands: str, unread: list[str]) -> int:
+    """How many devices take part; 0 for all, and where the text, which `unread` then gets, says it in another form."""
     groups = _GROUPS.search(operands)
     if groups is None:
         if "replica_groups={}" not in operands:
-            log.warning("no groups of devices are read in %.300s; it counts as one of all devices", operands)
+            unread.append(operands)
         return 0
     listed, _, counted, axes, named = groups.groups()
     if listed is not None:
